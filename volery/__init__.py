@@ -1,0 +1,1 @@
+"""Volery: an event-driven manager for KVM hosts and their virtual machines."""
