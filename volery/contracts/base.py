@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar, dataclass_transform
 
 import msgspec
 
@@ -29,7 +29,22 @@ class Owner(StrEnum):
     DWH = "dwh"
 
 
-class Message(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(msgspec.field,))
+class MessageMeta(msgspec.StructMeta):
+    """Makes every message frozen, keyword-only and untracked by the garbage collector.
+
+    msgspec doesn't inherit `kw_only`, and collection dominates decoding of long lists.
+    """
+
+    def __new__(
+        mcls, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **options: Any
+    ) -> MessageMeta:
+        options = {"frozen": True, "kw_only": True, "gc": False} | options
+        made: MessageMeta = super().__new__(mcls, name, bases, namespace, **options)
+        return made
+
+
+class Message(msgspec.Struct, metaclass=MessageMeta):
     """A value on the wire. New fields need defaults; existing fields never change type."""
 
 
