@@ -48,6 +48,10 @@ class Message(msgspec.Struct, metaclass=MessageMeta):
     """A value on the wire. New fields need defaults; existing fields never change type."""
 
 
+class Done(Message):
+    """An answer with nothing to add."""
+
+
 class Entity(Message):
     """What every public object has. `revision` counts its changes and is its ETag."""
 

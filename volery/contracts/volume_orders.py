@@ -1,0 +1,174 @@
+"""What storage may order a host to do with storage domains, volumes and image transfers."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from volery.contracts.agent import StorageDomainReport
+from volery.contracts.base import Done, Message, Order
+from volery.contracts.domain import ImageFormat, VolumeSource
+
+
+class DirectoryLocation(Message, tag="directory"):
+    """A directory that the administrator mounted (or that is local to one host)."""
+
+    path: str
+
+
+class IscsiLocation(Message, tag="iscsi"):
+    portal: str
+    iqn: str
+    chap_user: str = ""
+    chap_password: str = ""
+
+
+StorageLocation = DirectoryLocation | IscsiLocation
+
+
+class ConnectStorage(Message):
+    """Make the storage usable on this host and say what is there. Writes the domain's marker file when `initialise`."""
+
+    domain_id: str
+    location: StorageLocation
+    initialise: bool = False
+    known: tuple[str, ...] = ()
+    """Paths or LUN numbers that disks of ours explain; anything else found is a stranger."""
+
+
+class DisconnectStorage(Message):
+    domain_id: str
+
+
+class DiscoverIscsi(Message):
+    portal: str
+    chap_user: str = ""
+    chap_password: str = ""
+
+
+class DiscoveredLun(Message):
+    lun: int
+    size_bytes: int
+    product: str = ""
+
+
+class DiscoveredTarget(Message):
+    iqn: str
+    portal: str
+    luns: tuple[DiscoveredLun, ...] = ()
+    problem: str = ""
+    """Why its LUNs could not be listed, e.g. CHAP refused."""
+
+
+class IscsiTargets(Message):
+    targets: tuple[DiscoveredTarget, ...] = ()
+
+
+class CreateVolume(Message):
+    disk_id: str
+    source: VolumeSource
+    size_bytes: int
+    preallocate: bool = False
+    check_bytes: int = 0
+
+
+class ResizeVolume(Message):
+    disk_id: str
+    source: VolumeSource
+    size_bytes: int
+
+
+class DeleteVolume(Message):
+    """A volume that isn't there is a success. `wipe` overwrites it with zeros first."""
+
+    disk_id: str
+    source: VolumeSource
+    wipe: bool = False
+
+
+class CopyVolume(Message):
+    """qemu-img convert, in a child process that ends with the agent's order."""
+
+    disk_id: str
+    source: VolumeSource
+    target: VolumeSource
+    size_bytes: int
+
+
+class ImportVolume(Message):
+    """Download an image over http(s) and convert it into the volume."""
+
+    disk_id: str
+    url: str
+    target: VolumeSource
+    max_bytes: int
+    sha256: str = ""
+
+
+class InspectVolume(Message):
+    """Detect format and sizes, check the image: refused with a backing file, an external data file or an absurd size."""
+
+    disk_id: str
+    source: VolumeSource
+    max_bytes: int = 0
+
+
+class VolumeInfo(Message):
+    size_bytes: int
+    used_bytes: int
+    format: ImageFormat
+    sha256: str = ""
+
+
+class TransferDirection(StrEnum):
+    UPLOAD = "upload"
+    DOWNLOAD = "download"
+
+
+class OpenTransfer(Message):
+    """Admit ranged PUT or GET requests under this ticket on the agent's data server.
+
+    Uploads land in a staging file beside the volume; FINISH_TRANSFER checks and converts them.
+    """
+
+    transfer_id: str
+    disk_id: str
+    ticket: str
+    direction: TransferDirection
+    source: VolumeSource
+    size_bytes: int
+    """Upload: how many bytes will come. Download: 0."""
+    format: ImageFormat = ImageFormat.RAW
+    """Download: the format to be sent."""
+    expires_seconds: float = 86400.0
+
+
+class TransferOpened(Message):
+    data_address: str
+    size_bytes: int
+    received_bytes: int = 0
+    """Where an interrupted upload goes on."""
+
+
+class FinishTransfer(Message):
+    """Checks size, checksum and image, converts an upload into the volume, and forgets the ticket."""
+
+    transfer_id: str
+    disk_id: str
+    target: VolumeSource
+    max_bytes: int
+    sha256: str = ""
+    cancel: bool = False
+    """Only clean up."""
+
+
+CONNECT_STORAGE = Order("storage.connect", ConnectStorage, StorageDomainReport)
+DISCONNECT_STORAGE = Order("storage.disconnect", DisconnectStorage, Done)
+DISCOVER_ISCSI = Order("storage.discover_iscsi", DiscoverIscsi, IscsiTargets)
+CREATE_VOLUME = Order("volume.create", CreateVolume, VolumeInfo, deadline_seconds=3600)
+RESIZE_VOLUME = Order("volume.resize", ResizeVolume, VolumeInfo)
+DELETE_VOLUME = Order("volume.delete", DeleteVolume, Done, deadline_seconds=3600)
+COPY_VOLUME = Order("volume.copy", CopyVolume, VolumeInfo, deadline_seconds=86400)
+IMPORT_VOLUME = Order("volume.import", ImportVolume, VolumeInfo, deadline_seconds=86400)
+INSPECT_VOLUME = Order("volume.inspect", InspectVolume, VolumeInfo)
+OPEN_TRANSFER = Order("transfer.open", OpenTransfer, TransferOpened)
+FINISH_TRANSFER = Order("transfer.finish", FinishTransfer, VolumeInfo, deadline_seconds=86400)
