@@ -1,0 +1,55 @@
+"""The shape of what a host can be ordered to do: one row per order, gathered by the agent into one table."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from volery.contracts.base import Message, Order
+
+if TYPE_CHECKING:
+    from host_agent.config import AgentConfig
+    from host_agent.hypervisor import Hypervisor
+    from host_agent.tickets import Tickets
+
+Q = TypeVar("Q", bound=Message)
+A = TypeVar("A")
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """The order being run, as far as an action may know it."""
+
+    order_id: str
+    owner: str
+    object_id: str
+    epoch: int
+    order_seq: int
+    deadline_seconds: float
+    resumed: bool
+    """Whether a former run of the agent had begun it: only then look for leftovers first."""
+    progress: Callable[[float, dict[str, Any]], None]
+    """Say how far it is, 0 to 100; coalesced, never blocks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """What actions may touch; nothing is global."""
+
+    config: AgentConfig
+    hypervisor: Hypervisor
+    tickets: Tickets
+    host_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Action(Generic[Q, A]):
+    """One order and the function that carries it out.
+
+    `run` returns the order's answer, or raises `Refused` with a sentence for a person. It is cancelled when the
+    order is cancelled or its deadline passes, and then must leave nothing behind.
+    """
+
+    order: Order[Q, A]
+    run: Callable[[Host, Q, Running], Awaitable[A]]

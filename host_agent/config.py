@@ -1,0 +1,42 @@
+"""Every setting of the host agent, from the environment with the prefix VOLERY_AGENT_."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Read by `volery.runtime.config.read("VOLERY_AGENT_", AgentConfig)`; a setting that doesn't exist is refused."""
+
+    state_dir: str = "/var/lib/volery/agent"
+    """Journal, identity and certificates of this host. Survives reboots; losing it means enrolling again."""
+    libvirt_uri: str = "qemu:///system"
+    """The hypervisor. `test:///default` runs everything but guests."""
+    hypervisor: str = "auto"
+    """kvm, qemu (TCG), or auto: kvm where a probe guest really ran."""
+    control_plane_url: str = ""
+    """https://host:port of the gateway, for enrolment."""
+    enrolment_token: str = ""
+    """One-time token for the first start; not needed afterwards."""
+    data_address: str = "127.0.0.1:0"
+    """host:port on which the image and console server listens; port 0 takes a free one and keeps it."""
+    migration_address: str = ""
+    """Address on which other hosts reach this host's QEMU for live migration; "" is the data address's host."""
+    migration_libvirt_uri: str = ""
+    """How other hosts' libvirtd reach this host's libvirtd, e.g. qemu+tls://host/system; "": no live migration to it."""
+    tunnel_address: str = ""
+    """Address for VXLAN between hosts; "" is the migration address."""
+    beat_seconds: float = 0.5
+    """Between heartbeats. ha suspects a host after several missed ones, so change both together."""
+    sample_seconds: float = 15.0
+    """Between statistics samples (oVirt's vm_sample_interval)."""
+    spool_max_bytes: int = 256 * 1024 * 1024
+    """Facts kept while the control plane is away; beyond it the oldest coalescible go first."""
+    work_threads: int = 4
+    """Orders at libvirt at once: libvirtd serves five requests per client, one stays free."""
+    domain_call_seconds: float = 10.0
+    """A libvirt call about a domain that takes longer marks the domain unresponsive."""
+    max_abandoned_calls: int = 32
+    """Stuck threads before the agent restarts itself, which touches no VM."""
+    device_suffix: str = ""
+    """Short suffix of this installation's bridges, so that several installations share a machine."""
