@@ -36,6 +36,8 @@ class OrderEnvelope(Message):
     body: msgspec.Raw
     epoch: int = 0
     """The VM's placement epoch; 0 for objects that have none."""
+    fencing_token: int = 0
+    """The owner's leadership count. The agent refuses one lower than the highest it has seen from this owner."""
     operation_id: str = ""
     deadline_seconds: float = 300.0
     repeat_safe: bool = True
