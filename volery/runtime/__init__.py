@@ -1,0 +1,1 @@
+"""How things are said: bus, database, log, operations, orders, services, configuration, telemetry."""
