@@ -1,0 +1,1 @@
+"""What `make up`, `make down` and `make clean` do around the programs themselves."""
