@@ -62,6 +62,12 @@ class Outcome(StrEnum):
 
 
 class OrderAck(Message):
+    """The agent's answer to an order or a cancel.
+
+    A refusal is journaled and final, so that no late copy can run, except for the kinds `stale` (send it again
+    with the newest beat), `exhausted` and `unavailable` (send it again later): those are given up by a cancel.
+    """
+
     order_id: str
     state: OrderState
     problem: Problem | None = None
@@ -94,7 +100,12 @@ class CommittedWord(Message):
 
 
 class FromHost(Message):
-    """Numbered by the agent, per owner, without gaps within a generation."""
+    """Numbered by the agent, per owner, within a generation.
+
+    Its owner, having committed up to `position`: a fact with `seq <= position` is a repeat; one with
+    `after_seq > position` has a gap before it (ask for a report); any other is next. A superseded state leaves
+    the spool together with its number, which is not a gap: `after_seq` of the next fact says so.
+    """
 
     host_id: str
     generation: str
@@ -102,6 +113,8 @@ class FromHost(Message):
     boot_id: str
     at: datetime
     """The host's clock: shown to people, never compared."""
+    after_seq: int
+    """The fact before this one in the spool; 0 in the first fact after a report was asked for."""
 
 
 class OrderFinished(FromHost):

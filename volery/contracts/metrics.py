@@ -17,7 +17,7 @@ class Beat(Message):
     generation: str
     boot_id: str
     beat_seq: int
-    """Counts within one run of the agent's machine (boot); orders name the newest one seen."""
+    """Grows with every beat, over restarts and boots, but not by one; orders name the newest one seen."""
     clock_ms: int
     """The host's Unix time: for the skew warning only."""
     hypervisor_ok: bool = True

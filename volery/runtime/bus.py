@@ -1,0 +1,285 @@
+"""The bus as a program sees it: connect with its own identity, ask, answer, listen.
+
+Answers run as tasks (nats-py's endpoints handle one call at a time and leak exception texts), bounded per
+service; only `Refused` reaches the wire.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import nats
+import nats.errors
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.micro import add_service
+from nats.micro.request import Request
+from nats.micro.service import EndpointConfig
+from nats.micro.service import Service as MicroService
+from opentelemetry.trace import SpanKind
+
+from volery.contracts.base import Call, Message
+from volery.contracts.errors import STATUS, Kind, Problem, Refused
+from volery.runtime import telemetry
+from volery.runtime.config import BusConfig
+
+log = logging.getLogger(__name__)
+
+Q = TypeVar("Q", bound=Message)
+A = TypeVar("A")
+
+ERROR_HEADER = "Nats-Service-Error"
+ERROR_CODE_HEADER = "Nats-Service-Error-Code"
+PRINCIPAL_HEADER = "Volery-Principal"
+REQUEST_HEADER = "Volery-Request"
+HASH_HEADER = "Volery-Request-Hash"
+MAX_ANSWER_BYTES = 900_000
+"""NATS carries 1 MiB; lists are pages."""
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks, and under which request id: a repeat with the same id gets the first answer."""
+
+    principal: str
+    """`user:{id}`, `token:{id}` or `service:{name}`."""
+    request_id: str = ""
+    request_hash: str = ""
+    """Hash of method, path and body: another body under the same id is refused."""
+
+    def headers(self) -> dict[str, str]:
+        found = {PRINCIPAL_HEADER: self.principal}
+        if self.request_id:
+            found |= {REQUEST_HEADER: self.request_id, HASH_HEADER: self.request_hash}
+        return found
+
+
+Handler = Callable[[Any, Caller], Awaitable[Any]]
+
+
+async def connect(config: BusConfig, user: str, *, never_queue: bool = False) -> Client:
+    """A connection with the user's own credentials and inbox.
+
+    `never_queue`: publishing while disconnected fails at once instead of being sent after the reconnect, which
+    is what orders and beats need.
+    """
+    options: dict[str, Any] = {
+        "servers": config.servers.split(","),
+        "name": f"volery-{user}",
+        "inbox_prefix": f"_INBOX.{user}",
+        "max_reconnect_attempts": -1,
+        "reconnect_time_wait": 0.25,
+        "connect_timeout": 5,
+        "ping_interval": 2,
+        "max_outstanding_pings": 2,
+        "allow_reconnect": True,
+        "error_cb": _ignore_error,
+    }
+    if never_queue:
+        options["pending_size"] = 0
+    if config.credentials_dir:
+        options["user_credentials"] = str(Path(config.credentials_dir, f"{user}.creds"))
+    if config.ca_file:
+        options["tls"] = ssl.create_default_context(cafile=config.ca_file)
+    while True:
+        try:
+            return await nats.connect(**options)
+        except (OSError, nats.errors.NoServersError, nats.errors.TimeoutError) as error:
+            log.warning("the bus is not reachable yet: %s", error)
+            await asyncio.sleep(0.5)
+
+
+async def _ignore_error(error: Exception) -> None:
+    log.info("bus: %s", error or type(error).__name__)
+
+
+def _problem(message: Msg) -> Problem | None:
+    if message.headers and ERROR_CODE_HEADER in message.headers:
+        try:
+            return msgspec.json.decode(message.data, type=Problem)
+        except msgspec.DecodeError:
+            return Problem(kind=Kind.INTERNAL, message="the service answered with an error it can't explain")
+    return None
+
+
+@dataclass(slots=True)
+class Bus:
+    """One program's connection. `name` is the service it speaks for."""
+
+    client: Client
+    name: str
+    decoders: dict[Any, msgspec.json.Decoder[Any]] = field(default_factory=dict)
+
+    def decoder(self, type_: Any) -> msgspec.json.Decoder[Any]:
+        found = self.decoders.get(type_)
+        if found is None:
+            found = self.decoders[type_] = msgspec.json.Decoder(type_)
+        return found
+
+    async def ask(self, call: Call[Q, A], question: Q, caller: Caller | None = None, **options: Any) -> A:
+        """The answer, decoded. Raises Refused; a timeout means: outcome unknown, ask again with the same id."""
+        body = await self.ask_raw(
+            call.subject, call.encode(question), caller, call.timeout_seconds, **options
+        )
+        answer: A = self.decoder(call.answer).decode(body)
+        return answer
+
+    async def ask_raw(
+        self,
+        subject: str,
+        body: bytes,
+        caller: Caller | None = None,
+        timeout_seconds: float = 10.0,
+        *,
+        again: bool = True,
+    ) -> bytes:
+        """The answer's bytes. No responders are tried again until the time is up (services restart)."""
+        headers = telemetry.inject((caller or Caller(f"service:{self.name}")).headers())
+        until = time.monotonic() + timeout_seconds
+        while True:
+            left = until - time.monotonic()
+            try:
+                message = await self.client.request(subject, body, timeout=max(left, 0.01), headers=headers)
+            except nats.errors.NoRespondersError:
+                if not again or time.monotonic() + 0.05 > until:
+                    raise Refused(
+                        Kind.UNAVAILABLE,
+                        f"nobody answers {subject} right now: the {subject.split('.')[0]} service is down or "
+                        "starting; try again in a few seconds",
+                    ) from None
+                await asyncio.sleep(0.05)
+                continue
+            except (
+                nats.errors.TimeoutError,
+                nats.errors.ConnectionClosedError,
+                nats.errors.OutboundBufferLimitError,
+            ):
+                raise Refused(
+                    Kind.TIMEOUT,
+                    f"{subject} did not answer within {timeout_seconds:g} s: the outcome is unknown, so ask again "
+                    "with the same Idempotency-Key",
+                ) from None
+            problem = _problem(message)
+            if problem is not None:
+                raise Refused(problem.kind, problem.message, **problem.details)
+            return message.data
+
+
+def caller_of(headers: dict[str, str] | None) -> Caller:
+    headers = headers or {}
+    return Caller(
+        headers.get(PRINCIPAL_HEADER, "unknown"),
+        headers.get(REQUEST_HEADER, ""),
+        headers.get(HASH_HEADER, ""),
+    )
+
+
+@dataclass(slots=True)
+class Answers:
+    """The calls a service answers, registered as NATS micro endpoints in one queue group."""
+
+    bus: Bus
+    limit: int = 64
+    """Calls at work at once; one more is refused, so that a flood can't take the memory."""
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    micro: MicroService | None = None
+
+    async def open(self, table: dict[str, tuple[Call[Any, Any], Handler]], version: str = "0.1.0") -> None:
+        self.micro = await add_service(
+            self.bus.client, name=f"volery-{self.bus.name}", version=version, queue_group=self.bus.name
+        )
+        for subject, (call, handler) in table.items():
+            await self.micro.add_endpoint(
+                EndpointConfig(
+                    name=subject.replace(".", "-"), subject=subject, handler=self._endpoint(call, handler)
+                )
+            )
+
+    def _endpoint(self, call: Call[Any, Any], handler: Handler) -> Callable[[Request], Awaitable[None]]:
+        async def take(request: Request) -> None:
+            if len(self.tasks) >= self.limit:
+                await _refuse(request, Refused(Kind.EXHAUSTED, f"{self.bus.name} is busy; try again shortly"))
+                return
+            task = asyncio.create_task(self._answer(call, handler, request))
+            self.tasks.add(task)
+            task.add_done_callback(self.tasks.discard)
+
+        return take
+
+    async def _answer(self, call: Call[Any, Any], handler: Handler, request: Request) -> None:
+        started = time.perf_counter()
+        telemetry.service_name.set(self.bus.name)
+        context = telemetry.extract(request.headers)
+        kind = "ok"
+        with telemetry.tracer.start_as_current_span(
+            call.subject, context=context, kind=SpanKind.SERVER
+        ) as span:
+            try:
+                question = self.bus.decoder(call.question).decode(request.data)
+                answer = await handler(question, caller_of(request.headers))
+                body = (
+                    bytes(answer) if isinstance(answer, msgspec.Raw | bytes) else msgspec.json.encode(answer)
+                )
+                if len(body) > MAX_ANSWER_BYTES:
+                    raise Refused(Kind.TOO_LARGE, f"the answer has {len(body)} bytes; ask for a smaller page")
+                await request.respond(body)
+            except Refused as refused:
+                kind = refused.kind
+                await _refuse(request, refused)
+            except msgspec.ValidationError as error:
+                kind = Kind.INVALID
+                await _refuse(request, Refused(Kind.INVALID, f"the request is not as expected: {error}"))
+            except msgspec.DecodeError as error:
+                kind = Kind.INVALID
+                await _refuse(request, Refused(Kind.INVALID, f"the request is not JSON: {error}"))
+            except Exception as error:  # the runtime's own loop: a bug is logged, never sent
+                kind = Kind.INTERNAL
+                span.record_exception(error)
+                log.exception("%s failed", call.subject)
+                await _refuse(request, _internal(span))
+        labels = {"subject": call.subject, "outcome": str(kind)}
+        telemetry.calls_total.add(1, labels)
+        telemetry.call_seconds.record(time.perf_counter() - started, labels)
+
+    async def close(self, timeout_seconds: float = 10.0) -> None:
+        """Take no more calls, let those at work finish."""
+        if self.micro is not None:
+            for endpoint in list(self.micro._endpoints):
+                await endpoint._stop()
+        if self.tasks:
+            await asyncio.wait(self.tasks, timeout=timeout_seconds)
+
+
+def _internal(span: Any) -> Refused:
+    trace_id = format(span.get_span_context().trace_id, "032x")
+    return Refused(
+        Kind.INTERNAL,
+        f"something went wrong inside Volery; the log has it under trace {trace_id}",
+        trace_id=trace_id,
+    )
+
+
+async def _refuse(request: Request, refused: Refused) -> None:
+    headers = {
+        ERROR_HEADER: refused.kind.value,
+        ERROR_CODE_HEADER: str(STATUS[refused.kind]),
+    }
+    await request.respond(msgspec.json.encode(refused.problem()), headers=headers)
+
+
+@asynccontextmanager
+async def open_bus(config: BusConfig, name: str) -> AsyncIterator[Bus]:
+    client = await connect(config, name)
+    try:
+        yield Bus(client, name)
+    finally:
+        await client.close()

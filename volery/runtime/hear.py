@@ -1,0 +1,271 @@
+"""Consuming facts: in order, each effect committed together with the position of its cause.
+
+Owners' facts are followed by position. Hosts' facts are numbered by their agent's journal: what was heard is
+told to the agent, which then forgets it; a new journal is admitted only with its full report.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import asyncpg
+import msgspec
+import nats.errors
+import nats.js.errors
+from nats.js.api import StorageType, StreamConfig
+
+from volery.contracts.agent import COMMITTED_SUBJECT, REPORT_SUBJECT, CommittedWord, FromHost
+from volery.contracts.base import Fact, encode, fill, wildcard
+from volery.runtime import telemetry
+from volery.runtime.bus import Bus
+from volery.runtime.tables import Change, Stale, commit
+from volery.runtime.tail import Broken, Heard, Tail, follow
+
+log = logging.getLogger(__name__)
+
+HOST_STREAM = "FACTS_HOST"
+CURSOR_EVERY = 200
+COMMIT_WORD_SECONDS = 1.0
+
+FactHandler = Callable[[Any], Awaitable[Sequence[Change] | None]]
+
+
+class Envelope(msgspec.Struct, frozen=True):
+    """What the runtime reads of a CloudEvent."""
+
+    id: str
+    type: str
+    data: msgspec.Raw
+
+
+_envelope = msgspec.json.Decoder(Envelope)
+
+
+def _matches(pattern: str, subject: str) -> bool:
+    wanted, given = pattern.split("."), subject.split(".")
+    return len(wanted) == len(given) and all(w in ("*", g) for w, g in zip(wanted, given, strict=True))
+
+
+@dataclass(slots=True)
+class Hearing:
+    """One service listening to one stream."""
+
+    bus: Bus
+    pool: asyncpg.Pool[asyncpg.Record]
+    stream: str
+    handlers: dict[str, tuple[Fact[Any], FactHandler]]
+    """Wildcard subject → fact and handler."""
+    on_gap: Callable[[], Awaitable[None]] | None = None
+    """Called when facts were lost for good: behind the retention, or another history."""
+    position: int = 0
+    history: str = ""
+    uncommitted: int = 0
+
+    async def run(self) -> None:
+        while True:
+            try:
+                await self._load()
+                async with follow(self.bus.client, self.stream, self.position, list(self.handlers)) as tail:
+                    await self._follow(tail)
+            except nats.js.errors.NotFoundError:
+                await asyncio.sleep(0.25)
+            except (Broken, nats.errors.Error, nats.js.errors.Error, TimeoutError) as error:
+                log.info("%s follows %s again: %s", self.bus.name, self.stream, error or type(error).__name__)
+                await asyncio.sleep(0.25)
+
+    async def _load(self) -> None:
+        row = await self.pool.fetchrow("select history, position from heard where stream = $1", self.stream)
+        self.history, self.position = (row["history"], row["position"]) if row else ("", 0)
+
+    async def _follow(self, tail: Tail) -> None:
+        if self.history != tail.standing.history or self.position + 1 < tail.standing.first:
+            if self.history and self.on_gap is not None:
+                await self.on_gap()
+            self.history = tail.standing.history
+            self.position = min(self.position, tail.standing.first - 1) if self.position else 0
+            await commit(self.pool, [self._cursor(tail.standing.first - 1)])
+            if self.position != 0:
+                raise Broken("the stream begins anew")
+        async for heard in tail:
+            await self._take(heard, tail.waiting())
+
+    def _cursor(self, position: int) -> Change:
+        return Change(
+            """insert into heard (stream, history, position) values ({0}, {1}, {2})
+               on conflict (stream) do update set history = excluded.history, position = excluded.position""",
+            (self.stream, self.history, position),
+            guarded=False,
+        )
+
+    async def _take(self, heard: Heard, more: bool) -> None:
+        if heard.position <= self.position:
+            return
+        changes = await self._decide(heard)
+        self.uncommitted += 1
+        if changes or not more or self.uncommitted >= CURSOR_EVERY:
+            while True:
+                try:
+                    await commit(self.pool, [*changes, self._cursor(heard.position)])
+                    break
+                except Stale:
+                    changes = await self._decide(heard)
+            self.uncommitted = 0
+        self.position = heard.position
+
+    async def _decide(self, heard: Heard) -> Sequence[Change]:
+        for pattern, (fact, handler) in self.handlers.items():
+            if _matches(pattern, heard.subject):
+                event = _envelope.decode(heard.body)
+                payload = self.bus.decoder(fact.payload).decode(event.data)
+                telemetry.facts_heard.add(1, {"service": self.bus.name, "fact": fact.name})
+                return await handler(payload) or ()
+        return ()
+
+
+@dataclass(slots=True)
+class HostPosition:
+    generation: str
+    seq: int
+    told: float = 0.0
+
+
+@dataclass(slots=True)
+class HostHearing:
+    """One service listening to every host's facts that it owns."""
+
+    bus: Bus
+    pool: asyncpg.Pool[asyncpg.Record]
+    owner: str
+    handlers: dict[str, tuple[Fact[Any], FactHandler]]
+    report: Fact[Any]
+    """The full report: the only fact that admits a new journal."""
+    positions: dict[str, HostPosition] = field(default_factory=dict)
+    asked: dict[str, float] = field(default_factory=dict)
+
+    async def run(self) -> None:
+        await self._load()
+        while True:
+            try:
+                await self._follow()
+            except nats.js.errors.NotFoundError:
+                await asyncio.sleep(0.25)
+            except (Broken, nats.errors.Error, nats.js.errors.Error, TimeoutError) as error:
+                log.info("%s follows the hosts again: %s", self.owner, error or type(error).__name__)
+                await asyncio.sleep(0.25)
+
+    async def _load(self) -> None:
+        rows = await self.pool.fetch("select host_id, generation, seq from heard_host")
+        self.positions = {r["host_id"]: HostPosition(r["generation"], r["seq"]) for r in rows}
+
+    async def _follow(self) -> None:
+        subjects = [f"fact.host.*.{self.owner}.>"]
+        async with follow(self.bus.client, HOST_STREAM, 0, subjects) as tail:
+            telling = asyncio.create_task(self._tell())
+            try:
+                async for heard in tail:
+                    await self._take(heard)
+            finally:
+                telling.cancel()
+
+    async def _take(self, heard: Heard) -> None:
+        found = next((v for p, v in self.handlers.items() if _matches(p, heard.subject)), None)
+        if found is None:
+            return
+        fact, handler = found
+        try:
+            payload: FromHost = self.bus.decoder(fact.payload).decode(heard.body)
+        except msgspec.DecodeError as error:
+            log.warning("a fact on %s can't be read: %s", heard.subject, error)
+            return
+        if heard.subject.split(".")[2] != payload.host_id:
+            log.warning("a fact on %s claims to be from host %s", heard.subject, payload.host_id)
+            return
+        if not await self._due(fact, payload):
+            return
+        telemetry.facts_heard.add(1, {"service": self.bus.name, "fact": fact.name})
+        await self._apply(handler, payload)
+
+    async def _apply(self, handler: FactHandler, payload: FromHost) -> None:
+        while True:
+            changes = await handler(payload) or ()
+            try:
+                await commit(self.pool, [*changes, self._cursor(payload)])
+                break
+            except Stale:
+                continue
+        told = self.positions.get(payload.host_id, HostPosition("", 0)).told
+        self.positions[payload.host_id] = HostPosition(payload.generation, payload.seq, told)
+
+    async def _due(self, fact: Fact[Any], payload: FromHost) -> bool:
+        """Whether this fact is the next one of its journal."""
+        at = self.positions.get(payload.host_id)
+        is_report = fact is self.report
+        if at is None or at.generation != payload.generation:
+            if not is_report:
+                await self._ask_report(payload.host_id)
+            return is_report
+        if payload.seq <= at.seq:
+            return False
+        # One further on was lost on the way: the agent publishes again what it wasn't told to be committed.
+        return payload.after_seq <= at.seq or (is_report and getattr(payload, "gap", False))
+
+    async def _ask_report(self, host_id: str) -> None:
+        now = time.monotonic()
+        if now - self.asked.get(host_id, -60.0) < 2.0:
+            return
+        self.asked[host_id] = now
+        await self.ask_report(host_id)
+
+    async def ask_report(self, host_id: str) -> None:
+        word = CommittedWord(host_id=host_id, owner=self.owner, generation="", seq=0)
+        await self.bus.client.publish(fill(REPORT_SUBJECT, word), encode(word))
+
+    def _cursor(self, payload: FromHost) -> Change:
+        return Change(
+            """insert into heard_host (host_id, generation, seq) values ({0}, {1}, {2})
+               on conflict (host_id) do update set generation = excluded.generation, seq = excluded.seq""",
+            (payload.host_id, payload.generation, payload.seq),
+            guarded=False,
+        )
+
+    async def _tell(self) -> None:
+        """Tell each host what was committed, at most once a second."""
+        told: dict[str, tuple[str, int]] = {}
+        while True:
+            for host_id, at in list(self.positions.items()):
+                if told.get(host_id) != (at.generation, at.seq):
+                    word = CommittedWord(
+                        host_id=host_id, owner=self.owner, generation=at.generation, seq=at.seq
+                    )
+                    await self.bus.client.publish(fill(COMMITTED_SUBJECT, word), encode(word))
+                    told[host_id] = (at.generation, at.seq)
+            await asyncio.sleep(COMMIT_WORD_SECONDS)
+
+
+async def make_host_stream(bus: Bus, replicas: int) -> None:
+    """The stream of hosts' facts: a day is enough, since agents publish again what nobody committed."""
+    js = bus.client.jetstream(timeout=5)
+    config = StreamConfig(
+        name=HOST_STREAM,
+        subjects=["fact.host.>"],
+        storage=StorageType.FILE,
+        num_replicas=replicas,
+        max_age=86400,
+        max_bytes=1024**3,
+        duplicate_window=10,
+    )
+    try:
+        await js.stream_info(HOST_STREAM)
+    except nats.js.errors.NotFoundError:
+        await js.add_stream(config)
+
+
+def table_of(
+    facts: Sequence[tuple[Fact[Any], FactHandler]],
+) -> dict[str, tuple[Fact[Any], FactHandler]]:
+    return {wildcard(fact.subject): (fact, handler) for fact, handler in facts}

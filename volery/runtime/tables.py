@@ -1,0 +1,235 @@
+"""Objects in PostgreSQL, and the one way to change them: every change and its facts in a single statement.
+
+A table of objects has `id, revision, doc, private` and typed columns copied from the public document for
+filters. `doc` is the public JSON, so that reads pass the owner's bytes through; `private` is what only the
+owner may see. Compare-and-set on `revision` guards each write: if one guard of a statement fails, the whole
+statement does (a statement with two guards would otherwise be half applied).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Generic, TypeVar
+
+import asyncpg
+import msgspec
+
+from volery.contracts.base import Entity, Fact, Message, encode
+from volery.contracts.errors import Kind, Refused
+
+T = TypeVar("T", bound=Entity)
+S = TypeVar("S", bound=Message)
+ENTITY_COLUMNS = ("id", "revision", "doc", "private")
+
+
+class Stale(Exception):
+    """Somebody else changed a row first, or it is gone: read again, decide again."""
+
+
+class Taken(Exception):
+    """A unique constraint refused the write. `constraint` is its name in the schema."""
+
+    def __init__(self, constraint: str) -> None:
+        super().__init__(constraint)
+        self.constraint = constraint
+
+
+class Nothing(Message):
+    """The private part of a noun that has none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row(Generic[T, S]):
+    """An object as its owner holds it."""
+
+    public: T
+    private: S
+
+    @property
+    def id(self) -> str:
+        return self.public.id
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One guarded write, with the facts that it makes true. Commit it with `commit`.
+
+    `sql` uses {0}, {1}, … for its own arguments and must return a row when its guard holds.
+    """
+
+    sql: str
+    arguments: tuple[Any, ...]
+    facts: tuple[tuple[str, bytes], ...] = ()
+    guarded: bool = True
+    """False: it may touch any number of rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Table(Generic[T, S]):
+    """A noun's table: how its rows are written, announced and read."""
+
+    name: str
+    public: type[T]
+    private: type[S]
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """Column → attribute of the public document it is copied from."""
+    changed: Fact[Any] | None = None
+    deleted: Fact[Any] | None = None
+    noun: str = ""
+    """How a person calls it; the table's name if empty."""
+
+    def _values(self, public: T, private: S) -> tuple[Any, ...]:
+        copies = (_plain(getattr(public, attribute)) for attribute in self.columns.values())
+        return (public.id, public.revision, encode(public).decode(), encode(private).decode(), *copies)
+
+    def insert(self, public: T, private: S, *facts: tuple[str, bytes]) -> Change:
+        """A new object; its first fact is `changed` with revision 1."""
+        names = (*ENTITY_COLUMNS, *self.columns)
+        slots = ", ".join(f"{{{i}}}" for i in range(len(names)))
+        sql = f"insert into {self.name} ({', '.join(names)}) values ({slots}) returning 1"
+        return Change(sql, self._values(public, private), (*self._announce(self.changed, public), *facts))
+
+    def update(
+        self, row: Row[T, S], public: T | None = None, private: S | None = None, *facts: tuple[str, bytes]
+    ) -> Change:
+        """The next revision of `row`. Announces it when the public part changed."""
+        announced = public is not None and public != row.public
+        new = msgspec.structs.replace(
+            public if public is not None else row.public,
+            revision=row.public.revision + 1,
+            updated_at=datetime.now(UTC) if announced else row.public.updated_at,
+        )
+        values = self._values(new, private if private is not None else row.private)
+        names = (*ENTITY_COLUMNS, *self.columns)
+        pairs = ", ".join(f"{name} = {{{i}}}" for i, name in enumerate(names) if name != "id")
+        sql = f"update {self.name} set {pairs} where id = {{0}} and revision = {{{len(names)}}} returning 1"
+        told = self._announce(self.changed, new)
+        return Change(sql, (*values, row.public.revision), (*told, *facts))
+
+    def delete(self, row: Row[T, S], *facts: tuple[str, bytes]) -> Change:
+        """The object ends; `deleted` is its only tombstone and carries the final revision."""
+        final = msgspec.structs.replace(
+            row.public, revision=row.public.revision + 1, updated_at=datetime.now(UTC)
+        )
+        sql = f"delete from {self.name} where id = {{0}} and revision = {{1}} returning 1"
+        return Change(sql, (row.id, row.public.revision), (*self._announce(self.deleted, final), *facts))
+
+    def _announce(self, fact: Fact[Any] | None, public: T) -> tuple[tuple[str, bytes], ...]:
+        return () if fact is None else (say(fact, public),)
+
+    def row(self, record: asyncpg.Record) -> Row[T, S]:
+        return Row(
+            msgspec.json.decode(record["doc"], type=self.public),
+            msgspec.json.decode(record["private"], type=self.private),
+        )
+
+    async def get(self, pool: asyncpg.Pool[asyncpg.Record], object_id: str) -> Row[T, S]:
+        """Raises Refused(not_found)."""
+        row = await self.find(pool, object_id)
+        if row is None:
+            raise not_there(self.noun or self.name, object_id)
+        return row
+
+    async def find(self, pool: asyncpg.Pool[asyncpg.Record], object_id: str) -> Row[T, S] | None:
+        record = await pool.fetchrow(f"select doc, private from {self.name} where id = $1", object_id)
+        return None if record is None else self.row(record)
+
+    async def raw(self, pool: asyncpg.Pool[asyncpg.Record], object_id: str) -> msgspec.Raw:
+        """The public document as the bytes that were written. Raises Refused(not_found)."""
+        doc = await pool.fetchval(f"select doc from {self.name} where id = $1", object_id)
+        if doc is None:
+            raise not_there(self.noun or self.name, object_id)
+        return msgspec.Raw(doc.encode())
+
+    async def where(
+        self, pool: asyncpg.Pool[asyncpg.Record], condition: str = "true", *arguments: Any
+    ) -> list[Row[T, S]]:
+        """Every row that meets the condition, which is written by the store that calls."""
+        records = await pool.fetch(
+            f"select doc, private from {self.name} where {condition} order by id", *arguments
+        )
+        return [self.row(record) for record in records]
+
+
+def not_there(noun: str, object_id: str) -> Refused:
+    return Refused(
+        Kind.NOT_FOUND,
+        f"there is no {noun} {object_id}: it was deleted or never existed",
+        noun=noun,
+        id=object_id,
+    )
+
+
+def _plain(value: Any) -> Any:
+    """A column's value: enums and ids as text, numbers, booleans and times as they are, the rest as JSON."""
+    if value is None or isinstance(value, int | float | datetime):
+        return value
+    if isinstance(value, str):
+        return str(value)
+    return encode(value).decode()
+
+
+def say(fact: Fact[Any], payload: Message) -> tuple[str, bytes]:
+    """Subject and CloudEvent of a fact, without the id and sequence that its position will give it."""
+    subject = fact.subject_for(payload)
+    noun, object_id = subject.split(".")[2:4]
+    event = {
+        "source": f"/volery/{fact.owner}",
+        "type": f"dev.volery.{fact.name}",
+        "subject": f"{noun}/{object_id}",
+        "time": datetime.now(UTC),
+        "datacontenttype": "application/json",
+        "data": payload,
+    }
+    return subject, b"," + encode(event)[1:]
+
+
+_SLOT = re.compile(r"\{(\d+)\}")
+
+
+def compose(changes: Sequence[Change]) -> tuple[str, list[Any]]:
+    """One statement for all changes and facts. Its value is the number of guards that held; the facts are
+    written only when all did, and a division by zero undoes everything when one did not."""
+    parts: list[str] = []
+    arguments: list[Any] = []
+    guards: list[str] = []
+    for number, change in enumerate(changes):
+        base = len(arguments)
+        sql = _SLOT.sub(lambda m, base=base: f"${base + int(m[1]) + 1}", change.sql)  # type: ignore[misc]
+        arguments += change.arguments
+        parts.append(f"c{number} as ({sql})")
+        if change.guarded:
+            guards.append(f"(select count(*) from c{number})")
+    wanted = len(guards)
+    held = " + ".join(guards) or "0"
+    parts.append(f"held as materialized (select {held} as n)")
+    facts = [fact for change in changes for fact in change.facts]
+    if facts:
+        at = len(arguments)
+        arguments += [[subject for subject, _ in facts], [body for _, body in facts]]
+        parts.append(
+            f"told as (insert into outbox (subject, body) select f.subject, f.body from held, "
+            f"unnest(${at + 1}::text[], ${at + 2}::bytea[]) with ordinality as f(subject, body, n) "
+            f"where held.n = {wanted} order by f.n)"
+        )
+    sql = f"with {', '.join(parts)} select 1 / (case when n = {wanted} then 1 else 0 end) from held"
+    return sql, arguments
+
+
+async def commit(pool: asyncpg.Pool[asyncpg.Record], changes: Sequence[Change]) -> None:
+    """Apply all changes and write their facts, or nothing.
+
+    Raises Stale when a guard failed or another transaction was in the way; Taken for a unique constraint.
+    """
+    if not changes:
+        return
+    sql, arguments = compose(changes)
+    try:
+        await pool.fetchval(sql, *arguments)
+    except (asyncpg.DivisionByZeroError, asyncpg.DeadlockDetectedError, asyncpg.SerializationError):
+        raise Stale from None
+    except asyncpg.UniqueViolationError as error:
+        raise Taken(error.constraint_name or "") from None
