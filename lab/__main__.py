@@ -1,0 +1,111 @@
+"""`python -m lab`: makes a lab, looks at it, breaks it and takes it down."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from lab.errors import LabError
+from lab.host import Host
+from lab.lab import Lab
+
+HOST_ACTIONS: dict[str, tuple[Callable[[Host], None], str]] = {
+    "power-off": (Host.power_off, "pull the plug: every process on the host dies"),
+    "power-on": (Host.power_on, "boot it, and wait until libvirtd answers"),
+    "cut": (Host.cut, "pull the network cable"),
+    "join": (Host.join, "plug the network cable in"),
+    "kill-libvirtd": (Host.kill_libvirtd, "kill -9; it stays down"),
+    "start-libvirtd": (Host.start_libvirtd, "start libvirtd again"),
+    "kill-agent": (Host.kill_agent, "kill -9; it is started again after 0.5 s"),
+    "start-agent": (Host.start_agent, "start the agent"),
+    "freeze": (Host.freeze, "stop all its processes"),
+    "thaw": (Host.thaw, "let them go on"),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    root = argparse.ArgumentParser(prog="python -m lab", description=__doc__)
+    shared = argparse.ArgumentParser(add_help=False)
+    home = os.environ.get("VOLERY_HOME", "/var/lib/volery")
+    shared.add_argument("--state", type=Path, default=Path(home) / "lab", help="the lab's directory")
+    shared.add_argument("--name", help="short name; by default derived from the directory")
+    verbs = root.add_subparsers(dest="verb", required=True, metavar="VERB")
+    up = verbs.add_parser("up", parents=[shared], help="make the lab, or what is missing of it")
+    up.add_argument("--hosts", type=int, default=3)
+    up.add_argument("--kvm", action="store_true", help="let hosts see /dev/kvm")
+    up.add_argument("--agent-command", type=shlex.split, help="what runs as agent on every host")
+    down = verbs.add_parser("down", parents=[shared], help="remove the lab and its data")
+    down.add_argument("--keep", action="store_true", help="leave disks, logs and configuration")
+    status = verbs.add_parser("status", parents=[shared], help="show every host")
+    status.add_argument("-o", "--output", choices=["table", "json"], default="table")
+    for verb, (_, text) in HOST_ACTIONS.items():
+        verbs.add_parser(verb, parents=[shared], help=text).add_argument("host", type=int)
+    run = verbs.add_parser("exec", parents=[shared], help="run a program on a host")
+    run.add_argument("host", type=int)
+    run.add_argument("command", nargs="+", metavar="-- COMMAND")
+    return root
+
+
+def main(arguments: list[str]) -> int:
+    options = parser().parse_args(arguments)
+    try:
+        return act(Lab(options.state, options.name), options)
+    except LabError as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+def act(lab: Lab, options: argparse.Namespace) -> int:
+    if options.verb == "up":
+        lab.up(options.hosts, kvm=options.kvm, agent_command=options.agent_command)
+        show(lab, "table")
+    elif options.verb == "down":
+        lab.down(keep=options.keep)
+    elif options.verb == "status":
+        show(lab, options.output)
+    elif options.verb == "exec":
+        command = lab.host(options.host).enter(options.command)
+        os.execvp(command[0], command)  # noqa: S606
+    else:
+        HOST_ACTIONS[options.verb][0](lab.host(options.host))
+    return 0
+
+
+def show(lab: Lab, output: str) -> None:
+    target = lab.target
+    facts = {
+        "name": lab.name,
+        "state": str(lab.layout.state),
+        "subnet": lab.subnet,
+        "machine_address": lab.gateway,
+        "shared_directory": str(lab.shared_on_hosts),
+        "iscsi_portal": target.portal,
+        "iscsi_target": target.name,
+        "iscsi_user": target.user,
+        "iscsi_password": target.password,
+        "iscsi_luns": {str(number): size for number, size in target.luns.items()},
+        "iscsi_running": target.process is not None,
+    }
+    hosts = [host.status() for host in lab.hosts]
+    if output == "json":
+        print(json.dumps({**facts, "hosts": [asdict(host) for host in hosts]}, indent=2))
+        return
+    for key, value in facts.items():
+        print(f"{key.replace('_', ' '):18}{value}")
+    print(f"\n{'host':6}{'address':16}{'power':8}{'cable':8}{'libvirtd':10}{'agent':8}{'guests':8}")
+    for host in hosts:
+        daemons = ("up" if host.libvirtd else "-", "up" if host.agent else "-")
+        print(
+            f"h{host.number:<5}{host.ip:16}{host.power:8}{host.cable:8}"
+            f"{daemons[0]:10}{daemons[1]:8}{host.guests:<8}"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
