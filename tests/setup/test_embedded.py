@@ -114,7 +114,7 @@ def test_a_taken_port_is_named(home: Home) -> None:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        home.change_settings({"VOLERY_NATS_PORT": str(port)})
+        home.change_settings({"VOLERY_SETUP_NATS_PORT": str(port)})
         with pytest.raises(SetupError, match=f"TCP port {port}: another program"):
             embedded.start_nats(home)
 

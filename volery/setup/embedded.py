@@ -104,7 +104,7 @@ _STOP: dict[Name, tuple[tuple[int, float], ...]] = {
 def start_nats(home: Home, options: NatsOptions | None = None) -> Embedded:
     """The installation's NATS server, running and answering; adopted or started.
 
-    A port that nobody chose is picked once and kept in settings.env (`VOLERY_NATS_PORT`). A live
+    A port that nobody chose is picked once and kept in settings.env (`VOLERY_SETUP_NATS_PORT`). A live
     server whose configuration changed, such as a renewed certificate, is told to read it again.
     Raises SetupError with the log's end when it doesn't come up.
     """
@@ -141,17 +141,17 @@ def _nats(process: ProcessId, options: NatsOptions, places: _Places, *, adopted:
 
 
 def _nats_port(home: Home, options: NatsOptions, *, taken_is_ours: bool) -> int:
-    kept = home.settings().get("VOLERY_NATS_PORT")
+    kept = home.settings().get("VOLERY_SETUP_NATS_PORT")
     port = options.port or (int(kept) if kept and kept.isdigit() else 0)
     if not port:
         port = processes.free_port(options.preferred_port, options.host)
     elif not taken_is_ours and not processes.port_is_free(port, options.host):
         raise SetupError(
             f"NATS can't listen on TCP port {port}: another program does. End that program"
-            f" (`ss -ltnp 'sport = :{port}'` names it), or set VOLERY_NATS_PORT in"
+            f" (`ss -ltnp 'sport = :{port}'` names it), or set VOLERY_SETUP_NATS_PORT in"
             f" {home.settings_file} to a free port; hosts enrolled before must be told the new one."
         )
-    home.change_settings({"VOLERY_NATS_PORT": str(port)})
+    home.change_settings({"VOLERY_SETUP_NATS_PORT": str(port)})
     return port
 
 

@@ -119,13 +119,13 @@ class Home:
                     f"The state directory {directory} can't be made: {error.strerror}. Set"
                     " VOLERY_HOME to a directory that this user may write, or run as root."
                 ) from error
-        if "VOLERY_INSTALLATION" not in self.settings():
-            self.change_settings({"VOLERY_INSTALLATION": secrets.token_hex(3)})
+        if "VOLERY_SETUP_INSTALLATION" not in self.settings():
+            self.change_settings({"VOLERY_SETUP_INSTALLATION": secrets.token_hex(3)})
 
     @property
     def installation(self) -> str:
         """Six hex digits that tell this installation's units, bridges and domains from others'."""
-        value = self.settings().get("VOLERY_INSTALLATION")
+        value = self.settings().get("VOLERY_SETUP_INSTALLATION")
         if value is None:
             raise SetupError(f"{self.path} isn't a Volery installation: run `make up` first.")
         return value

@@ -57,7 +57,10 @@ def _start_time(pid: int) -> int | None:
         return None
     # The command's name may hold blanks and brackets: fields are counted from the last one.
     fields = text[text.rindex(")") + 2 :].split()
-    return None if fields[0] in ("Z", "X") else int(fields[19])
+    # A killed process whose main thread is a zombie still has its files open, locks and ports
+    # among them, until its last thread has ended.
+    ended = fields[0] in ("Z", "X") and int(fields[17]) <= 1
+    return None if ended else int(fields[19])
 
 
 def write_record(path: Path, process: ProcessId) -> None:
