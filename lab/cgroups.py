@@ -46,6 +46,10 @@ def hierarchies() -> list[Hierarchy]:
             controllers = Path(mount_point, "cgroup.controllers").read_text().split()
             if CONTROLLERS.intersection(controllers):
                 found.append(Hierarchy(Path(mount_point), ""))
+    # libvirt can't mix the two either: with controllers in both, v1's are the ones that count.
+    found.sort(key=lambda hierarchy: hierarchy.unified)
+    if found and not found[0].unified:
+        found = [hierarchy for hierarchy in found if not hierarchy.unified]
     if not found:
         raise LabError(
             "No control group hierarchy is mounted on this machine, and libvirt needs one: mount "

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -160,9 +161,9 @@ class Host:
             return [pid for pid in found if unit is not None and processes.inner_pid(pid) == unit]
         return [pid for pid in found if processes.is_program(pid, name)]
 
-    def _unit_pid(self, unit: str) -> int | None:
+    def _unit_pid(self, unit: str, kind: str = "pid") -> int | None:
         try:
-            return int((self.layout.units / f"{unit}.pid").read_text())
+            return int((self.layout.units / f"{unit}.{kind}").read_text())
         except FileNotFoundError:
             return None
 
@@ -215,7 +216,8 @@ class Host:
         for name in ("lib-libvirt", "cache-libvirt", "home", "log", "units"):
             (directory / name).mkdir(parents=True, exist_ok=True)
         for unit in UNITS:
-            (self.layout.units / f"{unit}.pid").unlink(missing_ok=True)
+            for kind in ("pid", "last"):
+                (self.layout.units / f"{unit}.{kind}").unlink(missing_ok=True)
             self._mark_down(unit, unit in hold)
         self._configure_libvirt(directory / "etc-libvirt")
         texts = {
@@ -263,10 +265,10 @@ class Host:
     def wait_for_libvirtd(self, timeout_seconds: float = 60.0) -> None:
         """Returns when libvirtd answers a call. Raises LabError after the time."""
         deadline = time.monotonic() + timeout_seconds
-        socket = Path(f"/proc/{self._on().init.pid}/root/run/libvirt/libvirt-sock")
-        while not socket.exists():  # libvirtd announces its socket to nobody
+        path = f"/proc/{self._on().init.pid}/root/run/libvirt/libvirt-sock"
+        while not _listens(path):  # libvirtd announces its socket to nobody
             if time.monotonic() > deadline:
-                self._libvirtd_is_silent(timeout_seconds, "it made no socket")
+                self._libvirtd_is_silent(timeout_seconds, "nothing listens on its socket.")
             time.sleep(0.01)
         try:
             # Answered only once its drivers are up.
@@ -350,10 +352,12 @@ class Host:
 
     def _start_unit(self, unit: str) -> None:
         boot = self._on()
+        last = self._unit_pid(unit, "last")
         self._mark_down(unit, False)
         processes.send(boot.init.pid, signal.SIGHUP)
         deadline = time.monotonic() + 10
-        while not self.pids(unit):
+        # It may have ended already; then pid 1 tries again, and its log says why.
+        while not self.pids(unit) and self._unit_pid(unit, "last") == last:
             if time.monotonic() > deadline:
                 raise LabError(
                     f"{unit} of host {self.number} did not start: see {self.layout.log / f'{unit}.out'}."
@@ -416,6 +420,16 @@ def run_on_host(
     if check and process.returncode != 0:
         raise LabError(f"{what} failed with {process.returncode}: {(err or out).strip()}")
     return subprocess.CompletedProcess(list(command), process.returncode, out, err)
+
+
+def _listens(path: str) -> bool:
+    """Whether a daemon accepts connections there; a killed one leaves its socket's file behind."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        try:
+            client.connect(path)
+        except (FileNotFoundError, ConnectionRefusedError):
+            return False
+        return True
 
 
 def _tail(log: Path, lines: int = 5) -> str:

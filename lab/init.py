@@ -7,6 +7,7 @@ Only the standard library is imported, so that a boot costs tens of milliseconds
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -90,15 +91,11 @@ def boot(host: HostLayout, subnet: str, kvm: bool) -> None:
     kernel.mount("none", "/", flags=kernel.MS_REC | kernel.MS_SLAVE)
     kernel.set_hostname(host.name)
     _plug_cable(host, subnet)
-    # Relative paths work on after a mount has hidden the state directory's absolute one.
     os.chdir(host.directory)
-    _forget_namespaces()
-    sources = {target: os.open(source, os.O_PATH) for source, target in _binds(host)}
     _mount_system(kvm)
-    for target, descriptor in sources.items():
-        if Path(target).exists():
-            kernel.bind(f"/proc/self/fd/{descriptor}", target)
-        os.close(descriptor)
+    for source, target in _binds(host):
+        if Path(target).exists():  # not every machine has a DMI
+            kernel.bind(str(source), target)
     Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
     record = {"pid": pid, "start_ticks": start_ticks, "boot_id": boot_id}
     Path("boot.json.new").write_text(json.dumps(record))
@@ -122,14 +119,6 @@ def _plug_cable(host: HostLayout, subnet: str) -> None:
         subprocess.run(["ip", *command.split()], check=True)
 
 
-def _forget_namespaces() -> None:
-    """Our copies of named namespaces would keep another lab's switch alive after its `down`."""
-    for line in Path("/proc/self/mounts").read_text().splitlines():
-        _, target, kind = line.split()[:3]
-        if kind == "nsfs":
-            kernel.detach(target)
-
-
 def _binds(host: HostLayout) -> list[tuple[Path, str]]:
     """What this host has for itself (or shares with the lab's others) at well-known paths."""
     directory = host.directory
@@ -150,23 +139,37 @@ def _binds(host: HostLayout) -> list[tuple[Path, str]]:
 
 def _mount_system(kvm: bool) -> None:
     """/dev, /run, /sys with the control groups, and /proc as a machine of its own would have them."""
+    trees = cgroups.hierarchies()
     _mount_devices([*DEVICES, "kvm"] if kvm else list(DEVICES))
+    _clear("/run")
     kernel.mount("tmpfs", "/run", "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "mode=755")
     for directory in ("/run/lock", "/run/libvirt"):
         os.mkdir(directory)
-    trees = cgroups.hierarchies()
+    _clear("/sys")
     kernel.mount("sysfs", "/sys", "sysfs")
-    if not trees[0].unified:
+    if trees[0].unified:
+        kernel.mount("cgroup2", "/sys/fs/cgroup", "cgroup2")
+        _leave_root_group(Path("/sys/fs/cgroup"))
+    else:
         kernel.mount("tmpfs", "/sys/fs/cgroup", "tmpfs", options="mode=755")
-    for tree in trees:
-        if tree.unified and len(trees) == 1:
-            kernel.mount("cgroup2", "/sys/fs/cgroup", "cgroup2")
-            _leave_root_group(Path("/sys/fs/cgroup"))
-        elif not tree.unified:
+        for tree in trees:
             target = Path("/sys/fs/cgroup") / tree.mount_point.name
             target.mkdir()
             kernel.mount("cgroup", str(target), "cgroup", options=tree.options)
+    _clear("/proc")
     kernel.mount("proc", "/proc", "proc")
+
+
+def _clear(top: str) -> None:
+    """Takes the machine's mounts at and below `top` out of here. Copies would keep them busy for it,
+
+    and libvirt reads /proc/mounts, where a hidden mount looks like one that it can use.
+    """
+    lines = Path("/proc/self/mounts").read_text().splitlines()
+    for target in reversed([line.split()[1] for line in lines]):
+        if target == top or target.startswith(f"{top}/"):
+            with contextlib.suppress(OSError):  # under another mount, so already gone with it
+                kernel.detach(target)
 
 
 def _leave_root_group(root: Path) -> None:
@@ -181,6 +184,7 @@ def _mount_devices(names: list[str]) -> None:
         path = Path("/dev", name)
         if path.exists() and stat.S_ISCHR(path.stat().st_mode):
             found[name] = path.stat().st_rdev
+    _clear("/dev")
     kernel.mount("tmpfs", "/dev", "tmpfs", kernel.MS_NOSUID, "mode=755")
     for directory in ("pts", "shm", "net", "mqueue"):
         Path("/dev", directory).mkdir()
@@ -246,8 +250,9 @@ def _reconcile(unit: Unit, host: HostLayout) -> float | None:
         return wait
     environment = ENVIRONMENT | _agent_environment(host) if unit.name == "agent" else ENVIRONMENT
     unit.pid = _spawn(command, environment, f"log/{unit.name}.out")
-    Path("units", f"{unit.name}.new").write_text(str(unit.pid))
-    os.rename(f"units/{unit.name}.new", f"units/{unit.name}.pid")
+    for kind in ("pid", "last"):
+        Path("units", f"{unit.name}.new").write_text(str(unit.pid))
+        os.rename(f"units/{unit.name}.new", f"units/{unit.name}.{kind}")
     return None
 
 

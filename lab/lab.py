@@ -18,6 +18,7 @@ from lab.record import LabRecord, load
 from lab.target import IscsiTarget
 
 DEFAULT_NETWORKS = "10.98.0.0/16"  # VOLERY_LAB_NETWORKS chooses another
+HIDDEN_ON_HOSTS = ("/dev", "/proc", "/run", "/sys", "/etc/libvirt", "/var/lib/libvirt")
 REQUIRED_PROGRAMS = {
     "ip": "iproute2",
     "nsenter": "util-linux",
@@ -41,6 +42,12 @@ class Lab:
             raise LabError(
                 f"The lab in {path} is called {recorded.name}, not {chosen}: leave the name out, or "
                 "choose another state directory."
+            )
+        hidden = [top for top in HIDDEN_ON_HOSTS if path.resolve().is_relative_to(top)]
+        if hidden:
+            raise LabError(
+                f"A lab's state can't be in {path}: hosts have a {hidden[0]} of their own. Choose "
+                "another directory with --state."
             )
         self.layout = LabLayout(path, chosen)
         self._record = recorded

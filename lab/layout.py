@@ -146,7 +146,10 @@ class HostLayout:
 
     @property
     def units(self) -> Path:
-        """`<unit>.pid` (pid inside the host) of what pid 1 runs, `<unit>.down` for what it must not."""
+        """`<unit>.pid` (pid inside the host) while pid 1 runs it, `<unit>.last` also after it ended,
+
+        and `<unit>.down` for what pid 1 must not run.
+        """
         return self.directory / "units"
 
     @property
