@@ -33,6 +33,10 @@ class Running:
     """Say how far it is, 0 to 100; coalesced, never blocks."""
 
 
+async def _assumed_reachable() -> bool:
+    return True
+
+
 @dataclass(frozen=True, slots=True)
 class Host:
     """What actions may touch; nothing is global."""
@@ -41,6 +45,8 @@ class Host:
     hypervisor: Hypervisor
     tickets: Tickets
     host_id: str
+    control_plane_reachable: Callable[[], Awaitable[bool]] = _assumed_reachable
+    """One round trip to the control plane, now: what a change of the host's network must not break."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,5 +38,19 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
     """A libvirt call about a domain that takes longer marks the domain unresponsive."""
     max_abandoned_calls: int = 32
     """Stuck threads before the agent restarts itself, which touches no VM."""
+    max_waiting_orders: int = 2000
+    """Orders accepted and not finished; beyond it new ones are refused until some have ended."""
+    boot_id_path: str = "/proc/sys/kernel/random/boot_id"
+    """Names the run of this machine: a new one proves that what ran before is gone. Set only where a whole
+    "host" can die without the kernel, as in the lab; never in a container beside a living libvirtd."""
     device_suffix: str = ""
     """Short suffix of this installation's bridges, so that several installations share a machine."""
+    installation: str = ""
+    """Which Volery this host belongs to (VOLERY_INSTALLATION): kept in the marker file of storage domains, so that
+    two of them never write one."""
+    staging_dir: str = ""
+    """Where uploads and downloads of iSCSI disks wait, which have no directory beside them; "" is
+    {state_dir}/staging. Needs room for a whole image."""
+    import_networks: str = ""
+    """CIDRs, comma-separated, from which images may be imported although they are loopback or link-local; empty:
+    none, so that nobody reads the host's own services or a cloud's metadata through an import."""
