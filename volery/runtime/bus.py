@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -31,6 +30,7 @@ from volery.contracts.base import Call, Message
 from volery.contracts.errors import STATUS, Kind, Problem, Refused
 from volery.runtime import telemetry
 from volery.runtime.config import BusConfig
+from volery.runtime.connection import connect_options
 
 log = logging.getLogger(__name__)
 
@@ -72,24 +72,20 @@ async def connect(config: BusConfig, user: str, *, never_queue: bool = False) ->
     `never_queue`: publishing while disconnected fails at once instead of being sent after the reconnect, which
     is what orders and beats need.
     """
-    options: dict[str, Any] = {
-        "servers": config.servers.split(","),
-        "name": f"volery-{user}",
-        "inbox_prefix": f"_INBOX.{user}",
-        "max_reconnect_attempts": -1,
-        "reconnect_time_wait": 0.25,
-        "connect_timeout": 5,
-        "ping_interval": 2,
-        "max_outstanding_pings": 2,
-        "allow_reconnect": True,
-        "error_cb": _ignore_error,
-    }
-    if never_queue:
-        options["pending_size"] = 0
+    servers = config.servers.split(",")
     if config.credentials_dir:
-        options["user_credentials"] = str(Path(config.credentials_dir, f"{user}.creds"))
-    if config.ca_file:
-        options["tls"] = ssl.create_default_context(cafile=config.ca_file)
+        options = connect_options(
+            Path(config.credentials_dir, f"{user}.creds"),
+            user,
+            servers,
+            ca=Path(config.ca_file) if config.ca_file else None,
+            at_once=never_queue,
+        )
+    else:
+        options = {"servers": servers, "name": user, "inbox_prefix": f"_INBOX.{user}"}
+        options |= {"max_reconnect_attempts": -1, "reconnect_time_wait": 0.1}
+        options |= {"pending_size": 0} if never_queue else {}
+    options["error_cb"] = _note_error
     while True:
         try:
             return await nats.connect(**options)
@@ -98,7 +94,7 @@ async def connect(config: BusConfig, user: str, *, never_queue: bool = False) ->
             await asyncio.sleep(0.5)
 
 
-async def _ignore_error(error: Exception) -> None:
+async def _note_error(error: Exception) -> None:
     log.info("bus: %s", error or type(error).__name__)
 
 
@@ -195,7 +191,7 @@ class Answers:
 
     async def open(self, table: dict[str, tuple[Call[Any, Any], Handler]], version: str = "0.1.0") -> None:
         self.micro = await add_service(
-            self.bus.client, name=f"volery-{self.bus.name}", version=version, queue_group=self.bus.name
+            self.bus.client, name=self.bus.name, version=version, queue_group=self.bus.name
         )
         for subject, (call, handler) in table.items():
             await self.micro.add_endpoint(

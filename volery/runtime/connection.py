@@ -8,7 +8,9 @@ import contextlib
 import json
 import random
 import ssl
+import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,15 +23,15 @@ from nats.js.errors import NotFoundError
 from volery.contracts.errors import unavailable
 from volery.runtime.identity import Realm, check_revocable, reader_name
 from volery.runtime.permissions import ACCOUNT_OF, ACCOUNTS
-from volery.runtime.signing import IdentityError, Key, parse_creds, read_jwt
+from volery.runtime.signing import IdentityError, Key, decode_segment, parse_creds, read_jwt
 
 READER_IDLE_SECONDS: Final = 7 * 86_400.0
 """How long a reader may stay away before the server forgets its position (protocol: a week)."""
 READER_ACKS_PENDING: Final = 1_000
 RECONNECT_FIRST_SECONDS: Final = 0.25
 RECONNECT_MOST_SECONDS: Final = 2.0
-CLAIMS_TIMEOUT_SECONDS: Final = 2.0
-CLAIMS_TRIES: Final = 8
+CLAIMS_REQUEST_SECONDS: Final = 1.0
+CLAIMS_PAUSE_SECONDS: Final = 0.05
 
 
 class CredsFile:
@@ -117,55 +119,102 @@ def connect_options(
     return options
 
 
-async def push_accounts(realm: Realm, system: Client) -> None:
+async def settle(nc: Client) -> None:
+    """Come back when the server has handled all that was published and subscribed before.
+
+    One `flush` isn't enough: nats-py writes its PING to the socket ahead of the commands it still buffers,
+    so the first PONG says only that those have been written since.
+    """
+    await nc.flush()
+    await nc.flush()
+
+
+@dataclass(frozen=True, slots=True)
+class Presence:
+    """Who connected or disconnected, from an event of the system account. Evidence, never proof."""
+
+    name: str
+    """The name that was signed: a host's id, a service, `reader-{system}`."""
+    public_key: str
+    reason: str
+    """`Client Closed`, `Stale Connection`, …; empty for a connect."""
+
+
+def read_presence(event: bytes) -> Presence:
+    """What a `$SYS.ACCOUNT.*.CONNECT` or `DISCONNECT` says. Raises ValueError if it is none.
+
+    The event's own `client.name` is what the client calls itself, and its `jwt` must never be logged.
+    """
+    try:
+        fields = json.loads(event)
+        client = fields["client"]
+        claims = json.loads(decode_segment(client["jwt"].split(".")[1]))
+        return Presence(claims["name"], client["user"], fields.get("reason", ""))
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ValueError("not a connection event of a user with a token") from error
+
+
+async def push_accounts(realm: Realm, system: Client, timeout_seconds: float = 5.0) -> None:
     """Make every server know this realm's claims: after an upgrade, a restored store, at start.
 
     `system` is connected as `claims`. Does nothing when the servers have them already.
-    Raises Refused(unavailable) when no server takes them.
+    Raises Refused(unavailable) when no server takes them in time.
     """
     for account in ACCOUNTS:
-        await _push(realm, system, account, ())
+        await _push(realm, system, account, (), timeout_seconds)
 
 
-async def revoke(realm: Realm, system: Client, public_keys: Iterable[str], role: str = "agent") -> None:
+async def revoke(
+    realm: Realm,
+    system: Client,
+    public_keys: Iterable[str],
+    role: str = "agent",
+    timeout_seconds: float = 5.0,
+) -> None:
     """Cut these users (`agent` or `reader`) off for ever, within milliseconds; others don't notice.
 
-    A key can't be un-revoked: the host enrols again with a new one. Repeating it costs one question, so the
-    owner of the list asks again from time to time, which also heals a server whose store went back in time
-    and two replicas that revoked at the same moment. Raises Refused for a key that isn't a user's or is a
-    service's, Refused(unavailable) when no server confirmed it: it is then in force only here, so repeat.
+    `system` is connected as `claims`. A key can't be un-revoked: the host enrols again with a new one.
+    Repeating it costs one question, so the owner of the list asks again from time to time, which also heals
+    a server whose store went back in time and two replicas that revoked at the same moment.
+    Raises Refused for a key that isn't a user's or is a service's; Refused(unavailable) when no server
+    confirmed it in time: it is then written down here only, so repeat it.
     """
     keys = tuple(public_keys)
     check_revocable(realm, keys)
-    await _push(realm, system, ACCOUNT_OF[role], keys)
+    await _push(realm, system, ACCOUNT_OF[role], keys, timeout_seconds)
 
 
-async def _push(realm: Realm, system: Client, account: str, revoked: tuple[str, ...]) -> None:
-    problem = "the server still answers with older claims"
-    for attempt in range(CLAIMS_TRIES):
+async def _push(
+    realm: Realm, system: Client, account: str, revoked: tuple[str, ...], timeout_seconds: float
+) -> None:
+    # In a thread: it waits for the disk, and for another program that holds the realm.
+    await asyncio.to_thread(realm.sign_account, account, revoked)
+    problem = "none answered"
+    deadline = time.monotonic() + timeout_seconds
+    while (left := deadline - time.monotonic()) > 0:
+        patience = min(left, CLAIMS_REQUEST_SECONDS)
         try:
-            served = await _served(realm, system, account)
+            served = await _served(realm, system, account, patience)
             seen, after = _seen(realm, account, served)
-            wanted = realm.sign_account(account, (*revoked, *seen), after)
+            wanted = await asyncio.to_thread(realm.sign_account, account, (*revoked, *seen), after)
             if served == wanted:
                 return
-            answer = await system.request(
-                "$SYS.REQ.CLAIMS.UPDATE", wanted.encode(), timeout=CLAIMS_TIMEOUT_SECONDS
-            )
-            problem = str(json.loads(answer.data).get("error", problem))
+            update = "$SYS.REQ.CLAIMS.UPDATE"
+            answer = await system.request(update, wanted.encode(), timeout=patience)
+            problem = str(json.loads(answer.data).get("error", "it answers with older claims"))
         except NatsError as error:
             problem = str(error) or type(error).__name__
-        await asyncio.sleep(0.02 * attempt)
+            await asyncio.sleep(CLAIMS_PAUSE_SECONDS)
     raise unavailable(
         f"no NATS server took the claims of the account {account} ({problem}): check that the servers"
-        " run and trust this installation's operator, then repeat",
+        " run, then repeat",
         account=account,
     )
 
 
-async def _served(realm: Realm, system: Client, account: str) -> str:
+async def _served(realm: Realm, system: Client, account: str, timeout_seconds: float) -> str:
     subject = f"$SYS.REQ.ACCOUNT.{realm.accounts[account]}.CLAIMS.LOOKUP"
-    answer = await system.request(subject, b"", timeout=CLAIMS_TIMEOUT_SECONDS)
+    answer = await system.request(subject, b"", timeout=timeout_seconds)
     return answer.data.decode().strip()
 
 

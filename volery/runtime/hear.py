@@ -62,6 +62,8 @@ class Hearing:
     """Wildcard subject → fact and handler."""
     on_gap: Callable[[], Awaitable[None]] | None = None
     """Called when facts were lost for good: behind the retention, or another history."""
+    committed: Callable[[], None] = lambda: None
+    """Told after an effect was committed, which may have said facts."""
     position: int = 0
     history: str = ""
     uncommitted: int = 0
@@ -115,6 +117,7 @@ class Hearing:
                 except Stale:
                     changes = await self._decide(heard)
             self.uncommitted = 0
+            self.committed()
         self.position = heard.position
 
     async def _decide(self, heard: Heard) -> Sequence[Change]:
@@ -144,6 +147,7 @@ class HostHearing:
     handlers: dict[str, tuple[Fact[Any], FactHandler]]
     report: Fact[Any]
     """The full report: the only fact that admits a new journal."""
+    committed: Callable[[], None] = lambda: None
     positions: dict[str, HostPosition] = field(default_factory=dict)
     asked: dict[str, float] = field(default_factory=dict)
 
@@ -198,6 +202,7 @@ class HostHearing:
                 break
             except Stale:
                 continue
+        self.committed()
         told = self.positions.get(payload.host_id, HostPosition("", 0)).told
         self.positions[payload.host_id] = HostPosition(payload.generation, payload.seq, told)
 

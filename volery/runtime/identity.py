@@ -28,6 +28,7 @@ from volery.runtime.permissions import (
     SERVICES,
     SHARED_SUBJECTS,
     SYSTEM_USERS,
+    imported_as,
     permissions_of,
 )
 from volery.runtime.signing import (
@@ -223,8 +224,14 @@ def account_claims(realm: Realm, account: str) -> dict[str, Any]:
         ]
     if account == "READERS":
         claims["imports"] = [
-            {"name": s, "subject": s, "account": realm.accounts["VOLERY"], "type": "service"}
-            for s in SHARED_SUBJECTS
+            {
+                "name": subject,
+                "subject": subject,
+                "local_subject": imported_as(subject),
+                "account": realm.accounts["VOLERY"],
+                "type": "service",
+            }
+            for subject in SHARED_SUBJECTS
         ]
     return claims
 

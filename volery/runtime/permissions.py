@@ -25,6 +25,8 @@ ACCOUNT_OF: Final[dict[str, str]] = {
 }
 """Each role has one scoped signing key in one account: whoever steals it can mint that role only."""
 
+MICRO_VERBS: Final = ("PING", "INFO", "STATS")
+
 HOST_STREAM: Final = "FACTS_HOST"
 
 
@@ -45,7 +47,8 @@ _NAME_OF_ROLE: Final = {"agent": NAME, "reader": NAME}
 @dataclass(frozen=True, slots=True)
 class Rule:
     """One reason to speak or listen. Placeholders: `{me}` the user's name, `{owner}` each owner,
-    `{service}` each program, `{stream}` each stream, `{shared}` each owner's stream, `{mine}` own streams.
+    `{service}` each program, `{stream}` each stream, `{shared}` each owner's stream, `{mine}` own streams,
+    `{verb}` what NATS micro answers about itself.
     """
 
     why: str
@@ -59,8 +62,9 @@ class Rule:
 RULES: Final = (
     Rule("hears answers in its own inbox", (*SERVICES, *SYSTEM_USERS, "agent", "reader"),
          subscribe=("_INBOX.{me}.>",)),
+    # Spelled out: a final `*` in an allowed subject would let it subscribe to `$SRV.>`.
     Rule("answers calls, and is discovered by its own name", OWNERS,
-         subscribe=("{me}.>", "$SRV.*", "$SRV.*.{me}", "$SRV.*.{me}.*")),
+         subscribe=("{me}.>", "$SRV.{verb}", "$SRV.{verb}.{me}", "$SRV.{verb}.{me}.>")),
     # Not by allow_responses: it remembers every message with a reply subject, so also each one that a
     # consumer delivers, for as long as the slowest call may take.
     Rule("answers calls in the inbox of a program, never in an agent's", OWNERS,
@@ -88,8 +92,8 @@ RULES: Final = (
          publish=("fact.host.{me}.>", "beat.host.{me}", "metrics.host.{me}"),
          subscribe=("host.{me}.>",), answers_within_seconds=5.0),
     Rule("follows facts through its own durable consumer", ("reader",),
-         publish=("$JS.API.CONSUMER.MSG.NEXT.{shared}.{me}", "$JS.API.CONSUMER.INFO.{shared}.{me}",
-                  "$JS.ACK.{shared}.{me}.>")),
+         publish=("$JS.volery.API.CONSUMER.MSG.NEXT.{shared}.{me}",
+                  "$JS.volery.API.CONSUMER.INFO.{shared}.{me}", "$JS.ACK.{shared}.{me}.>")),
     Rule("watches connections and readiness", ("sys",),
          publish=("$SYS.REQ.SERVER.PING", "$SYS.REQ.SERVER.PING.JSZ", "$SYS.REQ.SERVER.PING.VARZ"),
          subscribe=("$SYS.ACCOUNT.*.CONNECT", "$SYS.ACCOUNT.*.DISCONNECT")),
@@ -106,7 +110,19 @@ SHARED_SUBJECTS: Final = tuple(
         "$JS.ACK.{stream}.>",
     )
 )
-"""All that READERS imports from VOLERY."""
+"""All that VOLERY exports, and READERS imports."""
+
+READERS_DOMAIN: Final = "volery"
+"""The `domain` option with which a reader's client asks JetStream.
+
+Imported under their own names the answers would be two: each account also has a JetStream API of its own,
+which says first that JetStream isn't enabled here.
+"""
+
+
+def imported_as(subject: str) -> str:
+    """What a shared subject is called in the account READERS."""
+    return subject.replace("$JS.API.", f"$JS.{READERS_DOMAIN}.API.").replace("*", "$1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +172,7 @@ def _expand(pattern: str, role: str) -> list[str]:
         "stream": STREAMS,
         "shared": OWNERS_STREAMS,
         "mine": tuple(mine),
+        "verb": MICRO_VERBS,
     }
     subjects = [pattern]
     for key, values in sets.items():

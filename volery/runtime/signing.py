@@ -94,15 +94,16 @@ def is_public_key(text: str, kind: str) -> bool:
         return False
 
 
-def _b64(data: bytes) -> str:
+def encode_segment(data: bytes) -> str:
     return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
 
 
-def _unb64(text: str) -> bytes:
+def decode_segment(text: str) -> bytes:
+    """Bytes of a token's segment (base64url without padding). Raises ValueError."""
     return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
 
 
-_HEADER: Final = _b64(b'{"typ":"JWT","alg":"ed25519-nkey"}')
+_HEADER: Final = encode_segment(b'{"typ":"JWT","alg":"ed25519-nkey"}')
 
 
 def sign_jwt(
@@ -125,16 +126,16 @@ def sign_jwt(
         claims["exp"] = expires_at
     digest = hashlib.sha256(json.dumps(claims, sort_keys=True).encode()).digest()
     claims["jti"] = base64.b32encode(digest).rstrip(b"=").decode()
-    body = f"{_HEADER}.{_b64(json.dumps(claims, separators=(',', ':')).encode())}"
-    return f"{body}.{_b64(issuer.sign(body.encode()))}"
+    body = f"{_HEADER}.{encode_segment(json.dumps(claims, separators=(',', ':')).encode())}"
+    return f"{body}.{encode_segment(issuer.sign(body.encode()))}"
 
 
 def read_jwt(token: str, issuer: str) -> dict[str, Any]:
     """The claims of a JWT that `issuer` (a public key) signed. Raises IdentityError for another."""
     try:
         body, _, signature = token.strip().rpartition(".")
-        _verify_key(issuer)[1].verify(body.encode(), _unb64(signature))
-        claims: dict[str, Any] = json.loads(_unb64(body.split(".")[1]))
+        _verify_key(issuer)[1].verify(body.encode(), decode_segment(signature))
+        claims: dict[str, Any] = json.loads(decode_segment(body.split(".")[1]))
     except (ValueError, IndexError, BadSignatureError) as error:
         raise IdentityError(f"this token was not signed by {issuer}, or it is damaged") from error
     return claims
@@ -171,7 +172,7 @@ class Signer:
     def sign(self, subject: str, payload: bytes) -> str:
         """Text for the header `Volery-Signature`: who signed, and the signature, 143 characters."""
         signature = self._key.sign(_DOMAIN + subject.encode() + b"\n" + payload)
-        return f"{self.public_key}.{_b64(signature)}"
+        return f"{self.public_key}.{encode_segment(signature)}"
 
 
 def verify(public_key: str, subject: str, payload: bytes, header: str) -> bool:
@@ -181,7 +182,7 @@ def verify(public_key: str, subject: str, payload: bytes, header: str) -> bool:
         return False
     try:
         message = _DOMAIN + subject.encode() + b"\n" + payload
-        _verify_key(public_key)[1].verify(message, _unb64(signature))
+        _verify_key(public_key)[1].verify(message, decode_segment(signature))
     except (ValueError, BadSignatureError):
         return False
     return True

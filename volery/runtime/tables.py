@@ -9,9 +9,10 @@ statement does (a statement with two guards would otherwise be half applied).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import asyncpg
@@ -57,7 +58,8 @@ class Row(Generic[T, S]):
 class Change:
     """One guarded write, with the facts that it makes true. Commit it with `commit`.
 
-    `sql` uses {0}, {1}, … for its own arguments and must return a row when its guard holds.
+    `sql` uses {0}, {1}, … for its own arguments, {prev} for the rows that the change before it returned, and
+    must return exactly one row when its guard holds.
     """
 
     sql: str
@@ -65,6 +67,8 @@ class Change:
     facts: tuple[tuple[str, bytes], ...] = ()
     guarded: bool = True
     """False: it may touch any number of rows."""
+    then: Callable[[], None] | None = None
+    """Called once it is committed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +194,10 @@ def say(fact: Fact[Any], payload: Message) -> tuple[str, bytes]:
 _SLOT = re.compile(r"\{(\d+)\}")
 
 
+def _numbered(base: int, slot: re.Match[str]) -> str:
+    return f"${base + int(slot[1]) + 1}"
+
+
 def compose(changes: Sequence[Change]) -> tuple[str, list[Any]]:
     """One statement for all changes and facts. Its value is the number of guards that held; the facts are
     written only when all did, and a division by zero undoes everything when one did not."""
@@ -198,7 +206,7 @@ def compose(changes: Sequence[Change]) -> tuple[str, list[Any]]:
     guards: list[str] = []
     for number, change in enumerate(changes):
         base = len(arguments)
-        sql = _SLOT.sub(lambda m, base=base: f"${base + int(m[1]) + 1}", change.sql)  # type: ignore[misc]
+        sql = _SLOT.sub(partial(_numbered, base), change.sql).replace("{prev}", f"c{number - 1}")
         arguments += change.arguments
         parts.append(f"c{number} as ({sql})")
         if change.guarded:
@@ -233,3 +241,6 @@ async def commit(pool: asyncpg.Pool[asyncpg.Record], changes: Sequence[Change]) 
         raise Stale from None
     except asyncpg.UniqueViolationError as error:
         raise Taken(error.constraint_name or "") from None
+    for change in changes:
+        if change.then is not None:
+            change.then()

@@ -26,9 +26,13 @@ service_name: ContextVar[str] = ContextVar("service_name", default="")
 tracer = trace.get_tracer("volery")
 meter = metrics.get_meter("volery")
 
-calls_total = meter.create_counter("volery.calls", description="Calls answered, by subject and kind of answer")
+calls_total = meter.create_counter(
+    "volery.calls", description="Calls answered, by subject and kind of answer"
+)
 call_seconds = meter.create_histogram("volery.call.duration", unit="s")
-facts_relayed = meter.create_counter("volery.facts.relayed", description="Facts moved to the stream, by owner")
+facts_relayed = meter.create_counter(
+    "volery.facts.relayed", description="Facts moved to the stream, by owner"
+)
 facts_heard = meter.create_counter("volery.facts.heard", description="Facts consumed, by service")
 operations_ended = meter.create_counter("volery.operations.ended", description="By kind and final state")
 orders_ended = meter.create_counter("volery.orders.ended", description="By kind and outcome")

@@ -1,0 +1,145 @@
+"""What every service is made of while it runs: bus, database, operations, orders, and how they are committed."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import asyncpg
+import msgspec
+import nats.errors
+
+from volery.contracts.base import Call, Owner, encode
+from volery.contracts.errors import Kind, Refused
+from volery.runtime.bus import Bus, Caller
+from volery.runtime.hear import HostHearing
+from volery.runtime.operations import Operations
+from volery.runtime.orders import Beats, Orders
+from volery.runtime.tables import Change, Taken, commit
+
+REQUEST_CONSTRAINT = "request_pkey"
+
+
+class Repeated(Exception):
+    """This request id was answered already: the first answer stands."""
+
+
+@dataclass(slots=True)
+class Keys:
+    """A set of keys to look at soon. Waking twice before it is looked at costs nothing."""
+
+    waiting: dict[str, None] = field(default_factory=dict)
+    event: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def add(self, key: str) -> None:
+        self.waiting[key] = None
+        self.event.set()
+
+    async def take(self) -> list[str]:
+        await self.event.wait()
+        self.event.clear()
+        keys, self.waiting = list(self.waiting), {}
+        return keys
+
+
+@dataclass(slots=True)
+class Core:
+    """Given to a service when it opens; nothing is global."""
+
+    owner: Owner
+    config: Any
+    bus: Bus
+    pool: asyncpg.Pool[asyncpg.Record]
+    beats: Beats
+    hosts: HostHearing
+    orders: Orders
+    operations: Operations = field(init=False)
+    relay_wake: asyncio.Event = field(default_factory=asyncio.Event)
+    reconcile_keys: Keys = field(default_factory=Keys)
+    restored: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when the bus proves that PostgreSQL was restored from an older state: quarantine begins."""
+
+    def wake(self, key: str) -> None:
+        """Have the reconcile loop look at this object soon."""
+        self.reconcile_keys.add(key)
+
+    async def commit(self, *changes: Change, caller: Caller | None = None, answer: Any = None) -> None:
+        """All changes with their facts, and the answer under the caller's request id, in one statement.
+
+        Raises Stale, Taken, or Repeated when the same request was answered meanwhile.
+        """
+        all_changes = list(changes)
+        if caller is not None and caller.request_id:
+            all_changes.append(_request(caller, answer))
+        try:
+            await commit(self.pool, all_changes)
+        except Taken as taken:
+            if taken.constraint == REQUEST_CONSTRAINT:
+                raise Repeated from None
+            raise
+        if any(change.facts for change in changes):
+            self.relay_wake.set()
+            await self.hint()
+
+    async def commit_all(self, changes: Sequence[Change]) -> None:
+        await self.commit(*changes)
+
+    async def hint(self) -> None:
+        """Tell this service's leader, if it is another process, that there is something to relay."""
+        if not self.operations.leading:
+            try:
+                await self.bus.client.publish(f"relay.{self.owner}.wake", b"")
+            except nats.errors.Error:
+                return
+
+    async def first_answer(self, caller: Caller) -> msgspec.Raw | None:
+        """What this request was answered before. Raises Refused(mismatch) if it asked for something else."""
+        row = await self.pool.fetchrow(
+            "select hash, answer from request where principal = $1 and key = $2",
+            caller.principal,
+            caller.request_id,
+        )
+        if row is None:
+            return None
+        if row["hash"] != caller.request_hash:
+            raise Refused(
+                Kind.MISMATCH,
+                f"Idempotency-Key {caller.request_id} was used before for another request; use a new key",
+                key=caller.request_id,
+            )
+        return msgspec.Raw(row["answer"])
+
+
+def _request(caller: Caller, answer: Any) -> Change:
+    body = bytes(answer) if isinstance(answer, msgspec.Raw | bytes) else encode(answer)
+    return Change(
+        """insert into request (principal, key, hash, answer) values ({0}, {1}, {2}, {3}::bytea) returning 1""",
+        (caller.principal, caller.request_id, caller.request_hash, body),
+    )
+
+
+def once(
+    core: Core, call: Call[Any, Any], handler: Callable[[Any, Any, Caller], Awaitable[Any]], service: Any
+) -> Callable[[Any, Caller], Awaitable[Any]]:
+    """A handler that gives a repeated request its first answer."""
+
+    async def answer(question: Any, caller: Caller) -> Any:
+        if not call.mutates or not caller.request_id:
+            return await handler(service, question, caller)
+        first = await core.first_answer(caller)
+        if first is not None:
+            return first
+        try:
+            return await handler(service, question, caller)
+        except Repeated:
+            return await core.first_answer(caller)
+
+    return answer
+
+
+def body_hash(*parts: bytes) -> str:
+    """The hash that tells two requests under one key apart."""
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()

@@ -1,0 +1,534 @@
+"""Operations as durable procedures: a coroutine made of named steps, run again from the start after a crash.
+
+A step that has completed gives its recorded answer; one that hasn't is done again, so every step is idempotent
+under (operation, step). Undo functions registered on the way run in reverse order when the procedure fails or
+is cancelled. Every operation ends by its deadline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any, TypeVar
+
+import asyncpg
+import msgspec
+from msgspec.structs import replace
+from opentelemetry import trace
+
+from volery.contracts.agent import OrderProgressed
+from volery.contracts.base import Entity, Message, Order, Owner, encode
+from volery.contracts.errors import Kind, Problem, Refused, conflict
+from volery.contracts.ids import new_id
+from volery.contracts.operation import ENDED, OPERATION_CHANGED, Operation, OperationState, Step
+from volery.runtime import telemetry
+from volery.runtime.bus import Caller
+from volery.runtime.orders import Orders
+from volery.runtime.tables import Change, Row, Stale, Table
+
+log = logging.getLogger(__name__)
+
+Q = TypeVar("Q", bound=Message)
+A = TypeVar("A")
+V = TypeVar("V")
+
+CANCEL_GRACE_SECONDS = 15.0
+PROGRESS_SECONDS = 0.5
+
+
+class OperationPrivate(Message):
+    """What only the service knows of an operation."""
+
+    input: msgspec.Raw = msgspec.Raw(b"{}")
+    results: dict[str, msgspec.Raw] = {}
+    """Step → its recorded answer."""
+    failed: Problem | None = None
+    """Set before undoing begins, so that a crash in between goes on undoing."""
+    cancelled: bool = False
+    traceparent: str = ""
+
+
+class CancelRequested(Exception):
+    """The operation was cancelled, or its deadline passed, at a checkpoint."""
+
+
+def operation_table(owner: Owner) -> Table[Operation, OperationPrivate]:
+    return Table(
+        "operation",
+        Operation,
+        OperationPrivate,
+        columns={
+            "kind": "kind",
+            "state": "state",
+            "object_id": "object_id",
+            "principal": "principal",
+            "created_at": "created_at",
+        },
+        changed=OPERATION_CHANGED[owner],
+        noun="operation",
+    )
+
+
+Release = Callable[[Operation], Awaitable[Sequence[Change]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Procedure:
+    """A kind of operation: what runs it, how long it may take, and what is done with its object at the end."""
+
+    kind: str
+    run: Callable[[Any, Run], Awaitable[None]]
+    deadline_seconds: float = 600.0
+
+
+@dataclass(slots=True)
+class Run:
+    """One operation being carried out, as its procedure sees it."""
+
+    operations: Operations
+    row: Row[Operation, OperationPrivate]
+    cancelling: asyncio.Event = field(default_factory=asyncio.Event)
+    reason: Problem | None = None
+    undos: list[tuple[str, Callable[[], Awaitable[None]]]] = field(default_factory=list)
+    pending_order: str = ""
+    undoing: bool = False
+    _progress_at: float = 0.0
+
+    @property
+    def operation(self) -> Operation:
+        return self.row.public
+
+    @property
+    def id(self) -> str:
+        return self.row.public.id
+
+    @property
+    def caller(self) -> Caller:
+        """For calls to other services on behalf of whoever asked; each step gets its own request id."""
+        return Caller(self.operation.principal or f"operation:{self.id}")
+
+    def caller_for(self, step: str) -> Caller:
+        return Caller(self.operation.principal or f"operation:{self.id}", f"{self.id}/{step}", step)
+
+    def input(self, type_: type[Q]) -> Q:
+        return msgspec.json.decode(self.row.private.input, type=type_)
+
+    def undo(self, name: str, action: Callable[[], Awaitable[None]]) -> None:
+        """Do this, in reverse order of registration, if the operation does not succeed."""
+        self.undos.append((name, action))
+
+    def undone(self, name: str) -> None:
+        """Forget an undo that must no longer happen."""
+        self.undos = [(n, a) for n, a in self.undos if n != name]
+
+    async def step(
+        self,
+        name: str,
+        title: str,
+        action: Callable[[], Awaitable[V]],
+        type_: Any = None,
+        *,
+        changes: Sequence[Change] = (),
+    ) -> V:
+        """Do a step once: its answer is recorded, and given again after a crash.
+
+        `type_` is what the answer decodes to (None: the step has no answer worth keeping).
+        """
+        recorded = self.row.private.results.get(name)
+        if recorded is not None:
+            kept: V = msgspec.json.decode(recorded, type=type_) if type_ is not None else None  # type: ignore[assignment]
+            return kept
+        self.checkpoint()
+        await self._begin(name, title, changes)
+        answer = await action()
+        await self._end(name, answer if type_ is not None else None)
+        return answer
+
+    async def order(
+        self,
+        name: str,
+        title: str,
+        order: Order[Q, A],
+        question: Q,
+        *,
+        host_id: str,
+        object_id: str = "",
+        epoch: int = 0,
+        on_progress: Callable[[OrderProgressed], None] | None = None,
+    ) -> A:
+        """Order a host to do something and wait for its answer. Raises Refused with the host's sentence."""
+        order_id = str(uuid.uuid5(uuid.NAMESPACE_URL, f"{self.id}/{name}"))
+        result = await self.operations.orders.stored(order_id)
+        if result is None:
+            result = await self._carry_out(
+                order_id, name, title, order, question, host_id, object_id, epoch, on_progress
+            )
+        if self.cancelling.is_set() and not self.undoing and result.outcome != "succeeded":
+            self.checkpoint()
+        answer: A = result.answer(order)
+        await self._end(name, None)
+        return answer
+
+    async def _carry_out(
+        self,
+        order_id: str,
+        name: str,
+        title: str,
+        order: Order[Q, A],
+        question: Q,
+        host_id: str,
+        object_id: str,
+        epoch: int,
+        on_progress: Callable[[OrderProgressed], None] | None,
+    ) -> Any:
+        orders = self.operations.orders
+        if not await orders.exists(order_id):
+            self.checkpoint()
+            given = orders.give(
+                order,
+                question,
+                order_id=order_id,
+                host_id=host_id,
+                object_id=object_id or self.operation.object_id,
+                epoch=epoch,
+                operation_id=self.id,
+            )
+            await self._begin(name, title, given)
+        orders.progress[order_id] = on_progress or (lambda fact: self.say_progress(name, fact.progress))
+        self.pending_order = order_id
+        try:
+            return await orders.result(order_id, None if self.undoing else self.cancelling)
+        finally:
+            orders.progress.pop(order_id, None)
+            self.pending_order = ""
+
+    def checkpoint(self) -> None:
+        """Raises what ended the operation: a failure before a crash, a cancellation, the deadline."""
+        if self.undoing:
+            return
+        if self.row.private.failed is not None:
+            problem = self.row.private.failed
+            raise Refused(problem.kind, problem.message, **problem.details)
+        if self.cancelling.is_set():
+            raise CancelRequested
+
+    async def commit(self, *changes: Change) -> None:
+        """Changes of the service's own, in one statement. Raises Stale."""
+        await self.operations.commit(changes)
+
+    def say_progress(self, name: str, percent: float) -> None:
+        """Show how far a step is, at most twice a second."""
+        now = asyncio.get_running_loop().time()
+        if now - self._progress_at >= PROGRESS_SECONDS:
+            self._progress_at = now
+            self.operations.spawn(self._save_progress(name, percent))
+
+    async def _save_progress(self, name: str, percent: float) -> None:
+        def progressed(op: Operation) -> Operation:
+            steps = tuple(replace(s, progress=percent) if s.name == name else s for s in op.steps)
+            done = sum(s.progress for s in steps if s.name != name)
+            return replace(op, steps=steps, progress=round((done + percent) / max(len(steps), 1), 1))
+
+        await self.save(progressed)
+
+    async def _begin(self, name: str, title: str, changes: Sequence[Change]) -> None:
+        def begun(op: Operation) -> Operation:
+            steps = tuple(s for s in op.steps if s.name != name)
+            running = OperationState.CANCELLING if self.cancelling.is_set() else OperationState.RUNNING
+            return replace(op, state=running, steps=(*steps, Step(name=name, title=title)))
+
+        await self.save(begun, changes=changes)
+
+    async def _end(self, name: str, answer: Any) -> None:
+        def ended(op: Operation) -> Operation:
+            done = OperationState.SUCCEEDED
+            steps = tuple(replace(s, state=done, progress=100.0) if s.name == name else s for s in op.steps)
+            return replace(op, steps=steps)
+
+        await self.save(ended, results={name: msgspec.Raw(encode(answer))})
+
+    async def save(
+        self,
+        public: Callable[[Operation], Operation],
+        *,
+        results: dict[str, msgspec.Raw] | None = None,
+        changes: Sequence[Change] = (),
+        private: Callable[[OperationPrivate], OperationPrivate] | None = None,
+    ) -> None:
+        """Write the operation, whoever else (a cancellation) wrote it meanwhile."""
+        table, pool = self.operations.table, self.operations.pool
+        while True:
+            row = self.row
+            kept = replace(row.private, results=row.private.results | (results or {}))
+            if private is not None:
+                kept = private(kept)
+            update = table.update(row, public(row.public), kept)
+            try:
+                await self.operations.commit([update, *changes])
+            except Stale:
+                fresh = await table.get(pool, self.id)
+                if fresh.public.revision == row.public.revision:
+                    raise
+                self.row = fresh
+                continue
+            self.row = Row(replace(public(row.public), revision=row.public.revision + 1), kept)
+            return
+
+
+@dataclass(slots=True)
+class Operations:
+    """The operations of one service; they run on its leader."""
+
+    owner: Owner
+    pool: asyncpg.Pool[asyncpg.Record]
+    orders: Orders
+    service: Any
+    procedures: dict[str, Procedure]
+    commit: Callable[[Sequence[Change]], Awaitable[None]]
+    release: Release
+    """What becomes of the object when its operation ended, e.g. `busy_with` cleared."""
+    leading: bool = False
+    hint: Callable[[], None] = lambda: None
+    """Tells the leader, if it is another process, that there is work."""
+    table: Table[Operation, OperationPrivate] = field(init=False)
+    runs: dict[str, tuple[Run, asyncio.Task[None]]] = field(default_factory=dict)
+    tasks: set[asyncio.Task[Any]] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.table = operation_table(self.owner)
+
+    def spawn(self, work: Any) -> None:
+        task = asyncio.create_task(work)
+        self.tasks.add(task)
+        task.add_done_callback(self._spawned)
+
+    def _spawned(self, task: asyncio.Task[Any]) -> None:
+        self.tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.warning("background work failed: %r", error)
+
+    def begin(
+        self,
+        kind: str,
+        *,
+        object_kind: str,
+        object_id: str,
+        object_name: str = "",
+        question: Message | None = None,
+        caller: Caller,
+        deadline_seconds: float | None = None,
+    ) -> tuple[Operation, Change]:
+        """A new operation and the change that writes it; it starts once that is committed."""
+        now = datetime.now(UTC)
+        seconds = deadline_seconds or self.procedures[kind].deadline_seconds
+        context = trace.get_current_span().get_span_context()
+        operation = Operation(
+            id=f"{self.owner}-{new_id()}",
+            revision=1,
+            created_at=now,
+            updated_at=now,
+            kind=kind,
+            object_kind=object_kind,
+            object_id=object_id,
+            deadline=now + timedelta(seconds=seconds),
+            object_name=object_name,
+            principal=caller.principal,
+            trace_id=trace.format_trace_id(context.trace_id) if context.is_valid else "",
+        )
+        private = OperationPrivate(
+            input=msgspec.Raw(encode(question)) if question is not None else msgspec.Raw(b"{}"),
+            traceparent=telemetry.inject({}).get("traceparent", ""),
+        )
+        insert = self.table.insert(operation, private)
+        return operation, replace_then(insert, lambda: self._started(Row(operation, private)))
+
+    def _started(self, row: Row[Operation, OperationPrivate]) -> None:
+        if self.leading:
+            self._launch(row)
+        else:
+            self.hint()
+
+    def _launch(self, row: Row[Operation, OperationPrivate]) -> None:
+        if row.id in self.runs:
+            return
+        run = Run(self, row)
+        if row.public.state is OperationState.CANCELLING:
+            run.cancelling.set()
+        task = asyncio.create_task(self._drive(run))
+        self.runs[row.id] = (run, task)
+        task.add_done_callback(lambda _: self.runs.pop(row.id, None))
+
+    async def resume(self) -> None:
+        """Take up every operation that has not ended: after a crash, a change of leader, a lost hint."""
+        open_states = ("pending", "running", "cancelling")
+        for row in await self.table.where(self.pool, "state = any($1::text[])", list(open_states)):
+            known = self.runs.get(row.id)
+            if known is None:
+                self._launch(row)
+            elif row.public.state is OperationState.CANCELLING and not known[0].cancelling.is_set():
+                self._cancel_run(known[0], None)
+
+    async def cancel(self, operation_id: str) -> Operation:
+        """Ask an operation to stop; it ends as cancelled once nothing is left behind."""
+        while True:
+            row = await self.table.get(self.pool, operation_id)
+            op = row.public
+            if op.state in ENDED:
+                raise conflict(f"operation {operation_id} has already {op.state}; nothing to cancel")
+            wanted = replace(op, state=OperationState.CANCELLING)
+            try:
+                if op.state is not OperationState.CANCELLING:
+                    await self.commit([self.table.update(row, wanted)])
+            except Stale:
+                continue
+            known = self.runs.get(operation_id)
+            if known is not None:
+                self._cancel_run(known[0], None)
+            else:
+                self.hint()
+            return wanted
+
+    def _cancel_run(self, run: Run, reason: Problem | None) -> None:
+        run.reason = run.reason or reason
+        run.cancelling.set()
+
+    async def _drive(self, run: Run) -> None:
+        """Run the procedure to its end; nothing but a lost leadership leaves it open."""
+        procedure = self.procedures.get(run.operation.kind)
+        telemetry.service_name.set(self.owner)
+        context = telemetry.extract({"traceparent": run.row.private.traceparent})
+        with (
+            telemetry.within_operation(run.id),
+            telemetry.tracer.start_as_current_span(run.operation.kind, context=context),
+        ):
+            watch = asyncio.create_task(self._watch_deadline(run))
+            try:
+                if procedure is None:
+                    raise Refused(Kind.INTERNAL, f"this version can't carry out {run.operation.kind}")
+                await procedure.run(self.service, run)
+                await self._finish(run, OperationState.SUCCEEDED, None)
+            except CancelRequested:
+                await self._fail(run, run.reason or _cancelled(run), by_person=run.reason is None)
+            except Refused as refused:
+                await self._fail(run, refused.problem(), by_person=False)
+            except Stale:
+                # Somebody changed the object under an exclusive operation, or leadership was lost.
+                log.warning("operation %s will be taken up again", run.id)
+            except Exception as error:  # the runtime's own loop: a bug ends the operation, never the service
+                log.exception("operation %s (%s) failed", run.id, run.operation.kind)
+                await self._fail(run, _bug(run, error), by_person=False)
+            finally:
+                watch.cancel()
+
+    async def _watch_deadline(self, run: Run) -> None:
+        left = (run.operation.deadline - datetime.now(UTC)).total_seconds()
+        await asyncio.sleep(max(left, 0.0))
+        op = run.operation
+        running = next((s.title for s in reversed(op.steps) if s.state is OperationState.RUNNING), "starting")
+        problem = Problem(
+            kind=Kind.TIMEOUT,
+            message=f"{op.kind} of {op.object_kind} {op.object_name or op.object_id} did not finish by its "
+            f"deadline while: {running}",
+        )
+        self._cancel_run(run, problem)
+        await asyncio.sleep(CANCEL_GRACE_SECONDS)
+        if run.pending_order and not run.undoing:
+            await self._end_pending(run, problem)
+
+    async def _end_pending(self, run: Run, problem: Problem) -> None:
+        """The deadline and its grace are over and a host is still at work: end, and keep the object busy."""
+        await run.save(lambda op: _ended(op, OperationState.FAILED, problem, outcome_pending=True))
+        self._count(run)
+
+    async def _fail(self, run: Run, problem: Problem, *, by_person: bool) -> None:
+        if run.row.private.failed is None:
+            await run.save(lambda op: op, private=lambda p: replace(p, failed=problem, cancelled=by_person))
+        run.undoing = True
+        for name, action in reversed(run.undos):
+            try:
+                await action()
+            except Refused as refused:
+                log.warning("undoing %s of %s: %s", name, run.id, refused.message)
+        by_person = by_person or run.row.private.cancelled
+        await self._finish(run, OperationState.CANCELLED if by_person else OperationState.FAILED, problem)
+
+    async def _finish(self, run: Run, state: OperationState, problem: Problem | None) -> None:
+        already = run.operation.state in ENDED
+        while True:
+            changes = await self.release(run.operation)
+            try:
+                if already:
+                    await run.save(lambda op: replace(op, outcome_pending=False), changes=changes)
+                else:
+                    await run.save(lambda op: _ended(op, state, problem), changes=changes)
+                break
+            except Stale:
+                continue
+        if not already:
+            self._count(run)
+
+    def _count(self, run: Run) -> None:
+        op = run.operation
+        telemetry.operations_ended.add(1, {"kind": op.kind, "state": str(op.state)})
+        log.info("%s of %s %s %s", op.kind, op.object_kind, op.object_id, op.state)
+
+    async def stop(self) -> None:
+        """Leave everything as it is; whoever leads next takes it up."""
+        self.leading = False
+        tasks = [task for _, task in self.runs.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def trim(self, days: int = 30) -> None:
+        await self.pool.execute(
+            """delete from operation where state in ('succeeded', 'failed', 'cancelled')
+               and created_at < now() - make_interval(days => $1)""",
+            days,
+        )
+
+
+def _ended(
+    op: Operation, state: OperationState, problem: Problem | None, *, outcome_pending: bool = False
+) -> Operation:
+    open_to = OperationState.SUCCEEDED if state is OperationState.SUCCEEDED else OperationState.FAILED
+    return replace(
+        op,
+        state=state,
+        problem=problem,
+        outcome_pending=outcome_pending,
+        ended_at=datetime.now(UTC),
+        progress=100.0 if state is OperationState.SUCCEEDED else op.progress,
+        steps=tuple(s if s.state in ENDED else replace(s, state=open_to) for s in op.steps),
+    )
+
+
+def _cancelled(run: Run) -> Problem:
+    return Problem(
+        kind=Kind.CONFLICT, message=f"{run.operation.kind} was cancelled by request; it left nothing behind"
+    )
+
+
+def _bug(run: Run, error: Exception) -> Problem:
+    return Problem(
+        kind=Kind.INTERNAL,
+        message=f"{run.operation.kind} failed inside Volery ({type(error).__name__}); the log has it under "
+        f"operation {run.id}",
+    )
+
+
+def replace_then(change: Change, then: Callable[[], None]) -> Change:
+    return Change(change.sql, change.arguments, change.facts, change.guarded, then)
+
+
+def busy(entity: Entity, noun: str, busy_with: str) -> None:
+    """Refuse a second exclusive operation, naming the one at work."""
+    if busy_with:
+        raise conflict(
+            f"{noun} {getattr(entity, 'name', entity.id)} is busy with operation {busy_with}; wait for it or cancel it",
+            operation=busy_with,
+        )

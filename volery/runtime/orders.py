@@ -1,0 +1,306 @@
+"""Orders to hosts: durable in their owner's PostgreSQL, sent until the agent has journaled them, their result kept.
+
+A result comes as a fact, or as the answer to sending the order again; whichever commits first counts. An order
+is given up only when the agent refused or finished it, or journaled its cancellation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import asyncpg
+import msgspec
+import nats.errors
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+
+from volery.contracts.agent import (
+    CANCEL_SUBJECT,
+    ORDER_SUBJECT,
+    SIGNATURE_HEADER,
+    CancelOrder,
+    OrderAck,
+    OrderEnvelope,
+    OrderFinished,
+    OrderProgressed,
+    OrderState,
+    Outcome,
+)
+from volery.contracts.base import Message, Order, encode, fill
+from volery.contracts.errors import Kind, Problem, Refused
+from volery.contracts.metrics import BEAT_SUBJECT, Beat
+from volery.runtime import telemetry
+from volery.runtime.hear import HostHearing
+from volery.runtime.tables import Change, commit
+
+log = logging.getLogger(__name__)
+
+A = TypeVar("A")
+Q = TypeVar("Q", bound=Message)
+
+TTL_MS = 30_000
+"""How old the newest beat may be, by the agent's own clock, when an order arrives."""
+SEND_SECONDS = 2.0
+AGAIN_SECONDS = 5.0
+TRY_AGAIN = {Kind.STALE, Kind.EXHAUSTED, Kind.UNAVAILABLE}
+
+Sign = Callable[[str, bytes], str]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """How an order ended."""
+
+    outcome: Outcome
+    problem: Problem | None
+    body: bytes | None
+
+    def answer(self, order: Order[Any, A]) -> A:
+        """The decoded answer, or Refused with the host's own sentence."""
+        if self.outcome is Outcome.SUCCEEDED:
+            made: A = msgspec.json.decode(self.body or b"{}", type=order.answer)
+            return made
+        problem = self.problem or Problem(
+            kind=Kind.INTERNAL, message=f"the host ended {order.kind}: {self.outcome}"
+        )
+        raise Refused(problem.kind, problem.message, **problem.details, outcome=str(self.outcome))
+
+
+@dataclass(slots=True)
+class Beats:
+    """The newest beat of every host, by this process's monotonic clock."""
+
+    newest: dict[str, tuple[Beat, float]] = field(default_factory=dict)
+    decoder: msgspec.json.Decoder[Beat] = field(default_factory=lambda: msgspec.json.Decoder(Beat))
+    listeners: list[Callable[[Beat, float], None]] = field(default_factory=list)
+
+    async def hear(self, message: Msg) -> None:
+        try:
+            beat = self.decoder.decode(message.data)
+        except msgspec.DecodeError:
+            return
+        if message.subject == fill(BEAT_SUBJECT, beat):
+            now = time.monotonic()
+            self.newest[beat.host_id] = (beat, now)
+            for listener in self.listeners:
+                listener(beat, now)
+
+    def seq(self, host_id: str) -> int | None:
+        found = self.newest.get(host_id)
+        return None if found is None else found[0].beat_seq
+
+
+@dataclass(slots=True)
+class Orders:
+    """The orders of one service. Only its leader sends them."""
+
+    owner: str
+    pool: asyncpg.Pool[asyncpg.Record]
+    client: Client
+    """A connection that never queues: publishing while disconnected fails."""
+    hosts: HostHearing
+    beats: Beats
+    sign: Sign
+    token: int = 0
+    waiting: dict[str, asyncio.Future[Result]] = field(default_factory=dict)
+    progress: dict[str, Callable[[OrderProgressed], None]] = field(default_factory=dict)
+
+    def give(
+        self,
+        order: Order[Q, Any],
+        question: Q,
+        *,
+        order_id: str,
+        host_id: str,
+        object_id: str,
+        epoch: int = 0,
+        operation_id: str = "",
+    ) -> list[Change]:
+        """The changes that write an order; it is sent by `result`. Its sequence counts per object."""
+        count = Change(
+            """insert into order_seq (object_id, seq) values ({0}, 1)
+               on conflict (object_id) do update set seq = order_seq.seq + 1 returning seq""",
+            (object_id,),
+        )
+        write = Change(
+            """insert into host_order (order_id, host_id, object_id, kind, epoch, order_seq, operation_id, body,
+                   state, fencing_token, deadline_seconds, repeat_safe)
+               select {0}, {1}, {2}, {3}, {4}::bigint, s.seq, {5}, {6}::bytea, 'waiting', l.token,
+                      {7}::float8, {8}::bool
+               from {prev} s, leader l where l.token = {9}::bigint returning 1""",
+            (
+                order_id,
+                host_id,
+                object_id,
+                order.kind,
+                epoch,
+                operation_id,
+                order.encode(question),
+                order.deadline_seconds,
+                order.repeat_safe,
+                self.token,
+            ),
+        )
+        return [count, write]
+
+    async def exists(self, order_id: str) -> bool:
+        return bool(await self.pool.fetchval("select 1 from host_order where order_id = $1", order_id))
+
+    async def host_of(self, order_id: str) -> str:
+        return str(await self.pool.fetchval("select host_id from host_order where order_id = $1", order_id))
+
+    async def stored(self, order_id: str) -> Result | None:
+        """The result, if the order has ended."""
+        row = await self.pool.fetchrow(
+            "select outcome, problem, result from host_order where order_id = $1 and state = 'finished'",
+            order_id,
+        )
+        if row is None:
+            return None
+        problem = msgspec.json.decode(row["problem"], type=Problem) if row["problem"] else None
+        return Result(Outcome(row["outcome"]), problem, row["result"])
+
+    async def result(self, order_id: str, cancelling: asyncio.Event | None = None) -> Result:
+        """Send the order until its end is known. With `cancelling` set, its cancellation is sent instead."""
+        future = self.waiting.setdefault(order_id, asyncio.get_running_loop().create_future())
+        try:
+            while True:
+                if (found := await self.stored(order_id)) is not None:
+                    return found
+                stop = cancelling is not None and cancelling.is_set()
+                acknowledged = await (self._cancel(order_id) if stop else self._send(order_id))
+                pause = AGAIN_SECONDS if acknowledged else 0.25
+                try:
+                    return await self._either(future, cancelling, pause)
+                except TimeoutError:
+                    continue
+        finally:
+            self.waiting.pop(order_id, None)
+
+    async def _either(
+        self, future: asyncio.Future[Result], cancelling: asyncio.Event | None, pause: float
+    ) -> Result:
+        """The result, or TimeoutError after the pause or as soon as cancelling begins."""
+        waits: list[asyncio.Future[Any]] = [future]
+        if cancelling is not None and not cancelling.is_set():
+            waits.append(asyncio.ensure_future(cancelling.wait()))
+        await asyncio.wait(waits, timeout=pause, return_when=asyncio.FIRST_COMPLETED)
+        for extra in waits[1:]:
+            extra.cancel()
+        if future.done():
+            return future.result()
+        raise TimeoutError
+
+    async def _send(self, order_id: str) -> bool:
+        """Whether the agent has it."""
+        row = await self.pool.fetchrow(
+            """select host_id, object_id, kind, epoch, order_seq, operation_id, body, fencing_token,
+                      deadline_seconds, repeat_safe from host_order where order_id = $1""",
+            order_id,
+        )
+        assert row is not None
+        at = self.hosts.positions.get(row["host_id"])
+        beat_seq = self.beats.seq(row["host_id"])
+        if at is None or beat_seq is None:
+            return False
+        envelope = OrderEnvelope(
+            order_id=order_id,
+            host_id=row["host_id"],
+            agent_generation=at.generation,
+            owner=self.owner,
+            kind=row["kind"],
+            object_id=row["object_id"],
+            order_seq=row["order_seq"],
+            epoch=row["epoch"],
+            beat_seq=beat_seq,
+            ttl_ms=TTL_MS,
+            body=msgspec.Raw(row["body"]),
+            fencing_token=row["fencing_token"],
+            operation_id=row["operation_id"],
+            deadline_seconds=row["deadline_seconds"],
+            repeat_safe=row["repeat_safe"],
+        )
+        return await self._take_ack(
+            order_id, await self._request(fill(ORDER_SUBJECT, envelope), encode(envelope))
+        )
+
+    async def _cancel(self, order_id: str) -> bool:
+        cancel = CancelOrder(host_id=await self.host_of(order_id), order_id=order_id)
+        return await self._take_ack(
+            order_id, await self._request(fill(CANCEL_SUBJECT, cancel), encode(cancel))
+        )
+
+    async def _request(self, subject: str, body: bytes) -> OrderAck | None:
+        headers = telemetry.inject({SIGNATURE_HEADER: self.sign(subject, body)})
+        try:
+            answer = await self.client.request(subject, body, timeout=SEND_SECONDS, headers=headers)
+            return msgspec.json.decode(answer.data, type=OrderAck)
+        except (nats.errors.Error, TimeoutError) as error:
+            log.debug("%s: %s", subject, error or type(error).__name__)
+        except msgspec.DecodeError as error:
+            log.warning("the answer to %s can't be read: %s", subject, error)
+        return None
+
+    async def _take_ack(self, order_id: str, ack: OrderAck | None) -> bool:
+        if ack is None:
+            return False
+        if ack.state is OrderState.ACCEPTED:
+            return True
+        if ack.state is OrderState.REFUSED and ack.problem is not None and ack.problem.kind in TRY_AGAIN:
+            return False
+        outcome = ack.outcome or (Outcome.FAILED if ack.state is OrderState.REFUSED else Outcome.CANCELLED)
+        result = Result(outcome, ack.problem, bytes(ack.result) if ack.result is not None else None)
+        change = self.finish(order_id, result)
+        await commit(self.pool, [change])
+        return True
+
+    def finish(self, order_id: str, result: Result) -> Change:
+        """The change that ends an order; whoever waits for it is told once it is committed."""
+
+        def tell() -> None:
+            telemetry.orders_ended.add(1, {"owner": self.owner, "outcome": str(result.outcome)})
+            future = self.waiting.get(order_id)
+            if future is not None and not future.done():
+                future.set_result(result)
+
+        return Change(
+            """update host_order set state = 'finished', outcome = {1}, problem = {2}, result = {3}
+               where order_id = {0} and state <> 'finished'""",
+            (
+                order_id,
+                str(result.outcome),
+                encode(result.problem).decode() if result.problem else "",
+                result.body,
+            ),
+            guarded=False,
+            then=tell,
+        )
+
+    async def on_finished(self, fact: OrderFinished) -> Sequence[Change]:
+        body = bytes(fact.result) if fact.result is not None else None
+        return [self.finish(fact.order_id, Result(fact.outcome, fact.problem, body))]
+
+    async def on_progressed(self, fact: OrderProgressed) -> Sequence[Change]:
+        listener = self.progress.get(fact.order_id)
+        if listener is not None:
+            listener(fact)
+        return ()
+
+    async def unfinished_for(self, object_id: str) -> int:
+        return int(
+            await self.pool.fetchval(
+                "select count(*) from host_order where object_id = $1 and state <> 'finished'", object_id
+            )
+        )
+
+    async def trim(self, days: int = 7) -> None:
+        await self.pool.execute(
+            """delete from host_order where state = 'finished'
+               and created_at < now() - make_interval(days => $1)""",
+            days,
+        )

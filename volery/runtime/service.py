@@ -1,0 +1,448 @@
+"""A service: the table of what it answers, hears and runs; and `run`, which runs one of them or all.
+
+Calls are answered by every replica. Background work (relay, hearing, operations, reconciling) is done by one
+replica at a time: whoever holds the session lock of the service's schema, under a fencing token that grows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import asyncpg
+import nats.errors
+import uvloop
+
+from volery.contracts.agent import OrderFinished, OrderProgressed
+from volery.contracts.base import Call, Fact, Owner
+from volery.contracts.operation import (
+    CANCEL_OPERATION,
+    GET_OPERATION,
+    LIST_OPERATIONS,
+    CancelOperation,
+    GetOperation,
+    ListQuery,
+    Operation,
+)
+from volery.runtime import telemetry
+from volery.runtime.bus import Answers, Bus, Caller, connect, open_bus
+from volery.runtime.config import BusConfig, ConfigError, DatabaseConfig, TelemetryConfig, read
+from volery.runtime.core import Core, once
+from volery.runtime.database import SchemaTooNew, migrate, open_direct, open_pool
+from volery.runtime.hear import FactHandler, Hearing, HostHearing, make_host_stream, table_of
+from volery.runtime.operations import Operations, Procedure
+from volery.runtime.orders import Beats, Orders
+from volery.runtime.pages import page
+from volery.runtime.relay import Log, Relay, stream_name
+from volery.runtime.signing import Signer, parse_creds
+from volery.runtime.tables import Change, Stale
+
+log = logging.getLogger(__name__)
+
+F = TypeVar("F", bound=Callable[..., Awaitable[Any]])
+LEADER_LOCK = "volery-leader-"
+RESUME_SECONDS = 1.0
+HOUSEKEEPING_SECONDS = 600.0
+
+
+@dataclass(slots=True)
+class Part:
+    """Rows of a service's table, gathered in one module per noun."""
+
+    answers_: list[tuple[Call[Any, Any], Any]] = field(default_factory=list)
+    hears_: list[tuple[Fact[Any], Any]] = field(default_factory=list)
+    hears_hosts_: list[tuple[Fact[Any], Any]] = field(default_factory=list)
+    procedures_: list[Procedure] = field(default_factory=list)
+    every_: list[tuple[float, Any]] = field(default_factory=list)
+
+    def answers(self, call: Call[Any, Any]) -> Callable[[F], F]:
+        """`async def handler(service, question, caller)`"""
+        return self._row(self.answers_, call)
+
+    def hears(self, fact: Fact[Any]) -> Callable[[F], F]:
+        """Another owner's fact: `async def handler(service, payload)` returns the changes of its effect, which
+        are committed with the position of the fact. May run twice; must not act beyond its changes and wakes."""
+        return self._row(self.hears_, fact)
+
+    def hears_hosts(self, fact: Fact[Any]) -> Callable[[F], F]:
+        """A fact from the hosts, likewise."""
+        return self._row(self.hears_hosts_, fact)
+
+    def runs(self, kind: str, *, deadline_seconds: float = 600.0) -> Callable[[F], F]:
+        """A kind of operation: `async def procedure(service, run)`."""
+
+        def add(procedure: F) -> F:
+            self.procedures_.append(Procedure(kind, procedure, deadline_seconds))
+            return procedure
+
+        return add
+
+    def every(self, seconds: float) -> Callable[[F], F]:
+        """`async def work(service)`, on the leader."""
+        return self._row(self.every_, seconds)
+
+    def _row(self, table: list[tuple[Any, Any]], key: Any) -> Callable[[F], F]:
+        def add(handler: F) -> F:
+            table.append((key, handler))
+            return handler
+
+        return add
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What every program in a process shares."""
+
+    bus: BusConfig
+    database: DatabaseConfig
+    telemetry: TelemetryConfig
+
+
+class Program(Protocol):
+    """Something `run` can run: a service, or the gateway."""
+
+    name: str
+
+    async def main(self, settings: Settings, stop: asyncio.Event) -> None: ...
+
+
+async def _nothing(_: Operation) -> Sequence[Change]:
+    return ()
+
+
+@dataclass(slots=True)
+class Service:
+    """One owner. `open` makes what its handlers get from the Core; everything else is a table."""
+
+    name: Owner
+    open: Callable[[Core], AbstractAsyncContextManager[Any]]
+    config: type[Any]
+    parts: Sequence[Part]
+    report: Fact[Any] | None = None
+    """The full report of hosts, for a service that hears hosts; it then also gives orders."""
+    order_finished: Fact[OrderFinished] | None = None
+    order_progressed: Fact[OrderProgressed] | None = None
+    release: Callable[[Any, Operation], Awaitable[Sequence[Change]]] | None = None
+    """(service, operation) → changes that free the object of an ended operation."""
+    reconcile: Callable[[Any, str], Awaitable[None]] | None = None
+    """(service, key): compare desired and observed, then act. Called when woken, one call per key at a time."""
+    reconcile_all: Callable[[Any], Awaitable[Sequence[str]]] | None = None
+    """Keys to look at when leadership begins and now and then, having missed every event."""
+    reconcile_seconds: float = 30.0
+    on_gap: Callable[[Any, str], Awaitable[None]] | None = None
+    """(service, stream): facts of this stream were lost for good; list again."""
+    on_lead: Callable[[Any], Awaitable[None]] | None = None
+    on_follow: Callable[[Any], Awaitable[None]] | None = None
+    """Called on every replica once it is open, before it answers."""
+    concurrency: int = 64
+    ready: bool = False
+
+    def rows(self, table: str) -> list[Any]:
+        return [row for part in self.parts for row in getattr(part, table)]
+
+    async def main(self, settings: Settings, stop: asyncio.Event) -> None:
+        """Until `stop`. A schema that can't be migrated leaves this service unready, not the process."""
+        telemetry.service_name.set(self.name)
+        while not stop.is_set():
+            try:
+                await migrate(settings.database, self.name)
+                break
+            except (SchemaTooNew, asyncpg.PostgresError, OSError) as error:
+                log.error("%s is not ready: %s", self.name, error)
+                await _sleep(stop, 2.0)
+        if stop.is_set():
+            return
+        async with self._opened(settings) as (core, made):
+            await self._serve(settings, core, made, stop)
+
+    @asynccontextmanager
+    async def _opened(self, settings: Settings) -> AsyncIterator[tuple[Core, Any]]:
+        async with AsyncExitStack() as stack:
+            bus = await stack.enter_async_context(open_bus(settings.bus, self.name))
+            pool = await stack.enter_async_context(open_pool(settings.database, self.name))
+            core = await self._core(settings, stack, bus, pool)
+            made = await stack.enter_async_context(self.open(core))
+            core.operations = Operations(
+                owner=self.name,
+                pool=pool,
+                orders=core.orders,
+                service=made,
+                procedures={p.kind: p for p in self.rows("procedures_")},
+                commit=core.commit_all,
+                release=_nothing if self.release is None else self._release(made),
+                hint=lambda: core.operations.spawn(core.hint()),
+            )
+            if self.on_follow is not None:
+                await self.on_follow(made)
+            yield core, made
+
+    def _release(self, made: Any) -> Callable[[Operation], Awaitable[Sequence[Change]]]:
+        release = self.release
+        assert release is not None
+        return lambda operation: release(made, operation)
+
+    async def _core(
+        self, settings: Settings, stack: AsyncExitStack, bus: Bus, pool: asyncpg.Pool[asyncpg.Record]
+    ) -> Core:
+        beats = Beats()
+        hosts = HostHearing(bus, pool, self.name, {}, self.report or _NO_REPORT)
+        client = bus.client
+        sign: Callable[[str, bytes], str] = lambda subject, payload: ""  # noqa: E731
+        if self.report is not None:
+            client = await connect(settings.bus, self.name, never_queue=True)
+            stack.push_async_callback(client.close)
+            await bus.client.subscribe("beat.host.*", cb=beats.hear)
+            if settings.bus.credentials_dir:
+                sign = _signer(settings.bus.credentials_dir, self.name)
+        orders = Orders(self.name, pool, client, hosts, beats, sign)
+        config = read(f"VOLERY_{self.name.upper()}_", self.config)
+        return Core(self.name, config, bus, pool, beats, hosts, orders)
+
+    async def _serve(self, settings: Settings, core: Core, made: Any, stop: asyncio.Event) -> None:
+        answers = Answers(core.bus, self.concurrency)
+        table = {call.subject: (call, once(core, call, handler, made)) for call, handler in self._calls(core)}
+        leading = asyncio.create_task(self._lead_for_ever(settings, core, made))
+        try:
+            await answers.open(table)
+            self.ready = True
+            log.info("%s is ready", self.name)
+            await stop.wait()
+        finally:
+            self.ready = False
+            await answers.close()
+            leading.cancel()
+            await asyncio.gather(leading, return_exceptions=True)
+
+    def _calls(self, core: Core) -> list[tuple[Call[Any, Any], Any]]:
+        operations = core.operations
+
+        async def get(_: Any, question: GetOperation, caller: Caller) -> Any:
+            return await operations.table.raw(core.pool, question.id)
+
+        async def listed(_: Any, question: ListQuery, caller: Caller) -> Any:
+            return await page(core.pool, operations.table, question)
+
+        async def cancel(_: Any, question: CancelOperation, caller: Caller) -> Any:
+            return await operations.cancel(question.id)
+
+        own: list[tuple[Call[Any, Any], Any]] = [
+            (GET_OPERATION[self.name], get),
+            (LIST_OPERATIONS[self.name], listed),
+            (CANCEL_OPERATION[self.name], cancel),
+        ]
+        return [*self.rows("answers_"), *own]
+
+    async def _lead_for_ever(self, settings: Settings, core: Core, made: Any) -> None:
+        """Compete for leadership; when it is lost with its connection, stop all of it and compete again."""
+        telemetry.service_name.set(self.name)
+        while True:
+            try:
+                async with open_direct(settings.database, self.name) as connection:
+                    await connection.execute(
+                        "select pg_advisory_lock(hashtext($1))", LEADER_LOCK + self.name, timeout=None
+                    )
+                    token = await connection.fetchval("update leader set token = token + 1 returning token")
+                    core.orders.token = token
+                    log.info("%s leads under token %d", self.name, token)
+                    await self._lead(settings, core, made, connection)
+            except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
+                log.warning("%s lost its leadership: %s", self.name, error)
+            except ExceptionGroup as group:
+                log.error("%s starts its background work again", self.name, exc_info=group)
+            await asyncio.sleep(0.2 + random.random() * 0.3)  # noqa: S311
+
+    async def _lead(
+        self, settings: Settings, core: Core, made: Any, connection: asyncpg.Connection[asyncpg.Record]
+    ) -> None:
+        relay = Relay(
+            core.bus, Log(self.name, connection), settings.bus.replicas, core.relay_wake, core.restored.set
+        )
+        core.relay_wake.set()
+        hints = await core.bus.client.subscribe(f"relay.{self.name}.wake", cb=self._hinted(core))
+        core.operations.leading = True
+        try:
+            if self.on_lead is not None:
+                await self.on_lead(made)
+            async with asyncio.TaskGroup() as group:
+                group.create_task(relay.run())
+                group.create_task(self._operations(core))
+                group.create_task(self._housekeeping(core, relay))
+                self._hear(group, core, made)
+                if self.report is not None:
+                    if self.name is Owner.INVENTORY:
+                        group.create_task(_keep_host_stream(core.bus, settings.bus.replicas))
+                    self._hear_hosts(group, core, made)
+                if self.reconcile is not None:
+                    group.create_task(self._reconcile(core, made))
+                    group.create_task(self._reconcile_all(core, made))
+                for seconds, work in self.rows("every_"):
+                    group.create_task(_every(seconds, work, made))
+        finally:
+            core.operations.leading = False
+            if core.bus.client.is_connected:
+                await hints.unsubscribe()
+            await core.operations.stop()
+
+    def _hinted(self, core: Core) -> Callable[[Any], Awaitable[None]]:
+        async def hinted(_: Any) -> None:
+            core.relay_wake.set()
+            await core.operations.resume()
+
+        return hinted
+
+    async def _operations(self, core: Core) -> None:
+        while True:
+            await core.operations.resume()
+            await asyncio.sleep(RESUME_SECONDS)
+
+    async def _housekeeping(self, core: Core, relay: Relay) -> None:
+        while True:
+            await asyncio.sleep(HOUSEKEEPING_SECONDS)
+            await core.pool.execute("delete from request where created_at < now() - interval '24 hours'")
+            await core.orders.trim()
+            await core.operations.trim()
+            await relay.trim()
+
+    def _hear(self, group: asyncio.TaskGroup, core: Core, made: Any) -> None:
+        by_stream: dict[str, list[tuple[Fact[Any], FactHandler]]] = {}
+        for fact, handler in self.rows("hears_"):
+            by_stream.setdefault(stream_name(fact.owner), []).append((fact, _bound(made, handler)))
+        for stream, facts in by_stream.items():
+            hearing = Hearing(core.bus, core.pool, stream, table_of(facts), self._gap(made, stream))
+            hearing.committed = core.relay_wake.set
+            group.create_task(hearing.run())
+
+    def _gap(self, made: Any, stream: str) -> Callable[[], Awaitable[None]] | None:
+        on_gap = self.on_gap
+        return None if on_gap is None else lambda: on_gap(made, stream)
+
+    def _hear_hosts(self, group: asyncio.TaskGroup, core: Core, made: Any) -> None:
+        facts = [(fact, _bound(made, handler)) for fact, handler in self.rows("hears_hosts_")]
+        if self.order_finished is not None:
+            facts.append((self.order_finished, core.orders.on_finished))
+        if self.order_progressed is not None:
+            facts.append((self.order_progressed, core.orders.on_progressed))
+        core.hosts.handlers = table_of(facts)
+        core.hosts.committed = core.relay_wake.set
+        group.create_task(core.hosts.run())
+
+    async def _reconcile(self, core: Core, made: Any) -> None:
+        """One call per key at a time; a key woken while it is looked at is looked at again."""
+        reconcile = self.reconcile
+        assert reconcile is not None
+        at_work: set[str] = set()
+        again: set[str] = set()
+        limit = asyncio.Semaphore(self.concurrency)
+
+        async def look(key: str) -> None:
+            try:
+                async with limit:
+                    await reconcile(made, key)
+            except Stale:
+                core.wake(key)
+            except Exception:  # the runtime's own loop: one object's trouble must not stop the others'
+                log.exception("reconciling %s failed", key)
+            finally:
+                at_work.discard(key)
+                if key in again:
+                    again.discard(key)
+                    core.wake(key)
+
+        async with asyncio.TaskGroup() as group:
+            while True:
+                for key in await core.reconcile_keys.take():
+                    if key in at_work:
+                        again.add(key)
+                    else:
+                        at_work.add(key)
+                        group.create_task(look(key))
+
+    async def _reconcile_all(self, core: Core, made: Any) -> None:
+        while True:
+            if self.reconcile_all is not None:
+                for key in await self.reconcile_all(made):
+                    core.wake(key)
+            await asyncio.sleep(self.reconcile_seconds)
+
+
+_NO_REPORT: Fact[Any] = Fact("fact.host.{host_id}.none.reported", OrderFinished)
+
+
+def _signer(credentials_dir: str, name: str) -> Callable[[str, bytes], str]:
+    from pathlib import Path
+
+    _, key = parse_creds(Path(credentials_dir, f"{name}.creds").read_text())
+    return Signer(key.seed).sign
+
+
+def _bound(made: Any, handler: Callable[[Any, Any], Awaitable[Sequence[Change] | None]]) -> FactHandler:
+    async def bound(payload: Any) -> Sequence[Change] | None:
+        return await handler(made, payload)
+
+    return bound
+
+
+async def _every(seconds: float, work: Callable[[Any], Awaitable[None]], made: Any) -> None:
+    while True:
+        await asyncio.sleep(seconds)
+        try:
+            await work(made)
+        except Stale:
+            continue
+        except Exception:  # the runtime's own loop
+            log.exception("%s failed", getattr(work, "__name__", "periodic work"))
+
+
+async def _keep_host_stream(bus: Bus, replicas: int) -> None:
+    """The hosts' stream exists, also after somebody deleted NATS's whole store."""
+    while True:
+        try:
+            await make_host_stream(bus, replicas)
+        except (nats.errors.Error, TimeoutError) as error:
+            log.info("the hosts' stream: %s", error or type(error).__name__)
+        await asyncio.sleep(1.0)
+
+
+async def _sleep(stop: asyncio.Event, seconds: float) -> None:
+    try:
+        await asyncio.wait_for(stop.wait(), seconds)
+    except TimeoutError:
+        return
+
+
+async def run_programs(programs: Sequence[Program], settings: Settings, stop: asyncio.Event) -> None:
+    """Run all until `stop`; if one crashes, all end with its exception."""
+    async with asyncio.TaskGroup() as group:
+        for program in programs:
+            group.create_task(program.main(settings, stop), name=str(program.name))
+
+
+def run(*programs: Program) -> None:
+    """The whole of a program's `__main__`: read the settings, run until SIGTERM or SIGINT, end cleanly."""
+    try:
+        settings = Settings(
+            read("VOLERY_BUS_", BusConfig),
+            read("VOLERY_DATABASE_", DatabaseConfig),
+            read("VOLERY_TELEMETRY_", TelemetryConfig),
+        )
+        for program in programs:
+            if isinstance(program, Service):
+                read(f"VOLERY_{program.name.upper()}_", program.config)
+    except ConfigError as error:
+        raise SystemExit(f"volery: {error}") from None
+    telemetry.configure("-".join(str(p.name) for p in programs)[:60], settings.telemetry)
+
+    async def main() -> None:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        await run_programs(programs, settings, stop)
+
+    uvloop.run(main())
