@@ -1,0 +1,113 @@
+"""Data centers and clusters: what hosts and VMs belong to, and the policies they share."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from msgspec import UNSET, UnsetType
+
+from volery.contracts.base import Call, Done, Entity, Fact, Message
+from volery.contracts.operation import ListQuery, Page
+
+
+class GetById(Message):
+    """Which one."""
+
+    id: str
+
+
+class DeleteById(Message):
+    """Which one; `if_revision` 0 is any (If-Match)."""
+
+    id: str
+    if_revision: int = 0
+
+
+class DataCenter(Entity):
+    name: str
+    description: str = ""
+    local: bool = False
+    """One host, whose storage nobody else reaches."""
+    tags: tuple[str, ...] = ()
+
+
+class CreateDataCenter(Message):
+    name: str
+    description: str = ""
+    local: bool = False
+    tags: tuple[str, ...] = ()
+
+
+class UpdateDataCenter(Message):
+    id: str
+    if_revision: int = 0
+    name: str | UnsetType = UNSET
+    description: str | UnsetType = UNSET
+    tags: tuple[str, ...] | UnsetType = UNSET
+
+
+class Balance(StrEnum):
+    """How the scheduler weighs hosts that fit (oVirt's scheduling policies)."""
+
+    NONE = "none"
+    EVENLY_DISTRIBUTED = "evenly_distributed"
+    POWER_SAVING = "power_saving"
+
+
+class Cluster(Entity):
+    name: str
+    data_center_id: str
+    description: str = ""
+    cpu_model: str = ""
+    """The libvirt CPU model that every guest gets; "" is the host's own."""
+    machine: str = "q35"
+    memory_overcommit_percent: int = 100
+    cpu_overcommit_ratio: float = 10.0
+    """vCPUs per physical CPU thread that may be promised."""
+    balance: Balance = Balance.EVENLY_DISTRIBUTED
+    migration_bandwidth_mib_per_second: int = 0
+    tags: tuple[str, ...] = ()
+
+
+class CreateCluster(Message):
+    name: str
+    data_center_id: str
+    description: str = ""
+    cpu_model: str = ""
+    machine: str = "q35"
+    memory_overcommit_percent: int = 100
+    cpu_overcommit_ratio: float = 10.0
+    balance: Balance = Balance.EVENLY_DISTRIBUTED
+    migration_bandwidth_mib_per_second: int = 0
+    tags: tuple[str, ...] = ()
+
+
+class UpdateCluster(Message):
+    id: str
+    if_revision: int = 0
+    name: str | UnsetType = UNSET
+    description: str | UnsetType = UNSET
+    cpu_model: str | UnsetType = UNSET
+    machine: str | UnsetType = UNSET
+    memory_overcommit_percent: int | UnsetType = UNSET
+    cpu_overcommit_ratio: float | UnsetType = UNSET
+    balance: Balance | UnsetType = UNSET
+    migration_bandwidth_mib_per_second: int | UnsetType = UNSET
+    tags: tuple[str, ...] | UnsetType = UNSET
+
+
+CREATE_DATA_CENTER = Call("inventory.data_center.create", CreateDataCenter, DataCenter, mutates=True)
+UPDATE_DATA_CENTER = Call("inventory.data_center.update", UpdateDataCenter, DataCenter, mutates=True)
+DELETE_DATA_CENTER = Call("inventory.data_center.delete", DeleteById, Done, mutates=True)
+GET_DATA_CENTER = Call("inventory.data_center.get", GetById, DataCenter)
+LIST_DATA_CENTERS = Call("inventory.data_center.list", ListQuery, Page)
+DATA_CENTER_CHANGED = Fact("fact.inventory.data_center.{id}.changed", DataCenter)
+DATA_CENTER_DELETED = Fact("fact.inventory.data_center.{id}.deleted", DataCenter)
+
+CREATE_CLUSTER = Call("inventory.cluster.create", CreateCluster, Cluster, mutates=True)
+UPDATE_CLUSTER = Call("inventory.cluster.update", UpdateCluster, Cluster, mutates=True)
+DELETE_CLUSTER = Call("inventory.cluster.delete", DeleteById, Done, mutates=True)
+GET_CLUSTER = Call("inventory.cluster.get", GetById, Cluster)
+LIST_CLUSTERS = Call("inventory.cluster.list", ListQuery, Page)
+CLUSTER_CHANGED = Fact("fact.inventory.cluster.{id}.changed", Cluster)
+CLUSTER_DELETED = Fact("fact.inventory.cluster.{id}.deleted", Cluster)

@@ -1,0 +1,121 @@
+"""Hosts: KVM machines with an agent. States after oVirt's VDSStatus."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from enum import StrEnum
+
+from msgspec import UNSET, UnsetType
+
+from volery.contracts.agent import HostCapabilities
+from volery.contracts.base import Call, Done, Entity, Fact, Message
+from volery.contracts.cluster import DeleteById, GetById
+from volery.contracts.operation import ListQuery, Operation, Page
+
+
+class HostStatus(StrEnum):
+    INSTALLING = "installing"
+    """Its token was issued; the agent has not reported yet."""
+    UP = "up"
+    PREPARING_FOR_MAINTENANCE = "preparing_for_maintenance"
+    MAINTENANCE = "maintenance"
+    NON_RESPONSIVE = "non_responsive"
+    """ha hears nothing from it. Its VMs are `unknown`, and nothing starts them elsewhere without proof."""
+    NON_OPERATIONAL = "non_operational"
+    """It answers, but can't run VMs of its cluster: see `reasons`."""
+    CONNECTING = "connecting"
+    """ha misses its beats, but has not given it up."""
+
+
+class Host(Entity):
+    name: str
+    cluster_id: str
+    data_center_id: str
+    status: HostStatus = HostStatus.INSTALLING
+    reasons: tuple[str, ...] = ()
+    """Why it is non-operational, as codes: cpu_incompatible, libvirt_too_old, kvm_missing, storage_unreachable, …"""
+    address: str = ""
+    """Where its image server, migration and tunnels are reached."""
+    comment: str = ""
+    tags: tuple[str, ...] = ()
+    capabilities: HostCapabilities = HostCapabilities()
+    boot_id: str = ""
+    agent_generation: str = ""
+    enrolled_at: datetime | None = None
+    clock_skew_seconds: float = 0.0
+    """Warned about above 2 s; never used to decide anything."""
+    warnings: tuple[str, ...] = ()
+    vm_count: int = 0
+    memory_committed_bytes: int = 0
+    busy_with: str = ""
+    maintenance_reason: str = ""
+
+
+class CreateHost(Message):
+    """Announces a host; the answer carries a one-time token for `volery-agent enrol`."""
+
+    name: str
+    cluster_id: str
+    comment: str = ""
+    tags: tuple[str, ...] = ()
+    token_seconds: int = 3600
+
+
+class HostToken(Message):
+    host: Host
+    enrolment_token: str
+    """Shown once."""
+    command: str
+    """What to run on the host."""
+
+
+class RenewHostToken(Message):
+    id: str
+    token_seconds: int = 3600
+
+
+class UpdateHost(Message):
+    id: str
+    if_revision: int = 0
+    name: str | UnsetType = UNSET
+    comment: str | UnsetType = UNSET
+    tags: tuple[str, ...] | UnsetType = UNSET
+    cluster_id: str | UnsetType = UNSET
+
+
+class MaintainHost(Message):
+    """Move every VM away, then leave the host alone. VMs that can't move are named and the operation fails,
+    unless `stop_vms` says to shut them down."""
+
+    id: str
+    if_revision: int = 0
+    reason: str = ""
+    stop_vms: bool = False
+    dry_run: bool = False
+
+
+class ActivateHost(Message):
+    id: str
+    if_revision: int = 0
+
+
+class SetLiveness(Message):
+    """ha to inventory: what it concluded about a host, and for which boot."""
+
+    host_id: str
+    state: str
+    """up, connecting, non_responsive"""
+    boot_id: str = ""
+
+
+CREATE_HOST = Call("inventory.host.create", CreateHost, HostToken, mutates=True)
+RENEW_HOST_TOKEN = Call("inventory.host.renew_token", RenewHostToken, HostToken, mutates=True)
+UPDATE_HOST = Call("inventory.host.update", UpdateHost, Host, mutates=True)
+DELETE_HOST = Call("inventory.host.delete", DeleteById, Done, mutates=True)
+GET_HOST = Call("inventory.host.get", GetById, Host)
+LIST_HOSTS = Call("inventory.host.list", ListQuery, Page)
+MAINTAIN_HOST = Call("inventory.host.maintain", MaintainHost, Operation, mutates=True)
+ACTIVATE_HOST = Call("inventory.host.activate", ActivateHost, Operation, mutates=True)
+
+HOST_CHANGED = Fact("fact.inventory.host.{id}.changed", Host)
+HOST_DELETED = Fact("fact.inventory.host.{id}.deleted", Host)

@@ -1,0 +1,70 @@
+"""What ha knows of hosts: evidence, never more than was observed."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from enum import StrEnum
+
+from volery.contracts.base import Call, Entity, Fact, Message
+from volery.contracts.cluster import GetById
+from volery.contracts.operation import ListQuery, Page
+
+
+class LivenessState(StrEnum):
+    UP = "up"
+    CONNECTING = "connecting"
+    """Beats are missing, or the bus said that the agent left: suspected."""
+    NON_RESPONSIVE = "non_responsive"
+    """Silent beyond the limit. Silence is evidence, never proof of death."""
+    UNKNOWN = "unknown"
+    """ha itself has just started, or is cut off: it has no opinion yet."""
+
+
+class Evidence(Message):
+    """A dated observation."""
+
+    kind: str
+    """beat, silence, disconnected, connected, new_boot, report"""
+    at: datetime
+    """The observer's clock."""
+    details: str = ""
+
+
+class HostLiveness(Entity):
+    """`id` is the host's."""
+
+    host_name: str = ""
+    cluster_id: str = ""
+    state: LivenessState = LivenessState.UNKNOWN
+    since: datetime | None = None
+    boot_id: str = ""
+    last_beat_at: datetime | None = None
+    evidence: tuple[Evidence, ...] = ()
+    """The newest of each kind."""
+
+
+class VmRestart(Entity):
+    """An automatic restart: why, and what came of it. `id` is the VM's."""
+
+    vm_id: str
+    vm_name: str = ""
+    attempts: int = 0
+    reason: str = ""
+    last_operation_id: str = ""
+    next_attempt_at: datetime | None = None
+    gave_up: bool = False
+    message: str = ""
+
+
+class FindRestart(Message):
+    vm_id: str
+
+
+GET_LIVENESS = Call("ha.host.get", GetById, HostLiveness)
+LIST_LIVENESS = Call("ha.host.list", ListQuery, Page)
+LIST_RESTARTS = Call("ha.restart.list", ListQuery, Page)
+
+LIVENESS_CHANGED = Fact("fact.ha.host.{id}.changed", HostLiveness)
+LIVENESS_DELETED = Fact("fact.ha.host.{id}.deleted", HostLiveness)
+RESTART_CHANGED = Fact("fact.ha.restart.{id}.changed", VmRestart)
+RESTART_DELETED = Fact("fact.ha.restart.{id}.deleted", VmRestart)

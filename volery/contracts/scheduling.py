@@ -1,0 +1,140 @@
+"""Where a VM may run, and the claims that hold its capacity there."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from volery.contracts.base import Call, Done, Entity, Fact, Message
+from volery.contracts.operation import ListQuery, Page
+
+
+class Need(Message):
+    """What a VM asks of a host."""
+
+    vm_id: str
+    cluster_id: str
+    memory_bytes: int
+    vcpus: int
+    name: str = ""
+    cpu_model: str = ""
+    machine: str = ""
+    network_ids: tuple[str, ...] = ()
+    host_ids: tuple[str, ...] = ()
+    """Pinned to these; empty: any."""
+    preferred_host_ids: tuple[str, ...] = ()
+    storage_host_ids: tuple[str, ...] | None = None
+    """Hosts that reach its disks; None: no disk restricts it."""
+    high_availability: bool = False
+
+
+class Purpose(StrEnum):
+    START = "start"
+    MIGRATE = "migrate"
+    RESTART = "restart"
+
+
+class Place(Message):
+    """Choose a host and claim its capacity for (vm_id, epoch). A repeat returns the first answer."""
+
+    need: Need
+    epoch: int
+    purpose: Purpose = Purpose.START
+    excluded_host_ids: tuple[str, ...] = ()
+    """Tried already, or the source of a migration."""
+    target_host_id: str = ""
+    """Only this one."""
+    dry_run: bool = False
+    """Decide and explain, claim nothing."""
+    operation_id: str = ""
+
+
+class Verdict(Message):
+    """What one rule said of one host."""
+
+    rule: str
+    passed: bool
+    message: str = ""
+    """With the figures, when it excluded the host."""
+    change: str = ""
+    """The smallest change that would make it pass."""
+
+
+class HostVerdict(Message):
+    host_id: str
+    name: str = ""
+    fits: bool = False
+    verdicts: tuple[Verdict, ...] = ()
+    """Of filters: those that excluded it (all of them, not only the first)."""
+    weight: float = 0.0
+    weights: dict[str, float] = {}
+    """Weigher → its share; the highest sum wins."""
+
+
+class Placement(Message):
+    """The decision: a host, or for each host why not."""
+
+    vm_id: str
+    epoch: int
+    host_id: str = ""
+    claimed: bool = False
+    hosts: tuple[HostVerdict, ...] = ()
+    message: str = ""
+    """A sentence for a person."""
+    decision_id: str = ""
+
+
+class Claim(Entity):
+    """Capacity held for a VM on a host. The table says what is held, never where a VM runs."""
+
+    vm_id: str
+    epoch: int
+    host_id: str
+    memory_bytes: int
+    vcpus: int
+    state: str = "tentative"
+    """tentative (until confirmed or expired), confirmed"""
+    purpose: Purpose = Purpose.START
+
+
+class ClaimKey(Message):
+    vm_id: str
+    epoch: int
+
+
+class ReleaseVm(Message):
+    """Give back every claim of this VM except those of `keep_epochs`."""
+
+    vm_id: str
+    keep_epochs: tuple[int, ...] = ()
+
+
+class HostCapacity(Message):
+    """How the scheduler sees a host."""
+
+    host_id: str
+    name: str
+    cluster_id: str
+    memory_bytes: int
+    memory_used_bytes: int
+    """By claims, overhead included."""
+    vcpus_limit: int
+    vcpus_used: int
+    schedulable: bool
+    cpu_percent: float = 0.0
+
+
+class GetDecision(Message):
+    id: str
+
+
+PLACE = Call("scheduler.place", Place, Placement, mutates=True)
+CONFIRM_CLAIM = Call("scheduler.claim.confirm", ClaimKey, Done, mutates=True)
+RELEASE_CLAIM = Call("scheduler.claim.release", ClaimKey, Done, mutates=True)
+RELEASE_VM_CLAIMS = Call("scheduler.claim.release_vm", ReleaseVm, Done, mutates=True)
+LIST_CLAIMS = Call("scheduler.claim.list", ListQuery, Page)
+LIST_CAPACITY = Call("scheduler.capacity.list", ListQuery, Page)
+GET_DECISION = Call("scheduler.decision.get", GetDecision, Placement)
+"""A past decision, as it was explained then. Raises not_found when it is older than the retention."""
+
+CLAIM_CHANGED = Fact("fact.scheduler.claim.{id}.changed", Claim)
+CLAIM_DELETED = Fact("fact.scheduler.claim.{id}.deleted", Claim)

@@ -1,0 +1,334 @@
+"""Storage domains, disks, and the transfer of images. Statuses after oVirt's."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+
+from msgspec import UNSET, UnsetType
+
+from volery.contracts.base import Call, Done, Entity, Fact, Message
+from volery.contracts.cluster import DeleteById, GetById
+from volery.contracts.domain import DomainDisk, ImageFormat
+from volery.contracts.operation import ListQuery, Operation, Page
+from volery.contracts.volume_orders import DiscoveredTarget, TransferDirection
+
+
+class DomainKind(StrEnum):
+    DIRECTORY = "directory"
+    """A directory: local to one host, or shared and mounted at the same path on all."""
+    ISCSI = "iscsi"
+    """A target whose LUNs QEMU reaches itself; one disk takes one LUN."""
+
+
+class DomainStatus(StrEnum):
+    UNATTACHED = "unattached"
+    ACTIVATING = "activating"
+    ACTIVE = "active"
+    INACTIVE = "inactive"
+    """Attached, but no host reaches it."""
+    MAINTENANCE = "maintenance"
+
+
+class Lun(Message):
+    lun: int
+    size_bytes: int
+    disk_id: str = ""
+    """The disk that has it; "" is free."""
+
+
+class StorageDomain(Entity):
+    name: str
+    kind: DomainKind
+    data_center_id: str = ""
+    """"" until attached."""
+    status: DomainStatus = DomainStatus.UNATTACHED
+    description: str = ""
+    tags: tuple[str, ...] = ()
+    path: str = ""
+    """Directory."""
+    host_id: str = ""
+    """The one host of a local directory; "" is shared."""
+    portal: str = ""
+    iqn: str = ""
+    chap_user: str = ""
+    luns: tuple[Lun, ...] = ()
+    capacity_bytes: int = 0
+    available_bytes: int = 0
+    committed_bytes: int = 0
+    """What its disks may grow to."""
+    host_ids: tuple[str, ...] = ()
+    """Hosts that reach it now."""
+    unreachable: dict[str, str] = {}
+    """Host → why it doesn't."""
+    strangers: tuple[str, ...] = ()
+    """Found there, explained by no disk of ours; never deleted."""
+    busy_with: str = ""
+
+
+class CreateStorageDomain(Message):
+    name: str
+    kind: DomainKind
+    data_center_id: str = ""
+    """Attach and activate it at once."""
+    description: str = ""
+    tags: tuple[str, ...] = ()
+    path: str = ""
+    host_id: str = ""
+    portal: str = ""
+    iqn: str = ""
+    chap_user: str = ""
+    chap_password: str = ""
+
+
+class UpdateStorageDomain(Message):
+    id: str
+    if_revision: int = 0
+    name: str | UnsetType = UNSET
+    description: str | UnsetType = UNSET
+    tags: tuple[str, ...] | UnsetType = UNSET
+
+
+class AttachStorageDomain(Message):
+    id: str
+    data_center_id: str
+    if_revision: int = 0
+
+
+class ActOnStorageDomain(Message):
+    """activate, maintain, detach, refresh"""
+
+    id: str
+    action: str
+    if_revision: int = 0
+
+
+class DiscoverTargets(Message):
+    """What an iSCSI portal offers, as seen from a host ("" is any that is up)."""
+
+    portal: str
+    host_id: str = ""
+    chap_user: str = ""
+    chap_password: str = ""
+
+
+class Targets(Message):
+    targets: tuple[DiscoveredTarget, ...] = ()
+
+
+class DiskStatus(StrEnum):
+    LOCKED = "locked"
+    """An operation is making or changing it."""
+    OK = "ok"
+    ILLEGAL = "illegal"
+    """Its content can't be trusted: an upload or copy failed half-way. It can only be deleted."""
+    MISSING = "missing"
+    """The storage says that it is gone."""
+
+
+class ContentType(StrEnum):
+    DATA = "data"
+    ISO = "iso"
+
+
+class DiskUse(Message):
+    vm_id: str
+    read_only: bool = False
+
+
+class Disk(Entity):
+    name: str
+    storage_domain_id: str
+    data_center_id: str = ""
+    status: DiskStatus = DiskStatus.LOCKED
+    description: str = ""
+    tags: tuple[str, ...] = ()
+    content: ContentType = ContentType.DATA
+    format: ImageFormat = ImageFormat.QCOW2
+    size_bytes: int = 0
+    """Virtual size."""
+    used_bytes: int = 0
+    preallocated: bool = False
+    shareable: bool = False
+    read_only: bool = False
+    wipe_after_delete: bool = False
+    lun: int = -1
+    uses: tuple[DiskUse, ...] = ()
+    """VMs it is attached to; one at most unless shareable."""
+    sha256: str = ""
+    """Of the last upload or import, as it came."""
+    busy_with: str = ""
+
+
+class CreateDisk(Message):
+    name: str
+    storage_domain_id: str
+    size_bytes: int = 0
+    """0 only with copy_of or import_url: the source's size."""
+    description: str = ""
+    tags: tuple[str, ...] = ()
+    content: ContentType = ContentType.DATA
+    format: ImageFormat = ImageFormat.QCOW2
+    preallocate: bool = False
+    shareable: bool = False
+    read_only: bool = False
+    wipe_after_delete: bool = False
+    copy_of: str = ""
+    import_url: str = ""
+    sha256: str = ""
+    """Expected, with import_url."""
+    id: str = ""
+    """Chosen by a service that must name it beforehand; people leave it empty."""
+    attach_to: str = ""
+    """Internal: the VM that it is made for."""
+    dry_run: bool = False
+
+
+class UpdateDisk(Message):
+    id: str
+    if_revision: int = 0
+    name: str | UnsetType = UNSET
+    description: str | UnsetType = UNSET
+    tags: tuple[str, ...] | UnsetType = UNSET
+    shareable: bool | UnsetType = UNSET
+    read_only: bool | UnsetType = UNSET
+    wipe_after_delete: bool | UnsetType = UNSET
+
+
+class ResizeDisk(Message):
+    """Only grows. Online when a VM runs with it."""
+
+    id: str
+    size_bytes: int
+    if_revision: int = 0
+
+
+class CopyDisk(Message):
+    id: str
+    name: str
+    storage_domain_id: str = ""
+    format: ImageFormat | None = None
+
+
+class Transfer(Entity):
+    """An upload into or download from a disk, through `/api/v1/transfers/{id}/data`."""
+
+    disk_id: str
+    direction: TransferDirection
+    state: str = "opening"
+    """opening, ready, finishing, succeeded, failed, cancelled"""
+    size_bytes: int = 0
+    received_bytes: int = 0
+    format: ImageFormat = ImageFormat.RAW
+    sha256: str = ""
+    problem: str = ""
+    host_id: str = ""
+    expires_at: datetime | None = None
+    operation_id: str = ""
+
+
+class CreateTransfer(Message):
+    """Upload: `size_bytes` is how many bytes will come. Download: `format` is how they are sent."""
+
+    disk_id: str
+    direction: TransferDirection
+    size_bytes: int = 0
+    format: ImageFormat = ImageFormat.RAW
+    sha256: str = ""
+
+
+class FinishDiskTransfer(Message):
+    id: str
+    sha256: str = ""
+
+
+class TransferEndpoint(Message):
+    """Where the gateway sends the bytes; clients never see it."""
+
+    ticket: str
+    data_address: str
+    direction: TransferDirection
+    size_bytes: int
+
+
+# --- what inventory asks on behalf of a VM ---------------------------------------------------------
+
+
+class AttachDiskTo(Message):
+    """Reserve a disk for a VM: refused when another has it. Idempotent per (disk, vm)."""
+
+    disk_id: str
+    vm_id: str
+    read_only: bool = False
+
+
+class DetachDiskFrom(Message):
+    """A disk that the VM doesn't have is a success."""
+
+    disk_id: str
+    vm_id: str
+
+
+class PrepareDisks(Message):
+    """Where these disks are, as seen from this host. Refused when the host doesn't reach one of them."""
+
+    vm_id: str
+    host_id: str
+    disk_ids: tuple[str, ...]
+
+
+class PreparedDisks(Message):
+    disks: tuple[DomainDisk, ...]
+    """With source, read_only, shareable, shared_storage set; device fields are inventory's."""
+
+
+class ReachDisks(Message):
+    """Which hosts reach all of these disks? For placement."""
+
+    disk_ids: tuple[str, ...]
+
+
+class DiskReach(Message):
+    any_host: bool
+    """No disk restricts it."""
+    host_ids: tuple[str, ...] = ()
+    domain_ids: tuple[str, ...] = ()
+    unready: dict[str, Any] = {}
+    """Disk → why it can't be used now."""
+
+
+CREATE_STORAGE_DOMAIN = Call("storage.domain.create", CreateStorageDomain, Operation, mutates=True)
+UPDATE_STORAGE_DOMAIN = Call("storage.domain.update", UpdateStorageDomain, StorageDomain, mutates=True)
+ATTACH_STORAGE_DOMAIN = Call("storage.domain.attach", AttachStorageDomain, Operation, mutates=True)
+ACT_ON_STORAGE_DOMAIN = Call("storage.domain.act", ActOnStorageDomain, Operation, mutates=True)
+DELETE_STORAGE_DOMAIN = Call("storage.domain.delete", DeleteById, Done, mutates=True)
+GET_STORAGE_DOMAIN = Call("storage.domain.get", GetById, StorageDomain)
+LIST_STORAGE_DOMAINS = Call("storage.domain.list", ListQuery, Page)
+DISCOVER_TARGETS = Call("storage.iscsi.discover", DiscoverTargets, Targets, timeout_seconds=30)
+STORAGE_DOMAIN_CHANGED = Fact("fact.storage.domain.{id}.changed", StorageDomain)
+STORAGE_DOMAIN_DELETED = Fact("fact.storage.domain.{id}.deleted", StorageDomain)
+
+CREATE_DISK = Call("storage.disk.create", CreateDisk, Operation, mutates=True)
+UPDATE_DISK = Call("storage.disk.update", UpdateDisk, Disk, mutates=True)
+RESIZE_DISK = Call("storage.disk.resize", ResizeDisk, Operation, mutates=True)
+COPY_DISK = Call("storage.disk.copy", CopyDisk, Operation, mutates=True)
+DELETE_DISK = Call("storage.disk.delete", DeleteById, Operation, mutates=True)
+GET_DISK = Call("storage.disk.get", GetById, Disk)
+LIST_DISKS = Call("storage.disk.list", ListQuery, Page)
+DISK_CHANGED = Fact("fact.storage.disk.{id}.changed", Disk)
+DISK_DELETED = Fact("fact.storage.disk.{id}.deleted", Disk)
+
+CREATE_TRANSFER = Call("storage.transfer.create", CreateTransfer, Operation, mutates=True)
+FINISH_DISK_TRANSFER = Call("storage.transfer.finish", FinishDiskTransfer, Operation, mutates=True)
+CANCEL_TRANSFER = Call("storage.transfer.cancel", GetById, Operation, mutates=True)
+GET_TRANSFER = Call("storage.transfer.get", GetById, Transfer)
+LIST_TRANSFERS = Call("storage.transfer.list", ListQuery, Page)
+FIND_TRANSFER_ENDPOINT = Call("storage.transfer.endpoint", GetById, TransferEndpoint)
+TRANSFER_CHANGED = Fact("fact.storage.transfer.{id}.changed", Transfer)
+TRANSFER_DELETED = Fact("fact.storage.transfer.{id}.deleted", Transfer)
+
+ATTACH_DISK_TO = Call("storage.disk.attach", AttachDiskTo, Disk, mutates=True)
+DETACH_DISK_FROM = Call("storage.disk.detach", DetachDiskFrom, Done, mutates=True)
+PREPARE_DISKS = Call("storage.disk.prepare", PrepareDisks, PreparedDisks)
+REACH_DISKS = Call("storage.disk.reach", ReachDisks, DiskReach)
