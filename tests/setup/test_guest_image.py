@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.setup.guest import booted
 from volery.setup import guest_image
 from volery.setup.errors import SetupError
 from volery.setup.guest_image import Entry, GuestImage, cpio
 from volery.setup.home import Home
 from volery.setup.packages import family_of
-
-sys.path.insert(0, str(Path(__file__).parent))
-from guest import booted
 
 REPOSITORY = Path(__file__).parents[2]
 
