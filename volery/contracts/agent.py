@@ -17,6 +17,10 @@ from volery.contracts.domain import DomainState, ImageFormat
 from volery.contracts.errors import Problem
 
 
+NO_RESULT = msgspec.Raw(b"null")
+"""Not None: msgspec can't decode `Raw | None`."""
+
+
 class OrderEnvelope(Message):
     """One order on its way to a host. Refused for another generation, a lower epoch or order_seq, or when stale."""
 
@@ -72,7 +76,7 @@ class OrderAck(Message):
     state: OrderState
     problem: Problem | None = None
     outcome: Outcome | None = None
-    result: msgspec.Raw | None = None
+    result: msgspec.Raw = NO_RESULT
 
 
 class CancelOrder(Message):
@@ -124,7 +128,7 @@ class OrderFinished(FromHost):
     epoch: int
     outcome: Outcome
     problem: Problem | None = None
-    result: msgspec.Raw | None = None
+    result: msgspec.Raw = NO_RESULT
     """The order's answer, encoded."""
 
 

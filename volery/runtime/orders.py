@@ -254,7 +254,7 @@ class Orders:
         if ack.state is OrderState.REFUSED and ack.problem is not None and ack.problem.kind in TRY_AGAIN:
             return False
         outcome = ack.outcome or (Outcome.FAILED if ack.state is OrderState.REFUSED else Outcome.CANCELLED)
-        result = Result(outcome, ack.problem, bytes(ack.result) if ack.result is not None else None)
+        result = Result(outcome, ack.problem, bytes(ack.result))
         change = self.finish(order_id, result)
         await commit(self.pool, [change])
         return True
@@ -282,7 +282,7 @@ class Orders:
         )
 
     async def on_finished(self, fact: OrderFinished) -> Sequence[Change]:
-        body = bytes(fact.result) if fact.result is not None else None
+        body = bytes(fact.result)
         return [self.finish(fact.order_id, Result(fact.outcome, fact.problem, body))]
 
     async def on_progressed(self, fact: OrderProgressed) -> Sequence[Change]:
