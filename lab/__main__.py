@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lab.errors import LabError
 from lab.host import Host
-from lab.lab import Lab
+from lab.lab import DEFAULT_NETWORKS, Lab
 
 HOST_ACTIONS: dict[str, tuple[Callable[[Host], None], str]] = {
     "power-off": (Host.power_off, "pull the plug: every process on the host dies"),
@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     up.add_argument("--hosts", type=int, default=3)
     up.add_argument("--kvm", action="store_true", help="let hosts see /dev/kvm")
     up.add_argument("--agent-command", type=shlex.split, help="what runs as agent on every host")
+    up.add_argument("--networks", default=DEFAULT_NETWORKS, help="where its /24 is taken from")
     down = verbs.add_parser("down", parents=[shared], help="remove the lab and its data")
     down.add_argument("--keep", action="store_true", help="leave disks, logs and configuration")
     status = verbs.add_parser("status", parents=[shared], help="show every host")
@@ -63,7 +64,12 @@ def main(arguments: list[str]) -> int:
 
 def act(lab: Lab, options: argparse.Namespace) -> int:
     if options.verb == "up":
-        lab.up(options.hosts, kvm=options.kvm, agent_command=options.agent_command)
+        lab.up(
+            options.hosts,
+            kvm=options.kvm,
+            agent_command=options.agent_command,
+            networks=options.networks,
+        )
         show(lab, "table")
     elif options.verb == "down":
         lab.down(keep=options.keep)

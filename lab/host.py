@@ -193,7 +193,11 @@ class Host:
             if self.boot is None:
                 self._sweep()
                 self._prepare(hold)
-                self._start_init()
+                try:
+                    self._start_init()
+                except LabError:
+                    self._sweep()
+                    raise
         if wait and "libvirtd" not in hold:
             self.wait_for_libvirtd()
 
@@ -259,8 +263,14 @@ class Host:
             )
         if done.returncode not in (0, EXIT_ALREADY_ON):
             raise LabError(
-                f"Host {self.number} of lab {lab.name} did not boot: {_tail(log)} The whole log is {log}."
+                f"Host {self.number} of lab {lab.name} did not boot: {_tail(log)} (the whole log is "
+                f"{log}). `up` makes again what the host needs from its lab."
             )
+        deadline = time.monotonic() + 10
+        while self.boot is None:  # only when a killed tool's boot was still on its way
+            if time.monotonic() > deadline:
+                raise LabError(f"Host {self.number} of lab {lab.name} did not boot: see {log}.")
+            time.sleep(0.01)
 
     def wait_for_libvirtd(self, timeout_seconds: float = 60.0) -> None:
         """Returns when libvirtd answers a call. Raises LabError after the time."""
@@ -432,7 +442,7 @@ def _listens(path: str) -> bool:
         return True
 
 
-def _tail(log: Path, lines: int = 5) -> str:
+def _tail(log: Path, lines: int = 2) -> str:
     try:
         return " / ".join(log.read_text(errors="replace").splitlines()[-lines:])
     except FileNotFoundError:

@@ -75,7 +75,11 @@ def _live(host: HostLayout, subnet: str, kvm: bool, ready: int) -> None:
     for number in (signal.SIGCHLD, signal.SIGHUP):
         signal.signal(number, lambda *_: None)
     signal.set_wakeup_fd(wake_writer, warn_on_full_buffer=False)
-    boot(host, subnet, kvm)
+    try:
+        boot(host, subnet, kvm)
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(error, file=sys.stderr, flush=True)
+        os._exit(1)
     os.write(ready, READY)
     os.close(ready)
     run_units(host, wake_reader)

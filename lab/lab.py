@@ -17,7 +17,7 @@ from lab.layout import GATEWAY_OCTET, MAX_HOSTS, NAME, LabLayout, address, defau
 from lab.record import LabRecord, load
 from lab.target import IscsiTarget
 
-DEFAULT_NETWORKS = "10.98.0.0/16"  # VOLERY_LAB_NETWORKS chooses another
+DEFAULT_NETWORKS = "10.98.0.0/16"
 HIDDEN_ON_HOSTS = ("/dev", "/proc", "/run", "/sys", "/etc/libvirt", "/var/lib/libvirt")
 REQUIRED_PROGRAMS = {
     "ip": "iproute2",
@@ -111,31 +111,32 @@ class Lab:
         *,
         kvm: bool = False,
         agent_command: Sequence[str] | None = None,
+        networks: str = DEFAULT_NETWORKS,
     ) -> None:
         """Makes hosts 1 to `hosts` run, with network, storage and shared directory.
 
         Does only what is missing; hosts beyond the number stay as they are. Raises LabError.
-        `kvm`: hosts see /dev/kvm; `agent_command`: what runs as agent on hosts that have none set.
+        `kvm`: hosts see /dev/kvm; `agent_command`: what runs as agent on hosts that have none set;
+        `networks`: where the lab's /24 is taken from the first time.
         """
         if not 1 <= hosts <= MAX_HOSTS:
             raise LabError(f"A lab of {hosts} hosts can't be made: give 1 to {MAX_HOSTS}.")
         check_machine()
         with self._exclusive():
-            self._prepare(kvm, agent_command)
+            self._prepare(kvm, agent_command, networks)
             numbers = range(1, hosts + 1)
             for number in numbers:
                 self.layout.host(number).directory.mkdir(parents=True, exist_ok=True)
             self.target.start()
             self._power_on([self.host(number) for number in numbers])
 
-    def _prepare(self, kvm: bool, agent_command: Sequence[str] | None) -> None:
+    def _prepare(self, kvm: bool, agent_command: Sequence[str] | None, networks: str) -> None:
         lab = self.layout
         lab.shared.mkdir(parents=True, exist_ok=True)
         for name in ("shared", "home"):
             (lab.mounts / name).mkdir(parents=True, exist_ok=True)
         recorded = load(lab.record)
-        pool = os.environ.get("VOLERY_LAB_NETWORKS", DEFAULT_NETWORKS)
-        subnet = network.ensure_switch(lab, recorded.subnet if recorded else None, pool)
+        subnet = network.ensure_switch(lab, recorded.subnet if recorded else None, networks)
         record = recorded or LabRecord(name=lab.name, subnet=subnet, kvm=kvm)
         record.subnet = subnet
         record.kvm = record.kvm or kvm

@@ -79,7 +79,7 @@ def _claim_subnet(lab: LabLayout, recorded: str | None, pool: str) -> str:
         return subnet
     raise LabError(
         f"No /24 in {pool} is free for lab {lab.name}: take another lab down, or choose another range "
-        "with VOLERY_LAB_NETWORKS."
+        "with --networks."
     )
 
 
