@@ -1,0 +1,203 @@
+"""Orders that begin and end a domain or act on a whole one: run, stop, act, save, forget.
+
+Each looks first and makes true what is not, so that a repeat, or a resumption after a crash, does no harm.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+from host_agent import devices, domxml, migration, runningxml
+from host_agent.action import Action, Host, Running
+from host_agent.domain_waits import settled, wait_gone
+from host_agent.domxml import Placement
+from host_agent.suspension import restore, save_domain
+from volery.contracts.agent import DomainReport
+from volery.contracts.base import Done, Message
+from volery.contracts.domain import DomainSpec, DomainState
+from volery.contracts.domain_orders import (
+    ACT_ON_DOMAIN,
+    FORGET_DOMAIN,
+    RUN_DOMAIN,
+    SAVE_DOMAIN,
+    STOP_DOMAIN,
+    ActOnDomain,
+    DomainAction,
+    DomainRunning,
+    DomainStopped,
+    ForgetDomain,
+    RunDomain,
+    StopDomain,
+    StopMethod,
+)
+from volery.contracts.errors import Kind, Refused, conflict
+
+Q = TypeVar("Q", bound=Message)
+A = TypeVar("A")
+
+ENDED = (DomainState.GONE, DomainState.SHUTOFF)
+ALIVE = (DomainState.RUNNING, DomainState.PAUSED, DomainState.PMSUSPENDED, DomainState.SHUTTING_DOWN)
+ASK_AGAIN_SECONDS = 15.0
+"""A guest that is booting doesn't hear the power button: it is pressed again."""
+DESTROY_SECONDS = 60.0
+
+
+def check_ours(now: DomainReport, installation: str | None = None) -> None:
+    """Raises Refused for a domain that Volery, or this Volery, did not make."""
+    if not now.installation or (installation is not None and now.installation != installation):
+        whose = f"Volery installation {now.installation}" if now.installation else "somebody else"
+        raise conflict(
+            f"domain {now.name} with the id of VM {now.vm_id} was made by {whose} and is left alone; end it on the"
+            " host by hand if it isn't wanted",
+            vm_id=now.vm_id,
+            installation=now.installation,
+        )
+
+
+def check_epoch(now: DomainReport, running: Running) -> None:
+    """Raises Refused when a newer decision than this order's put the domain here."""
+    if now.epoch > running.epoch:
+        raise Refused(
+            Kind.STALE,
+            f"VM {now.vm_id} is here with epoch {now.epoch}, but the order is for epoch {running.epoch}: a newer"
+            " decision holds, ask for the VM's state",
+            vm_id=now.vm_id,
+            epoch=now.epoch,
+        )
+
+
+async def run_domain(host: Host, order: RunDomain, running: Running) -> DomainRunning:
+    """A domain of this epoch that lives is a success; one of an earlier epoch that lives becomes this epoch's.
+
+    What can't live any more (crashed, or waiting for a migration that won't come) is ended first.
+    """
+    hypervisor, spec = host.hypervisor, order.spec
+    placement = Placement(running.epoch, running.order_seq)
+    now = await hypervisor.domain(order.vm_id)
+    if now.state not in ENDED:
+        check_ours(now, spec.installation)
+        check_epoch(now, running)
+        if now.state in ALIVE:
+            await _take_over(host, now, spec, placement)
+            return await _running(host, order.vm_id)
+        await hypervisor.destroy(order.vm_id)
+        await wait_gone(hypervisor, order.vm_id, DESTROY_SECONDS)
+    await devices.prepare_secrets(host, spec.disks, spec.installation)
+    if order.restore_path:
+        await restore(host, order, placement)
+    else:
+        xml = domxml.domain_xml(spec, placement, hypervisor.machine)
+        await hypervisor.create(xml, paused=order.paused)
+    return await _running(host, order.vm_id)
+
+
+async def _take_over(host: Host, now: DomainReport, spec: DomainSpec, placement: Placement) -> None:
+    """Write the order's epoch into a living domain; one that a start left paused goes on."""
+    if (now.epoch, now.order_seq) != (placement.epoch, placement.order_seq):
+        element = domxml.metadata_xml(spec.title, spec.installation, placement)
+        await host.hypervisor.set_metadata(now.vm_id, element)
+    if now.state is DomainState.PAUSED and now.reason == "starting_up":
+        await host.hypervisor.resume(now.vm_id)
+
+
+async def _running(host: Host, vm_id: str) -> DomainRunning:
+    now = await host.hypervisor.domain(vm_id)
+    if now.state in ENDED:
+        raise conflict(
+            f"VM {vm_id} started and ended at once ({now.reason or 'no reason known'}); look at its QEMU log on the"
+            " host, /var/log/libvirt/qemu",
+            vm_id=vm_id,
+        )
+    root = runningxml.parsed(await host.hypervisor.domain_xml(vm_id))
+    return DomainRunning(vm_id=vm_id, state=now.state, graphics_port=runningxml.graphics_port(root))
+
+
+async def stop_domain(host: Host, order: StopDomain, running: Running) -> DomainStopped:
+    """Each method in turn, each for `wait_seconds`, until QEMU has ended. Raises Refused(timeout) if it goes on."""
+    now = await host.hypervisor.domain(order.vm_id)
+    if now.state in ENDED:
+        return DomainStopped(vm_id=order.vm_id)
+    check_ours(now)
+    check_epoch(now, running)
+    reasons: list[str] = []
+    for method in order.methods:
+        reason = await _stop_by(host, order.vm_id, method, order.wait_seconds)
+        if not reason:
+            return DomainStopped(vm_id=order.vm_id, method=method)
+        reasons.append(f"{method.value.replace('_', ' ')}: {reason}")
+    raise Refused(
+        Kind.TIMEOUT,
+        f"VM {order.vm_id} still runs ({'; '.join(reasons)}). Wait for its guest, or power it off",
+        vm_id=order.vm_id,
+    )
+
+
+async def _stop_by(host: Host, vm_id: str, method: StopMethod, seconds: float) -> str:
+    """Why it still runs; "" when it has ended."""
+    hypervisor = host.hypervisor
+    if method is StopMethod.DESTROY:
+        seconds = max(seconds, DESTROY_SECONDS)
+    end = asyncio.get_running_loop().time() + seconds
+    reason = ""
+    while (left := end - asyncio.get_running_loop().time()) > 0:
+        try:
+            await hypervisor.shutdown(vm_id, method)
+        except Refused as problem:
+            if problem.kind is Kind.NOT_FOUND:
+                return ""
+            if not reason:  # it was never heard: waiting would change nothing
+                return problem.message
+        reason = f"its guest did not power off within {seconds:g} s"
+        if await wait_gone(hypervisor, vm_id, min(ASK_AGAIN_SECONDS, left)):
+            return ""
+    return reason
+
+
+async def act_on_domain(host: Host, order: ActOnDomain, running: Running) -> Done:
+    now = await host.hypervisor.domain(order.vm_id)
+    if now.state not in ALIVE:
+        raise conflict(
+            f"VM {order.vm_id} is {now.state.value} on this host, so it can't {order.action.value}: start it first",
+            vm_id=order.vm_id,
+            state=now.state,
+        )
+    check_ours(now)
+    check_epoch(now, running)
+    act, already = _ACTS[order.action]
+    if now.state is not already:
+        await act(host)(order.vm_id)
+    return Done()
+
+
+_ACTS: dict[DomainAction, tuple[Callable[[Host], Callable[[str], Awaitable[None]]], DomainState | None]] = {
+    DomainAction.PAUSE: (lambda host: host.hypervisor.pause, DomainState.PAUSED),
+    DomainAction.RESUME: (lambda host: host.hypervisor.resume, DomainState.RUNNING),
+    DomainAction.RESET: (lambda host: host.hypervisor.reset, None),
+    DomainAction.REBOOT: (lambda host: host.hypervisor.reboot, None),
+}
+"""How, and the state in which there is nothing to do."""
+
+
+async def forget_domain(host: Host, order: ForgetDomain, running: Running) -> Done:
+    """Ends what an earlier decision left here. Refused while a newer one holds, or for a stranger's domain."""
+    now = await host.hypervisor.domain(order.vm_id)
+    if now.state not in ENDED:
+        check_ours(now)
+        check_epoch(now, running)
+        await host.hypervisor.destroy(order.vm_id)
+        await wait_gone(host.hypervisor, order.vm_id, DESTROY_SECONDS)
+    return Done()
+
+
+ACTIONS: tuple[Action[Any, Any], ...] = (
+    Action(RUN_DOMAIN, settled(run_domain)),
+    Action(STOP_DOMAIN, settled(stop_domain)),
+    Action(ACT_ON_DOMAIN, act_on_domain),
+    Action(SAVE_DOMAIN, settled(save_domain)),
+    Action(FORGET_DOMAIN, settled(forget_domain)),
+    *devices.ACTIONS,
+    *migration.ACTIONS,
+)
+"""Every order about domains except OPEN_CONSOLE, which is the data server's."""

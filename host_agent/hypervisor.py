@@ -1,0 +1,464 @@
+"""The host's libvirt, as the agent sees it: the only module that talks to it. No libvirt type leaves it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import libvirt
+import msgspec
+
+from host_agent import domxml, runningxml
+from host_agent.config import AgentConfig
+from host_agent.connections import BULK_SECONDS, OPEN_SECONDS, RESCUE_SECONDS, START_SECONDS, Connections
+from host_agent.events import EVENTS, HypervisorEvent, state_of
+from host_agent.migration_parameters import MigrationParameters, MigrationStats, migration_stats
+from host_agent.serial_console import ConsoleStream
+from volery.contracts.agent import DomainReport
+from volery.contracts.domain import DomainState
+from volery.contracts.domain_orders import StopMethod
+from volery.contracts.errors import Kind, Refused
+
+T = TypeVar("T")
+
+KEEPALIVE = (2, 3)
+"""Seconds between probes, and how many may be lost."""
+GUEST_SECONDS = 5
+"""What a guest agent gets for its answer."""
+STATS = (
+    libvirt.VIR_DOMAIN_STATS_STATE
+    | libvirt.VIR_DOMAIN_STATS_CPU_TOTAL
+    | libvirt.VIR_DOMAIN_STATS_BALLOON
+    | libvirt.VIR_DOMAIN_STATS_VCPU
+    | libvirt.VIR_DOMAIN_STATS_INTERFACE
+    | libvirt.VIR_DOMAIN_STATS_BLOCK
+)
+GUEST_INFO = (
+    libvirt.VIR_DOMAIN_GUEST_INFO_HOSTNAME
+    | libvirt.VIR_DOMAIN_GUEST_INFO_OS
+    | libvirt.VIR_DOMAIN_GUEST_INFO_INTERFACES
+)
+SHUTDOWN = {
+    StopMethod.GUEST_AGENT: libvirt.VIR_DOMAIN_SHUTDOWN_GUEST_AGENT,
+    StopMethod.ACPI: libvirt.VIR_DOMAIN_SHUTDOWN_ACPI_POWER_BTN,
+}
+LIVE = libvirt.VIR_DOMAIN_AFFECT_LIVE
+
+
+@dataclass(frozen=True, slots=True)
+class GuestInfo:
+    """What a guest's agent told about its guest."""
+
+    hostname: str = ""
+    ip_addresses: tuple[str, ...] = ()
+    os: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeInfo:
+    memory_bytes: int
+    cpus: int
+    numa_cells: int
+    sockets: int
+    cores_per_socket: int
+    threads_per_core: int
+
+
+@dataclass(frozen=True, slots=True)
+class Versions:
+    """libvirt's numbers: major * 1,000,000 + minor * 1,000 + release."""
+
+    libvirt: int
+    hypervisor: int
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkState:
+    name: str
+    active: bool
+    bridge: str
+    xml: str
+
+
+@functools.cache
+def _event_thread() -> None:
+    """libvirt's own event loop in a thread: once per process, before the first connection.
+
+    Not libvirtaio: every call of every connection touches the event loop from its worker thread, and neither
+    libvirtaio nor uvloop may be touched from there. Keepalives also go on while Python is busy.
+    """
+    libvirt.registerErrorHandler(lambda *_: None, None)
+    libvirt.virEventRegisterDefaultImpl()
+
+    def run() -> None:
+        while True:
+            libvirt.virEventRunDefaultImpl()
+
+    threading.Thread(target=run, name="libvirt-events", daemon=True).start()
+
+
+@dataclass(frozen=True, slots=True)
+class LibvirtDriver:
+    """How connections are opened, listened to and dropped."""
+
+    uri: str
+    error: type[Exception] = libvirt.libvirtError
+
+    def open(self) -> Any:
+        _event_thread()
+        connection = libvirt.open(self.uri)
+        with contextlib.suppress(libvirt.libvirtError):  # the test driver has none
+            connection.setKeepAlive(*KEEPALIVE)
+        return connection
+
+    def is_alive(self, connection: Any) -> bool:
+        try:
+            return bool(connection.isAlive())
+        except libvirt.libvirtError:
+            return False
+
+    def close(self, connection: Any) -> None:
+        """Closing is a call that can block too: never in the caller's thread."""
+        threading.Thread(target=_close_quietly, args=(connection,), daemon=True).start()
+
+    def listen(self, heard: Callable[[HypervisorEvent], None], closed: Callable[[], None]) -> Any:
+        connection = self.open()
+        with contextlib.suppress(libvirt.libvirtError):  # the test driver never goes away
+            connection.registerCloseCallback(lambda *_: closed(), None)
+        for row in EVENTS:
+
+            def decoded(_c: Any, domain: Any, *arguments: Any, decode: Any = row.decode) -> None:
+                event = decode(domain.UUIDString(), *arguments[:-1])
+                if event is not None:
+                    heard(event)
+
+            with contextlib.suppress(libvirt.libvirtError):  # not every driver knows every event
+                connection.domainEventRegisterAny(None, row.libvirt_id, decoded, None)
+        return connection
+
+
+def _close_quietly(connection: Any) -> None:
+    with contextlib.suppress(libvirt.libvirtError):
+        connection.close()
+
+
+class Hypervisor(Connections):
+    """`start` once, `close` at the end. Every method may raise Refused; `Disconnected` when libvirtd is away."""
+
+    def __init__(self, config: AgentConfig) -> None:
+        super().__init__(config, LibvirtDriver(config.libvirt_uri))
+        self.guests: dict[str, GuestInfo] = {}
+        """What guest agents told, by vm_id: goes into the reports."""
+        self.leaving: set[str] = set()
+        """VMs that a migration is taking away from here."""
+        self.domain_type = "test" if self.uri.startswith("test:") else config.hypervisor
+        """kvm, qemu or test. `auto` becomes kvm or qemu by `capabilities.choose`; until then it counts as qemu."""
+
+    @property
+    def machine(self) -> domxml.Machine:
+        """What domain XML for this host needs to know."""
+        return domxml.Machine("qemu" if self.domain_type == "auto" else self.domain_type)
+
+    # What there is
+
+    async def list_domains(self) -> list[DomainReport]:
+        """Every domain of this host, also those that Volery did not make. Works while domains hang."""
+        return await self._listing("list the domains", lambda c: self._reports(c.listAllDomains(0)))
+
+    async def domain(self, vm_id: str) -> DomainReport:
+        """One domain now; state GONE when this host doesn't have it."""
+
+        def look(connection: Any) -> list[DomainReport]:
+            try:
+                return self._reports([connection.lookupByUUIDString(vm_id)])
+            except libvirt.libvirtError as error:
+                if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
+                    return []
+                raise
+
+        found = await self._listing(f"look at VM {vm_id}", look)
+        gone = DomainReport(vm_id=vm_id, epoch=0, order_seq=0, name="", state=DomainState.GONE)
+        return found[0] if found else gone
+
+    async def domain_xml(self, vm_id: str, *, migratable: bool = False) -> str:
+        """The running domain's XML, without secrets; `migratable`: as another libvirtd would want it."""
+        flags = libvirt.VIR_DOMAIN_XML_MIGRATABLE if migratable else 0
+        doing = f"read the configuration of VM {vm_id}"
+        return await self._listing(doing, lambda c: str(c.lookupByUUIDString(vm_id).XMLDesc(flags)))
+
+    async def all_domain_stats(self) -> dict[str, dict[str, Any]]:
+        """libvirt's statistics by vm_id; of a domain that hangs only what is known without it."""
+        flags = (
+            libvirt.VIR_CONNECT_GET_ALL_DOMAINS_STATS_ACTIVE
+            | libvirt.VIR_CONNECT_GET_ALL_DOMAINS_STATS_NOWAIT
+        )
+
+        def take(connection: Any) -> dict[str, dict[str, Any]]:
+            return {d.UUIDString(): stats for d, stats in connection.getAllDomainStats(STATS, flags)}
+
+        return await self._listing("take statistics", take)
+
+    async def _listing(self, doing: str, work: Callable[[Any], T]) -> T:
+        """On the bulk connection; when that hangs, on the rescue connection."""
+        try:
+            return await self._call(self._bulk, doing, work, BULK_SECONDS)
+        except Refused as problem:
+            if problem.kind is not Kind.TIMEOUT:
+                raise
+        return await self._call(self._rescue, doing, work, BULK_SECONDS)
+
+    def _reports(self, domains: list[Any]) -> list[DomainReport]:
+        """In a thread. A domain that ends meanwhile is left out."""
+        found = []
+        for domain in domains:
+            try:
+                vm_id, (state, reason) = domain.UUIDString(), domain.state()
+                root = runningxml.parsed(domain.XMLDesc(0))
+            except libvirt.libvirtError as error:
+                if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
+                    raise
+                continue
+            now, why = state_of(state, reason, leaving=vm_id in self.leaving)
+            report = runningxml.report(root, vm_id, now, why, responsive=vm_id not in self._late)
+            guest = self.guests.get(vm_id)
+            if guest is not None and report.agent_connected:
+                report = msgspec.structs.replace(
+                    report, hostname=guest.hostname, ip_addresses=guest.ip_addresses, guest_os=guest.os
+                )
+            found.append(report)
+        return found
+
+    async def capabilities_xml(self) -> str:
+        doing = "read the host's capabilities"
+        return await self._call(self._bulk, doing, lambda c: str(c.getCapabilities()), START_SECONDS)
+
+    async def domain_capabilities_xml(
+        self, domain_type: str, machine: str = "q35", arch: str = "x86_64"
+    ) -> str:
+        def read(connection: Any) -> str:
+            return str(connection.getDomainCapabilities(None, arch, machine, domain_type))
+
+        return await self._call(self._bulk, f"read what {domain_type} domains can have", read, START_SECONDS)
+
+    async def versions(self) -> Versions:
+        def read(connection: Any) -> Versions:
+            return Versions(connection.getLibVersion(), connection.getVersion())
+
+        return await self._call(self._bulk, "read versions", read, START_SECONDS)
+
+    async def node_info(self) -> NodeInfo:
+        def read(connection: Any) -> NodeInfo:
+            _, memory_mib, cpus, _, cells, sockets, cores, threads = connection.getInfo()
+            return NodeInfo(memory_mib << 20, cpus, cells, sockets, cores, threads)
+
+        return await self._call(self._bulk, "read the host's size", read, BULK_SECONDS)
+
+    # A domain's life
+
+    async def create(self, xml: str, *, paused: bool = False) -> None:
+        """Start a transient domain. Refused(conflict) when one of this id or name is here."""
+        flags = libvirt.VIR_DOMAIN_START_PAUSED if paused else 0
+        await self._call(self._work, "start the VM", lambda c: c.createXML(xml, flags), START_SECONDS)
+
+    async def restore(self, path: str, xml: str, *, paused: bool = False) -> None:
+        """Start a domain from its saved memory with this XML, which must describe the same machine."""
+        flags = libvirt.VIR_DOMAIN_SAVE_PAUSED if paused else libvirt.VIR_DOMAIN_SAVE_RUNNING
+        doing = f"restore the VM from {path}"
+        await self._call(self._work, doing, lambda c: c.restoreFlags(path, xml, flags), START_SECONDS)
+
+    async def saved_xml(self, path: str) -> str:
+        """The domain XML inside a saved memory image, as another restore would want it."""
+        flags = libvirt.VIR_DOMAIN_SAVE_IMAGE_XML_SECURE
+        doing = f"read the saved memory {path}"
+        return await self._call(
+            self._work, doing, lambda c: str(c.saveImageGetXMLDesc(path, flags)), BULK_SECONDS
+        )
+
+    async def save(self, vm_id: str, path: str, seconds: float) -> None:
+        """Memory to a file, then QEMU ends."""
+        await self._on(vm_id, "suspend to disk", lambda d: d.save(path), seconds, long=True)
+
+    async def destroy(self, vm_id: str) -> None:
+        """End QEMU now, whatever state it is in."""
+        await self._rescue_call(vm_id, "power off", lambda d: d.destroy())
+
+    async def reset(self, vm_id: str) -> None:
+        """The reset button; also of a domain that hangs."""
+        await self._rescue_call(vm_id, "reset", lambda d: d.reset(0))
+
+    async def shutdown(self, vm_id: str, method: StopMethod) -> None:
+        """Ask the guest to power off; returns when it was asked."""
+        if method is StopMethod.DESTROY:
+            await self.destroy(vm_id)
+            return
+        doing = f"ask by {method.value.replace('_', ' ')} for a shutdown of"
+        await self._on(vm_id, doing, lambda d: d.shutdownFlags(SHUTDOWN[method]), 2.0 * GUEST_SECONDS)
+
+    async def pause(self, vm_id: str) -> None:
+        await self._on(vm_id, "pause", lambda d: d.suspend())
+
+    async def resume(self, vm_id: str) -> None:
+        await self._on(vm_id, "resume", lambda d: d.resume())
+
+    async def reboot(self, vm_id: str) -> None:
+        """Ask the guest to reboot, by its agent if it has one, else by ACPI."""
+        await self._on(vm_id, "reboot", lambda d: d.reboot(0), 2.0 * GUEST_SECONDS)
+
+    async def set_metadata(self, vm_id: str, element: str) -> None:
+        """Replace what Volery keeps in the domain (`domxml.metadata_xml`)."""
+        kind = libvirt.VIR_DOMAIN_METADATA_ELEMENT
+        await self._on(
+            vm_id,
+            "mark",
+            lambda d: d.setMetadata(kind, element, "volery", domxml.NAMESPACE, LIVE),
+        )
+
+    # Devices
+
+    async def attach_device(self, vm_id: str, xml: str) -> None:
+        await self._on(vm_id, "plug a device into", lambda d: d.attachDeviceFlags(xml, LIVE))
+
+    async def detach_device(self, vm_id: str, alias: str) -> None:
+        """Asks the guest; DEVICE_REMOVED tells when it has let go."""
+        await self._on(vm_id, f"unplug {alias} from", lambda d: d.detachDeviceAlias(alias, LIVE))
+
+    async def update_device(self, vm_id: str, xml: str, *, force: bool = False) -> None:
+        flags = LIVE | (libvirt.VIR_DOMAIN_DEVICE_MODIFY_FORCE if force else 0)
+        await self._on(vm_id, "change a device of", lambda d: d.updateDeviceFlags(xml, flags))
+
+    async def block_resize(self, vm_id: str, target: str, size_bytes: int) -> None:
+        flags = libvirt.VIR_DOMAIN_BLOCK_RESIZE_BYTES
+        await self._on(vm_id, f"resize disk {target} of", lambda d: d.blockResize(target, size_bytes, flags))
+
+    async def block_size(self, vm_id: str, target: str) -> int:
+        """Bytes that the guest sees."""
+        return int(await self._on(vm_id, f"measure disk {target} of", lambda d: d.blockInfo(target)[0]))
+
+    # Migration
+
+    async def migrate(self, vm_id: str, parameters: MigrationParameters, seconds: float) -> None:
+        """Returns when the VM runs on the destination; raises Refused while it runs here as before."""
+
+        def move(domain: Any) -> None:
+            domain.migrateToURI3(parameters.destination_uri, parameters.params, parameters.flags)
+
+        self.leaving.add(vm_id)
+        try:
+            await self._on(vm_id, "migrate", move, seconds, long=True)
+        finally:
+            self.leaving.discard(vm_id)
+
+    async def set_max_downtime(self, vm_id: str, milliseconds: int) -> None:
+        """How long the VM may stand still at the end of its migration; may be set before and while it runs."""
+        doing = "set the downtime of"
+        await self._rescue_call(vm_id, doing, lambda d: d.migrateSetMaxDowntime(milliseconds), BULK_SECONDS)
+
+    async def start_post_copy(self, vm_id: str) -> None:
+        await self._rescue_call(
+            vm_id, "switch to post-copy", lambda d: d.migrateStartPostCopy(0), BULK_SECONDS
+        )
+
+    async def abort_job(self, vm_id: str) -> None:
+        """End a running migration, save or dump; the VM goes on here."""
+        await self._rescue_call(vm_id, "abort the running job of", lambda d: d.abortJob())
+
+    async def job_stats(self, vm_id: str) -> MigrationStats:
+        doing = f"ask how far the migration of VM {vm_id} is"
+        return await self._call(
+            self._bulk, doing, lambda c: migration_stats(c.lookupByUUIDString(vm_id).jobStats()), BULK_SECONDS
+        )
+
+    # The guest's agent
+
+    async def guest_info(self, vm_id: str) -> GuestInfo:
+        """Asked of one guest at a time, with a time limit: a stuck agent delays no order."""
+
+        def ask(domain: Any) -> Any:
+            domain.agentSetResponseTimeout(GUEST_SECONDS)
+            return domain.guestInfo(GUEST_INFO, 0)
+
+        async with self._guest_turns:
+            doing = f"ask the guest agent of VM {vm_id}"
+            return guest_of(
+                await self._domain_call(self._work, vm_id, doing, ask, 4.0 * GUEST_SECONDS, marks=False)
+            )
+
+    # Secrets and networks
+
+    async def put_secret(self, xml: str, value: str) -> None:
+        """Define a secret and set its value; a repeat replaces it."""
+        await self._call(
+            self._work,
+            "keep the storage's password",
+            lambda c: c.secretDefineXML(xml, 0).setValue(value.encode(), 0),
+            BULK_SECONDS,
+        )
+
+    async def networks(self) -> list[NetworkState]:
+        def read(connection: Any) -> list[NetworkState]:
+            found = []
+            for network in connection.listAllNetworks(0):
+                xml = network.XMLDesc(0)
+                bridge = runningxml.parsed(xml).find("bridge")
+                name = bridge.get("name", "") if bridge is not None else ""
+                found.append(NetworkState(network.name(), bool(network.isActive()), name, xml))
+            return found
+
+        return await self._listing("list the networks", read)
+
+    async def create_network(self, xml: str) -> None:
+        """Start a transient network."""
+        await self._call(self._work, "start the network", lambda c: c.networkCreateXML(xml), START_SECONDS)
+
+    async def destroy_network(self, name: str) -> None:
+        """End a network; one that doesn't exist is a success."""
+
+        def end(connection: Any) -> None:
+            for network in connection.listAllNetworks(0):
+                if network.name() == name:
+                    if network.isActive():
+                        network.destroy()
+                    if network.isPersistent():
+                        network.undefine()
+
+        await self._call(self._work, f"end the network {name}", end, RESCUE_SECONDS)
+
+    # The serial console
+
+    async def open_console(self, vm_id: str) -> ConsoleStream:
+        """The domain's serial console. Whoever had it open before loses it."""
+        loop = asyncio.get_running_loop()
+
+        def attach() -> ConsoleStream:
+            connection = self._driver.open()
+            try:
+                stream = connection.newStream(libvirt.VIR_STREAM_NONBLOCK)
+                domain = connection.lookupByUUIDString(vm_id)
+                domain.openConsole(None, stream, libvirt.VIR_DOMAIN_CONSOLE_FORCE)
+            except libvirt.libvirtError:
+                self._driver.close(connection)
+                raise
+            console = ConsoleStream(
+                loop, stream, lambda: self._driver.close(connection), libvirt.libvirtError
+            )
+            console.listen()
+            return console
+
+        doing = f"open the console of VM {vm_id}"
+        return await self._call(self._rescue, doing, lambda _: attach(), OPEN_SECONDS)
+
+
+def guest_of(info: dict[str, Any]) -> GuestInfo:
+    """What virDomainGetGuestInfo says; loopback and link-local addresses are left out."""
+    addresses = []
+    for i in range(info.get("if.count", 0)):
+        for j in range(info.get(f"if.{i}.addr.count", 0)):
+            address = info.get(f"if.{i}.addr.{j}.addr", "")
+            if address and not address.startswith(("127.", "169.254.", "fe80:")) and address != "::1":
+                addresses.append(address)
+    return GuestInfo(info.get("hostname", ""), tuple(addresses), info.get("os.pretty-name", ""))

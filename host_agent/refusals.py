@@ -1,0 +1,104 @@
+"""libvirt's errors as refusals: a kind by error code, and a sentence that says what to do."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+from volery.contracts.errors import Kind, Refused
+
+
+class LibvirtError(IntEnum):
+    """The part of virErrorNumber that has a meaning of its own here; its numbers never change."""
+
+    NO_MEMORY = 2
+    NO_SUPPORT = 3
+    INVALID_ARG = 8
+    OPERATION_FAILED = 9
+    XML_ERROR = 27
+    NO_DOMAIN = 42
+    NO_NETWORK = 43
+    AUTH_FAILED = 45
+    OPERATION_INVALID = 55
+    NO_SECRET = 66
+    CONFIG_UNSUPPORTED = 67
+    OPERATION_TIMEOUT = 68
+    ARGUMENT_UNSUPPORTED = 74
+    OPERATION_ABORTED = 78
+    MIGRATE_UNSAFE = 81
+    OPERATION_UNSUPPORTED = 84
+    AGENT_UNRESPONSIVE = 86
+    RESOURCE_BUSY = 87
+    ACCESS_DENIED = 88
+    XML_INVALID_SCHEMA = 92
+    CPU_INCOMPATIBLE = 91
+    AGENT_UNSYNCED = 97
+    DEVICE_MISSING = 99
+    AGENT_COMMAND_TIMEOUT = 112
+    AGENT_COMMAND_FAILED = 113
+
+
+_CONFIGURE = "change the VM's configuration"
+_ELSEWHERE = "choose what this host supports, or another host"
+
+MEANINGS: dict[LibvirtError, tuple[Kind, str]] = {
+    LibvirtError.NO_MEMORY: (Kind.EXHAUSTED, "free memory on the host"),
+    LibvirtError.NO_SUPPORT: (Kind.INVALID, _ELSEWHERE),
+    LibvirtError.INVALID_ARG: (Kind.INVALID, _CONFIGURE),
+    LibvirtError.OPERATION_FAILED: (Kind.CONFLICT, "change what the message names and try again"),
+    LibvirtError.XML_ERROR: (Kind.INVALID, _CONFIGURE),
+    LibvirtError.NO_DOMAIN: (Kind.NOT_FOUND, "start the VM first"),
+    LibvirtError.NO_NETWORK: (Kind.NOT_FOUND, "apply the host's networks again"),
+    LibvirtError.AUTH_FAILED: (Kind.FORBIDDEN, "check the credentials"),
+    LibvirtError.OPERATION_INVALID: (Kind.CONFLICT, "look at the VM's state and try again"),
+    LibvirtError.NO_SECRET: (Kind.NOT_FOUND, "connect the storage domain on this host again"),
+    LibvirtError.CONFIG_UNSUPPORTED: (Kind.INVALID, _ELSEWHERE),
+    LibvirtError.OPERATION_TIMEOUT: (Kind.TIMEOUT, "try again, or reset the VM if it does not react"),
+    LibvirtError.ARGUMENT_UNSUPPORTED: (Kind.INVALID, _ELSEWHERE),
+    LibvirtError.OPERATION_ABORTED: (Kind.CONFLICT, "start it again if it is still wanted"),
+    LibvirtError.MIGRATE_UNSAFE: (Kind.CONFLICT, "put the VM's disks on shared storage"),
+    LibvirtError.OPERATION_UNSUPPORTED: (Kind.INVALID, _ELSEWHERE),
+    LibvirtError.AGENT_UNRESPONSIVE: (Kind.UNAVAILABLE, "start the guest agent in the VM"),
+    LibvirtError.RESOURCE_BUSY: (Kind.CONFLICT, "try again when the other operation has ended"),
+    LibvirtError.ACCESS_DENIED: (Kind.FORBIDDEN, "let the agent run as root"),
+    LibvirtError.XML_INVALID_SCHEMA: (Kind.INVALID, _CONFIGURE),
+    LibvirtError.CPU_INCOMPATIBLE: (Kind.INVALID, "choose a CPU model that both hosts have"),
+    LibvirtError.AGENT_UNSYNCED: (Kind.UNAVAILABLE, "restart the guest agent in the VM if it goes on"),
+    LibvirtError.DEVICE_MISSING: (Kind.NOT_FOUND, "it may have been unplugged already"),
+    LibvirtError.AGENT_COMMAND_TIMEOUT: (Kind.TIMEOUT, "restart the guest agent in the VM"),
+    LibvirtError.AGENT_COMMAND_FAILED: (Kind.CONFLICT, "see the message"),
+}
+
+
+class Disconnected(Refused):
+    """libvirtd went away, or isn't there: what was asked may or may not have happened."""
+
+    def __init__(self, doing: str, error: str) -> None:
+        super().__init__(
+            Kind.UNAVAILABLE,
+            f"libvirt was not reachable to {doing}: {error.rstrip('.')}. Whether it happened is unknown: it is looked"
+            " at again as soon as libvirtd answers; start libvirtd on the host if it doesn't",
+        )
+
+
+def refused(doing: str, code: int, error: str) -> Refused:
+    """A libvirt error: what could not be done, why, and what to do. `code` is kept as detail `libvirt_code`."""
+    kind, advice = Kind.INTERNAL, "see libvirtd's log on the host"
+    if code in MEANINGS:
+        kind, advice = MEANINGS[LibvirtError(code)]
+    reason = (error or f"error {code}").rstrip(".")
+    return Refused(kind, f"libvirt could not {doing}: {reason}; {advice}", libvirt_code=code)
+
+
+def timed_out(doing: str, seconds: float) -> Refused:
+    """A call that was given up: its outcome is unknown."""
+    return Refused(
+        Kind.TIMEOUT,
+        f"libvirt did not {doing} within {seconds:g} s. Whether it still will is unknown: look at the VM's state"
+        " before trying again",
+        seconds=seconds,
+    )
+
+
+def is_libvirt(problem: Refused, *codes: LibvirtError) -> bool:
+    """Whether libvirt refused with one of these codes."""
+    return problem.details.get("libvirt_code") in codes

@@ -1,0 +1,1 @@
+"""What tests start for real: guests, private libvirt daemons."""
