@@ -47,9 +47,9 @@ class Login(Message):
 class Token(Entity):
     user_id: str
     user_name: str
+    expires_at: datetime
     description: str = ""
     scopes: tuple[Scope, ...] = ()
-    expires_at: datetime
 
 
 class IssuedToken(Message):
