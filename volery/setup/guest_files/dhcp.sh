@@ -1,5 +1,6 @@
 #!/bin/busybox sh
 # Called by udhcpc: puts a lease on the interface, takes it off again.
+# shellcheck disable=SC2154  # udhcpc sets interface, ip, mask, router and dns
 case $1 in
   deconfig)
     ip addr flush dev "$interface" 2>/dev/null
