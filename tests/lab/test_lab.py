@@ -417,15 +417,17 @@ def test_a_lab_tool_killed_in_the_middle_is_resumed(tmp_path: Path, moment: str)
 
 def test_down_removes_a_lab_whose_record_is_lost_and_whose_guests_run(tmp_path: Path) -> None:
     broken = Lab(tmp_path / "lab")
-    broken.up(1)
-    host = broken.host(1)
-    start_domain(host)
-    host.exec(["virsh", "net-start", "default"])
-    host.freeze()
-    assert len(leftovers(broken.layout)) > 5
-    broken.layout.record.unlink()
-    host.layout.boot_record.unlink()
-    Lab(tmp_path / "lab").down()
+    try:
+        broken.up(1)
+        host = broken.host(1)
+        start_domain(host)
+        host.exec(["virsh", "net-start", "default"])
+        host.freeze()
+        assert len(leftovers(broken.layout)) > 5
+        broken.layout.record.unlink()
+        host.layout.boot_record.unlink()
+    finally:
+        Lab(tmp_path / "lab").down()
     assert leftovers(broken.layout) == []
 
 
