@@ -90,7 +90,9 @@ async def child(
     try:
         process = await asyncio.shield(spawning)
     except asyncio.CancelledError:
-        await _end(await spawning)
+        await asyncio.wait({spawning}, timeout=REAP_SECONDS)
+        if spawning.done() and not spawning.cancelled() and spawning.exception() is None:
+            await _end(spawning.result())
         raise
     except FileNotFoundError as error:
         raise Refused(

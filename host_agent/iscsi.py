@@ -92,16 +92,18 @@ async def _probed(location: IscsiLocation) -> list[tuple[int, int]]:
     """The LUNs found by asking for each: iscsi-ls ends at the first target that refuses its login."""
     gate = asyncio.Semaphore(PARALLEL_LOOKS)
 
-    async def look(lun: int) -> tuple[int, int] | None:
+    async def look(lun: int) -> tuple[int, int] | Refused:
         async with gate:
             try:
                 return lun, await size(source(location, lun))
             except Refused as refused:
-                if refused.kind is Kind.FORBIDDEN:
-                    raise
-                return None
+                return refused
 
-    return [found for found in await asyncio.gather(*map(look, range(PROBED_LUNS))) if found]
+    first = await look(0)
+    if isinstance(first, Refused) and first.kind in (Kind.FORBIDDEN, Kind.TIMEOUT):
+        raise first
+    found = [first, *await asyncio.gather(*map(look, range(1, PROBED_LUNS)))]
+    return [one for one in found if not isinstance(one, Refused) and one[1]]
 
 
 def source(location: IscsiLocation, lun: int) -> IscsiSource:

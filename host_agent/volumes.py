@@ -281,7 +281,15 @@ async def _convert(
         await images.qemu_img(
             "convert",
             [
-                *("-n", "-p", "-t", "writeback", *options, *source_arguments, *target_arguments),
+                *(
+                    "-n",
+                    "-p",
+                    "-t",
+                    "writeback",
+                    "-O",
+                    target["driver"],
+                ),  # -O overrides the node's own driver
+                *(*options, *source_arguments, *target_arguments),
                 *(images.address(node), images.address(named)),
             ],
             timeout_seconds=CONVERT_SECONDS,
