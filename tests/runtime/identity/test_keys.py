@@ -131,6 +131,7 @@ def test_a_signature_holds_for_one_subject_and_one_payload_only() -> None:
         (signer.public_key, "host.b.order", b"payload", header),
         (signer.public_key, "host.a.order", b"payloae", header),
         (signer.public_key, "host.a.order\npay", b"load", header),
+        (signer.public_key, "host.a.orderpay", b"load", header),
         (other.public_key, "host.a.order", b"payload", header),
         (other.public_key, "host.a.order", b"payload", f"{other.public_key}.{signature}"),
         (signer.public_key, "host.a.order", b"payload", header[:-2]),
