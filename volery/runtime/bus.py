@@ -185,9 +185,15 @@ class Answers:
 
     bus: Bus
     limit: int = 64
-    """Calls at work at once; one more is refused, so that a flood can't take the memory."""
+    """Calls at work at once."""
+    queue_limit: int = 2000
+    """Calls that wait for their turn; one more is refused, so that a flood can't take the memory."""
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     micro: MicroService | None = None
+    turns: asyncio.Semaphore = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.turns = asyncio.Semaphore(self.limit)
 
     async def open(self, table: dict[str, tuple[Call[Any, Any], Handler]], version: str = "0.1.0") -> None:
         self.micro = await add_service(
@@ -202,14 +208,18 @@ class Answers:
 
     def _endpoint(self, call: Call[Any, Any], handler: Handler) -> Callable[[Request], Awaitable[None]]:
         async def take(request: Request) -> None:
-            if len(self.tasks) >= self.limit:
+            if len(self.tasks) >= self.limit + self.queue_limit:
                 await _refuse(request, Refused(Kind.EXHAUSTED, f"{self.bus.name} is busy; try again shortly"))
                 return
-            task = asyncio.create_task(self._answer(call, handler, request))
+            task = asyncio.create_task(self._in_turn(call, handler, request))
             self.tasks.add(task)
             task.add_done_callback(self.tasks.discard)
 
         return take
+
+    async def _in_turn(self, call: Call[Any, Any], handler: Handler, request: Request) -> None:
+        async with self.turns:
+            await self._answer(call, handler, request)
 
     async def _answer(self, call: Call[Any, Any], handler: Handler, request: Request) -> None:
         started = time.perf_counter()

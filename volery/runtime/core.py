@@ -134,8 +134,12 @@ def once(
             return first
         try:
             return await handler(service, question, caller)
-        except Repeated:
-            return await core.first_answer(caller)
+        except (Repeated, Refused):
+            # A twin of this request may have committed meanwhile and be the very reason of the refusal.
+            first = await core.first_answer(caller)
+            if first is None:
+                raise
+            return first
 
     return answer
 

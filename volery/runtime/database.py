@@ -24,6 +24,7 @@ class SchemaTooNew(Exception):
 
 
 def _connect_arguments(config: DatabaseConfig, owner: str) -> dict[str, Any]:
+    owner = str(owner)  # asyncpg takes no subclass of str
     arguments: dict[str, Any] = {
         "dsn": config.dsn,
         "user": owner,
@@ -67,7 +68,7 @@ async def open_direct(
 def _migrations(owner: str) -> list[tuple[str, str]]:
     found = []
     for package, prefix in (("volery.runtime", "runtime"), (f"services.{owner}", owner)):
-        folder = files(package) / "sql"
+        folder = files(package).joinpath("sql")
         if folder.is_dir():
             found += [
                 (f"{prefix}/{file.name}", file.read_text())
@@ -82,6 +83,7 @@ async def migrate(config: DatabaseConfig, owner: str) -> None:
 
     Raises SchemaTooNew when newer code has left this code behind.
     """
+    owner = str(owner)
     async with open_direct(config, owner) as connection:
         await connection.execute("select pg_advisory_lock(hashtext('volery-migrate-' || $1))", owner)
         await connection.execute("set lock_timeout = '4s'")

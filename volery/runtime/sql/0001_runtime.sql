@@ -17,7 +17,7 @@ create table log (
 
 -- One row: the counter that gives positions, and the id that changes when the past was rewritten.
 create table log_head (
-    only boolean primary key default true check (only),
+    single boolean primary key default true check (single),
     history text not null,
     position bigint not null
 );
@@ -94,7 +94,7 @@ create table order_seq (
 
 -- One row: the fencing token of whoever leads this service's background work.
 create table leader (
-    only boolean primary key default true check (only),
+    single boolean primary key default true check (single),
     token bigint not null
 );
 insert into leader (token) values (0);

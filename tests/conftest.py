@@ -1,0 +1,42 @@
+"""Fixtures shared by all tests: real servers, started once, cheap to have anew."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+
+from tests.support.runtime import Databases, settings
+from volery.runtime.config import DatabaseConfig
+from volery.runtime.service import Settings
+from volery.setup.embedded import Embedded, temporary_nats, temporary_postgres
+
+
+@pytest.fixture
+def nats() -> Iterator[Embedded]:
+    """A NATS server of this test's own, every write synced."""
+    with temporary_nats() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Embedded]:
+    with temporary_postgres() as server:
+        yield server
+
+
+@pytest.fixture
+async def database(postgres: Embedded) -> AsyncIterator[DatabaseConfig]:
+    """A fresh database with every service's role and schema."""
+    databases = Databases(postgres)
+    if not databases.passwords.exists():
+        await databases.make_template()
+    config = await databases.fresh()
+    yield config
+    await databases.drop(config)
+
+
+@pytest.fixture
+def configured(nats: Embedded, database: DatabaseConfig) -> Settings:
+    """What `run` would have read from the environment."""
+    return settings(nats.url, database)
