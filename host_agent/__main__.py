@@ -1,0 +1,155 @@
+"""The host agent's composition root: `python -m host_agent [run|enrol]`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import uvloop
+
+from host_agent import devices, domains, enrolment, migration, storage, volumes
+from host_agent.action import Host
+from host_agent.agent import Agent, Parts
+from host_agent.clock import read_boot_id
+from host_agent.config import AgentConfig
+from host_agent.enrolment import EnrolmentError, Identity, Unreachable
+from host_agent.reports import Senses
+from volery.contracts.agent import BridgeReport, HostCapabilities
+from volery.contracts.enrolment import EnrolmentToken, read_token
+from volery.contracts.metrics import HostSample
+from volery.runtime import config, telemetry
+
+log = logging.getLogger("host_agent")
+
+EXIT_CONFIG = 78
+"""sysexits' EX_CONFIG: starting again won't help, a person must."""
+EXIT_UNREACHABLE = 75
+ENROL_AGAIN_SECONDS = 5.0
+
+ACTIONS = (
+    *domains.ACTIONS,
+    *devices.ACTIONS,
+    *migration.ACTIONS,
+    *storage.ACTIONS,
+    *volumes.ACTIONS,
+)
+
+
+async def describe(host: Host) -> HostCapabilities:
+    node, versions = await host.hypervisor.node_info(), await host.hypervisor.versions()
+    return HostCapabilities(
+        hostname=os.uname().nodename,
+        kernel=os.uname().release,
+        libvirt_version=versions.libvirt,
+        qemu_version=versions.hypervisor,
+        cpus=node.cpus,
+        memory_bytes=node.memory_bytes,
+    )
+
+
+async def no_networks(_host: Host) -> tuple[BridgeReport, ...]:
+    return ()
+
+
+async def sample(host: Host) -> HostSample:
+    boot_id = read_boot_id(Path(host.config.boot_id_path))
+    return HostSample(host_id=host.host_id, boot_id=boot_id, at=datetime.now(UTC))
+
+
+PARTS = Parts(actions=ACTIONS, senses=Senses(describe, storage.report, no_networks), sample=sample)
+
+
+def _token(settings: AgentConfig) -> EnrolmentToken:
+    if not settings.enrolment_token:
+        raise EnrolmentError(
+            "this machine is not enrolled and has no token: make one with `volery host token` and set"
+            " VOLERY_AGENT_ENROLMENT_TOKEN"
+        )
+    try:
+        token = read_token(settings.enrolment_token)
+    except ValueError as error:
+        raise EnrolmentError(f"VOLERY_AGENT_ENROLMENT_TOKEN: {error}") from None
+    if settings.control_plane_url:
+        return EnrolmentToken(url=settings.control_plane_url, ca_sha256=token.ca_sha256, secret=token.secret)
+    return token
+
+
+async def identify(settings: AgentConfig, *, patient: bool) -> Identity:
+    """The stored identity, or a new one for the token. `patient`: waits for a control plane that is away."""
+    state_dir = Path(settings.state_dir)
+    while True:
+        if (identity := enrolment.load(state_dir)) is not None:
+            return identity
+        try:
+            return await enrolment.enrol(state_dir, _token(settings))
+        except Unreachable as error:
+            if not patient:
+                raise
+            log.warning("not enrolled yet: %s", error)
+            await asyncio.sleep(ENROL_AGAIN_SECONDS)
+
+
+async def run(settings: AgentConfig) -> int:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    identity = await _or_stop(identify(settings, patient=True), stop)
+    if identity is None:
+        return 0
+    return await Agent(settings, identity, PARTS).run(stop)
+
+
+async def _or_stop(work: object, stop: asyncio.Event) -> Identity | None:
+    task = asyncio.ensure_future(work)  # type: ignore[call-overload]
+    waiting = asyncio.create_task(stop.wait())
+    await asyncio.wait((task, waiting), return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    if task.done():
+        found: Identity = task.result()
+        return found
+    task.cancel()
+    return None
+
+
+async def enrol(settings: AgentConfig) -> int:
+    identity = await identify(settings, patient=False)
+    sys.stdout.write(f"host {identity.host_id} of installation {identity.enrolled.installation}\n")
+    return 0
+
+
+COMMANDS = {"run": run, "enrol": enrol}
+
+
+def main(arguments: list[str]) -> int:
+    """Returns the exit code; orders that still run are left as they are for the next run."""
+    command = COMMANDS.get(arguments[0] if arguments else "run")
+    if command is None or len(arguments) > 1:
+        sys.stderr.write(f"usage: python -m host_agent [{'|'.join(COMMANDS)}]\n")
+        return 64
+    telemetry.configure("host_agent", config.read("VOLERY_TELEMETRY_", config.TelemetryConfig))
+    loop = uvloop.new_event_loop()
+    asyncio.set_event_loop(loop)
+    try:
+        return loop.run_until_complete(command(config.read("VOLERY_AGENT_", AgentConfig)))
+    except Unreachable as error:
+        log.error("%s", error)
+        return EXIT_UNREACHABLE
+    except (EnrolmentError, config.ConfigError) as error:
+        log.error("%s", error)
+        return EXIT_CONFIG
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    logging.shutdown()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    # Not sys.exit: cancelling what still runs would make actions clean up, and so touch VMs.
+    os._exit(code)

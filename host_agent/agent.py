@@ -1,0 +1,325 @@
+"""The agent's life: connects the host to the bus and keeps its parts going. Its end touches no VM.
+
+Everything but the bus is up before the bus is: with the control plane gone the host goes on, and what happens is
+spooled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import nats.errors
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+
+from host_agent.action import Action, Host
+from host_agent.clock import BootClock, read_boot_id
+from host_agent.config import AgentConfig
+from host_agent.enrolment import Identity
+from host_agent.hypervisor import Hypervisor
+from host_agent.journal import Journal
+from host_agent.orders import Orders
+from host_agent.reports import REPORTED_TO, Reporter, Senses
+from host_agent.spool import Spool
+from host_agent.tickets import Tickets
+from volery.contracts.agent import (
+    CANCEL_SUBJECT,
+    COMMITTED_SUBJECT,
+    DESCRIBE_HOST,
+    ORDER_SUBJECT,
+    REPORT_SUBJECT,
+    AskHost,
+    CommittedWord,
+    OrderAck,
+)
+from volery.contracts.base import encode, fill
+from volery.contracts.errors import Refused
+from volery.contracts.metrics import BEAT_SUBJECT, METRICS_SUBJECT, Beat, HostSample
+from volery.runtime import connection
+from volery.runtime.signing import Verifier
+
+log = logging.getLogger(__name__)
+
+HYPERVISOR_SECONDS: Final = 30.0
+"""How long a start waits for libvirtd before it resumes orders, which then fail by themselves."""
+REACH_SECONDS: Final = 2
+FLUSH_SECONDS: Final = 2
+WATCH_SECONDS: Final = 1.0
+EXIT_STUCK: Final = 75
+"""sysexits' EX_TEMPFAIL: the supervisor starts the agent again."""
+
+_word = msgspec.json.Decoder(CommittedWord)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What an agent is put together from; tests put in fewer."""
+
+    actions: tuple[Action[Any, Any], ...]
+    senses: Senses
+    sample: Callable[[Host], Awaitable[HostSample]]
+    background: tuple[Callable[[Host], Coroutine[Any, Any, None]], ...] = ()
+    """Run for as long as the agent lives: the data server, the guests' agents."""
+    prepare: Callable[[Host], Awaitable[None]] | None = None
+    """Once libvirt answers, before any order: what kind of domains run here."""
+
+
+class _Ended(Exception):
+    """The agent must end with this exit code."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+
+
+def connect_options(identity: Identity, *, at_once: bool = False) -> dict[str, Any]:
+    """How this host connects to the bus. `at_once`: publishing while disconnected fails at once."""
+    servers = identity.enrolled.bus_servers
+    tls = any(server.startswith("tls://") for server in servers)
+    if identity.creds_path is not None:
+        return connection.connect_options(
+            identity.creds_path,
+            identity.host_id,
+            servers,
+            ca=identity.ca_path if tls else None,
+            at_once=at_once,
+        )
+    options: dict[str, Any] = {
+        "servers": list(servers),
+        "name": identity.host_id,
+        "inbox_prefix": f"_INBOX.{identity.host_id}",
+        "max_reconnect_attempts": -1,
+        "reconnect_time_wait": 0.25,
+        "connect_timeout": 2,
+        "ping_interval": 2,
+    }
+    return options | ({"pending_size": 0} if at_once else {})
+
+
+@dataclass(slots=True)
+class Agent:
+    """One host. `run` returns the process's exit code."""
+
+    config: AgentConfig
+    identity: Identity
+    parts: Parts
+    client: Client = field(default_factory=Client)
+    beats: Client = field(default_factory=Client)
+    ready: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set once the host listens for orders."""
+    _handling: set[asyncio.Task[None]] = field(default_factory=set)
+
+    async def run(self, stop: asyncio.Event) -> int:
+        """Until `stop` is set, or something says that only a new process helps."""
+        boot_id = read_boot_id(Path(self.config.boot_id_path))
+        journal = await Journal.open(
+            Path(self.config.state_dir) / "journal.sqlite",
+            boot_id,
+            self.config.spool_max_bytes,
+            self.config.max_waiting_orders,
+        )
+        hypervisor = Hypervisor(self.config)
+        host = Host(self.config, hypervisor, Tickets(), self.identity.host_id, self._reachable)
+        clock = BootClock(boot_id, journal.boot_ordinal)
+        spool = Spool(journal, self.client)
+        await spool.open()
+        orders = Orders(host, journal, self.parts.actions, Verifier(self.identity.enrolled.owner_keys), clock)
+        reporter = Reporter(host, journal, spool, clock, self.parts.senses)
+        hypervisor.on_event(reporter.hear)
+        log.info("host %s starts, generation %s", host.host_id, journal.generation)
+        await hypervisor.start()
+        reason: BaseException | None = None
+        try:
+            async with asyncio.TaskGroup() as group:
+                for work in (
+                    self._until(stop),
+                    self._watch(hypervisor, orders),
+                    reporter.run(),
+                    self._serve(journal, spool, orders, reporter, host, hypervisor),
+                    self._beat(journal, hypervisor, clock),
+                    self._sample(host),
+                    *(background(host) for background in self.parts.background),
+                ):
+                    group.create_task(work)
+        except* _Ended as ended:
+            reason = ended.exceptions[0]
+        assert isinstance(reason, _Ended)
+        log.log(logging.INFO if reason.code == 0 else logging.ERROR, "the agent ends: %s", reason)
+        await self._leave(orders, journal)
+        return reason.code
+
+    async def _until(self, stop: asyncio.Event) -> None:
+        await stop.wait()
+        raise _Ended(0, "it was asked to")
+
+    async def _watch(self, hypervisor: Hypervisor, orders: Orders) -> None:
+        """What only a new process can mend."""
+        while True:
+            await asyncio.wait([orders.broken], timeout=WATCH_SECONDS)
+            if orders.broken.done():
+                log.critical("an order's lane broke", exc_info=orders.broken.exception())
+                raise _Ended(EXIT_STUCK, "an order's lane broke; the next run resumes it")
+            if hypervisor.stuck.count > self.config.max_abandoned_calls:
+                raise _Ended(
+                    EXIT_STUCK,
+                    f"{hypervisor.stuck.count} threads are stuck in libvirt calls; a new process gets rid of them",
+                )
+
+    async def _leave(self, orders: Orders, journal: Journal) -> None:
+        if self.client.is_connected:
+            for subscription in list(self.client._subs.values()):
+                if subscription.subject.startswith("host."):
+                    await subscription.unsubscribe()
+        await orders.close()
+        with contextlib.suppress(nats.errors.Error, TimeoutError):
+            await self.client.flush(FLUSH_SECONDS)
+        for client in (self.client, self.beats):
+            await client.close()
+        await journal.close()
+
+    async def _reachable(self) -> bool:
+        """One round trip to the bus."""
+        try:
+            await self.client.flush(REACH_SECONDS)
+        except (nats.errors.Error, TimeoutError):
+            return False
+        return True
+
+    # The bus
+
+    async def _serve(
+        self,
+        journal: Journal,
+        spool: Spool,
+        orders: Orders,
+        reporter: Reporter,
+        host: Host,
+        hypervisor: Hypervisor,
+    ) -> None:
+        with contextlib.suppress(Refused):
+            await hypervisor.wait_connected(HYPERVISOR_SECONDS)
+            if self.parts.prepare is not None:
+                await self.parts.prepare(host)
+        await orders.resume()
+
+        async def reconnected() -> None:
+            log.info("the bus is back")
+            spool.reconnected()
+
+        await self.client.connect(
+            **connect_options(self.identity), reconnected_cb=reconnected, error_cb=_bus_problem
+        )
+        await self._listen(journal, spool, orders, reporter, host)
+        self.ready.set()
+        log.info("host %s hears its orders", host.host_id)
+        await spool.run()
+
+    async def _listen(
+        self, journal: Journal, spool: Spool, orders: Orders, reporter: Reporter, host: Host
+    ) -> None:
+        async def hear_word(message: Msg) -> None:
+            if (word := _read_word(message, host.host_id)) is not None and not await spool.committed(word):
+                generation = await journal.renew_generation()
+                log.warning(
+                    "%s has committed more than this journal ever said, so it is an old copy: it goes on as %s",
+                    word.owner,
+                    generation,
+                )
+                for owner in REPORTED_TO:
+                    reporter.ask(owner, rebase=True)
+
+        async def hear_report(message: Msg) -> None:
+            if (word := _read_word(message, host.host_id)) is not None:
+                reporter.ask(word.owner, rebase=True)
+
+        async def describe(message: Msg) -> None:
+            with contextlib.suppress(Refused):
+                await message.respond(encode(await self.parts.senses.describe(host)))
+
+        me = AskHost(host_id=host.host_id)
+        for subject, hear in (
+            (ORDER_SUBJECT, self._answering(orders.hear)),
+            (CANCEL_SUBJECT, self._answering(orders.hear_cancel)),
+            (COMMITTED_SUBJECT, hear_word),
+            (REPORT_SUBJECT, hear_report),
+            (DESCRIBE_HOST.subject, self._in_a_task(describe)),
+        ):
+            await self.client.subscribe(fill(subject, me), cb=hear)
+
+    def _answering(
+        self, hear: Callable[[str, bytes, dict[str, str] | None], Awaitable[OrderAck]]
+    ) -> Callable[[Msg], Awaitable[None]]:
+        """Orders wait for the disk together, not one after the other."""
+
+        async def handle(message: Msg) -> None:
+            ack = await hear(message.subject, message.data, message.headers)
+            if message.reply:
+                with contextlib.suppress(nats.errors.Error):
+                    await message.respond(encode(ack))
+
+        return self._in_a_task(handle)
+
+    def _in_a_task(
+        self, handle: Callable[[Msg], Coroutine[Any, Any, None]]
+    ) -> Callable[[Msg], Awaitable[None]]:
+        async def start(message: Msg) -> None:
+            task = asyncio.create_task(handle(message))
+            self._handling.add(task)
+            task.add_done_callback(self._handling.discard)
+
+        return start
+
+    async def _beat(self, journal: Journal, hypervisor: Hypervisor, clock: BootClock) -> None:
+        """On a connection of its own that never queues: a beat that comes late would be a lie."""
+        await self.beats.connect(**connect_options(self.identity, at_once=True), error_cb=_bus_problem)
+        async for _ in _every(self.config.beat_seconds):
+            beat = Beat(
+                host_id=self.identity.host_id,
+                generation=journal.generation,
+                boot_id=clock.boot_id,
+                beat_seq=clock.beat(),
+                clock_ms=time.time_ns() // 1_000_000,
+                hypervisor_ok=hypervisor.connected,
+                stuck_threads=hypervisor.stuck.count,
+            )
+            with contextlib.suppress(nats.errors.Error):
+                await self.beats.publish(fill(BEAT_SUBJECT, beat), encode(beat))
+
+    async def _sample(self, host: Host) -> None:
+        async for _ in _every(self.config.sample_seconds):
+            try:
+                sample = await self.parts.sample(host)
+                await self.beats.publish(fill(METRICS_SUBJECT, sample), encode(sample))
+            except (Refused, nats.errors.Error) as problem:
+                log.debug("a sample is missing: %s", problem or type(problem).__name__)
+
+
+async def _every(seconds: float) -> AsyncIterator[None]:
+    """At a steady rate, without making up for what was missed."""
+    loop = asyncio.get_running_loop()
+    due = loop.time()
+    while True:
+        yield
+        due = max(due + seconds, loop.time())
+        await asyncio.sleep(due - loop.time())
+
+
+async def _bus_problem(error: Exception) -> None:
+    log.info("the bus: %s", error or type(error).__name__)
+
+
+def _read_word(message: Msg, host_id: str) -> CommittedWord | None:
+    try:
+        word = _word.decode(message.data)
+    except msgspec.DecodeError as error:
+        log.warning("ignored on %s: %s", message.subject, error)
+        return None
+    return word if word.host_id == host_id else None

@@ -1,0 +1,231 @@
+"""Says what is on this host: full reports to each owner, and every change of a domain in between.
+
+A report gets its number before anything is looked at, so that whatever happens meanwhile is told after it and an
+older look never hides a newer event. A host whose hypervisor can't be asked doesn't report that it has no domains.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import msgspec
+
+from host_agent.action import Host
+from host_agent.clock import BootClock
+from host_agent.events import EventName, HypervisorEvent
+from host_agent.journal import FactClass, Journal, Reservation
+from host_agent.spool import Spool
+from volery.contracts.agent import (
+    DOMAIN_CHANGED,
+    DOMAIN_EVENT_HAPPENED,
+    HOST_REPORTED,
+    NETWORKS_REPORTED,
+    STORAGE_REPORTED,
+    BridgeReport,
+    DomainChanged,
+    DomainEventHappened,
+    DomainReport,
+    FromHost,
+    HostCapabilities,
+    HostReported,
+    NetworksReported,
+    StorageDomainReport,
+    StorageReported,
+)
+from volery.contracts.base import Fact, Owner, encode
+from volery.contracts.domain import DomainState
+from volery.contracts.errors import Refused
+
+log = logging.getLogger(__name__)
+
+REPORT_RETRY_SECONDS: Final = 2.0
+REPORTED_TO: Final = (Owner.INVENTORY.value, Owner.STORAGE.value, Owner.NETWORK.value)
+
+
+@dataclass(frozen=True, slots=True)
+class Senses:
+    """How a host finds out about itself. Each may raise Refused, and is then asked again."""
+
+    describe: Callable[[Host], Awaitable[HostCapabilities]]
+    storage: Callable[[Host], Awaitable[tuple[StorageDomainReport, ...]]]
+    networks: Callable[[Host], Awaitable[tuple[BridgeReport, ...]]]
+
+
+class Reporter:
+    """`ask` and `hear` return at once; `run` does the work for as long as the agent lives."""
+
+    def __init__(self, host: Host, journal: Journal, spool: Spool, clock: BootClock, senses: Senses) -> None:
+        self._host = host
+        self._journal = journal
+        self._spool = spool
+        self._clock = clock
+        self._senses = senses
+        self._wanted: dict[str, bool] = {}
+        self._wake = {owner: asyncio.Event() for owner in REPORTED_TO}
+        self._dirty: dict[str, HypervisorEvent] = {}
+        self._looks: dict[str, asyncio.Task[None]] = {}
+        self._telling: set[asyncio.Task[Any]] = set()
+        self._seen: dict[str, DomainReport] = {}
+        self._make: dict[str, Callable[[Reservation], Awaitable[FromHost]]] = {
+            Owner.INVENTORY: self._host_report,
+            Owner.STORAGE: self._storage_report,
+            Owner.NETWORK: self._network_report,
+        }
+        self._facts: dict[str, Fact[Any]] = {
+            Owner.INVENTORY: HOST_REPORTED,
+            Owner.STORAGE: STORAGE_REPORTED,
+            Owner.NETWORK: NETWORKS_REPORTED,
+        }
+
+    def ask(self, owner: str, rebase: bool = False) -> None:
+        """A full report to this owner is wanted; asking twice before it is made gives one."""
+        if owner in self._wake:
+            self._wanted[owner] = self._wanted.get(owner, False) or rebase
+            self._wake[owner].set()
+
+    def hear(self, event: HypervisorEvent) -> None:
+        """The hypervisor's events, in order."""
+        if event.name is EventName.CONNECTED:
+            self.ask(Owner.INVENTORY)
+        if event.changes_report:
+            self._dirty[event.vm_id] = event
+            if event.vm_id not in self._looks:
+                self._looks[event.vm_id] = asyncio.create_task(self._look(event.vm_id))
+        if event.happened and event.vm_id:
+            self._keep(asyncio.create_task(self._tell_event(event)))
+
+    async def run(self) -> None:
+        """Reports at start, and whenever one is asked for."""
+        async with asyncio.TaskGroup() as group:
+            for owner in REPORTED_TO:
+                self.ask(owner)
+                group.create_task(self._serve(owner), name=f"reports to {owner}")
+
+    async def _serve(self, owner: str) -> None:
+        while True:
+            await self._wake[owner].wait()
+            self._wake[owner].clear()
+            rebase = self._wanted.pop(owner, False)
+            try:
+                await self._report(owner, rebase)
+            except Refused as problem:
+                log.warning("the report to %s waits: %s", owner, problem.message)
+                await asyncio.sleep(REPORT_RETRY_SECONDS)
+                self.ask(owner, rebase)
+
+    async def _report(self, owner: str, rebase: bool) -> None:
+        if owner == Owner.INVENTORY:
+            await self._host.hypervisor.wait_connected(60.0)
+        async with self._spool.report(owner, rebase) as reservation:
+            report = await self._make[owner](reservation)
+            await self._journal.put_report(
+                reservation, self._facts[owner].subject_for(report), encode(report)
+            )
+
+    async def _host_report(self, reservation: Reservation) -> HostReported:
+        capabilities = await self._senses.describe(self._host)
+        domains = await self._host.hypervisor.list_domains()
+        ours = [(d.vm_id, d.epoch, d.order_seq) for d in domains if d.installation]
+        await self._journal.learn(Owner.INVENTORY, ours)
+        self._seen = {domain.vm_id: domain for domain in domains}
+        return HostReported(
+            **self._from_host(),
+            capabilities=capabilities,
+            domains=tuple(domains),
+            orders=await self._journal.orders_of(Owner.INVENTORY),
+            gap=reservation.gap,
+        )
+
+    async def _storage_report(self, reservation: Reservation) -> StorageReported:
+        return StorageReported(
+            **self._from_host(),
+            domains=await self._senses.storage(self._host),
+            orders=await self._journal.orders_of(Owner.STORAGE),
+            gap=reservation.gap,
+        )
+
+    async def _network_report(self, reservation: Reservation) -> NetworksReported:
+        capabilities = await self._senses.describe(self._host)
+        return NetworksReported(
+            **self._from_host(),
+            networks=await self._senses.networks(self._host),
+            nics=capabilities.nics,
+            orders=await self._journal.orders_of(Owner.NETWORK),
+            gap=reservation.gap,
+        )
+
+    async def _look(self, vm_id: str) -> None:
+        """One look per change, one at a time per domain: the last look is later than the last change."""
+        try:
+            while (event := self._dirty.pop(vm_id, None)) is not None:
+                try:
+                    await self._tell_domain(await self._domain(event))
+                except Refused as problem:
+                    # libvirtd went away or hangs; when it answers again everything is listed.
+                    log.warning("VM %s changed and could not be looked at: %s", vm_id, problem.message)
+                    self.ask(Owner.INVENTORY)
+        finally:
+            del self._looks[vm_id]
+
+    async def _domain(self, event: HypervisorEvent) -> DomainReport:
+        vm_id = event.vm_id
+        before = self._seen.get(vm_id)
+        if event.name is EventName.UNRESPONSIVE and before is not None:
+            # Not asked: it would hang as well.
+            return msgspec.structs.replace(before, responsive=False)
+        now = await self._host.hypervisor.domain(vm_id)
+        if now.state is DomainState.GONE and before is not None:
+            # libvirt has forgotten it; its owner wants to know which placement has ended, and how.
+            now = msgspec.structs.replace(
+                before,
+                state=DomainState.GONE,
+                reason=str(event.details.get("reason", "")),
+                agent_connected=False,
+            )
+        return now
+
+    async def _tell_domain(self, domain: DomainReport) -> None:
+        said = DomainChanged(**self._from_host(), domain=domain)
+        if domain.state is DomainState.GONE:
+            self._seen.pop(domain.vm_id, None)
+        else:
+            self._seen[domain.vm_id] = domain
+        await self._journal.put(
+            Owner.INVENTORY,
+            DOMAIN_CHANGED.subject_for(said),
+            encode(said),
+            FactClass.STATE,
+            f"domain:{domain.vm_id}",
+        )
+
+    async def _tell_event(self, event: HypervisorEvent) -> None:
+        before = self._seen.get(event.vm_id)
+        said = DomainEventHappened(
+            **self._from_host(),
+            vm_id=event.vm_id,
+            epoch=before.epoch if before is not None else 0,
+            event=event.name.value,
+            details=dict(event.details),
+        )
+        subject = DOMAIN_EVENT_HAPPENED.subject_for(said)
+        await self._journal.put(Owner.INVENTORY, subject, encode(said), FactClass.EVENT)
+
+    def _keep(self, task: asyncio.Task[Any]) -> None:
+        self._telling.add(task)
+        task.add_done_callback(self._telling.discard)
+
+    def _from_host(self) -> dict[str, Any]:
+        """The numbers are stamped when the fact is published."""
+        return {
+            "host_id": self._host.host_id,
+            "generation": self._journal.generation,
+            "seq": 0,
+            "after_seq": 0,
+            "boot_id": self._clock.boot_id,
+            "at": datetime.now(UTC),
+        }
