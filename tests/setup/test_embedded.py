@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import multiprocessing
 import os
 import signal
 import socket
+import ssl
 import time
 from pathlib import Path
 
 import asyncpg
 import nats
+import nats.errors
 import pytest
 
+from volery.runtime.connection import connect_options
+from volery.runtime.identity import Realm
 from volery.setup import embedded, postgres_server, processes
 from volery.setup.database import bootstrap_database, scram_verifier, verifies
-from volery.setup.embedded import Embedded, NatsOptions, PostgresOptions
+from volery.setup.embedded import Embedded, NatsOperator, NatsOptions, NatsTls, PostgresOptions
 from volery.setup.errors import SetupError
 from volery.setup.home import Home
+from volery.setup.pki import Authority
 from volery.setup.postgres_server import Cluster
 
 QUICK = PostgresOptions(sync_after_creation=False)
@@ -254,6 +260,84 @@ def test_the_verifier_tells_its_password_from_others() -> None:
     assert not verifies(stored, "wrong")
     assert not verifies(None, "right")
     assert not verifies("md5abcdef", "right")
+
+
+def encrypted(client: nats.NATS) -> bool:
+    writer = client._transport._io_writer
+    return writer.get_extra_info("ssl_object") is not None
+
+
+async def test_clients_of_a_tls_server_are_encrypted_however_they_begin(home: Home) -> None:
+    server = embedded.start_nats(home, tls_options(home))
+    trust = ssl.create_default_context(cafile=str(home.ca_certificate))
+    for first in (True, False):
+        client = await nats.connect(server.url, tls=trust, tls_handshake_first=first)
+        assert encrypted(client)
+        await client.close()
+    client = await nats.connect(server.url.replace("tls:", "nats:"), tls=trust)
+    assert encrypted(client)
+    await client.close()
+    with pytest.raises(ssl.SSLCertVerificationError):
+        await nats.connect(
+            server.url,
+            tls=ssl.create_default_context(),
+            tls_handshake_first=True,
+            allow_reconnect=False,
+            error_cb=_quiet,
+        )
+
+
+async def _quiet(_: Exception) -> None:
+    return
+
+
+async def test_where_plain_is_allowed_a_client_that_begins_with_tls_keeps_it(home: Home) -> None:
+    server = embedded.start_nats(home, tls_options(home, plain_allowed=True))
+    trust = ssl.create_default_context(cafile=str(home.ca_certificate))
+    client = await nats.connect(server.url, tls=trust, tls_handshake_first=True)
+    assert encrypted(client)
+    await client.close()
+    client = await nats.connect(server.url.replace("tls:", "nats:"))
+    assert not encrypted(client)
+    await client.close()
+
+
+async def test_a_renewed_certificate_is_served_without_a_restart(home: Home) -> None:
+    server = embedded.start_nats(home, tls_options(home))
+    before = await served_certificate(server)
+    (home.pki / "nats.pem").unlink()
+    again = embedded.start_nats(home, tls_options(home))
+    assert again == server
+    deadline = time.monotonic() + 10
+    while await served_certificate(server) == before:
+        assert time.monotonic() < deadline
+
+
+async def served_certificate(server: Embedded) -> bytes | None:
+    host, _, port = server.url.removeprefix("tls://").rpartition(":")
+    trust = ssl._create_unverified_context()
+    _, writer = await asyncio.open_connection(host, int(port), ssl=trust)
+    certificate = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+    writer.close()
+    return certificate
+
+
+def tls_options(home: Home, *, plain_allowed: bool = False) -> NatsOptions:
+    issued = Authority.open(home.pki).ensure("nats", addresses=["127.0.0.1"])
+    tls = NatsTls(issued.certificate, issued.key, home.ca_certificate, plain_allowed)
+    return NatsOptions(preferred_port=None, tls=tls)
+
+
+async def test_the_server_takes_the_realm_s_identities_and_syncs_always(home: Home) -> None:
+    realm = Realm.create(home.bus_credentials)
+    operator = NatsOperator(realm.operator_jwt, realm.system_account, realm.resolver_preload())
+    server = embedded.start_nats(home, NatsOptions(preferred_port=None, operator=operator))
+    sys = await nats.connect(**connect_options(realm.creds_path("sys"), "sys", [server.url]))
+    answer = await sys.request("$SYS.REQ.SERVER.PING.JSZ", b"{}", timeout=5)
+    assert json.loads(answer.data)["data"]["config"]["sync_always"] is True
+    await sys.close()
+    with pytest.raises(nats.errors.Error):
+        await nats.connect(server.url, allow_reconnect=False, error_cb=_quiet)
 
 
 def test_throw_away_servers_are_quick_and_leave_nothing() -> None:
