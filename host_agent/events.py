@@ -37,6 +37,8 @@ class EventName(StrEnum):
     UNRESPONSIVE = "unresponsive"
     """A call about this domain has not come back in time."""
     RESPONSIVE = "responsive"
+    GUEST_CHANGED = "guest_changed"
+    """The guest's agent told something new about names or addresses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,7 @@ _CHANGES_REPORT = frozenset(
         EventName.AGENT_LIFECYCLE,
         EventName.UNRESPONSIVE,
         EventName.RESPONSIVE,
+        EventName.GUEST_CHANGED,
     }
 )
 _HAPPENINGS = frozenset(EventName) - {
@@ -78,6 +81,7 @@ _HAPPENINGS = frozenset(EventName) - {
     EventName.DISCONNECTED,
     EventName.UNRESPONSIVE,
     EventName.RESPONSIVE,
+    EventName.GUEST_CHANGED,
 }
 
 Decode = Callable[..., HypervisorEvent | None]
@@ -144,6 +148,7 @@ _TRAY = {
     libvirt.VIR_DOMAIN_EVENT_TRAY_CHANGE_CLOSE: "close",
 }
 _AGENT_STATE = _names("VIR_CONNECT_DOMAIN_EVENT_AGENT_LIFECYCLE_STATE_")
+_AGENT_REASON = _names("VIR_CONNECT_DOMAIN_EVENT_AGENT_LIFECYCLE_REASON_")
 _MEMORY_RECIPIENT = _names("VIR_DOMAIN_EVENT_MEMORY_FAILURE_RECIPIENT_")
 _MEMORY_ACTION = _names("VIR_DOMAIN_EVENT_MEMORY_FAILURE_ACTION_")
 
@@ -231,7 +236,7 @@ EVENTS: tuple[EventRow, ...] = (
     ),
     EventRow(
         libvirt.VIR_DOMAIN_EVENT_ID_AGENT_LIFECYCLE,
-        _worded(EventName.AGENT_LIFECYCLE, state=_AGENT_STATE, reason=None),
+        _worded(EventName.AGENT_LIFECYCLE, state=_AGENT_STATE, reason=_AGENT_REASON),
     ),
     EventRow(
         libvirt.VIR_DOMAIN_EVENT_ID_MIGRATION_ITERATION,

@@ -16,7 +16,7 @@ import msgspec
 from host_agent import domxml, runningxml
 from host_agent.config import AgentConfig
 from host_agent.connections import BULK_SECONDS, OPEN_SECONDS, RESCUE_SECONDS, START_SECONDS, Connections
-from host_agent.events import EVENTS, HypervisorEvent, state_of
+from host_agent.events import EVENTS, EventName, HypervisorEvent, state_of
 from host_agent.migration_parameters import MigrationParameters, MigrationStats, migration_stats
 from host_agent.serial_console import ConsoleStream
 from volery.contracts.agent import DomainReport
@@ -152,8 +152,7 @@ class Hypervisor(Connections):
 
     def __init__(self, config: AgentConfig) -> None:
         super().__init__(config, LibvirtDriver(config.libvirt_uri))
-        self.guests: dict[str, GuestInfo] = {}
-        """What guest agents told, by vm_id: goes into the reports."""
+        self._guests: dict[str, GuestInfo] = {}
         self.leaving: set[str] = set()
         """VMs that a migration is taking away from here."""
         self.domain_type = "test" if self.uri.startswith("test:") else config.hypervisor
@@ -225,7 +224,7 @@ class Hypervisor(Connections):
                 continue
             now, why = state_of(state, reason, leaving=vm_id in self.leaving)
             report = runningxml.report(root, vm_id, now, why, responsive=vm_id not in self._late)
-            guest = self.guests.get(vm_id)
+            guest = self._guests.get(vm_id)
             if guest is not None and report.agent_connected:
                 report = msgspec.structs.replace(
                     report, hostname=guest.hostname, ip_addresses=guest.ip_addresses, guest_os=guest.os
@@ -258,6 +257,20 @@ class Hypervisor(Connections):
 
         return await self._call(self._bulk, "read the host's size", read, BULK_SECONDS)
 
+    async def forbid_autostart(self, installation: str) -> list[str]:
+        """Domains of ours that libvirtd would start by itself don't any more; their names."""
+
+        def forbid(connection: Any) -> list[str]:
+            found = []
+            for domain in connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_AUTOSTART):
+                metadata = runningxml.metadata_of(runningxml.parsed(domain.XMLDesc(0)))
+                if metadata is not None and metadata.installation == installation:
+                    domain.setAutostart(0)
+                    found.append(domain.name())
+            return found
+
+        return await self._call(self._bulk, "look for domains with autostart", forbid, BULK_SECONDS)
+
     # A domain's life
 
     async def create(self, xml: str, *, paused: bool = False) -> None:
@@ -268,6 +281,8 @@ class Hypervisor(Connections):
     async def restore(self, path: str, xml: str, *, paused: bool = False) -> None:
         """Start a domain from its saved memory with this XML, which must describe the same machine."""
         flags = libvirt.VIR_DOMAIN_SAVE_PAUSED if paused else libvirt.VIR_DOMAIN_SAVE_RUNNING
+        if self.domain_type == "test":
+            flags = 0  # that driver knows no other
         doing = f"restore the VM from {path}"
         await self._call(self._work, doing, lambda c: c.restoreFlags(path, xml, flags), START_SECONDS)
 
@@ -387,6 +402,15 @@ class Hypervisor(Connections):
             return guest_of(
                 await self._domain_call(self._work, vm_id, doing, ask, 4.0 * GUEST_SECONDS, marks=False)
             )
+
+    def remember_guest(self, vm_id: str, info: GuestInfo | None) -> None:
+        """Goes into the domain's reports from now on; None: its agent is gone."""
+        if info != self._guests.get(vm_id):
+            if info is None:
+                del self._guests[vm_id]
+            else:
+                self._guests[vm_id] = info
+            self._emit(HypervisorEvent(EventName.GUEST_CHANGED, vm_id))
 
     # Secrets and networks
 

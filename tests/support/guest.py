@@ -16,10 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CACHE = Path("/var/cache/volery-tests")
-MODULES = (
-    "virtio_pci virtio_console virtio_blk virtio_net virtio_balloon virtio-rng virtio_scsi sd_mod sr_mod isofs"
-    " button evdev pvpanic-pci pvpanic-mmio qemu_fw_cfg"
-).split()
+MODULES = ["virtio_pci", "virtio_console", "virtio_blk", "virtio_net", "virtio_balloon", "virtio-rng", "virtio_scsi", "sd_mod", "sr_mod", "isofs", "button", "evdev", "pvpanic-pci", "pvpanic-mmio", "qemu_fw_cfg"]
 
 INIT = """#!/bin/busybox sh
 export PATH=/bin:/sbin
@@ -37,7 +34,7 @@ esac; done
 [ -b /dev/vda ] && mount -t ext4 /dev/vda /mnt 2>/dev/null
 for p in /sys/class/virtio-ports/*; do
   [ "$(cat $p/name 2>/dev/null)" = org.qemu.guest_agent.0 ] &&
-    qemu-ga -d -m virtio-serial -p /dev/$(basename $p) -t /run -l /run/qga.log
+    qemu-ga -d -m virtio-serial -p /dev/$(basename $p) -t /run -l /run/qga.log -f /run/qga.pid
 done
 echo "GUEST-UP $(cut -d' ' -f1 /proc/uptime)s $(hostname)" >/dev/console
 grep -q acpi-deaf /proc/cmdline || acpid -l /run/acpid.log

@@ -36,6 +36,7 @@ mount --make-rprivate /
 umount -R /sys/fs/cgroup 2>/dev/null; mount -t tmpfs cg /sys/fs/cgroup
 for c in $CONTROLLERS; do mkdir /sys/fs/cgroup/$c; mount -t cgroup -o $c cg /sys/fs/cgroup/$c; done
 for d in $PLACES; do mkdir -p ${d#*:}; mount --bind $BASE/${d%%:*} ${d#*:}; done
+mount -t tmpfs lock /run/lock  # libvirtd locks consoles there by process id, which is this namespace's
 ip link set lo up
 echo ready > $BASE/ready
 while :; do sleep 1000 & wait; done
@@ -65,13 +66,14 @@ class LibvirtHost:
         groups = self._groups()
         environment = os.environ | {
             "BASE": str(self.path),
+            "INIT": INIT,
             "CONTROLLERS": " ".join(CONTROLLERS),
             "PLACES": " ".join(f"{k}:{v}" for k, v in PLACES.items()),
         }
         join = "".join(f"echo $$ > {g}/cgroup.procs; " for g in groups)
         namespaces = "unshare -n -m -u -i -C -p --fork --kill-child --mount-proc"
         self.init = subprocess.Popen(
-            ["bash", "-c", f"{join} exec {namespaces} bash -c '{INIT}'"],
+            ["bash", "-c", f'{join} exec {namespaces} bash -c "$INIT"'],
             env=environment,
             stdout=subprocess.DEVNULL,
             stderr=(self.path / "init.log").open("wb"),
@@ -163,8 +165,7 @@ def join_networks(first: LibvirtHost, second: LibvirtHost) -> tuple[str, str]:
     """A cable between two hosts; returns their addresses."""
     ends = (first.init_pid, second.init_pid)
     subprocess.run(
-        ["ip", "link", "add", "cable0", "netns", str(ends[0]), "type", "veth"]
-        + ["peer", "name", "cable0", "netns", str(ends[1])],
+        ["ip", "link", "add", "cable0", "netns", str(ends[0]), "type", "veth", "peer", "name", "cable0", "netns", str(ends[1])],
         check=True,
     )
     addresses = ("192.168.66.1", "192.168.66.2")
@@ -176,7 +177,11 @@ def join_networks(first: LibvirtHost, second: LibvirtHost) -> tuple[str, str]:
 
 def new_host() -> LibvirtHost:
     host = LibvirtHost(Path(tempfile.mkdtemp(prefix="volery-domains-")))
-    host.start()
+    try:
+        host.start()
+    except BaseException:
+        host.stop()
+        raise
     return host
 
 
