@@ -161,12 +161,12 @@ async def test_a_pid_file_that_survived_a_reboot_does_not_stop_postgres(home: Ho
     assert embedded.start_postgres(home, QUICK).process.alive()
 
 
-def test_a_long_home_gets_a_short_socket_directory(home: Home) -> None:
+def test_a_long_home_gets_a_shortsocket_directory(home: Home) -> None:
     deep = home.path / ("d" * 90)
-    place = postgres_server._socket_directory(deep)
+    place = postgres_server.socket_directory(deep)
     assert len(str(place / ".s.PGSQL.5432")) <= 107
-    assert place == postgres_server._socket_directory(deep)
-    assert place != postgres_server._socket_directory(home.path / ("e" * 90))
+    assert place == postgres_server.socket_directory(deep)
+    assert place != postgres_server.socket_directory(home.path / ("e" * 90))
 
 
 def test_a_home_that_the_database_s_user_can_t_reach_says_so(tmp_path: Path) -> None:

@@ -101,43 +101,79 @@ _STOP: dict[Name, tuple[tuple[int, float], ...]] = {
 }
 
 
+@dataclass(frozen=True)
+class Launch:
+    """How a server is started, its configuration being written."""
+
+    arguments: list[str]
+    places: _Places
+    user: int | None
+    group: int | None
+    changed: bool
+    """The configuration differs from the last time: a live server must read it again."""
+
+    @property
+    def lock(self) -> Path:
+        return self.places.lock
+
+    @property
+    def record(self) -> Path:
+        return self.places.record
+
+    def spawn(self) -> ProcessId:
+        return processes.spawn(
+            self.arguments,
+            lock=self.places.lock,
+            record=self.places.record,
+            log=self.places.log,
+            user=self.user,
+            group=self.group,
+        )
+
+
 def start_nats(home: Home, options: NatsOptions | None = None) -> Embedded:
     """The installation's NATS server, running and answering; adopted or started.
 
-    A port that nobody chose is picked once and kept in settings.env (`VOLERY_SETUP_NATS_PORT`). A live
-    server whose configuration changed, such as a renewed certificate, is told to read it again.
-    Raises SetupError with the log's end when it doesn't come up.
+    A port that nobody chose is picked once and kept in settings.env (`VOLERY_SETUP_NATS_PORT`). A
+    live server whose configuration changed, such as a renewed certificate, is told to read it
+    again. Raises SetupError with the log's end when it doesn't come up.
     """
     options = options or NatsOptions()
     places = _Places.of(home, "nats")
     with processes.exclusive(places.starting, timeout_seconds=_START_SECONDS):
-        live = processes.running(places.lock, places.record)
-        options = replace(options, port=_nats_port(home, options, taken_is_ours=live is not None))
-        port = options.port
-        changed = nats_server.write_configuration(home.nats, options)
-
-        def ready() -> bool:
-            return nats_server.answers(port)
-
-        if live is not None:
-            if changed:
-                processes.signal_process(live, signal.SIGHUP)
-            if _comes_up(ready, live, "nats-server", places.log):
-                return _nats(live, options, places, adopted=True)
-        process = processes.spawn(
-            nats_server.command(home.nats),
-            lock=places.lock,
-            record=places.record,
-            log=places.log,
-        )
-        if not _comes_up(ready, process, "nats-server", places.log):
-            raise SetupError(processes.exit_report("nats-server", places.log))
-        return _nats(process, options, places, adopted=False)
-
-
-def _nats(process: ProcessId, options: NatsOptions, places: _Places, *, adopted: bool) -> Embedded:
-    url = f"{'tls' if options.tls else 'nats'}://127.0.0.1:{options.port}"
+        launch, port = _prepare_nats(home, options)
+        process, adopted = _running(launch, "nats-server", lambda _: nats_server.answers(port))
+    url = f"{'tls' if options.tls else 'nats'}://127.0.0.1:{port}"
     return Embedded("nats", process, url, places.log, adopted=adopted)
+
+
+def launch_nats(home: Home, options: NatsOptions) -> Launch:
+    """Everything ready to start the server, for a supervisor that isn't ours."""
+    places = _Places.of(home, "nats")
+    with processes.exclusive(places.starting, timeout_seconds=_START_SECONDS):
+        return _prepare_nats(home, options)[0]
+
+
+def _prepare_nats(home: Home, options: NatsOptions) -> tuple[Launch, int]:
+    places = _Places.of(home, "nats")
+    live = processes.running(places.lock, places.record) is not None
+    port = _nats_port(home, options, taken_is_ours=live)
+    changed = nats_server.write_configuration(home.nats, replace(options, port=port))
+    return Launch(nats_server.command(home.nats), places, None, None, changed), port
+
+
+def _running(launch: Launch, program: str, ready: Callable[[ProcessId], bool]) -> tuple[ProcessId, bool]:
+    """(process, adopted) once it answers."""
+    live = processes.running(launch.lock, launch.record)
+    if live is not None:
+        if launch.changed:
+            processes.signal_process(live, signal.SIGHUP)
+        if _comes_up(ready, live, program, launch.places.log):
+            return live, True
+    process = launch.spawn()
+    if not _comes_up(ready, process, program, launch.places.log):
+        raise SetupError(processes.exit_report(program, launch.places.log))
+    return process, False
 
 
 def _nats_port(home: Home, options: NatsOptions, *, taken_is_ours: bool) -> int:
@@ -160,40 +196,31 @@ def start_postgres(home: Home, options: PostgresOptions | None = None) -> Embedd
 
     The data directory is made when there is none. Raises SetupError with what to do.
     """
-    options = options or PostgresOptions()
     places = _Places.of(home, "postgres")
     with processes.exclusive(places.starting, timeout_seconds=_START_SECONDS):
-        cluster = postgres_server.prepare(home.postgres, home.run, options)
-        live = processes.running(places.lock, places.record)
-        changed = postgres_server.write_configuration(cluster, options)
-
-        def ready(process: ProcessId) -> bool:
-            return postgres_server.accepts_connections(cluster, process.pid)
-
-        if live is not None:
-            if changed:
-                processes.signal_process(live, signal.SIGHUP)
-            if _comes_up(lambda: ready(live), live, "postgres", places.log):
-                return _postgres(live, cluster, places, adopted=True)
-        postgres_server.forget_crashed_server(cluster)
-        process = processes.spawn(
-            postgres_server.command(cluster),
-            lock=places.lock,
-            record=places.record,
-            log=places.log,
-            user=cluster.user,
-            group=cluster.group,
+        launch, cluster = _prepare_postgres(home, options or PostgresOptions())
+        process, adopted = _running(
+            launch, "postgres", lambda p: postgres_server.accepts_connections(cluster, p.pid)
         )
-        if not _comes_up(lambda: ready(process), process, "postgres", places.log):
-            raise SetupError(processes.exit_report("postgres", places.log))
-        return _postgres(process, cluster, places, adopted=False)
-
-
-def _postgres(
-    process: ProcessId, cluster: postgres_server.Cluster, places: _Places, *, adopted: bool
-) -> Embedded:
     url = postgres_server.dsn(cluster.sockets, "postgres", "postgres")
     return Embedded("postgres", process, url, places.log, cluster.sockets, adopted=adopted)
+
+
+def launch_postgres(home: Home, options: PostgresOptions | None = None) -> Launch:
+    """Everything ready to start the server, for a supervisor that isn't ours."""
+    places = _Places.of(home, "postgres")
+    with processes.exclusive(places.starting, timeout_seconds=_START_SECONDS):
+        return _prepare_postgres(home, options or PostgresOptions())[0]
+
+
+def _prepare_postgres(home: Home, options: PostgresOptions) -> tuple[Launch, postgres_server.Cluster]:
+    places = _Places.of(home, "postgres")
+    cluster = postgres_server.prepare(home.postgres, home.run, options)
+    changed = postgres_server.write_configuration(cluster, options)
+    if processes.running(places.lock, places.record) is None:
+        postgres_server.forget_crashed_server(cluster)
+    arguments = postgres_server.command(cluster)
+    return Launch(arguments, places, cluster.user, cluster.group, changed), cluster
 
 
 def status(home: Home, name: Name) -> ProcessId | None:
@@ -217,11 +244,11 @@ def stop(home: Home, name: Name) -> bool:
     return True
 
 
-def _comes_up(ready: Callable[[], bool], process: ProcessId, program: str, log: Path) -> bool:
+def _comes_up(ready: Callable[[ProcessId], bool], process: ProcessId, program: str, log: Path) -> bool:
     """True once the server answers, False when it ended instead; SetupError when neither."""
     deadline = time.monotonic() + _START_SECONDS
     while process.alive():
-        if ready():
+        if ready(process):
             return True
         if time.monotonic() > deadline:
             raise SetupError(

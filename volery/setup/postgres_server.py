@@ -100,7 +100,7 @@ def prepare(directory: Path, run: Path, options: PostgresOptions) -> Cluster:
     cluster = Cluster(
         versions[wanted],
         data,
-        _socket_directory(run),
+        socket_directory(run),
         others,
         None if others is None else owner.pw_gid,
         owner.pw_name,
@@ -152,7 +152,8 @@ def _check_reachable(directory: Path, owner: pwd.struct_passwd) -> None:
             )
 
 
-def _socket_directory(run: Path) -> Path:
+def socket_directory(run: Path) -> Path:
+    """Where the server's Unix socket lies: in `run` unless that is too long for the kernel."""
     inside = run / "postgres"
     if len(os.fsencode(inside / _SOCKET_NAME)) <= _SUN_PATH_BYTES:
         return inside

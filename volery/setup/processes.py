@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, NoReturn
 
 from volery.setup.errors import SetupError
 
@@ -188,6 +188,37 @@ def spawn(
     # The child outlives us on purpose; without this Python would warn that it is still running.
     child.returncode = 0
     return process
+
+
+def become(
+    arguments: Sequence[str],
+    *,
+    lock: Path,
+    record: Path,
+    user: int | None = None,
+    group: int | None = None,
+    environment: Mapping[str, str] | None = None,
+    lock_timeout_seconds: float = 10.0,
+) -> NoReturn:
+    """This process turns into the program, holding the lock: for a supervisor that isn't ours.
+
+    Raises SetupError when another process holds the lock.
+    """
+    held = lock.open("a")
+    if not _lock(held, lock_timeout_seconds):
+        raise SetupError(
+            f"{arguments[0]} is already running here: {lock} is held by process {_holder_name(lock)}."
+        )
+    myself = ProcessId.of(os.getpid())
+    assert myself is not None
+    write_record(record, myself)
+    os.set_inheritable(held.fileno(), True)
+    if user is not None and group is not None:
+        os.setgroups([])
+        os.setgid(group)
+        os.setuid(user)
+    values = dict(os.environ if environment is None else environment)
+    os.execvpe(arguments[0], list(arguments), values)  # noqa: S606 - no shell is what we want
 
 
 def _holder_name(lock: Path) -> str:

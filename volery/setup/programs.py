@@ -1,0 +1,122 @@
+"""The programs of an installation: what is started, with which environment, in which order."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+from volery.setup.home import Home
+from volery.setup.processes import ProcessId, running
+
+REPOSITORY = Path(__file__).parents[2]
+_PACKAGES = ("volery", "services", "host_agent", "api_gateway")
+
+# Taken from the caller: where programs are found, and the language of their messages.
+_INHERITED = ("PATH", "LANG", "LC_ALL", "TZ", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY", "TMPDIR")
+
+
+@dataclass(frozen=True)
+class Program:
+    """A process of ours that the supervisor, or systemd, keeps running."""
+
+    name: str
+    title: str
+    module: str
+
+    def command(self) -> list[str]:
+        return [sys.executable, "-m", self.module]
+
+    def lock(self, home: Home) -> Path:
+        return home.run / f"{self.name}.lock"
+
+    def record(self, home: Home) -> Path:
+        return home.run / f"{self.name}.json"
+
+    def log(self, home: Home) -> Path:
+        return home.log / f"{self.name}.log"
+
+    def process(self, home: Home) -> ProcessId | None:
+        """The running process, None when it isn't running."""
+        return running(self.lock(home), self.record(home))
+
+
+CONTROL_PLANE = Program("control-plane", "the control plane", "services")
+HOST_AGENT = Program("host-agent", "the host agent", "host_agent")
+PROGRAMS: tuple[Program, ...] = (CONTROL_PLANE, HOST_AGENT)
+"""In the order in which they are started; they are stopped in the opposite one."""
+
+
+def base_environment(home: Home) -> dict[str, str]:
+    """What every child gets: nothing of the caller's but where programs are."""
+    kept = {name: os.environ[name] for name in _INHERITED if name in os.environ}
+    kept.setdefault("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+    return {**kept, "VOLERY_HOME": str(home.path), "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(REPOSITORY)}
+
+
+def environment(home: Home, derived: Mapping[str, str]) -> dict[str, str]:
+    """A program's whole environment: ours, what set-up found out, over that settings.env.
+
+    VOLERY_SETUP_* is for set-up itself and isn't passed on: programs refuse what they don't know.
+    """
+    chosen = {
+        key: value
+        for key, value in home.settings().items()
+        if key.startswith("VOLERY_") and not key.startswith("VOLERY_SETUP_")
+    }
+    return {**base_environment(home), **derived, **chosen}
+
+
+def derived_environment(
+    home: Home, *, bus_url: str, sockets: Path, gateway_port: int, hypervisor: str
+) -> dict[str, str]:
+    """What set-up decided, as the programs' settings."""
+    return {
+        "VOLERY_BUS_SERVERS": bus_url,
+        "VOLERY_BUS_CREDENTIALS_DIR": str(home.bus_credentials),
+        "VOLERY_BUS_CA_FILE": str(home.ca_certificate),
+        "VOLERY_DATABASE_DSN": f"postgresql:///volery?host={quote(str(sockets))}",
+        "VOLERY_DATABASE_PASSWORDS_DIR": str(home.postgres_passwords),
+        "VOLERY_AGENT_STATE_DIR": str(home.agent),
+        "VOLERY_AGENT_CONTROL_PLANE_URL": f"https://127.0.0.1:{gateway_port}",
+        "VOLERY_AGENT_DEVICE_SUFFIX": home.installation,
+        "VOLERY_AGENT_INSTALLATION": home.installation,
+        "VOLERY_AGENT_HYPERVISOR": hypervisor,
+    }
+
+
+def environment_file(home: Home) -> Path:
+    return home.run / "environment.json"
+
+
+def save_environment(home: Home, values: Mapping[str, str]) -> bool:
+    """Keeps the programs' environment for whoever starts them next; whether it changed."""
+    from volery.setup.home import write_private
+
+    text = json.dumps(dict(sorted(values.items())), indent=1) + "\n"
+    path = environment_file(home)
+    if path.exists() and path.read_text() == text:
+        return False
+    write_private(path, text)
+    return True
+
+
+def load_environment(home: Home) -> dict[str, str]:
+    return dict(json.loads(environment_file(home).read_text()))
+
+
+def fingerprint(home: Home) -> str:
+    """Changes when a running program would run differently if it were started again."""
+    digest = hashlib.sha256(environment_file(home).read_bytes())
+    for package in _PACKAGES:
+        for path in sorted((REPOSITORY / package).rglob("*.py")):
+            stat = path.stat()
+            digest.update(f"{path}:{stat.st_mtime_ns}:{stat.st_size}\n".encode())
+    for path in sorted((Path(sys.prefix)).glob(".volery-*")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
