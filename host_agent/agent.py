@@ -53,6 +53,7 @@ HYPERVISOR_SECONDS: Final = 30.0
 REACH_SECONDS: Final = 2
 FLUSH_SECONDS: Final = 2
 WATCH_SECONDS: Final = 1.0
+GAP_SECONDS: Final = 10.0
 EXIT_STUCK: Final = 75
 """sysexits' EX_TEMPFAIL: the supervisor starts the agent again."""
 
@@ -146,6 +147,7 @@ class Agent:
                     self._serve(journal, spool, orders, reporter, host, hypervisor),
                     self._beat(journal, hypervisor, clock),
                     self._sample(host),
+                    self._mind_gaps(journal, reporter),
                     *(background(host) for background in self.parts.background),
                 ):
                     group.create_task(work)
@@ -172,6 +174,14 @@ class Agent:
                     EXIT_STUCK,
                     f"{hypervisor.stuck.count} threads are stuck in libvirt calls; a new process gets rid of them",
                 )
+
+    async def _mind_gaps(self, journal: Journal, reporter: Reporter) -> None:
+        """Whoever lost facts because the spool was full gets a full report, as soon as the bus can carry it."""
+        async for _ in _every(GAP_SECONDS):
+            if self.client.is_connected:
+                for owner, at in (await journal.positions()).items():
+                    if at.gap:
+                        reporter.ask(owner)
 
     async def _leave(self, orders: Orders, journal: Journal) -> None:
         if self.client.is_connected:

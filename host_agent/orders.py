@@ -21,7 +21,8 @@ from opentelemetry import trace
 
 from host_agent.action import Action, Host, Running
 from host_agent.clock import BootClock
-from host_agent.journal import FactClass, Journal, JournaledOrder, progress_key
+from host_agent.facts import FactClass
+from host_agent.journal import Journal, JournaledOrder, progress_key
 from host_agent.rules import stale
 from volery.contracts.agent import (
     INVENTORY_ORDER_FINISHED,
@@ -240,7 +241,7 @@ class Orders:
         deadline_ms = found.accepted_ms + int(order.deadline_seconds * 1000)
         return _Entry(order, action, body, found.trace, deadline_ms, resumed=True)
 
-    async def close(self, grace_seconds: float = 5.0) -> None:
+    async def close(self, grace_seconds: float = 2.0) -> None:
         """Lets running orders end for a moment, and leaves the rest as they are: the next run resumes them."""
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=grace_seconds)

@@ -18,7 +18,8 @@ import msgspec
 from host_agent.action import Host
 from host_agent.clock import BootClock
 from host_agent.events import EventName, HypervisorEvent
-from host_agent.journal import FactClass, Journal, Reservation
+from host_agent.facts import FactClass, Reservation
+from host_agent.journal import Journal
 from host_agent.spool import Spool
 from volery.contracts.agent import (
     DOMAIN_CHANGED,

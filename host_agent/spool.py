@@ -21,7 +21,8 @@ import nats.errors
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
-from host_agent.journal import Journal, Reservation, Spooled
+from host_agent.facts import Reservation, Spooled
+from host_agent.journal import Journal
 from volery.contracts.agent import CommittedWord
 
 log = logging.getLogger(__name__)
@@ -75,10 +76,11 @@ class Spool:
     async def open(self) -> None:
         """Takes up what a former run left."""
         self._journal.on_spooled(self._take)
-        for owner, (head, committed, _) in (await self._journal.positions()).items():
+        for owner, at in (await self._journal.positions()).items():
             channel = self._channel(owner)
-            channel.head = max(channel.head, head)
-            channel.committed = channel.sent = committed
+            channel.head = max(channel.head, at.head)
+            channel.committed = channel.sent = at.committed
+            channel.wake.set()
 
     async def run(self) -> None:
         """Publishes until cancelled."""

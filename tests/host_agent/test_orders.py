@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from host_agent.journal import FactClass
+from host_agent.facts import FactClass
 from tests.support.toy_host import TOY, TOY_ONCE, TOY_OTHER, Control, Core, Toy, ToyDone, core, seed, until
 from volery.contracts.agent import (
     CancelOrder,

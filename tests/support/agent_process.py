@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 import nats
+import nats.js.errors
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.js.api import StreamConfig
@@ -113,10 +114,19 @@ class Listener:
     news: asyncio.Condition = field(default_factory=asyncio.Condition)
 
     async def listen(self) -> None:
-        js = self.client.jetstream()
-        await js.add_stream(StreamConfig(name="FACTS_HOST", subjects=["fact.host.>"]))
-        await js.subscribe(f"fact.host.{HOST_ID}.>", cb=self._hear_fact, ordered_consumer=True)
         await self.client.subscribe(f"beat.host.{HOST_ID}", cb=self._hear_beat)
+        await self.again()
+
+    async def again(self) -> None:
+        """From the stream's beginning, which is made when it isn't there: a bus may have forgotten it."""
+        js = self.client.jetstream(timeout=1)
+        while True:
+            try:
+                await js.add_stream(StreamConfig(name="FACTS_HOST", subjects=["fact.host.>"]))
+                await js.subscribe(f"fact.host.{HOST_ID}.>", cb=self._hear_fact, ordered_consumer=True)
+                return
+            except (nats.errors.Error, nats.js.errors.Error):
+                await asyncio.sleep(0.1)
 
     async def _hear_beat(self, message: Msg) -> None:
         async with self.news:

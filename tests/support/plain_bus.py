@@ -24,6 +24,10 @@ class PlainBus:
     def url(self) -> str:
         return f"nats://127.0.0.1:{self.port}"
 
+    @property
+    def stopped(self) -> bool:
+        return self._process is None
+
     def start(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         for left in self.directory.glob("*.ports"):
