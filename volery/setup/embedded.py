@@ -142,7 +142,9 @@ def start_nats(home: Home, options: NatsOptions | None = None) -> Embedded:
     places = _Places.of(home, "nats")
     with processes.exclusive(places.starting, timeout_seconds=_START_SECONDS):
         launch, port = _prepare_nats(home, options)
-        process, adopted = _running(launch, "nats-server", lambda _: nats_server.answers(port))
+        process, adopted = _running(
+            launch, "nats-server", lambda p: nats_server.ports_file(home.nats, p.pid).exists()
+        )
     url = f"{'tls' if options.tls else 'nats'}://127.0.0.1:{port}"
     return Embedded("nats", process, url, places.log, adopted=adopted)
 
@@ -159,6 +161,8 @@ def _prepare_nats(home: Home, options: NatsOptions) -> tuple[Launch, int]:
     live = processes.running(places.lock, places.record) is not None
     port = _nats_port(home, options, taken_is_ours=live)
     changed = nats_server.write_configuration(home.nats, replace(options, port=port))
+    if not live:
+        nats_server.forget_ports(home.nats)
     return Launch(nats_server.command(home.nats), places, None, None, changed), port
 
 

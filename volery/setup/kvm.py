@@ -122,7 +122,7 @@ def _boot(program: Path, accelerator: str, cpu: str, sector: str, timeout_second
         )
     if done.returncode == _EXIT_STATUS:
         return Kvm(True, f"A guest ran under {accelerator}.")
-    said = [line for line in done.stderr.splitlines() if line.strip()]
+    said = [line.removeprefix(f"{program.name}: ") for line in done.stderr.splitlines() if line.strip()]
     return Kvm(
         False,
         f"QEMU could not run a guest under {accelerator}: {said[0] if said else 'it gave no reason'}."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -80,6 +79,8 @@ def render(directory: Path, options: NatsOptions) -> str:
     lines = [
         f"server_name: {quote(options.server_name)}",
         f"listen: {quote(f'{options.host}:{options.port}')}",
+        # Written once it listens: a sign of readiness that needs no connection.
+        f"ports_file_dir: {quote(str(directory))}",
         "max_payload: 1048576",
         # A stopped or cut client is noticed within 2.5 s.
         'ping_interval: "1s"',
@@ -137,10 +138,12 @@ def write_configuration(directory: Path, options: NatsOptions) -> bool:
     return True
 
 
-def answers(port: int) -> bool:
-    """Whether a NATS server greets on this loopback port."""
-    try:
-        with socket.create_connection(("127.0.0.1", port), timeout=1.0) as connection:
-            return connection.recv(5) == b"INFO "
-    except OSError:
-        return False
+def ports_file(directory: Path, pid: int) -> Path:
+    """Where a server with this pid says what it listens on, as soon as it does."""
+    return directory / f"{binary().name}_{pid}.ports"
+
+
+def forget_ports(directory: Path) -> None:
+    """Removes what killed servers left, so that a reused pid isn't taken for ready."""
+    for path in directory.glob("*.ports"):
+        path.unlink(missing_ok=True)

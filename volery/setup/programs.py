@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from volery.setup.home import Home
+from volery.setup.home import Home, write_private
 from volery.setup.processes import ProcessId, running
 
 REPOSITORY = Path(__file__).parents[2]
@@ -40,6 +40,13 @@ class Program:
 
     def log(self, home: Home) -> Path:
         return home.log / f"{self.name}.log"
+
+    def ready(self, home: Home) -> bool:
+        """Whether it can be started: an agent must be enrolled, or have a token to enrol with."""
+        if self.module != "host_agent":
+            return True
+        enrolled = (home.agent / "identity" / "identity.json").exists()
+        return enrolled or bool(load_environment(home).get("VOLERY_AGENT_ENROLMENT_TOKEN"))
 
     def process(self, home: Home) -> ProcessId | None:
         """The running process, None when it isn't running."""
@@ -96,8 +103,6 @@ def environment_file(home: Home) -> Path:
 
 def save_environment(home: Home, values: Mapping[str, str]) -> bool:
     """Keeps the programs' environment for whoever starts them next; whether it changed."""
-    from volery.setup.home import write_private
-
     text = json.dumps(dict(sorted(values.items())), indent=1) + "\n"
     path = environment_file(home)
     if path.exists() and path.read_text() == text:

@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -41,7 +41,7 @@ class _Ward:
 
     name: str
     start: Callable[[], ProcessId | None]
-    """Starts or adopts it; raises SetupError when it doesn't come up."""
+    """Starts or adopts it; None when it can't be yet. Raises SetupError when it doesn't come up."""
     stop: Callable[[], None]
     process: ProcessId | None = None
     descriptor: int | None = None
@@ -57,12 +57,13 @@ class Supervisor:
     """The loop. `run` returns after SIGTERM or SIGINT, when everything it kept has been stopped."""
 
     home: Home
+    programs: Sequence[Program] = PROGRAMS
     wards: list[_Ward] = field(default_factory=list)
     _stopping: bool = False
     _reload: bool = False
 
     def run(self) -> None:
-        self.wards = [*self._server_wards(), *(self._program_ward(p) for p in PROGRAMS)]
+        self.wards = [*self._server_wards(), *(self._program_ward(p) for p in self.programs)]
         wake = self._listen_for_signals()
         housekeeping_at = renewal_at = time.monotonic()
         while not self._stopping:
@@ -100,7 +101,9 @@ class Supervisor:
     def _program_ward(self, program: Program) -> _Ward:
         ward = _Ward(program.name, lambda: None, lambda: stop_program(self.home, program))
 
-        def start() -> ProcessId:
+        def start() -> ProcessId | None:
+            if not program.ready(self.home):
+                return None
             found = program.process(self.home)
             if found is not None and _started_as(self.home, program) == fingerprint(self.home):
                 return found
@@ -150,7 +153,7 @@ class Supervisor:
     def _restart_changed(self) -> None:
         """After `make up` ran again: what would now run differently is started anew."""
         wanted = fingerprint(self.home)
-        for program, ward in zip(reversed(PROGRAMS), reversed(self.wards), strict=False):
+        for program, ward in zip(reversed(self.programs), reversed(self.wards), strict=False):
             ward.delay_seconds = ward.retry_at = 0.0
             if ward.process is not None and _started_as(self.home, program) != wanted:
                 say(f"{ward.name} is started anew: its settings or its code changed")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from volery.setup.errors import SetupError
 from volery.setup.home import Home, write_private
-from volery.setup.programs import CONTROL_PLANE, HOST_AGENT, REPOSITORY, fingerprint
+from volery.setup.programs import CONTROL_PLANE, HOST_AGENT, PROGRAMS, REPOSITORY, fingerprint
 
 UNITS = Path("/etc/systemd/system")
 RUNNING = Path("/run/systemd/system")
@@ -108,7 +108,7 @@ def start_programs(home: Home) -> None:
     started_as = home.run / "programs.started-as"
     now = fingerprint(home)
     changed = not started_as.exists() or started_as.read_text() != now
-    names = [unit(home, CONTROL_PLANE.name), unit(home, HOST_AGENT.name)]
+    names = [unit(home, program.name) for program in PROGRAMS if program.ready(home)]
     _systemctl("enable", "--now", target(home), f"volery-{home.installation}-renew.timer")
     _systemctl("restart" if changed else "start", *names)
     started_as.write_text(now)
