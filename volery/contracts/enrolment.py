@@ -12,7 +12,7 @@ import binascii
 import msgspec
 
 from volery.contracts.agent import HostCapabilities
-from volery.contracts.base import Message, encode
+from volery.contracts.base import Call, Message, encode
 
 ENROL_PATH = "/api/v1/enrolment"
 RENEW_PATH = "/api/v1/enrolment/renew"
@@ -94,3 +94,7 @@ class CertificateRenewed(Message):
     owner_keys: dict[str, str]
     ca_pem: str
     certificate_pem: str
+
+
+ENROL_HOST = Call("inventory.host.enrol", Enrol, Enrolled)
+RENEW_HOST_CERTIFICATE = Call("inventory.host.renew_certificate", RenewCertificate, CertificateRenewed)

@@ -121,6 +121,8 @@ class Vm(Entity):
     tags: tuple[str, ...] = ()
     template_id: str = ""
     host_id: str = ""
+    epoch: int = 0
+    """Counts its placements."""
     memory_bytes: int = 0
     vcpus: int = 1
     sockets: int = 0

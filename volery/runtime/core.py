@@ -15,6 +15,7 @@ import nats.errors
 from volery.contracts.base import Call, Owner, encode
 from volery.contracts.errors import Kind, Refused
 from volery.runtime.bus import Bus, Caller
+from volery.runtime.config import BusConfig
 from volery.runtime.hear import HostHearing
 from volery.runtime.operations import Operations
 from volery.runtime.orders import Beats, Orders
@@ -52,6 +53,7 @@ class Core:
     owner: Owner
     config: Any
     bus: Bus
+    bus_config: BusConfig
     pool: asyncpg.Pool[asyncpg.Record]
     beats: Beats
     hosts: HostHearing

@@ -8,6 +8,7 @@ is cancelled. Every operation ends by its deadline.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
@@ -522,7 +523,7 @@ def _bug(run: Run, error: Exception) -> Problem:
 
 
 def replace_then(change: Change, then: Callable[[], None]) -> Change:
-    return Change(change.sql, change.arguments, change.facts, change.guarded, then)
+    return dataclasses.replace(change, then=then)
 
 
 def busy(entity: Entity, noun: str, busy_with: str) -> None:

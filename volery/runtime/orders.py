@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+import uuid
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -109,6 +111,10 @@ class Orders:
     token: int = 0
     waiting: dict[str, asyncio.Future[Result]] = field(default_factory=dict)
     progress: dict[str, Callable[[OrderProgressed], None]] = field(default_factory=dict)
+    lanes: weakref.WeakValueDictionary[tuple[str, str], asyncio.Lock] = field(
+        default_factory=weakref.WeakValueDictionary
+    )
+    """(host, object) → who may give an order outside operations."""
 
     def give(
         self,
@@ -182,6 +188,43 @@ class Orders:
         finally:
             self.waiting.pop(order_id, None)
 
+    async def carry_out(
+        self, order: Order[Q, A], question: Q, *, host_id: str, object_id: str, timeout_seconds: float
+    ) -> A:
+        """An order outside any operation, for reconcile loops: given, sent, and its answer decoded.
+
+        One at a time per host and object: what an earlier call (or leader) left open must end first, so that a
+        later order is never overtaken by an earlier one. Raises Refused with the host's sentence, or of kind
+        `timeout` when the host has not said how it ended; then it may still be carried out.
+        """
+        lane = self.lanes.setdefault((host_id, object_id), asyncio.Lock())
+        try:
+            async with asyncio.timeout(timeout_seconds), lane:
+                for left in await self._left_open(host_id, object_id):
+                    await self.result(left)
+                order_id = str(uuid.uuid4())
+                given = self.give(
+                    order, question, order_id=order_id, host_id=host_id, object_id=object_id
+                )
+                await commit(self.pool, given)
+                result = await self.result(order_id)
+        except TimeoutError:
+            raise Refused(
+                Kind.TIMEOUT,
+                f"host {host_id} did not say within {timeout_seconds:g} s how {order.kind} ended",
+                host_id=host_id,
+            ) from None
+        return result.answer(order)
+
+    async def _left_open(self, host_id: str, object_id: str) -> list[str]:
+        rows = await self.pool.fetch(
+            """select order_id from host_order where host_id = $1 and object_id = $2 and operation_id = ''
+               and state <> 'finished' order by order_seq""",
+            host_id,
+            object_id,
+        )
+        return [row["order_id"] for row in rows]
+
     async def _either(
         self, future: asyncio.Future[Result], cancelling: asyncio.Event | None, pause: float
     ) -> Result:
@@ -220,7 +263,8 @@ class Orders:
             beat_seq=beat_seq,
             ttl_ms=TTL_MS,
             body=msgspec.Raw(row["body"]),
-            fencing_token=row["fencing_token"],
+            # Of whoever sends it now: an order that a former leader wrote is this leader's once it took over.
+            fencing_token=max(row["fencing_token"], self.token),
             operation_id=row["operation_id"],
             deadline_seconds=row["deadline_seconds"],
             repeat_safe=row["repeat_safe"],

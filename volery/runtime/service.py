@@ -202,7 +202,7 @@ class Service:
                 sign = _signer(settings.bus.credentials_dir, self.name)
         orders = Orders(self.name, pool, client, hosts, beats, sign)
         config = read(f"VOLERY_{self.name.upper()}_", self.config)
-        return Core(self.name, config, bus, pool, beats, hosts, orders)
+        return Core(self.name, config, bus, settings.bus, pool, beats, hosts, orders)
 
     async def _serve(self, settings: Settings, core: Core, made: Any, stop: asyncio.Event) -> None:
         answers = Answers(core.bus, self.concurrency)

@@ -69,6 +69,8 @@ class Change:
     """False: it may touch any number of rows."""
     then: Callable[[], None] | None = None
     """Called once it is committed."""
+    document: Any = None
+    """The public object as it will be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,8 @@ class Table(Generic[T, S]):
         names = (*ENTITY_COLUMNS, *self.columns)
         slots = ", ".join(f"{{{i}}}" for i in range(len(names)))
         sql = f"insert into {self.name} ({', '.join(names)}) values ({slots}) returning 1"
-        return Change(sql, self._values(public, private), (*self._announce(self.changed, public), *facts))
+        told = self._announce(self.changed, public)
+        return Change(sql, self._values(public, private), (*told, *facts), document=public)
 
     def update(
         self, row: Row[T, S], public: T | None = None, private: S | None = None, *facts: tuple[str, bytes]
@@ -111,7 +114,7 @@ class Table(Generic[T, S]):
         pairs = ", ".join(f"{name} = {{{i}}}" for i, name in enumerate(names) if name != "id")
         sql = f"update {self.name} set {pairs} where id = {{0}} and revision = {{{len(names)}}} returning 1"
         told = self._announce(self.changed, new)
-        return Change(sql, (*values, row.public.revision), (*told, *facts))
+        return Change(sql, (*values, row.public.revision), (*told, *facts), document=new)
 
     def delete(self, row: Row[T, S], *facts: tuple[str, bytes]) -> Change:
         """The object ends; `deleted` is its only tombstone and carries the final revision."""
@@ -119,7 +122,8 @@ class Table(Generic[T, S]):
             row.public, revision=row.public.revision + 1, updated_at=datetime.now(UTC)
         )
         sql = f"delete from {self.name} where id = {{0}} and revision = {{1}} returning 1"
-        return Change(sql, (row.id, row.public.revision), (*self._announce(self.deleted, final), *facts))
+        told = self._announce(self.deleted, final)
+        return Change(sql, (row.id, row.public.revision), (*told, *facts), document=final)
 
     def _announce(self, fact: Fact[Any] | None, public: T) -> tuple[tuple[str, bytes], ...]:
         return () if fact is None else (say(fact, public),)

@@ -1,0 +1,26 @@
+"""Every setting of inventory, from the environment with the prefix VOLERY_INVENTORY_."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class InventoryConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    secrets_dir: str = ""
+    """The bus identities (`realm.json`, `keys/`): to mint agents and readers. Empty: the bus asks for none."""
+    pki_dir: str = ""
+    """Volery's certificate authority, which signs the certificates of agents. Empty: none is signed."""
+    public_url: str = ""
+    """https://host:port of the gateway as hosts reach it; goes into enrolment tokens."""
+    bus_public_servers: str = ""
+    """Comma-separated URLs of the bus as hosts and outside readers reach it."""
+    installation: str = "volery"
+    """Marks domains, bridges and storage that this installation made."""
+    admin_password_file: str = ""
+    """The first administrator's password, read once when there is no user yet."""
+    minimum_libvirt_version: int = 7_000_000
+    """libvirt's number; an older host is non-operational (Oracle Linux 8 has 7, Debian 12 has 9)."""
+    guest_overhead_bytes: int = 128 * 1024 * 1024
+    """Memory of QEMU itself, counted beside the guest's."""
+    lost_host_seconds: float = 1.0
+    """How long a domain may be missing from reports before it counts as ended."""

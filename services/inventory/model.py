@@ -1,0 +1,288 @@
+"""What a VM may be and what may be done with it next. Pure: no bus, no database, no clock."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from msgspec import UnsetType
+from msgspec.structs import asdict, replace
+
+from services.inventory.config import InventoryConfig
+from volery.contracts.agent import DomainReport
+from volery.contracts.base import Message
+from volery.contracts.domain import DiskBus, DomainState
+from volery.contracts.errors import conflict, invalid
+from volery.contracts.host import Host, HostStatus
+from volery.contracts.vm import CreateVm, DesiredState, UpdateVm, Vm, VmStatus
+from volery.runtime import checks
+
+MIB = 1024 * 1024
+MIN_MEMORY_BYTES = 16 * MIB
+MAX_MEMORY_BYTES = 64 * 1024 * 1024 * MIB  # 64 TiB, what oVirt validated for EL9 hosts
+MAX_VCPUS = 2048
+MAX_DISKS = 64
+MAX_NICS = 32
+
+S = VmStatus
+RUNNING = frozenset({S.UP, S.POWERING_UP, S.REBOOT_IN_PROGRESS})
+ALIVE = RUNNING | {S.PAUSED, S.POWERING_DOWN, S.MIGRATING, S.NOT_RESPONDING, S.UNKNOWN, S.SAVING_STATE}
+
+ALLOWED: dict[str, frozenset[VmStatus]] = {
+    "start": frozenset({S.DOWN, S.SUSPENDED}),
+    "stop": RUNNING | {S.PAUSED, S.SUSPENDED, S.POWERING_DOWN, S.NOT_RESPONDING},
+    "reboot": RUNNING,
+    "reset": RUNNING | {S.NOT_RESPONDING},
+    "pause": RUNNING,
+    "unpause": frozenset({S.PAUSED}),
+    "suspend": RUNNING | {S.PAUSED},
+    "migrate": RUNNING | {S.PAUSED},
+    "delete": frozenset({S.DOWN}),
+    "attach_disk": RUNNING | {S.DOWN},
+    "detach_disk": RUNNING | {S.DOWN},
+    "attach_nic": RUNNING | {S.DOWN},
+    "update_nic": RUNNING | {S.DOWN, S.PAUSED},
+    "detach_nic": RUNNING | {S.DOWN},
+    "change_cd": RUNNING | {S.DOWN, S.PAUSED},
+    "console": RUNNING | {S.PAUSED, S.POWERING_DOWN},
+}
+"""Action → statuses from which it may be asked."""
+
+
+def allowed_actions(vm: Vm) -> tuple[str, ...]:
+    """What may be asked of the VM now."""
+    if vm.external or vm.busy_with:
+        return ()
+    return tuple(action for action, statuses in ALLOWED.items() if vm.status in statuses)
+
+
+def check_action(vm: Vm, action: str) -> None:
+    """Raises Refused(conflict) with what would have to be true."""
+    if vm.external:
+        raise conflict(
+            f"VM {vm.name} was not made by Volery: it is shown but left alone; manage it where it was made",
+            vm_id=vm.id,
+        )
+    if vm.busy_with:
+        raise conflict(
+            f"VM {vm.name} is busy with operation {vm.busy_with}; wait for it or cancel it",
+            operation=vm.busy_with,
+            vm_id=vm.id,
+        )
+    if vm.status not in ALLOWED[action]:
+        possible = ", ".join(sorted(ALLOWED[action]))
+        raise conflict(
+            f"can't {action.replace('_', ' ')} VM {vm.name}: it is {vm.status}, and would have to be {possible}",
+            status=vm.status,
+            vm_id=vm.id,
+        )
+
+
+def with_actions(vm: Vm) -> Vm:
+    """The VM with what may be asked of it written in."""
+    return replace(vm, allowed_actions=allowed_actions(vm))
+
+
+# --- what a VM may be ---------------------------------------------------------------------------------
+
+
+def check_shape(memory_bytes: int, vcpus: int, sockets: int, cores: int, threads: int) -> None:
+    checks.between(memory_bytes, MIN_MEMORY_BYTES, MAX_MEMORY_BYTES, "memory_bytes", "bytes")
+    checks.between(vcpus, 1, MAX_VCPUS, "vcpus")
+    given = (sockets, cores, threads)
+    if any(given):
+        if min(given) < 1:
+            raise invalid("a CPU topology names sockets, cores and threads, each at least 1", field="sockets")
+        if sockets * cores * threads != vcpus:
+            raise invalid(
+                f"the topology {sockets} x {cores} x {threads} gives {sockets * cores * threads} vCPUs, not {vcpus}",
+                field="vcpus",
+            )
+
+
+def check_create(ask: CreateVm) -> None:
+    """Everything about a new VM that needs no look-up."""
+    checks.name(ask.name)
+    checks.text(ask.description, "description")
+    checks.tags(ask.tags)
+    check_shape(ask.memory_bytes, ask.vcpus, ask.sockets, ask.cores, ask.threads)
+    if len(ask.disks) > MAX_DISKS:
+        raise invalid(f"a VM has at most {MAX_DISKS} disks, not {len(ask.disks)}", field="disks")
+    if len(ask.nics) > MAX_NICS:
+        raise invalid(f"a VM has at most {MAX_NICS} NICs, not {len(ask.nics)}", field="nics")
+    for disk in ask.disks:
+        if disk.disk_id:
+            checks.object_id(disk.disk_id, "disk")
+        else:
+            checks.object_id(disk.storage_domain_id, "storage domain")
+            if disk.size_bytes <= 0 and not disk.copy_of:
+                raise invalid("a new disk has a size above 0, or copies another disk", field="disks")
+    existing = [d.disk_id for d in ask.disks if d.disk_id]
+    if len(set(existing)) != len(existing):
+        raise invalid("a disk is attached to a VM once", field="disks")
+    for nic in ask.nics:
+        if nic.network_id:
+            checks.object_id(nic.network_id, "network")
+        check_mac(nic.mac)
+    check_policies(ask.affinity.host_ids + ask.affinity.preferred_host_ids, ask.high_availability.priority)
+
+
+def check_policies(host_ids: Sequence[str], priority: int) -> None:
+    for host_id in host_ids:
+        checks.object_id(host_id, "host")
+    checks.between(priority, 1, 100, "high_availability.priority")
+
+
+MAC = re.compile(r"^[0-9a-f]{2}(:[0-9a-f]{2}){5}$")
+
+
+def check_mac(mac: str) -> None:
+    if not mac:
+        return
+    if not MAC.match(mac.lower()):
+        raise invalid(f"{mac!r} is not a MAC address like 56:6f:12:34:56:78", field="mac")
+    if int(mac[:2], 16) & 1:
+        raise invalid(f"{mac} is a multicast address; a NIC needs one whose first byte is even", field="mac")
+
+
+def given(ask: Message) -> dict[str, Any]:
+    """The fields that the question sets, without those that say which object."""
+    return {
+        field: value
+        for field, value in asdict(ask).items()
+        if field not in ("id", "if_revision", "dry_run") and not isinstance(value, UnsetType)
+    }
+
+
+NOW = frozenset(
+    {"name", "description", "tags", "high_availability", "affinity", "migration", "delete_protected"}
+)
+"""Fields that take effect at once, also while it runs; the others wait for the next start."""
+
+
+def edited(vm: Vm, ask: UpdateVm) -> Vm:
+    """The VM after the edit. Raises Refused(invalid)."""
+    fields = given(ask)
+    new = replace(vm, **fields)
+    checks.name(new.name)
+    checks.text(new.description, "description")
+    checks.tags(new.tags)
+    check_shape(new.memory_bytes, new.vcpus, new.sockets, new.cores, new.threads)
+    check_policies(new.affinity.host_ids + new.affinity.preferred_host_ids, new.high_availability.priority)
+    later = vm.status is not VmStatus.DOWN and any(
+        field not in NOW and getattr(vm, field) != value for field, value in fields.items()
+    )
+    return replace(new, next_run=vm.next_run or later)
+
+
+def check_cluster(
+    name: str, description: str, tags: Sequence[str], memory_percent: int, cpu_ratio: float
+) -> None:
+    checks.name(name)
+    checks.text(description, "description")
+    checks.tags(tags)
+    checks.between(memory_percent, 50, 400, "memory_overcommit_percent", "%")
+    checks.between(cpu_ratio, 0.5, 100, "cpu_overcommit_ratio")
+
+
+PREFIX: dict[DiskBus, str] = {DiskBus.VIRTIO: "vd", DiskBus.VIRTIO_SCSI: "sd", DiskBus.SATA: "sd"}
+
+
+def free_target(taken: Sequence[str], bus: DiskBus) -> str:
+    """The next device name of the bus: vda … vdz, vdaa …"""
+    for number in range(26 * 27):
+        name = PREFIX[bus] + _letters(number)
+        if name not in taken:
+            return name
+    raise invalid("no device name is left for another disk", field="disks")
+
+
+def _letters(number: int) -> str:
+    text = ""
+    number += 1
+    while number:
+        number, rest = divmod(number - 1, 26)
+        text = chr(97 + rest) + text
+    return text
+
+
+# --- what a host's report means -------------------------------------------------------------------------
+
+STATUS_OF: dict[DomainState, VmStatus] = {
+    DomainState.RUNNING: S.UP,
+    DomainState.PAUSED: S.PAUSED,
+    DomainState.SHUTTING_DOWN: S.POWERING_DOWN,
+    DomainState.PMSUSPENDED: S.PAUSED,
+    DomainState.INCOMING: S.MIGRATING,
+    DomainState.CRASHED: S.DOWN,
+    DomainState.SHUTOFF: S.DOWN,
+    DomainState.GONE: S.DOWN,
+}
+
+END_REASONS: dict[str, str] = {
+    "shutdown": "guest_shutdown",
+    "crashed": "crashed",
+    "failed": "crashed",
+    "panicked": "crashed",
+    "daemon": "crashed",
+    "destroyed": "destroyed",
+    "saved": "saved",
+    "migrated": "migrated",
+}
+"""libvirt's reason for a stop → ours. One that isn't here means that QEMU ended and nobody saw how."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """What the end of a domain means for its VM."""
+
+    reason: str
+    desired: DesiredState
+
+
+def ending(vm: Vm, report: DomainReport, stop_asked: bool) -> Ending:
+    """Why a VM is down now, and what is desired from now on.
+
+    A stop that was asked for, or a guest that shut itself down, leaves it down. A crash of a highly available VM
+    leaves it desired up, and ha asks for its restart.
+    """
+    if stop_asked or vm.desired is DesiredState.DOWN:
+        return Ending("user", DesiredState.DOWN)
+    reason = END_REASONS.get(report.reason, "crashed")
+    if reason == "crashed" and vm.high_availability.enabled:
+        return Ending(reason, DesiredState.UP)
+    return Ending(reason, DesiredState.DOWN)
+
+
+# --- what a host is -----------------------------------------------------------------------------------------
+
+
+def host_problems(host: Host, minimum_libvirt: int) -> tuple[str, ...]:
+    """Why a host can't run VMs of its cluster, as codes."""
+    found = []
+    capabilities = host.capabilities
+    if capabilities.libvirt_version and capabilities.libvirt_version < minimum_libvirt:
+        found.append("libvirt_too_old")
+    if capabilities.arch and capabilities.arch != "x86_64":
+        found.append("architecture_unknown")
+    return tuple(found)
+
+
+def host_with_status(
+    host: Host, liveness: str, maintenance: bool, preparing: bool, config: InventoryConfig
+) -> Host:
+    """The host with the status that follows from what is known of it."""
+    problems = host_problems(host, config.minimum_libvirt_version)
+    if host.enrolled_at is None or not host.agent_generation:
+        status = HostStatus.INSTALLING
+    elif maintenance:
+        status = HostStatus.PREPARING_FOR_MAINTENANCE if preparing else HostStatus.MAINTENANCE
+    elif liveness in ("connecting", "non_responsive"):
+        status = HostStatus(liveness)
+    elif problems:
+        status = HostStatus.NON_OPERATIONAL
+    else:
+        status = HostStatus.UP
+    return replace(host, status=status, reasons=problems)

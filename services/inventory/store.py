@@ -1,0 +1,260 @@
+"""Every table and SQL statement of inventory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import asyncpg
+
+from volery.contracts.account import (
+    READER_CHANGED,
+    READER_DELETED,
+    TOKEN_CHANGED,
+    TOKEN_DELETED,
+    USER_CHANGED,
+    USER_DELETED,
+    EventReader,
+    Token,
+    User,
+)
+from volery.contracts.base import Message
+from volery.contracts.cluster import (
+    CLUSTER_CHANGED,
+    CLUSTER_DELETED,
+    DATA_CENTER_CHANGED,
+    DATA_CENTER_DELETED,
+    Cluster,
+    DataCenter,
+)
+from volery.contracts.host import HOST_CHANGED, HOST_DELETED, Host
+from volery.contracts.template import TEMPLATE_CHANGED, TEMPLATE_DELETED, Template
+from volery.contracts.vm import VM_CHANGED, VM_DELETED, RunOnce, Vm
+from volery.runtime.tables import Change, Nothing, Row, Table
+
+
+class HostPrivate(Message):
+    token_sha256: str = ""
+    """Of the enrolment token's secret; "" once used or when none was issued."""
+    token_expires_at: datetime | None = None
+    public_key: str = ""
+    """The agent's nkey."""
+    liveness: str = "up"
+    """ha's last word."""
+    maintenance: bool = False
+    reported: bool = False
+
+
+class VmPrivate(Message):
+    saved_path: str = ""
+    """Where the memory of a suspended VM is."""
+    saved_host_id: str = ""
+    excluded_host_ids: tuple[str, ...] = ()
+    """Hosts that failed to start it, for the current attempt."""
+    stop_asked: bool = False
+    """A stop is under way: its ending is no crash."""
+    run_once: RunOnce | None = None
+    had_agent: bool = False
+
+
+class UserPrivate(Message):
+    password_hash: str = ""
+
+
+class TokenPrivate(Message):
+    secret_sha256: str = ""
+
+
+DATA_CENTERS: Table[DataCenter, Nothing] = Table(
+    "data_center",
+    DataCenter,
+    Nothing,
+    columns={"name": "name"},
+    changed=DATA_CENTER_CHANGED,
+    deleted=DATA_CENTER_DELETED,
+    noun="data center",
+)
+CLUSTERS: Table[Cluster, Nothing] = Table(
+    "cluster",
+    Cluster,
+    Nothing,
+    columns={"name": "name", "data_center_id": "data_center_id"},
+    changed=CLUSTER_CHANGED,
+    deleted=CLUSTER_DELETED,
+)
+HOSTS: Table[Host, HostPrivate] = Table(
+    "host",
+    Host,
+    HostPrivate,
+    columns={
+        "name": "name",
+        "cluster_id": "cluster_id",
+        "data_center_id": "data_center_id",
+        "status": "status",
+    },
+    changed=HOST_CHANGED,
+    deleted=HOST_DELETED,
+)
+VMS: Table[Vm, VmPrivate] = Table(
+    "vm",
+    Vm,
+    VmPrivate,
+    columns={
+        "name": "name",
+        "cluster_id": "cluster_id",
+        "data_center_id": "data_center_id",
+        "host_id": "host_id",
+        "status": "status",
+        "desired": "desired",
+        "busy_with": "busy_with",
+        "external": "external",
+    },
+    changed=VM_CHANGED,
+    deleted=VM_DELETED,
+    noun="VM",
+)
+TEMPLATES: Table[Template, Nothing] = Table(
+    "template",
+    Template,
+    Nothing,
+    columns={"name": "name"},
+    changed=TEMPLATE_CHANGED,
+    deleted=TEMPLATE_DELETED,
+)
+USERS: Table[User, UserPrivate] = Table(
+    "app_user",
+    User,
+    UserPrivate,
+    columns={"name": "name"},
+    changed=USER_CHANGED,
+    deleted=USER_DELETED,
+    noun="user",
+)
+TOKENS: Table[Token, TokenPrivate] = Table(
+    "token",
+    Token,
+    TokenPrivate,
+    columns={"user_id": "user_id"},
+    changed=TOKEN_CHANGED,
+    deleted=TOKEN_DELETED,
+)
+READERS: Table[EventReader, Nothing] = Table(
+    "reader",
+    EventReader,
+    Nothing,
+    columns={"name": "name"},
+    changed=READER_CHANGED,
+    deleted=READER_DELETED,
+    noun="event reader",
+)
+
+Pool = asyncpg.Pool[asyncpg.Record]
+
+
+@dataclass(frozen=True, slots=True)
+class PlacementRow:
+    """Where a VM may run. `destination_id` is set while it moves: then both hosts may run it."""
+
+    vm_id: str
+    epoch: int
+    host_id: str
+    state: str
+    destination_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """What Table does not say by itself."""
+
+    pool: Pool
+
+    async def placement(self, vm_id: str) -> PlacementRow:
+        row = await self.pool.fetchrow(
+            "select vm_id, epoch, host_id, state, destination_id from placement where vm_id = $1", vm_id
+        )
+        if row is None:
+            return PlacementRow(vm_id, 0, "", "none", "")
+        return PlacementRow(**dict(row))
+
+    async def placements_on(self, host_id: str) -> list[PlacementRow]:
+        rows = await self.pool.fetch(
+            """select vm_id, epoch, host_id, state, destination_id from placement
+               where host_id = $1 or destination_id = $1""",
+            host_id,
+        )
+        return [PlacementRow(**dict(row)) for row in rows]
+
+    def place(
+        self, before: PlacementRow, *, epoch: int, host_id: str, state: str, destination_id: str = ""
+    ) -> Change:
+        """The next placement, if it still stands as `before` says. Epochs never go down."""
+        assert epoch >= before.epoch
+        return Change(
+            """insert into placement (vm_id, epoch, host_id, state, destination_id)
+               select {0}, {1}::bigint, {2}, {3}, {4}
+               on conflict (vm_id) do update set epoch = excluded.epoch, host_id = excluded.host_id,
+                   state = excluded.state, destination_id = excluded.destination_id
+               where placement.epoch = {5}::bigint and placement.state = {6} and placement.host_id = {7}
+               returning 1""",
+            (before.vm_id, epoch, host_id, state, destination_id, before.epoch, before.state, before.host_id),
+        )
+
+    def forget_placement(self, vm_id: str) -> Change:
+        return Change("delete from placement where vm_id = {0}", (vm_id,), guarded=False)
+
+    async def raise_epochs(self, vm_id: str, above: int) -> None:
+        """After a restore: later than anything a host has seen."""
+        await self.pool.execute(
+            """insert into placement (vm_id, epoch, host_id, state) values ($1, $2, '', 'none')
+               on conflict (vm_id) do update set epoch = greatest(placement.epoch, excluded.epoch)""",
+            vm_id,
+            above,
+        )
+
+    async def vms_on(self, host_id: str) -> list[Row[Vm, VmPrivate]]:
+        return await VMS.where(self.pool, "host_id = $1", host_id)
+
+    async def vms_in_cluster(self, cluster_id: str) -> int:
+        return int(await self.pool.fetchval("select count(*) from vm where cluster_id = $1", cluster_id))
+
+    async def hosts_in_cluster(self, cluster_id: str) -> int:
+        return int(await self.pool.fetchval("select count(*) from host where cluster_id = $1", cluster_id))
+
+    async def clusters_in(self, data_center_id: str) -> int:
+        sql = "select count(*) from cluster where data_center_id = $1"
+        return int(await self.pool.fetchval(sql, data_center_id))
+
+    async def vm_with_disk(self, disk_id: str) -> Row[Vm, VmPrivate] | None:
+        found = await VMS.where(
+            self.pool, "position($1 in doc) > 0 and not external", f'"disk_id":"{disk_id}"'
+        )
+        return found[0] if found else None
+
+    async def unsettled_vms(self) -> list[str]:
+        """VMs whose state is not the desired one and that no operation is at work on."""
+        rows = await self.pool.fetch(
+            """select id from vm where busy_with = '' and not external
+               and ((desired = 'up' and status in ('down', 'suspended'))
+                    or (desired = 'down' and status in ('up', 'powering_up', 'paused')))"""
+        )
+        return [row["id"] for row in rows]
+
+    async def user_by_name(self, name: str) -> Row[User, UserPrivate] | None:
+        found = await USERS.where(self.pool, "name = $1", name)
+        return found[0] if found else None
+
+    async def users(self) -> int:
+        return int(await self.pool.fetchval("select count(*) from app_user"))
+
+    async def expired_tokens(self) -> list[Any]:
+        return await TOKENS.where(
+            self.pool, "(doc::json ->> 'expires_at')::timestamptz < now() - interval '1 day'"
+        )
+
+    async def host_with_token(self, token_sha256: str) -> Row[Host, HostPrivate] | None:
+        found = await HOSTS.where(self.pool, "private::json ->> 'token_sha256' = $1", token_sha256)
+        return found[0] if found else None
+
+    async def hosts(self) -> list[Row[Host, HostPrivate]]:
+        return await HOSTS.where(self.pool)
