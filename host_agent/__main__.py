@@ -8,21 +8,19 @@ import logging
 import os
 import signal
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 
 import uvloop
 
-from host_agent import devices, domains, enrolment, migration, storage, volumes
-from host_agent.action import Host
+from host_agent import capabilities, devices, domains, enrolment, migration, network, storage, volumes
 from host_agent.agent import Agent, Parts
-from host_agent.clock import read_boot_id
+from host_agent.capabilities import Describer
 from host_agent.config import AgentConfig
 from host_agent.enrolment import EnrolmentError, Identity, Unreachable
+from host_agent.guest import watch_guests
 from host_agent.reports import Senses
-from volery.contracts.agent import BridgeReport, HostCapabilities
+from host_agent.stats import Sampler
 from volery.contracts.enrolment import EnrolmentToken, read_token
-from volery.contracts.metrics import HostSample
 from volery.runtime import config, telemetry
 
 log = logging.getLogger("host_agent")
@@ -38,31 +36,18 @@ ACTIONS = (
     *migration.ACTIONS,
     *storage.ACTIONS,
     *volumes.ACTIONS,
+    *network.ACTIONS,
 )
 
 
-async def describe(host: Host) -> HostCapabilities:
-    node, versions = await host.hypervisor.node_info(), await host.hypervisor.versions()
-    return HostCapabilities(
-        hostname=os.uname().nodename,
-        kernel=os.uname().release,
-        libvirt_version=versions.libvirt,
-        qemu_version=versions.hypervisor,
-        cpus=node.cpus,
-        memory_bytes=node.memory_bytes,
-    )
-
-
-async def no_networks(_host: Host) -> tuple[BridgeReport, ...]:
-    return ()
-
-
-async def sample(host: Host) -> HostSample:
-    boot_id = read_boot_id(Path(host.config.boot_id_path))
-    return HostSample(host_id=host.host_id, boot_id=boot_id, at=datetime.now(UTC))
-
-
-PARTS = Parts(actions=ACTIONS, senses=Senses(describe, storage.report, no_networks), sample=sample)
+PARTS = Parts(
+    actions=ACTIONS,
+    senses=Senses(Describer().describe, storage.report, network.report),
+    sample=Sampler().sample,
+    background=(watch_guests,),
+    restore=network.restore,
+    prepare=capabilities.prepare,
+)
 
 
 def _token(settings: AgentConfig) -> EnrolmentToken:

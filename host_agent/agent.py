@@ -50,6 +50,7 @@ log = logging.getLogger(__name__)
 
 HYPERVISOR_SECONDS: Final = 30.0
 """How long a start waits for libvirtd before it resumes orders, which then fail by themselves."""
+PREPARE_RETRY_SECONDS: Final = 2.0
 REACH_SECONDS: Final = 2
 FLUSH_SECONDS: Final = 2
 WATCH_SECONDS: Final = 1.0
@@ -69,8 +70,10 @@ class Parts:
     sample: Callable[[Host], Awaitable[HostSample]]
     background: tuple[Callable[[Host], Coroutine[Any, Any, None]], ...] = ()
     """Run for as long as the agent lives: the data server, the guests' agents."""
+    restore: Callable[[Host], Awaitable[None]] | None = None
+    """At start, with or without libvirt: make again what a reboot took, such as bridges."""
     prepare: Callable[[Host], Awaitable[None]] | None = None
-    """Once libvirt answers, before any order: what kind of domains run here."""
+    """Once libvirt answers, before any order about a domain: what kind of domains run here."""
 
 
 class _Ended(Exception):
@@ -132,7 +135,9 @@ class Agent:
         clock = BootClock(boot_id, journal.boot_ordinal)
         spool = Spool(journal, self.client)
         await spool.open()
-        orders = Orders(host, journal, self.parts.actions, Verifier(self.identity.enrolled.owner_keys), clock)
+        prepared = asyncio.Event()
+        verifier = Verifier(self.identity.enrolled.owner_keys)
+        orders = Orders(host, journal, self.parts.actions, verifier, clock, gates={"domain": prepared})
         reporter = Reporter(host, journal, spool, clock, self.parts.senses)
         hypervisor.on_event(reporter.hear)
         log.info("host %s starts, generation %s", host.host_id, journal.generation)
@@ -144,7 +149,8 @@ class Agent:
                     self._until(stop),
                     self._watch(hypervisor, orders),
                     reporter.run(),
-                    self._serve(journal, spool, orders, reporter, host, hypervisor),
+                    self._prepare(host, prepared),
+                    self._serve(journal, spool, orders, reporter, host),
                     self._beat(journal, hypervisor, clock),
                     self._sample(host),
                     self._mind_gaps(journal, reporter),
@@ -203,6 +209,18 @@ class Agent:
             return False
         return True
 
+    async def _prepare(self, host: Host, prepared: asyncio.Event) -> None:
+        """Until it is known which domains run here, orders about domains wait."""
+        while not prepared.is_set():
+            try:
+                await host.hypervisor.wait_connected(HYPERVISOR_SECONDS)
+                if self.parts.prepare is not None:
+                    await self.parts.prepare(host)
+                prepared.set()
+            except Refused as problem:
+                log.error("no domain can run here: %s", problem.message)
+                await asyncio.sleep(PREPARE_RETRY_SECONDS)
+
     # The bus
 
     async def _serve(
@@ -212,12 +230,14 @@ class Agent:
         orders: Orders,
         reporter: Reporter,
         host: Host,
-        hypervisor: Hypervisor,
     ) -> None:
         with contextlib.suppress(Refused):
-            await hypervisor.wait_connected(HYPERVISOR_SECONDS)
-            if self.parts.prepare is not None:
-                await self.parts.prepare(host)
+            await host.hypervisor.wait_connected(HYPERVISOR_SECONDS)
+        if self.parts.restore is not None:
+            try:
+                await self.parts.restore(host)
+            except Refused as problem:
+                log.error("this host could not be made as it was: %s", problem.message)
         await orders.resume()
 
         async def reconnected() -> None:

@@ -105,19 +105,22 @@ class Orders:
         verifier: Verifier,
         clock: BootClock,
         cancel_grace_seconds: float = CANCEL_GRACE_SECONDS,
+        gates: Mapping[str, asyncio.Event] | None = None,
     ) -> None:
+        """`gates`: families whose orders are accepted but not begun until their event is set."""
         self._host = host
         self._journal = journal
         self._actions = {action.order.kind: action for action in actions}
         self._verifier = verifier
         self._clock = clock
         self._cancel_grace_seconds = cancel_grace_seconds
+        self._gates = dict(gates or {})
         self._entries: dict[str, _Entry] = {}
         self._lanes: dict[tuple[str, str], deque[_Entry]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Fails when a lane did, which is a bug: the agent ends, and its next run resumes the orders."""
-        families = {kind.split(".", 1)[0] for kind in self._actions}
+        families = {_family(kind) for kind in self._actions}
         self._families = {family: asyncio.Semaphore(RUNNING_AT_ONCE) for family in families}
 
     # Intake
@@ -274,7 +277,7 @@ class Orders:
         lane = self._lanes[name]
         while lane:
             entry = lane.popleft()
-            async with self._families[entry.order.kind.split(".", 1)[0]]:
+            async with self._families[_family(entry.order.kind)]:
                 await self._carry_out(entry)
         del self._lanes[name]
 
@@ -337,6 +340,8 @@ class Orders:
 
     async def _run(self, entry: _Entry) -> msgspec.Raw:
         order = entry.order
+        if (gate := self._gates.get(_family(order.kind))) is not None:
+            await gate.wait()
         running = Running(
             order_id=order.order_id,
             owner=order.owner,
@@ -398,6 +403,10 @@ class Orders:
             "boot_id": self._clock.boot_id,
             "at": datetime.now(UTC),
         }
+
+
+def _family(kind: str) -> str:
+    return kind.split(".", 1)[0]
 
 
 def _refused(order_id: str, problem: Problem) -> OrderAck:

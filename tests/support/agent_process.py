@@ -19,6 +19,7 @@ import nats
 import nats.js.errors
 from nats.aio.client import Client
 from nats.aio.msg import Msg
+from nats.js import JetStreamContext
 from nats.js.api import StreamConfig
 
 from host_agent.enrolment import Identity, Keys, store
@@ -109,6 +110,7 @@ class Listener:
 
     client: Client
     control: Control
+    following: JetStreamContext.PushSubscription | None = None
     beat: Beat | None = None
     facts: list[tuple[str, FromHost]] = field(default_factory=list)
     news: asyncio.Condition = field(default_factory=asyncio.Condition)
@@ -118,12 +120,19 @@ class Listener:
         await self.again()
 
     async def again(self) -> None:
-        """From the stream's beginning, which is made when it isn't there: a bus may have forgotten it."""
+        """From the stream's beginning, which is made when it isn't there: a bus may have forgotten it.
+
+        After every reconnect: an ordered consumer lives in the server's memory, and its loss is noticed late.
+        """
         js = self.client.jetstream(timeout=1)
         while True:
             try:
                 await js.add_stream(StreamConfig(name="FACTS_HOST", subjects=["fact.host.>"]))
-                await js.subscribe(f"fact.host.{HOST_ID}.>", cb=self._hear_fact, ordered_consumer=True)
+                if self.following is not None:
+                    await self.following.unsubscribe()
+                self.following = await js.subscribe(
+                    f"fact.host.{HOST_ID}.>", cb=self._hear_fact, ordered_consumer=True
+                )
                 return
             except (nats.errors.Error, nats.js.errors.Error):
                 await asyncio.sleep(0.1)
@@ -179,10 +188,20 @@ class Listener:
 
 @asynccontextmanager
 async def listener(bus: PlainBus, control: Control) -> AsyncIterator[Listener]:
-    client = await nats.connect(bus.url, max_reconnect_attempts=-1, reconnect_time_wait=0.05)
+    client = Client()
+    ear = Listener(client, control)
+    again: set[asyncio.Task[None]] = set()
+
+    async def reconnected() -> None:
+        again.add(asyncio.create_task(ear.again()))
+
+    await client.connect(
+        bus.url, max_reconnect_attempts=-1, reconnect_time_wait=0.05, reconnected_cb=reconnected
+    )
     try:
-        ear = Listener(client, control)
         await ear.listen()
         yield ear
     finally:
+        for task in again:
+            task.cancel()
         await client.close()
