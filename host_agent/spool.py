@@ -42,12 +42,15 @@ class _Channel:
     head: int = 0
     committed: int = 0
     sent: int = 0
+    """Published on this connection, up to here."""
     acknowledged: int = 0
     held: int = 0
     """A report is being put together under this number: nothing from here on is published. 0: none."""
-    recovering: bool = False
+    again_from: int = 0
+    again_to: int = 0
+    """What is between these two is published once more."""
     outstanding: int = 0
-    """Published while recovering, since the owner's word last advanced."""
+    """Published once more since the owner's word last advanced."""
     progress_at: float = 0.0
     pause: float = AGAIN_SECONDS
     complained_at: float = -60.0
@@ -68,6 +71,7 @@ class Spool:
         self._journal = journal
         self._client = client
         self._again_seconds = again_seconds
+        self.window = WINDOW
         self._channels: dict[str, _Channel] = {}
         self._started = asyncio.Event()
         self._acks = ""
@@ -112,6 +116,7 @@ class Spool:
         if word.seq > channel.committed:
             channel.committed = word.seq
             channel.sent = max(channel.sent, word.seq)
+            channel.again_from = max(channel.again_from, word.seq)
             channel.progress_at = time.monotonic()
             channel.outstanding = 0
             channel.wake.set()
@@ -166,30 +171,43 @@ class Spool:
         elif now - channel.progress_at >= channel.pause:
             channel.progress_at = now
             channel.pause = min(channel.pause * 2, LONGEST_PAUSE_SECONDS)
-            channel.recovering = True
+            channel.again_from, channel.again_to = channel.committed, channel.sent
             channel.outstanding = 0
-            channel.rewind(channel.committed)
+            channel.wake.set()
 
     async def _pump(self, channel: _Channel) -> None:
         while True:
             await channel.wake.wait()
             channel.wake.clear()
-            while self._may_send(channel):
-                facts = self._next_fresh(channel) or await self._read(channel)
-                if not facts:
-                    channel.sent = max(channel.sent, (channel.held or channel.head + 1) - 1)
-                    break
-                for fact in facts:
-                    if fact.seq <= channel.sent or not self._may_send(channel):
-                        break
-                    await self._publish(channel, fact)
-            if channel.sent >= channel.head:
-                channel.recovering = False
+            await self._send_again(channel)
+            await self._send_new(channel)
 
-    def _may_send(self, channel: _Channel) -> bool:
-        limit = channel.held - 1 if channel.held else channel.head
-        full = channel.recovering and channel.outstanding >= WINDOW
-        return channel.sent < limit and not full and self._client.is_connected
+    async def _send_again(self, channel: _Channel) -> None:
+        while channel.again_from < channel.again_to and (room := self.window - channel.outstanding) > 0:
+            facts = await self._read(channel, channel.again_from, min(room, READ_AT_ONCE))
+            facts = [fact for fact in facts if fact.seq <= channel.again_to]
+            if not facts:
+                channel.again_from = channel.again_to
+            for fact in facts:
+                if not await self._publish(fact):
+                    return
+                channel.again_from = max(channel.again_from, fact.seq)
+                channel.outstanding += 1
+
+    async def _send_new(self, channel: _Channel) -> None:
+        while channel.sent < (limit := channel.held - 1 if channel.held else channel.head):
+            facts = self._next_fresh(channel) or await self._read(channel, channel.sent, READ_AT_ONCE)
+            if not facts:
+                channel.sent = max(channel.sent, limit)
+            for fact in facts:
+                if fact.seq <= channel.sent:
+                    continue
+                if channel.held and fact.seq >= channel.held:
+                    return
+                before, channel.sent = channel.sent, fact.seq
+                if not await self._publish(fact):
+                    channel.rewind(min(before, channel.sent))
+                    return
 
     def _next_fresh(self, channel: _Channel) -> list[Spooled]:
         """The facts just spooled, if they follow what was sent: then the disk need not be read."""
@@ -199,24 +217,23 @@ class Spool:
             return [channel.fresh.popleft()]
         return []
 
-    async def _read(self, channel: _Channel) -> list[Spooled]:
-        found = await self._journal.pending(channel.owner, channel.sent, READ_AT_ONCE)
+    async def _read(self, channel: _Channel, above: int, limit: int) -> list[Spooled]:
+        found = await self._journal.pending(channel.owner, above, limit)
         # Meanwhile a report may have begun: what is numbered after it waits for it.
         return [fact for fact in found if not channel.held or fact.seq < channel.held]
 
-    async def _publish(self, channel: _Channel, fact: Spooled) -> None:
-        before = channel.sent
-        channel.sent = fact.seq
-        channel.outstanding += 1
+    async def _publish(self, fact: Spooled) -> bool:
+        """Hands the fact to the connection. False: it has gone, and `reconnected` will wake the channel."""
+        if not self._client.is_connected:
+            return False
         try:
             await self._client.publish(fact.subject, fact.body, reply=self._acks.format(fact.owner, fact.seq))
         except nats.errors.MaxPayloadError:
             log.error("fact %s of %d bytes is larger than the bus carries", fact.subject, len(fact.body))
         except (nats.errors.Error, OSError) as error:
-            # The connection has just gone: `reconnected` wakes this channel.
             log.debug("fact %s waits for the bus: %s", fact.subject, error or type(error).__name__)
-            channel.rewind(before)
-            await asyncio.sleep(0.05)
+            return False
+        return True
 
     async def _acknowledged(self, message: Msg) -> None:
         owner, seq = message.subject.rsplit(".", 2)[1:]

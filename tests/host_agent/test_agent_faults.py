@@ -56,8 +56,12 @@ async def ear(bus: PlainBus, control: Control) -> AsyncIterator[Listener]:
         yield heard
 
 
+def text(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
 async def begun(marks: Path) -> None:
-    await until(lambda: marks.exists() and marks.read_text())
+    await until(lambda: text(marks))
 
 
 async def test_killed_in_the_middle_what_may_be_repeated_goes_on(
@@ -178,7 +182,7 @@ async def test_facts_of_a_time_without_a_bus_come_in_order_afterwards(
     ]
     await asyncio.gather(*(ear.send(order) for order in orders))
     bus.kill()
-    await until(lambda: (tmp_path / "m").read_text().count(".") == 20)
+    await until(lambda: text(tmp_path / "m").count(".") == 20)
     bus.start()
     for order in orders:
         await ear.finished(order)
@@ -196,7 +200,7 @@ async def test_without_a_control_plane_it_starts_and_goes_on(
     bus.kill()
     agent.kill()
     agent.start()
-    await until(lambda: (tmp_path / "marks").read_text() == "xxx.")
+    await until(lambda: text(tmp_path / "marks") == "xxx.")
     bus.start()
     assert (await ear.finished(order)).outcome is Outcome.SUCCEEDED
 
@@ -223,7 +227,7 @@ async def test_anything_may_die_at_any_moment(
             if ack.problem is None or ack.problem.kind is not Kind.STALE:
                 break
         finished = ends[order.order_id] = await ear.finished(order, 60)
-        marks = path.read_text() if path.exists() else ""
+        marks = text(path)
         if kind is TOY_ONCE:
             assert marks in ("", "x", "xx.")
             assert (finished.outcome is Outcome.SUCCEEDED) <= (marks == "xx.")
