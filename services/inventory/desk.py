@@ -6,17 +6,22 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from services.inventory.config import InventoryConfig
 from services.inventory.store import Store
 from volery.contracts.agent import DomainReport
-from volery.contracts.base import Owner
+from volery.contracts.base import Message, Order, Owner
 from volery.contracts.errors import Refused
+from volery.contracts.ids import new_id
 from volery.contracts.operation import ENDED, GET_OPERATION, GetOperation, Operation
 from volery.runtime.bus import connect
 from volery.runtime.connection import revoke
 from volery.runtime.core import Core
 from volery.runtime.identity import Realm
+
+Q = TypeVar("Q", bound=Message)
+A = TypeVar("A")
 
 
 @dataclass(slots=True)
@@ -26,6 +31,8 @@ class Inventory:
     config: InventoryConfig
     seen: dict[tuple[str, str], DomainReport] = field(default_factory=dict)
     """(host, VM) → the newest report of its domain. A cache: decisions that need it ask for a report first."""
+    foreign: dict[str, asyncio.Event] = field(default_factory=dict)
+    """Another service's operation → set when it says that it ended."""
     reports: dict[str, asyncio.Event] = field(default_factory=dict)
     """Host → set by its next full report."""
 
@@ -43,15 +50,25 @@ class Inventory:
     async def foreign_operation(self, operation: Operation) -> Operation:
         """Another service's operation, once it has ended. Raises Refused when it failed."""
         owner = Owner(operation.id.split("-", 1)[0])
-        pause = 0.005
-        while operation.state not in ENDED:
-            await asyncio.sleep(pause)
-            pause = min(pause * 1.5, 0.5)
-            operation = await self.core.bus.ask(GET_OPERATION[owner], GetOperation(id=operation.id))
+        ended = self.foreign.setdefault(operation.id, asyncio.Event())
+        try:
+            while operation.state not in ENDED:
+                operation = await self.core.bus.ask(GET_OPERATION[owner], GetOperation(id=operation.id))
+                if operation.state not in ENDED:
+                    await self._wait(ended, 1.0)
+        finally:
+            self.foreign.pop(operation.id, None)
         if operation.problem is not None:
             problem = operation.problem
             raise Refused(problem.kind, problem.message, **problem.details)
         return operation
+
+    async def _wait(self, event: asyncio.Event, seconds: float) -> None:
+        """Until the event, or a while: a fact may come late."""
+        try:
+            await asyncio.wait_for(event.wait(), seconds)
+        except TimeoutError:
+            return
 
     async def revoke_keys(self, public_keys: Sequence[str], role: str = "agent") -> None:
         """Cut these users off the bus, now and for ever."""
@@ -63,6 +80,19 @@ class Inventory:
             await revoke(Realm.load(Path(self.config.secrets_dir)), claims, keys, role)
         finally:
             await claims.close()
+
+    async def order_now(
+        self, order: Order[Q, A], question: Q, *, host_id: str, object_id: str, epoch: int
+    ) -> A:
+        """An order outside any operation, waited for. Raises Refused with the host's sentence."""
+        orders = self.core.orders
+        order_id = new_id()
+        await self.core.commit(
+            *orders.give(
+                order, question, order_id=order_id, host_id=host_id, object_id=object_id, epoch=epoch
+            )
+        )
+        return (await asyncio.wait_for(orders.result(order_id), 15)).answer(order)
 
     async def fresh_report(self, host_id: str) -> None:
         """Ask the host for its full state and wait until that was committed."""

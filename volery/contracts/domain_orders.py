@@ -88,6 +88,8 @@ class ChangeMedia(Message):
     vm_id: str
     disk_id: str
     source: VolumeSource | None = None
+    target: str = ""
+    """The drive's device name: a drive keeps its name whatever is in it."""
 
 
 class ResizeDomainDisk(Message):

@@ -7,7 +7,7 @@ from enum import StrEnum
 
 from msgspec import UNSET, UnsetType
 
-from volery.contracts.base import Call, Entity, Fact, Message
+from volery.contracts.base import Call, Done, Entity, Fact, Message
 from volery.contracts.cluster import GetById
 from volery.contracts.domain import DiskBus, ImageFormat, NicModel
 from volery.contracts.operation import ListQuery, Operation, Page
@@ -316,6 +316,14 @@ class DetachVmDisk(Message):
     if_revision: int = 0
 
 
+class ResizeVmDisk(Message):
+    """storage to inventory: grow a disk in the VM that runs with it. Repeated after it was done, a success."""
+
+    vm_id: str
+    disk_id: str
+    size_bytes: int
+
+
 class AttachVmNic(Message):
     id: str
     nic: NewNic
@@ -387,6 +395,7 @@ SUSPEND_VM = Call("inventory.vm.suspend", SuspendVm, Operation, mutates=True)
 MIGRATE_VM = Call("inventory.vm.migrate", MigrateVm, Operation, mutates=True)
 ATTACH_VM_DISK = Call("inventory.vm.attach_disk", AttachVmDisk, Operation, mutates=True)
 DETACH_VM_DISK = Call("inventory.vm.detach_disk", DetachVmDisk, Operation, mutates=True)
+RESIZE_VM_DISK = Call("inventory.vm.resize_disk", ResizeVmDisk, Done, mutates=True, timeout_seconds=60)
 ATTACH_VM_NIC = Call("inventory.vm.attach_nic", AttachVmNic, Operation, mutates=True)
 UPDATE_VM_NIC = Call("inventory.vm.update_nic", UpdateVmNic, Operation, mutates=True)
 DETACH_VM_NIC = Call("inventory.vm.detach_nic", DetachVmNic, Operation, mutates=True)

@@ -37,6 +37,8 @@ class ConnectStorage(Message):
 
 class DisconnectStorage(Message):
     domain_id: str
+    remove: bool = False
+    """Also remove the directory domain's own directory with its marker, unless there is a volume or a stranger in it."""
 
 
 class DiscoverIscsi(Message):

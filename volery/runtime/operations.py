@@ -162,7 +162,7 @@ class Run:
         on_progress: Callable[[OrderProgressed], None] | None = None,
     ) -> A:
         """Order a host to do something and wait for its answer. Raises Refused with the host's sentence."""
-        order_id = str(uuid.uuid5(uuid.NAMESPACE_URL, f"{self.id}/{name}"))
+        order_id = self.order_id(name)
         result = await self.operations.orders.stored(order_id)
         if result is None:
             result = await self._carry_out(
@@ -173,6 +173,10 @@ class Run:
         answer: A = result.answer(order)
         await self._end(name, None)
         return answer
+
+    def order_id(self, name: str) -> str:
+        """The id of this operation's order `name`: the same after a crash."""
+        return str(uuid.uuid5(uuid.NAMESPACE_URL, f"{self.id}/{name}"))
 
     async def _carry_out(
         self,

@@ -203,9 +203,7 @@ class Orders:
                 for left in await self._left_open(host_id, object_id):
                     await self.result(left)
                 order_id = str(uuid.uuid4())
-                given = self.give(
-                    order, question, order_id=order_id, host_id=host_id, object_id=object_id
-                )
+                given = self.give(order, question, order_id=order_id, host_id=host_id, object_id=object_id)
                 await commit(self.pool, given)
                 result = await self.result(order_id)
         except TimeoutError:

@@ -12,7 +12,8 @@ SERVICES: Final = (*OWNERS, "gateway", "setup")
 """Programs of the control plane: each has its own user, connection and inbox in the account VOLERY."""
 COMMANDERS: Final = ("inventory", "storage", "network")
 """Owners that give orders to hosts. Agents pin their public keys and refuse every other signature."""
-LISTENERS: Final = ("inventory", "ha", "dwh")
+LISTENERS: Final = OWNERS
+"""Commanders need beats to send orders, ha for its judgement; the scheduler and dwh live on samples."""
 SYSTEM_USERS: Final = ("sys", "claims")
 """Users of the system account: `sys` watches connections and readiness, `claims` publishes revocations."""
 

@@ -107,7 +107,8 @@ class Settings:
 class Program(Protocol):
     """Something `run` can run: a service, or the gateway."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     async def main(self, settings: Settings, stop: asyncio.Event) -> None: ...
 

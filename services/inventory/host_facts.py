@@ -1,0 +1,272 @@
+"""What hosts say: full reports, and domains that changed. The desired state has the last word on what it means."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+from msgspec.structs import replace
+
+from services.inventory import model
+from services.inventory.desk import Inventory
+from services.inventory.store import HOSTS, VMS, HostPrivate, PlacementRow, VmPrivate
+from volery.contracts.agent import (
+    DOMAIN_CHANGED,
+    DOMAIN_EVENT_HAPPENED,
+    HOST_REPORTED,
+    DomainChanged,
+    DomainEventHappened,
+    DomainReport,
+    HostReported,
+)
+from volery.contracts.base import Owner
+from volery.contracts.domain import DomainState
+from volery.contracts.host import Host
+from volery.contracts.liveness import LIVENESS_CHANGED, HostLiveness
+from volery.contracts.operation import ENDED, OPERATION_CHANGED, Operation
+from volery.contracts.vm import DesiredState, GuestInfo, Vm, VmStatus
+from volery.runtime.service import Part
+from volery.runtime.tables import Change, Row
+
+log = logging.getLogger(__name__)
+part = Part()
+
+ENDED_STATES = {DomainState.SHUTOFF, DomainState.CRASHED, DomainState.GONE}
+ALIVE_STATES = {DomainState.RUNNING, DomainState.PAUSED, DomainState.SHUTTING_DOWN, DomainState.PMSUSPENDED}
+
+
+@part.hears_hosts(HOST_REPORTED)
+async def host_reported(inv: Inventory, fact: HostReported) -> Sequence[Change]:
+    """The whole truth about a host. What it doesn't name doesn't run there."""
+    row = await HOSTS.find(inv.core.pool, fact.host_id)
+    if row is None:
+        log.warning("host %s reports, but is not known: it was deleted", fact.host_id)
+        return ()
+    host = row.public
+    new_boot = host.boot_id not in ("", fact.boot_id)
+    named = {domain.vm_id: domain for domain in fact.domains}
+    for key in [k for k in inv.seen if k[0] == fact.host_id]:
+        del inv.seen[key]
+    inv.seen |= {(fact.host_id, vm_id): domain for vm_id, domain in named.items()}
+    changes: list[Change] = [_host_change(inv, row, fact)]
+    for vm_id in await _of_interest(inv, fact.host_id, named):
+        gone = DomainReport(
+            vm_id=vm_id,
+            epoch=-1,
+            order_seq=0,
+            name="",
+            state=DomainState.GONE,
+            reason="crashed" if new_boot else "",
+        )
+        changes += await _domain(inv, fact.host_id, host, named.get(vm_id, gone), full=True)
+    event = inv.reports.get(fact.host_id)
+    if event is not None:
+        changes[0] = dataclasses.replace(changes[0], then=event.set)
+    inv.core.wake(f"host/{fact.host_id}")
+    return changes
+
+
+async def _of_interest(inv: Inventory, host_id: str, named: dict[str, DomainReport]) -> list[str]:
+    """VMs that the host names, that should be there, or that were shown there."""
+    placed = [p.vm_id for p in await inv.store.placements_on(host_id)]
+    shown = [v.id for v in await inv.store.vms_on(host_id)]
+    return list(dict.fromkeys([*named, *placed, *shown]))
+
+
+def _host_change(inv: Inventory, row: Row[Host, HostPrivate], fact: HostReported) -> Change:
+    host = replace(
+        row.public,
+        capabilities=fact.capabilities,
+        boot_id=fact.boot_id,
+        agent_generation=fact.generation,
+        enrolled_at=row.public.enrolled_at or datetime.now(UTC),
+        vm_count=sum(1 for d in fact.domains if d.state not in ENDED_STATES),
+    )
+    private = replace(row.private, reported=True)
+    preparing = bool(host.busy_with)
+    host = model.host_with_status(host, private.liveness, private.maintenance, preparing, inv.config)
+    return HOSTS.update(row, host, private)
+
+
+@part.hears_hosts(DOMAIN_CHANGED)
+async def domain_changed(inv: Inventory, fact: DomainChanged) -> Sequence[Change]:
+    row = await HOSTS.find(inv.core.pool, fact.host_id)
+    if row is None:
+        return ()
+    inv.seen[(fact.host_id, fact.domain.vm_id)] = fact.domain
+    return await _domain(inv, fact.host_id, row.public, fact.domain, full=False)
+
+
+async def _domain(
+    inv: Inventory, host_id: str, host: Host, report: DomainReport, *, full: bool
+) -> list[Change]:
+    row = await VMS.find(inv.core.pool, report.vm_id)
+    if row is None or row.public.external:
+        return _external(inv, host, row, report)
+    placement = await inv.store.placement(report.vm_id)
+    if placement.host_id == host_id and placement.state in ("running", "starting"):
+        return _at_home(inv, row, placement, report, full=full)
+    if placement.state == "moving":
+        return []  # the migration's operation decides, from both hosts' words
+    if report.state in ALIVE_STATES:
+        # Runs where it may not: the host is told to forget it, under an epoch it must obey.
+        inv.core.wake(f"stray/{host_id}/{report.vm_id}")
+    return []
+
+
+def _at_home(
+    inv: Inventory, row: Row[Vm, VmPrivate], placement: PlacementRow, report: DomainReport, *, full: bool
+) -> list[Change]:
+    """A domain on the host where its VM belongs."""
+    if report.state in ENDED_STATES:
+        if placement.state == "starting" and (full or report.epoch != placement.epoch):
+            return []  # the order that starts it is still under way
+        if report.epoch not in (-1, placement.epoch):
+            return []
+        return _ended(inv, row, placement, report)
+    if report.epoch != placement.epoch:
+        return []
+    return _alive(inv, row, placement, report)
+
+
+def _ended(
+    inv: Inventory, row: Row[Vm, VmPrivate], placement: PlacementRow, report: DomainReport
+) -> list[Change]:
+    vm = row.public
+    if vm.status is VmStatus.SAVING_STATE:
+        return []  # its operation writes where the memory is
+    end = model.ending(vm, report, row.private.stop_asked)
+    new = replace(
+        vm,
+        status=VmStatus.DOWN,
+        status_reason=end.reason,
+        desired=end.desired,
+        host_id="",
+        stopped_at=datetime.now(UTC),
+        guest=replace(vm.guest, agent_connected=False, ip_addresses=()),
+    )
+    inv.core.wake(f"claims/{vm.id}")
+    return [
+        VMS.update(row, model.with_actions(new), replace(row.private, stop_asked=False)),
+        inv.store.place(placement, epoch=placement.epoch, host_id="", state="none"),
+    ]
+
+
+def _alive(
+    inv: Inventory, row: Row[Vm, VmPrivate], placement: PlacementRow, report: DomainReport
+) -> list[Change]:
+    vm = row.public
+    status = model.STATUS_OF[report.state]
+    if vm.status in (VmStatus.POWERING_DOWN, VmStatus.SAVING_STATE) and status is VmStatus.UP:
+        status = vm.status
+    if vm.status in (VmStatus.WAIT_FOR_LAUNCH, VmStatus.RESTORING_STATE) and placement.state == "starting":
+        status = vm.status  # its operation says when it is up
+    if not report.responsive:
+        status = VmStatus.NOT_RESPONDING
+    reason = report.reason if status in (VmStatus.PAUSED, VmStatus.NOT_RESPONDING) else vm.status_reason
+    known = vm.guest
+    guest = GuestInfo(
+        agent_connected=report.agent_connected,
+        hostname=report.hostname or known.hostname,
+        ip_addresses=report.ip_addresses or (known.ip_addresses if report.agent_connected else ()),
+        os=report.guest_os or known.os,
+    )
+    new = model.with_actions(
+        replace(vm, status=status, status_reason=reason if status is not VmStatus.UP else "", guest=guest)
+    )
+    private = replace(row.private, had_agent=row.private.had_agent or report.agent_connected)
+    if new == vm and private == row.private:
+        return []
+    return [VMS.update(row, new, private)]
+
+
+def _external(
+    inv: Inventory, host: Host, row: Row[Vm, VmPrivate] | None, report: DomainReport
+) -> list[Change]:
+    """A domain that Volery did not make: shown, left alone, and gone from the list when it ends."""
+    if report.installation == inv.config.installation and report.epoch > 0:
+        inv.core.wake(f"stray/{host.id}/{report.vm_id}")
+        return []
+    if row is None:
+        if report.state in ENDED_STATES:
+            return []
+        now = datetime.now(UTC)
+        vm = Vm(
+            id=report.vm_id,
+            revision=1,
+            created_at=now,
+            updated_at=now,
+            name=report.name,
+            cluster_id=host.cluster_id,
+            data_center_id=host.data_center_id,
+            status=model.STATUS_OF[report.state],
+            desired=DesiredState.UP,
+            host_id=host.id,
+            memory_bytes=report.memory_bytes,
+            vcpus=max(report.vcpus, 1),
+            external=True,
+        )
+        return [VMS.insert(vm, VmPrivate())]
+    if report.state in ENDED_STATES:
+        return [VMS.delete(row)] if row.public.host_id == host.id else []
+    new = replace(row.public, status=model.STATUS_OF[report.state], host_id=host.id)
+    return [VMS.update(row, new)] if new != row.public else []
+
+
+@part.hears_hosts(DOMAIN_EVENT_HAPPENED)
+async def event_happened(inv: Inventory, fact: DomainEventHappened) -> Sequence[Change]:
+    """Events that are no state: kept as the VM's reason where a person would look for it."""
+    row = await VMS.find(inv.core.pool, fact.vm_id)
+    if row is None or row.public.external:
+        return ()
+    reasons = {"io_error": "io_error", "watchdog": "watchdog", "panic": "panic"}
+    reason = reasons.get(fact.event)
+    if reason is None or row.public.status_reason == reason:
+        return ()
+    return [VMS.update(row, replace(row.public, status_reason=reason))]
+
+
+@part.hears(LIVENESS_CHANGED)
+async def liveness_changed(inv: Inventory, fact: HostLiveness) -> Sequence[Change]:
+    """ha's word on a host; its VMs are unknown while it is silent, and nothing starts them elsewhere."""
+    row = await HOSTS.find(inv.core.pool, fact.id)
+    word = "up" if fact.state == "unknown" else str(fact.state)
+    if row is None or row.private.liveness == word:
+        return ()
+    private = replace(row.private, liveness=word)
+    host = model.host_with_status(
+        row.public, word, private.maintenance, bool(row.public.busy_with), inv.config
+    )
+    changes = [HOSTS.update(row, host, private)]
+    for vm in await inv.store.vms_on(fact.id):
+        changes += _vm_of_silent(vm, word)
+    if word == "up":
+        await inv.core.hosts.ask_report(fact.id)
+    return changes
+
+
+def _vm_of_silent(row: Row[Vm, VmPrivate], word: str) -> list[Change]:
+    vm = row.public
+    if word == "non_responsive" and vm.status in model.RUNNING | {VmStatus.PAUSED, VmStatus.POWERING_DOWN}:
+        return [VMS.update(row, replace(vm, status=VmStatus.UNKNOWN, allowed_actions=()))]
+    if word == "up" and vm.status is VmStatus.UNKNOWN:
+        return [VMS.update(row, model.with_actions(replace(vm, status=VmStatus.UP)))]
+    return []
+
+
+@part.hears(OPERATION_CHANGED[Owner.STORAGE])
+async def storage_operation_changed(inv: Inventory, fact: Operation) -> None:
+    _tell(inv, fact)
+
+
+@part.hears(OPERATION_CHANGED[Owner.NETWORK])
+async def network_operation_changed(inv: Inventory, fact: Operation) -> None:
+    _tell(inv, fact)
+
+
+def _tell(inv: Inventory, fact: Operation) -> None:
+    waiting = inv.foreign.get(fact.id)
+    if waiting is not None and fact.state in ENDED:
+        waiting.set()

@@ -1,0 +1,330 @@
+"""Live migration: the destination gets the next epoch, the source keeps its own until QEMU there has ended.
+
+While it moves, both hosts may run the VM and nothing starts it elsewhere. A migration whose outcome the source
+can't tell is settled by what both hosts report. One that failed gives the source an epoch above the destination's.
+"""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from services.inventory import model
+from services.inventory.desk import Inventory
+from services.inventory.specs import domain_spec, need_of
+from services.inventory.starting import release_claim
+from services.inventory.store import CLUSTERS, HOSTS, VMS
+from volery.contracts.agent import OrderProgressed
+from volery.contracts.base import Message
+from volery.contracts.domain import DomainSpec, DomainState
+from volery.contracts.domain_orders import (
+    ADMIT_MIGRATION,
+    FORGET_DOMAIN,
+    MIGRATE_DOMAIN,
+    RUN_DOMAIN,
+    AdmitMigration,
+    ForgetDomain,
+    MigrateDomain,
+    RunDomain,
+)
+from volery.contracts.errors import Kind, Refused, conflict
+from volery.contracts.host import Host
+from volery.contracts.operation import Operation
+from volery.contracts.scheduling import PLACE, Place, Placement, Purpose
+from volery.contracts.vm import MIGRATE_VM, MigrateVm, Vm, VmStatus
+from volery.runtime import checks
+from volery.runtime.bus import Caller
+from volery.runtime.operations import Run
+from volery.runtime.service import Part
+from volery.runtime.tables import Stale
+
+part = Part()
+
+
+class Moving(Message):
+    """What a migration decided first."""
+
+    source_id: str
+    source_epoch: int
+    epoch: int
+
+
+@part.answers(MIGRATE_VM)
+async def migrate_vm(inv: Inventory, ask: MigrateVm, caller: Caller) -> Operation:
+    checks.between(ask.timeout_seconds, 5, 86400, "timeout_seconds", "seconds")
+    while True:
+        row = await VMS.get(inv.core.pool, ask.id)
+        vm = row.public
+        checks.revision(vm, ask.if_revision, "VM")
+        model.check_action(vm, "migrate")
+        if not vm.migration.allowed:
+            raise conflict(f"VM {vm.name} may not be migrated; its migration policy says so", vm_id=vm.id)
+        if ask.host_id:
+            checks.object_id(ask.host_id, "host")
+            if ask.host_id == vm.host_id:
+                raise conflict(f"VM {vm.name} runs on that host already", host_id=ask.host_id)
+        op, begun = inv.core.operations.begin(
+            "vm.migrate",
+            object_kind="vm",
+            object_id=vm.id,
+            object_name=vm.name,
+            question=ask,
+            caller=caller,
+            deadline_seconds=ask.timeout_seconds + 120,
+        )
+        if ask.dry_run:
+            question = Place(
+                need=await need_of(inv, vm, caller),
+                epoch=vm.epoch + 1,
+                purpose=Purpose.MIGRATE,
+                excluded_host_ids=(vm.host_id,),
+                target_host_id=ask.host_id,
+                dry_run=True,
+            )
+            plan = await inv.core.bus.ask(PLACE, question, Caller(caller.principal))
+            return replace(op, id="", result={"placement": plan})
+        new = replace(vm, status=VmStatus.MIGRATING, busy_with=op.id, allowed_actions=())
+        try:
+            await inv.core.commit(VMS.update(row, new), begun, caller=caller, answer=op)
+        except Stale:
+            continue
+        return op
+
+
+@part.runs("vm.migrate", deadline_seconds=1200)
+async def migrate(inv: Inventory, run: Run) -> None:
+    ask = run.input(MigrateVm)
+
+    async def stay() -> None:
+        await _status(inv, ask.id, VmStatus.UP)
+
+    run.undo("status", stay)
+    moving = await run.step("epoch", "Deciding", lambda: _begin_move(inv, ask.id), Moving)
+    run.undo("epoch", lambda: _give_back(inv, run, ask.id, moving))
+    placed = await _choose(inv, run, ask, moving)
+    run.undo("claim", lambda: release_claim(inv, run, ask.id, moving.epoch))
+    source = (await HOSTS.get(inv.core.pool, moving.source_id)).public
+    target = (await HOSTS.get(inv.core.pool, placed.host_id)).public
+    await run.step("move", "Reserving the destination", lambda: _destined(inv, ask.id, moving, target.id))
+    vm = (await VMS.get(inv.core.pool, ask.id)).public
+    spec = await domain_spec(inv, vm, target.id, None, run.caller)
+    run.undo("destination", lambda: _forget(inv, run, ask.id, moving, target.id))
+    await run.order(
+        "admit",
+        f"Preparing {target.name}",
+        ADMIT_MIGRATION,
+        AdmitMigration(vm_id=vm.id, spec=spec),
+        host_id=target.id,
+        epoch=moving.epoch,
+    )
+    await _transfer(inv, run, ask, vm, spec, moving, source, target)
+    # From here on it is at the destination, whatever happens to us.
+    for undo in ("destination", "claim", "epoch", "status"):
+        run.undone(undo)
+    await _arrived(inv, ask.id, moving, target.id)
+
+
+async def _begin_move(inv: Inventory, vm_id: str) -> Moving:
+    while True:
+        before = await inv.store.placement(vm_id)
+        if before.state != "running":
+            raise conflict(f"this VM is not settled on a host ({before.state}); try again when it runs")
+        row = await VMS.get(inv.core.pool, vm_id)
+        epoch = before.epoch + 1
+        try:
+            await inv.core.commit(
+                inv.store.place(before, epoch=epoch, host_id=before.host_id, state="moving"),
+                VMS.update(row, replace(row.public, epoch=epoch)),
+            )
+        except Stale:
+            continue
+        return Moving(source_id=before.host_id, source_epoch=before.epoch, epoch=epoch)
+
+
+async def _choose(inv: Inventory, run: Run, ask: MigrateVm, moving: Moving) -> Placement:
+    async def place() -> Placement:
+        vm = (await VMS.get(inv.core.pool, ask.id)).public
+        question = Place(
+            need=await need_of(inv, vm, run.caller),
+            epoch=moving.epoch,
+            purpose=Purpose.MIGRATE,
+            excluded_host_ids=(moving.source_id,),
+            target_host_id=ask.host_id,
+            operation_id=run.id,
+        )
+        return await inv.core.bus.ask(PLACE, question, run.caller_for("place"))
+
+    placed = await run.step("place", "Choosing a host", place, Placement)
+    if not placed.host_id:
+        raise Refused(Kind.EXHAUSTED, placed.message, placement=placed)
+    return placed
+
+
+async def _destined(inv: Inventory, vm_id: str, moving: Moving, target_id: str) -> None:
+    """From here on the destination may run it too."""
+    while True:
+        before = await inv.store.placement(vm_id)
+        change = inv.store.place(
+            before,
+            epoch=moving.epoch,
+            host_id=moving.source_id,
+            state="moving",
+            destination_id=target_id,
+        )
+        try:
+            await inv.core.commit(change)
+        except Stale:
+            continue
+        return
+
+
+async def _transfer(
+    inv: Inventory,
+    run: Run,
+    ask: MigrateVm,
+    vm: Vm,
+    spec: DomainSpec,
+    moving: Moving,
+    source: Host,
+    target: Host,
+) -> None:
+    policy = vm.migration
+    cluster = (await CLUSTERS.get(inv.core.pool, vm.cluster_id)).public
+    question = MigrateDomain(
+        vm_id=vm.id,
+        destination_uri=target.capabilities.libvirt_uri,
+        destination_address=target.capabilities.migration_address,
+        destination_epoch=moving.epoch,
+        destination_order_seq=1,
+        bandwidth_mib_per_second=ask.bandwidth_mib_per_second
+        or policy.bandwidth_mib_per_second
+        or cluster.migration_bandwidth_mib_per_second,
+        auto_converge=policy.auto_converge if ask.auto_converge is None else ask.auto_converge,
+        post_copy=policy.post_copy if ask.post_copy is None else ask.post_copy,
+        parallel_connections=policy.parallel_connections,
+        max_downtime_ms=ask.max_downtime_ms or policy.max_downtime_ms,
+        timeout_seconds=ask.timeout_seconds,
+        disks=spec.disks,
+        nics=spec.nics,
+    )
+
+    def progressed(fact: OrderProgressed) -> None:
+        run.say_progress("migrate", fact.progress)
+
+    try:
+        await run.order(
+            "migrate",
+            f"Moving from {source.name} to {target.name}",
+            MIGRATE_DOMAIN,
+            question,
+            host_id=source.id,
+            epoch=moving.source_epoch,
+            on_progress=progressed,
+        )
+    except Refused as refused:
+        if not await _is_there(inv, vm.id, moving, source.id, target.id):
+            raise refused from None
+
+
+async def _is_there(inv: Inventory, vm_id: str, moving: Moving, source_id: str, target_id: str) -> bool:
+    """Whether the VM has moved, by what both hosts say now. Waits for both: nobody guesses."""
+    await inv.fresh_report(source_id)
+    await inv.fresh_report(target_id)
+    here, there = inv.seen.get((source_id, vm_id)), inv.seen.get((target_id, vm_id))
+    runs_there = (
+        there is not None
+        and there.epoch == moving.epoch
+        and there.state in (DomainState.RUNNING, DomainState.PAUSED)
+    )
+    runs_here = here is not None and here.state in (DomainState.RUNNING, DomainState.PAUSED)
+    return runs_there and not runs_here
+
+
+async def _arrived(inv: Inventory, vm_id: str, moving: Moving, target_id: str) -> None:
+    while True:
+        before = await inv.store.placement(vm_id)
+        row = await VMS.get(inv.core.pool, vm_id)
+        if before.epoch != moving.epoch or before.state != "moving":
+            return
+        seen = inv.seen.get((target_id, vm_id))
+        paused = seen is not None and seen.epoch == moving.epoch and seen.state is DomainState.PAUSED
+        new = replace(
+            row.public,
+            status=VmStatus.PAUSED if paused else VmStatus.UP,
+            status_reason="migrated",
+            host_id=target_id,
+        )
+        try:
+            await inv.core.commit(
+                inv.store.place(before, epoch=moving.epoch, host_id=target_id, state="running"),
+                VMS.update(row, new),
+            )
+        except Stale:
+            continue
+        inv.core.wake(f"claims/{vm_id}")
+        await inv.core.hosts.ask_report(target_id)
+        return
+
+
+async def _forget(inv: Inventory, run: Run, vm_id: str, moving: Moving, target_id: str) -> None:
+    """No paused incoming domain stays behind."""
+    if not await inv.core.orders.exists(run.order_id("admit")):
+        return
+    await run.order(
+        "forget",
+        "Cleaning the destination",
+        FORGET_DOMAIN,
+        ForgetDomain(vm_id=vm_id),
+        host_id=target_id,
+        epoch=moving.epoch,
+    )
+
+
+async def _give_back(inv: Inventory, run: Run, vm_id: str, moving: Moving) -> None:
+    """The source goes on, under an epoch above the destination's; or it ended meanwhile, and the VM is down."""
+    await inv.fresh_report(moving.source_id)
+    here = inv.seen.get((moving.source_id, vm_id))
+    alive = here is not None and here.state in (
+        DomainState.RUNNING,
+        DomainState.PAUSED,
+        DomainState.SHUTTING_DOWN,
+    )
+    epoch = moving.epoch + 1
+    while True:
+        before = await inv.store.placement(vm_id)
+        row = await VMS.get(inv.core.pool, vm_id)
+        if before.state != "moving":
+            return
+        if alive:
+            placed = inv.store.place(before, epoch=epoch, host_id=moving.source_id, state="running")
+            new = replace(row.public, epoch=epoch, status=VmStatus.UP)
+        else:
+            placed = inv.store.place(before, epoch=epoch, host_id="", state="none")
+            new = replace(row.public, epoch=epoch, status=VmStatus.DOWN, status_reason="crashed", host_id="")
+        try:
+            await inv.core.commit(placed, VMS.update(row, model.with_actions(new)))
+        except Stale:
+            continue
+        break
+    if alive:
+        spec = await domain_spec(inv, row.public, moving.source_id, None, run.caller)
+        await run.order(
+            "keep",
+            "Keeping it where it was",
+            RUN_DOMAIN,
+            RunDomain(vm_id=vm_id, spec=spec),
+            host_id=moving.source_id,
+            epoch=epoch,
+        )
+    inv.core.wake(f"claims/{vm_id}")
+
+
+async def _status(inv: Inventory, vm_id: str, status: VmStatus) -> None:
+    while True:
+        row = await VMS.find(inv.core.pool, vm_id)
+        if row is None or row.public.status is not VmStatus.MIGRATING:
+            return
+        try:
+            await inv.core.commit(VMS.update(row, replace(row.public, status=status)))
+        except Stale:
+            continue
+        return

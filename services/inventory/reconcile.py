@@ -1,0 +1,108 @@
+"""Level-triggered: what should be against what is. Right even when every event was missed.
+
+Keys: `vm/{id}` (a VM whose state is not the desired one), `claims/{id}` (capacity that a VM no longer needs),
+`stray/{host}/{vm}` (a domain of ours where its VM may not run), `host/{id}` (committed sums shown on the host).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+
+from msgspec.structs import replace
+
+from services.inventory.desk import Inventory
+from services.inventory.store import HOSTS, VMS
+from volery.contracts.domain_orders import FORGET_DOMAIN, ForgetDomain
+from volery.contracts.errors import Refused
+from volery.contracts.ids import new_id
+from volery.contracts.scheduling import RELEASE_VM_CLAIMS, ReleaseVm
+from volery.contracts.vm import STOP_VM, DesiredState, StopVm, VmStatus
+from volery.runtime.bus import Caller
+
+log = logging.getLogger(__name__)
+
+
+async def reconcile(inv: Inventory, key: str) -> None:
+    noun, _, rest = key.partition("/")
+    await LOOKS[noun](inv, rest)
+
+
+async def reconcile_all(inv: Inventory) -> Sequence[str]:
+    """Everything that may need a look, whatever was heard or missed."""
+    vms = await inv.store.unsettled_vms()
+    hosts = await inv.store.hosts()
+    return [*(f"vm/{vm_id}" for vm_id in vms), *(f"host/{row.id}" for row in hosts)]
+
+
+async def _vm(inv: Inventory, vm_id: str) -> None:
+    """A stop that was asked for while the host was away is asked again; starts are ha's and people's."""
+    row = await VMS.find(inv.core.pool, vm_id)
+    if row is None or row.public.busy_with or row.public.external:
+        return
+    vm = row.public
+    placement = await inv.store.placement(vm_id)
+    if vm.desired is DesiredState.DOWN and placement.state == "running" and vm.status is not VmStatus.UNKNOWN:
+        try:
+            await inv.core.bus.ask(STOP_VM, StopVm(id=vm_id), Caller("service:inventory", new_id(), vm_id))
+        except Refused as refused:
+            log.info("stopping %s again: %s", vm_id, refused.message)
+
+
+async def _claims(inv: Inventory, vm_id: str) -> None:
+    """A VM that ended or moved holds no capacity but that of its placement."""
+    placement = await inv.store.placement(vm_id)
+    kept = (placement.epoch,) if placement.state != "none" else ()
+    if placement.state == "moving":
+        kept = (placement.epoch - 1, placement.epoch)
+    question = ReleaseVm(vm_id=vm_id, keep_epochs=kept)
+    try:
+        await inv.core.bus.ask(RELEASE_VM_CLAIMS, question, Caller("service:inventory", new_id(), vm_id))
+    except Refused as refused:
+        # The scheduler's own reconciling releases what nobody needs.
+        log.info("releasing the claims of %s: %s", vm_id, refused.message)
+
+
+async def _stray(inv: Inventory, rest: str) -> None:
+    """A domain of ours runs where its VM may not. It is ended there, under the newest epoch."""
+    host_id, _, vm_id = rest.partition("/")
+    placement = await inv.store.placement(vm_id)
+    seen = inv.seen.get((host_id, vm_id))
+    if seen is None or host_id in (placement.host_id, placement.destination_id):
+        return
+    row = await VMS.find(inv.core.pool, vm_id)
+    if row is None and not seen.epoch:
+        return
+    log.warning(
+        "VM %s runs on host %s where it may not (epoch %d); ending it there", vm_id, host_id, seen.epoch
+    )
+    epoch = max(placement.epoch, seen.epoch)
+    if epoch > placement.epoch and row is not None:
+        await inv.store.raise_epochs(vm_id, epoch)
+    try:
+        await inv.order_now(
+            FORGET_DOMAIN, ForgetDomain(vm_id=vm_id), host_id=host_id, object_id=vm_id, epoch=epoch
+        )
+    except (Refused, TimeoutError) as error:
+        log.warning("the stray domain of %s on %s: %s", vm_id, host_id, error)
+
+
+async def _host(inv: Inventory, host_id: str) -> None:
+    """What its VMs were promised, shown on the host."""
+    row = await HOSTS.find(inv.core.pool, host_id)
+    if row is None:
+        return
+    vms = [v.public for v in await inv.store.vms_on(host_id)]
+    committed = sum(vm.memory_bytes for vm in vms)
+    if (row.public.vm_count, row.public.memory_committed_bytes) == (len(vms), committed):
+        return
+    new = replace(row.public, vm_count=len(vms), memory_committed_bytes=committed)
+    await inv.core.commit(HOSTS.update(row, new))
+
+
+LOOKS: dict[str, Callable[[Inventory, str], Awaitable[None]]] = {
+    "vm": _vm,
+    "claims": _claims,
+    "stray": _stray,
+    "host": _host,
+}

@@ -1,0 +1,82 @@
+"""The table of what inventory answers, hears and runs."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+from msgspec.structs import replace
+
+from services.inventory import (
+    accounts,
+    clusters,
+    devices,
+    enrolment,
+    host_facts,
+    hosts,
+    migration,
+    model,
+    starting,
+    stopping,
+    vms,
+)
+from services.inventory.config import InventoryConfig
+from services.inventory.desk import Inventory
+from services.inventory.reconcile import reconcile, reconcile_all
+from services.inventory.store import HOSTS, VMS, Store
+from volery.contracts.agent import HOST_REPORTED, INVENTORY_ORDER_FINISHED, INVENTORY_ORDER_PROGRESSED
+from volery.contracts.base import Owner
+from volery.contracts.operation import Operation
+from volery.runtime.core import Core
+from volery.runtime.service import Service
+from volery.runtime.tables import Change
+
+
+@asynccontextmanager
+async def open_inventory(core: Core) -> AsyncIterator[Inventory]:
+    yield Inventory(core, Store(core.pool), core.config)
+
+
+async def on_lead(inv: Inventory) -> None:
+    """What must exist before anything else."""
+    await clusters.ensure_blank(inv)
+    await accounts.ensure_admin(inv)
+
+
+async def release(inv: Inventory, operation: Operation) -> Sequence[Change]:
+    """The object of an ended operation is free again, and says what may be asked of it now."""
+    if operation.object_kind == "vm":
+        vm = await VMS.find(inv.core.pool, operation.object_id)
+        if vm is None or vm.public.busy_with != operation.id:
+            return ()
+        return [VMS.update(vm, model.with_actions(replace(vm.public, busy_with="")))]
+    host = await HOSTS.find(inv.core.pool, operation.object_id)
+    if host is None or host.public.busy_with != operation.id:
+        return ()
+    return [HOSTS.update(host, replace(host.public, busy_with=""))]
+
+
+service = Service(
+    name=Owner.INVENTORY,
+    open=open_inventory,
+    config=InventoryConfig,
+    parts=[
+        clusters.part,
+        hosts.part,
+        enrolment.part,
+        accounts.part,
+        vms.part,
+        starting.part,
+        stopping.part,
+        devices.part,
+        migration.part,
+        host_facts.part,
+    ],
+    report=HOST_REPORTED,
+    order_finished=INVENTORY_ORDER_FINISHED,
+    order_progressed=INVENTORY_ORDER_PROGRESSED,
+    release=release,
+    reconcile=reconcile,
+    reconcile_all=reconcile_all,
+    on_lead=on_lead,
+)

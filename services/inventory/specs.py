@@ -1,0 +1,160 @@
+"""From a VM to what its host is told: the domain, with its volumes and bridges as that host sees them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from msgspec.structs import replace
+
+from services.inventory.desk import Inventory
+from services.inventory.store import CLUSTERS
+from volery.contracts.domain import DiskBus, DomainDisk, DomainNic, DomainSpec
+from volery.contracts.network import PREPARE_NETWORKS, NetworkBridge, PrepareNetworks
+from volery.contracts.scheduling import Need
+from volery.contracts.storage import PREPARE_DISKS, REACH_DISKS, DiskReach, PrepareDisks, ReachDisks
+from volery.contracts.vm import CdRom, DiskAttachment, Nic, RunOnce, Vm
+from volery.runtime.bus import Caller
+
+UNSAFE = re.compile(r"[^A-Za-z0-9_.-]+")
+
+
+def domain_name(vm: Vm) -> str:
+    """The libvirt name: readable, safe in a path, unique by the end of the id."""
+    return f"{UNSAFE.sub('-', vm.name)[:40].strip('-') or 'vm'}-{vm.id[-12:]}"
+
+
+def device_disk(attachment: DiskAttachment, prepared: DomainDisk) -> DomainDisk:
+    return replace(
+        prepared,
+        bus=attachment.bus,
+        target=attachment.target,
+        boot_order=attachment.boot_order,
+        read_only=attachment.read_only or prepared.read_only,
+    )
+
+
+def device_cdrom(cdrom: CdRom, prepared: Mapping[str, DomainDisk], boot_order: int = 0) -> DomainDisk:
+    found = prepared.get(cdrom.disk_id)
+    return DomainDisk(
+        disk_id=f"cdrom-{cdrom.target}",  # the drive, whatever is in it
+        source=found.source if found else None,
+        shared_storage=found.shared_storage if found else False,
+        cdrom=True,
+        bus=DiskBus.VIRTIO_SCSI,
+        target=cdrom.target,
+        read_only=True,
+        boot_order=boot_order,
+    )
+
+
+def device_nic(nic: Nic, bridges: Mapping[str, NetworkBridge]) -> DomainNic:
+    found = bridges.get(nic.network_id)
+    return DomainNic(
+        nic_id=nic.id,
+        mac=nic.mac,
+        model=nic.model,
+        bridge=found.bridge if found else "",
+        mtu=found.mtu if found else 0,
+        link_up=nic.link_up,
+        boot_order=nic.boot_order,
+    )
+
+
+async def prepared_disks(
+    inv: Inventory, vm_id: str, host_id: str, disk_ids: tuple[str, ...], caller: Caller
+) -> dict[str, DomainDisk]:
+    """Disk → where it is on this host. Raises Refused with storage's sentence."""
+    if not disk_ids:
+        return {}
+    question = PrepareDisks(vm_id=vm_id, host_id=host_id, disk_ids=disk_ids)
+    answer = await inv.core.bus.ask(PREPARE_DISKS, question, caller)
+    return {disk.disk_id: disk for disk in answer.disks}
+
+
+async def prepared_bridges(
+    inv: Inventory, host_id: str, network_ids: tuple[str, ...], caller: Caller
+) -> dict[str, NetworkBridge]:
+    """Network → its bridge on this host, which is made if need be. Raises Refused with network's sentence."""
+    if not network_ids:
+        return {}
+    question = PrepareNetworks(host_id=host_id, network_ids=network_ids)
+    answer = await inv.core.bus.ask(PREPARE_NETWORKS, question, caller)
+    return {bridge.network_id: bridge for bridge in answer.bridges}
+
+
+def disk_ids(vm: Vm, run_once: RunOnce | None = None) -> tuple[str, ...]:
+    """Every volume that the VM needs, its ISOs too."""
+    found = [d.disk_id for d in vm.disks if d.active] + [c.disk_id for c in vm.cdroms if c.disk_id]
+    if run_once and run_once.cdrom_disk_id:
+        found.append(run_once.cdrom_disk_id)
+    return tuple(dict.fromkeys(found))
+
+
+def network_ids(vm: Vm) -> tuple[str, ...]:
+    return tuple(sorted({nic.network_id for nic in vm.nics if nic.network_id}))
+
+
+async def domain_spec(
+    inv: Inventory, vm: Vm, host_id: str, run_once: RunOnce | None, caller: Caller
+) -> DomainSpec:
+    """The VM as this host must run it. Raises Refused when the host lacks a volume or a network."""
+    volumes = await prepared_disks(inv, vm.id, host_id, disk_ids(vm, run_once), caller)
+    bridges = await prepared_bridges(inv, host_id, network_ids(vm), caller)
+    once = run_once or RunOnce()
+    cluster = (await CLUSTERS.get(inv.core.pool, vm.cluster_id)).public
+    cdroms = list(vm.cdroms)
+    if once.cdrom_disk_id:
+        rest = [c for c in cdroms if c.target != "sda"]
+        cdroms = [CdRom(target="sda", disk_id=once.cdrom_disk_id), *rest]
+    first = 1 if once.cdrom_disk_id else 0
+    disks = [device_disk(d, volumes[d.disk_id]) for d in vm.disks if d.active]
+    if first:
+        disks = [replace(d, boot_order=d.boot_order + 1 if d.boot_order else 0) for d in disks]
+    return DomainSpec(
+        vm_id=vm.id,
+        name=domain_name(vm),
+        title=vm.name,
+        hostname=UNSAFE.sub("-", vm.name)[:63].strip("-."),
+        memory_bytes=vm.memory_bytes,
+        vcpus=vm.vcpus,
+        sockets=vm.sockets,
+        cores=vm.cores,
+        threads=vm.threads,
+        cpu_model=vm.cpu_model or cluster.cpu_model,
+        machine=vm.machine or cluster.machine,
+        uefi=vm.uefi,
+        disks=(
+            *disks,
+            *(device_cdrom(c, volumes, first if c.target == "sda" else 0) for c in cdroms),
+        ),
+        nics=tuple(device_nic(nic, bridges) for nic in vm.nics),
+        boot_menu=once.boot_menu,
+        kernel_path=once.kernel_path,
+        initrd_path=once.initrd_path,
+        kernel_cmdline=once.kernel_cmdline,
+        installation=inv.config.installation,
+    )
+
+
+async def need_of(inv: Inventory, vm: Vm, caller: Caller, run_once: RunOnce | None = None) -> Need:
+    """What the VM asks of a host, for the scheduler. Raises Refused when a disk can't be used now."""
+    ids = disk_ids(vm, run_once)
+    reach = DiskReach(any_host=True)
+    if ids:
+        reach = await inv.core.bus.ask(REACH_DISKS, ReachDisks(disk_ids=ids), caller)
+    cluster = (await CLUSTERS.get(inv.core.pool, vm.cluster_id)).public
+    return Need(
+        vm_id=vm.id,
+        cluster_id=vm.cluster_id,
+        memory_bytes=vm.memory_bytes,
+        vcpus=vm.vcpus,
+        name=vm.name,
+        cpu_model=vm.cpu_model or cluster.cpu_model,
+        machine=vm.machine or cluster.machine,
+        network_ids=network_ids(vm),
+        host_ids=vm.affinity.host_ids,
+        preferred_host_ids=vm.affinity.preferred_host_ids,
+        storage_host_ids=None if reach.any_host else reach.host_ids,
+        high_availability=vm.high_availability.enabled,
+    )

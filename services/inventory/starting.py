@@ -1,0 +1,368 @@
+"""How a VM comes to run: a claim, its disks and networks there, the order; another host when one fails.
+
+Each attempt raises the epoch, in the transaction that decides it. A host that failed is told to forget the VM at
+that epoch before another one is tried, so that nothing of the attempt can wake up later.
+"""
+
+from __future__ import annotations
+
+import logging
+from datetime import UTC, datetime
+
+from msgspec.structs import replace
+
+from services.inventory import model
+from services.inventory.desk import Inventory
+from services.inventory.specs import domain_spec, need_of
+from services.inventory.store import VMS
+from volery.contracts.base import Message
+from volery.contracts.domain import DomainSpec
+from volery.contracts.domain_orders import FORGET_DOMAIN, RUN_DOMAIN, ForgetDomain, RunDomain
+from volery.contracts.errors import Kind, Refused, conflict
+from volery.contracts.operation import Operation
+from volery.contracts.scheduling import (
+    CONFIRM_CLAIM,
+    PLACE,
+    RELEASE_CLAIM,
+    ClaimKey,
+    Place,
+    Placement,
+    Purpose,
+)
+from volery.contracts.vm import (
+    RESTART_VM,
+    START_VM,
+    DesiredState,
+    RestartVm,
+    RunOnce,
+    StartVm,
+    Vm,
+    VmStatus,
+)
+from volery.runtime import checks
+from volery.runtime.bus import Caller
+from volery.runtime.operations import Run
+from volery.runtime.service import Part
+from volery.runtime.tables import Stale
+
+log = logging.getLogger(__name__)
+part = Part()
+
+MAX_HOSTS = 3
+"""Hosts that are tried before a start fails (oVirt: NumberOfFailedRunsOnVds)."""
+HOPELESS = {Kind.INVALID, Kind.FORBIDDEN, Kind.INTERNAL}
+"""A refusal that no other host would answer otherwise."""
+
+
+class Starting(Message):
+    """What a start works on."""
+
+    vm_id: str
+    host_id: str = ""
+    run_once: RunOnce | None = None
+    purpose: Purpose = Purpose.START
+
+
+@part.answers(START_VM)
+async def start_vm(inv: Inventory, ask: StartVm, caller: Caller) -> Operation:
+    while True:
+        row = await VMS.get(inv.core.pool, ask.id)
+        vm = row.public
+        checks.revision(vm, ask.if_revision, "VM")
+        model.check_action(vm, "start")
+        if ask.host_id:
+            checks.object_id(ask.host_id, "host")
+        op, begun = inv.core.operations.begin(
+            "vm.start",
+            object_kind="vm",
+            object_id=vm.id,
+            object_name=vm.name,
+            question=Starting(vm_id=vm.id, host_id=ask.host_id, run_once=ask.run_once),
+            caller=caller,
+        )
+        if ask.dry_run:
+            return replace(op, id="", result={"placement": await _plan(inv, vm, ask, caller)})
+        new = replace(
+            vm,
+            desired=DesiredState.UP,
+            status=VmStatus.RESTORING_STATE if row.private.saved_path else VmStatus.WAIT_FOR_LAUNCH,
+            busy_with=op.id,
+            restarts=0,
+            allowed_actions=(),
+        )
+        private = replace(row.private, stop_asked=False, run_once=ask.run_once)
+        try:
+            await inv.core.commit(VMS.update(row, new, private), begun, caller=caller, answer=op)
+        except Stale:
+            continue
+        return op
+
+
+async def _plan(inv: Inventory, vm: Vm, ask: StartVm, caller: Caller) -> Placement:
+    question = Place(
+        need=await need_of(inv, vm, caller, ask.run_once),
+        epoch=vm.epoch + 1,
+        target_host_id=ask.host_id,
+        dry_run=True,
+    )
+    return await inv.core.bus.ask(PLACE, question, Caller(caller.principal))
+
+
+@part.answers(RESTART_VM)
+async def restart_vm(inv: Inventory, ask: RestartVm, caller: Caller) -> Operation:
+    """ha asks, because the VM's own host said that its QEMU ended."""
+    while True:
+        row = await VMS.get(inv.core.pool, ask.vm_id)
+        vm = row.public
+        placement = await inv.store.placement(vm.id)
+        if vm.desired is not DesiredState.UP or vm.status is not VmStatus.DOWN or placement.state != "none":
+            raise conflict(
+                f"VM {vm.name} is {vm.status} and wanted {vm.desired}; there is nothing to restart",
+                status=vm.status,
+            )
+        if ask.epoch and ask.epoch != placement.epoch:
+            raise conflict(f"VM {vm.name} has been placed since (epoch {placement.epoch}, not {ask.epoch})")
+        op, begun = inv.core.operations.begin(
+            "vm.restart",
+            object_kind="vm",
+            object_id=vm.id,
+            object_name=vm.name,
+            question=Starting(vm_id=vm.id, purpose=Purpose.RESTART),
+            caller=caller,
+        )
+        new = replace(
+            vm,
+            status=VmStatus.WAIT_FOR_LAUNCH,
+            status_reason=ask.reason,
+            busy_with=op.id,
+            restarts=vm.restarts + 1,
+            allowed_actions=(),
+        )
+        try:
+            await inv.core.commit(VMS.update(row, new), begun, caller=caller, answer=op)
+        except Stale:
+            continue
+        return op
+
+
+@part.runs("vm.start", deadline_seconds=600)
+async def start(inv: Inventory, run: Run) -> None:
+    await bring_up(inv, run)
+
+
+@part.runs("vm.restart", deadline_seconds=600)
+async def restart(inv: Inventory, run: Run) -> None:
+    await bring_up(inv, run)
+
+
+async def bring_up(inv: Inventory, run: Run) -> None:
+    """Try hosts until one runs the VM. Raises Refused with every host's reason."""
+    ask = run.input(Starting)
+
+    async def down() -> None:
+        await _stay_down(inv, run, ask)
+
+    run.undo("state", down)
+    excluded: list[str] = []
+    reasons: list[str] = []
+    for attempt in range(MAX_HOSTS):
+        run.checkpoint()
+        epoch = await run.step(f"epoch-{attempt}", "Deciding", lambda: _raise_epoch(inv, ask.vm_id), int)
+        placed = await _place(inv, run, ask, attempt, epoch, tuple(excluded))
+        if not placed.host_id:
+            await release_claim(inv, run, ask.vm_id, epoch)
+            tried = f" Tried already: {'; '.join(reasons)}." if reasons else ""
+            raise Refused(Kind.EXHAUSTED, f"{placed.message}{tried}", placement=placed)
+        try:
+            await _run_on(inv, run, ask, attempt, epoch, placed.host_id)
+        except Refused as refused:
+            log.info("attempt %d on %s: %s", attempt, placed.host_id, refused.message)
+            await _give_up_host(inv, run, ask.vm_id, attempt, epoch, placed.host_id)
+            excluded.append(placed.host_id)
+            reasons.append(f"{_host_name(placed)}: {refused.message}")
+            if refused.kind in HOPELESS or ask.host_id or attempt == MAX_HOSTS - 1:
+                raise Refused(refused.kind, "; ".join(reasons), **refused.details) from None
+            continue
+        await _confirm(inv, run, ask.vm_id, epoch)
+        return
+
+
+def _host_name(placed: Placement) -> str:
+    return next((h.name for h in placed.hosts if h.host_id == placed.host_id and h.name), placed.host_id)
+
+
+async def _raise_epoch(inv: Inventory, vm_id: str) -> int:
+    while True:
+        before = await inv.store.placement(vm_id)
+        row = await VMS.get(inv.core.pool, vm_id)
+        epoch = before.epoch + 1
+        try:
+            await inv.core.commit(
+                inv.store.place(before, epoch=epoch, host_id="", state="starting"),
+                VMS.update(row, replace(row.public, epoch=epoch, host_id="")),
+            )
+        except Stale:
+            continue
+        return epoch
+
+
+async def _place(
+    inv: Inventory, run: Run, ask: Starting, attempt: int, epoch: int, excluded: tuple[str, ...]
+) -> Placement:
+    """The scheduler's decision, and the VM's row saying so."""
+
+    async def place() -> Placement:
+        vm = (await VMS.get(inv.core.pool, ask.vm_id)).public
+        question = Place(
+            need=await need_of(inv, vm, run.caller, ask.run_once),
+            epoch=epoch,
+            purpose=ask.purpose,
+            excluded_host_ids=excluded,
+            target_host_id=ask.host_id,
+            operation_id=run.id,
+        )
+        placed = await inv.core.bus.ask(PLACE, question, run.caller_for(f"place-{attempt}"))
+        if placed.host_id:
+            await _set_host(inv, ask.vm_id, epoch, placed.host_id)
+        return placed
+
+    return await run.step(f"place-{attempt}", "Choosing a host", place, Placement)
+
+
+async def _set_host(inv: Inventory, vm_id: str, epoch: int, host_id: str) -> None:
+    while True:
+        before = await inv.store.placement(vm_id)
+        if before.epoch != epoch or before.state != "starting":
+            raise conflict(f"the placement of this VM changed meanwhile (epoch {before.epoch}, not {epoch})")
+        row = await VMS.get(inv.core.pool, vm_id)
+        try:
+            await inv.core.commit(
+                inv.store.place(before, epoch=epoch, host_id=host_id, state="starting"),
+                VMS.update(row, replace(row.public, host_id=host_id)),
+            )
+        except Stale:
+            continue
+        return
+
+
+async def _run_on(inv: Inventory, run: Run, ask: Starting, attempt: int, epoch: int, host_id: str) -> None:
+    row = await VMS.get(inv.core.pool, ask.vm_id)
+    once = ask.run_once
+
+    async def prepare() -> DomainSpec:
+        return await domain_spec(inv, row.public, host_id, once, run.caller)
+
+    # The spec holds secrets, so it isn't recorded with the operation: preparing is cheap to do again.
+    await run.step(f"prepare-{attempt}", "Preparing disks and networks", lambda: _discard(prepare()))
+    question = RunDomain(
+        vm_id=ask.vm_id,
+        spec=await prepare(),
+        paused=bool(once and once.paused),
+        restore_path=row.private.saved_path,
+    )
+    await run.order(f"run-{attempt}", "Starting QEMU", RUN_DOMAIN, question, host_id=host_id, epoch=epoch)
+    await _settle_running(inv, ask, epoch, host_id)
+
+
+async def _discard(work: object) -> None:
+    await work  # type: ignore[misc]
+
+
+async def _settle_running(inv: Inventory, ask: Starting, epoch: int, host_id: str) -> None:
+    """The host said that QEMU runs. It may have ended again since: then its fact was here first."""
+    while True:
+        before = await inv.store.placement(ask.vm_id)
+        row = await VMS.get(inv.core.pool, ask.vm_id)
+        vm = row.public
+        if before.epoch != epoch or before.state == "none":
+            raise conflict(
+                f"VM {vm.name} started on its host and ended at once ({vm.status_reason or 'no reason given'}); "
+                "look at its console log there"
+            )
+        paused = bool(ask.run_once and ask.run_once.paused)
+        status = VmStatus.PAUSED if paused else VmStatus.UP
+        if vm.status in model.RUNNING | {VmStatus.PAUSED}:
+            status = vm.status
+        new = model.with_actions(
+            replace(
+                vm,
+                status=status,
+                status_reason="",
+                host_id=host_id,
+                next_run=False,
+                started_at=datetime.now(UTC),
+            )
+        )
+        private = replace(row.private, saved_path="", saved_host_id="", run_once=None)
+        try:
+            await inv.core.commit(
+                inv.store.place(before, epoch=epoch, host_id=host_id, state="running"),
+                VMS.update(row, new, private),
+            )
+        except Stale:
+            continue
+        return
+
+
+async def _give_up_host(inv: Inventory, run: Run, vm_id: str, attempt: int, epoch: int, host_id: str) -> None:
+    """Nothing of this attempt stays on the host, and its claim is given back."""
+    sent = await inv.core.orders.exists(run.order_id(f"run-{attempt}"))
+    if sent:
+        was, run.undoing = run.undoing, True
+        try:
+            await run.order(
+                f"forget-{attempt}",
+                "Making sure that nothing is left there",
+                FORGET_DOMAIN,
+                ForgetDomain(vm_id=vm_id),
+                host_id=host_id,
+                epoch=epoch,
+            )
+        finally:
+            run.undoing = was
+    await release_claim(inv, run, vm_id, epoch)
+
+
+async def release_claim(inv: Inventory, run: Run, vm_id: str, epoch: int) -> None:
+    question = ClaimKey(vm_id=vm_id, epoch=epoch)
+    await inv.core.bus.ask(RELEASE_CLAIM, question, run.caller_for(f"release-{epoch}"))
+
+
+async def _confirm(inv: Inventory, run: Run, vm_id: str, epoch: int) -> None:
+    question = ClaimKey(vm_id=vm_id, epoch=epoch)
+    await inv.core.bus.ask(CONFIRM_CLAIM, question, run.caller_for(f"confirm-{epoch}"))
+
+
+async def _stay_down(inv: Inventory, run: Run, ask: Starting) -> None:
+    """The start failed or was cancelled: wherever it was tried, it is ended, and the VM is down."""
+    placement = await inv.store.placement(ask.vm_id)
+    if placement.state in ("starting", "running") and placement.host_id:
+        attempts = [n for n in range(MAX_HOSTS) if await inv.core.orders.exists(run.order_id(f"run-{n}"))]
+        if attempts:
+            await _give_up_host(inv, run, ask.vm_id, attempts[-1], placement.epoch, placement.host_id)
+        else:
+            await release_claim(inv, run, ask.vm_id, placement.epoch)
+    while True:
+        before = await inv.store.placement(ask.vm_id)
+        row = await VMS.find(inv.core.pool, ask.vm_id)
+        if row is None:
+            return
+        saved = bool(row.private.saved_path)
+        restarting = ask.purpose is Purpose.RESTART and row.public.high_availability.enabled
+        new = model.with_actions(
+            replace(
+                row.public,
+                status=VmStatus.SUSPENDED if saved else VmStatus.DOWN,
+                desired=DesiredState.UP if restarting else DesiredState.DOWN,
+                status_reason="crashed" if restarting else "start_failed",
+                host_id="",
+            )
+        )
+        try:
+            await inv.core.commit(
+                inv.store.place(before, epoch=before.epoch, host_id="", state="none"),
+                VMS.update(row, new),
+            )
+        except Stale:
+            continue
+        return
