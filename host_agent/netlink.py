@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import socket
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
@@ -27,7 +28,7 @@ RTPROT_KERNEL, RTPROT_RA = 2, 9
 RTN_UNICAST = 1
 RT_TABLE_LOCAL = 255
 RTNH_F_ONLINK = 4
-IFA_F_PERMANENT = 0x80
+IFA_F_NODAD, IFA_F_PERMANENT, IFA_F_NOPREFIXROUTE = 0x02, 0x80, 0x200
 SCOPE_LINK = 253
 
 
@@ -60,6 +61,7 @@ class Address(msgspec.Struct, frozen=True, kw_only=True):
     family: int
     scope: int = 0
     broadcast: str = ""
+    flags: int = 0
 
 
 class Route(msgspec.Struct, frozen=True, kw_only=True):
@@ -134,7 +136,7 @@ class SetPeers(msgspec.Struct, frozen=True, tag=True):
 
 
 class Move(msgspec.Struct, frozen=True, tag=True):
-    """Addresses and routes from one link to another, in one go."""
+    """Addresses and routes from one link to another; "" as a link takes them away, or brings them back."""
 
     source: str
     target: str
@@ -236,6 +238,7 @@ def _addresses(messages: Iterable[Any], names: dict[int, str]) -> Iterator[Addre
             family=message["family"],
             scope=message["scope"],
             broadcast=message.get_attr("IFA_BROADCAST") or "",
+            flags=flags & IFA_F_NOPREFIXROUTE,
         )
 
 
@@ -309,7 +312,8 @@ def _index(ip: Any, name: str) -> int | None:
 def _make(ip: Any, step: Make) -> None:
     link = step.link
     if _index(ip, link.name) is None:
-        ip.link("add", ifname=link.name, kind=link.kind, mtu=link.mtu, **_KINDS[link.kind](ip, link))
+        settings = _KINDS[link.kind](ip, link) | ({"address": link.mac} if link.mac else {})
+        ip.link("add", ifname=link.name, kind=link.kind, mtu=link.mtu, **settings)
     index = _index(ip, link.name)
     ip.link("set", index=index, ifalias=link.alias)
     if link.kind == "vxlan":
@@ -317,8 +321,9 @@ def _make(ip: Any, step: Make) -> None:
 
 
 def _bridge(ip: Any, link: Link) -> dict[str, Any]:
-    settings = {"br_stp_state": 0, "br_forward_delay": 0}
-    return settings | ({"address": link.mac} if link.mac else {})
+    # An address of its own: else a bridge takes its ports' lowest, and changes it as VMs come and go.
+    own = ":".join(f"{byte:02x}" for byte in (2, *os.urandom(5)))
+    return {"br_stp_state": 0, "br_forward_delay": 0, "address": own}
 
 
 def _vxlan(ip: Any, link: Link) -> dict[str, Any]:
@@ -366,19 +371,28 @@ def _set_peers(ip: Any, step: SetPeers) -> None:
 
 
 def _move(ip: Any, step: Move) -> None:
-    source, target = _index(ip, step.source), _index(ip, step.target)
-    if target is None:
+    source = _index(ip, step.source) if step.source else None
+    target = _index(ip, step.target) if step.target else None
+    if step.target and target is None:
         return
     for address in step.addresses:
         settings = {"address": address.address, "prefixlen": address.prefix, "family": address.family}
         if source is not None:
             with _tolerating(errno.EADDRNOTAVAIL):
                 ip.addr("del", index=source, **settings)
-        broadcast = {"broadcast": address.broadcast} if address.broadcast else {}
-        with _tolerating(errno.EEXIST):
-            ip.addr("add", index=target, scope=address.scope, **settings, **broadcast)
+        if target is not None:
+            with _tolerating(errno.EEXIST):
+                ip.addr("add", index=target, scope=address.scope, **settings, **_address_settings(address))
     for route in sorted(step.routes, key=lambda r: bool(r.gateway)):  # what leads to a gateway comes first
-        ip.route("replace", **_route_settings(route, target))
+        if target is not None:
+            ip.route("replace", **_route_settings(route, target))
+
+
+def _address_settings(address: Address) -> dict[str, Any]:
+    # No duplicate detection: it was this host's a moment ago, and would not be usable for seconds.
+    nodad = IFA_F_NODAD if address.family == socket.AF_INET6 else 0
+    broadcast = {"broadcast": address.broadcast} if address.broadcast else {}
+    return {"flags": address.flags | nodad, **broadcast}
 
 
 def _route_settings(route: Route, link: int) -> dict[str, Any]:

@@ -135,7 +135,9 @@ def removals(seen: Seen, desired: Sequence[HostNetwork]) -> list[Step]:
     steps: list[Step] = []
     for link in sorted(going, key=lambda one: one.kind != "bridge"):
         if link.kind == "bridge":
-            steps += _empty(seen, link, {other.name for other in going})
+            steps += _empty(seen, link)
+        if link.up:  # so that undoing it brings it up before its routes come back
+            steps.append(SetUp(link.name, False, True))
         steps.append(Drop(link))
     kept = {nat.network_name(seen.installation, n.network_id) for n in desired if n.kind is NetworkKind.NAT}
     for name, xml in seen.nats.items():
@@ -162,13 +164,12 @@ def refuse_guests(seen: Seen, bridge: str) -> None:
         )
 
 
-def _empty(seen: Seen, bridge: Link, going: set[str]) -> Iterable[Step]:
+def _empty(seen: Seen, bridge: Link) -> Iterable[Step]:
     """The bridge's addresses back to the host's device, and its ports out of it."""
     refuse_guests(seen, bridge.name)
-    ports = [port for port in seen.ports(bridge.name) if port.name not in going]
+    ports = seen.ports(bridge.name)
     nics = [port for port in ports if not seen.owns(port)]
-    if nics:
-        yield from _moved(seen.kernel, bridge.name, nics[0].name)
+    yield from _moved(seen.kernel, bridge.name, nics[0].name if nics else "")
     for port in ports:
         yield Enslave(port.name, "", bridge.name)
 

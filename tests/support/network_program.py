@@ -1,0 +1,77 @@
+"""Runs one action on a host's networks in the network namespace that it is started in.
+
+`python -m tests.support.network_program VERB STATE_DIR [HOST:PORT [LIBVIRT_URI]]`, an order as JSON on standard
+input for `apply`. HOST:PORT is where the control plane listens: reachable is what accepts a connection there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from host_agent import network
+from host_agent.action import Host
+from host_agent.hypervisor import Hypervisor
+from tests.support.agent_host import make_host, running
+from volery.contracts.errors import Refused
+from volery.contracts.network_orders import ApplyNetworks
+
+CONNECT_SECONDS = 0.5
+
+
+def reachable_at(address: str) -> Any:
+    host, _, port = address.rpartition(":")
+
+    async def reachable() -> bool:
+        try:
+            async with asyncio.timeout(CONNECT_SECONDS):
+                _, writer = await asyncio.open_connection(host, int(port))
+        except (OSError, TimeoutError):
+            return False
+        writer.close()
+        return True
+
+    return reachable
+
+
+async def act(host: Host, verb: str) -> object:
+    if verb == "apply":
+        order = msgspec.json.decode(sys.stdin.buffer.read(), type=ApplyNetworks)
+        return await network.apply(host, order, running())
+    if verb == "restore":
+        return await network.restore(host)
+    if verb == "report":
+        return await network.report(host)
+    if verb == "features":
+        return await network.features()
+    return await network.nics()
+
+
+async def main() -> None:
+    verb, state_dir, *more = sys.argv[1:]
+    uri = more[1] if len(more) > 1 else ""
+    reachable = reachable_at(more[0]) if more and more[0] else None
+    host = make_host(Path(state_dir), reachable=reachable, **({"libvirt_uri": uri} if uri else {}))
+    if uri:
+        hypervisor = Hypervisor(host.config)
+        host = make_host(Path(state_dir), hypervisor, reachable, libvirt_uri=uri)
+        async with hypervisor:
+            await say(host, verb)
+    else:
+        await say(host, verb)
+
+
+async def say(host: Host, verb: str) -> None:
+    try:
+        answer: object = {"ok": await act(host, verb)}
+    except Refused as refused:
+        answer = {"refused": refused.problem()}
+    sys.stdout.buffer.write(msgspec.json.encode(answer))
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
