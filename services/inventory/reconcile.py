@@ -52,7 +52,7 @@ async def _vm(inv: Inventory, vm_id: str) -> None:
 async def _claims(inv: Inventory, vm_id: str) -> None:
     """A VM that ended or moved holds no capacity but that of its placement."""
     placement = await inv.store.placement(vm_id)
-    kept = (placement.epoch,) if placement.state != "none" else ()
+    kept: tuple[int, ...] = (placement.epoch,) if placement.state != "none" else ()
     if placement.state == "moving":
         kept = (placement.epoch - 1, placement.epoch)
     question = ReleaseVm(vm_id=vm_id, keep_epochs=kept)

@@ -149,8 +149,6 @@ READERS: Table[EventReader, Nothing] = Table(
     noun="event reader",
 )
 
-Pool = asyncpg.Pool[asyncpg.Record]
-
 
 @dataclass(frozen=True, slots=True)
 class PlacementRow:
@@ -167,7 +165,7 @@ class PlacementRow:
 class Store:
     """What Table does not say by itself."""
 
-    pool: Pool
+    pool: asyncpg.Pool[asyncpg.Record]
 
     async def placement(self, vm_id: str) -> PlacementRow:
         row = await self.pool.fetchrow(
