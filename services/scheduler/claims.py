@@ -1,0 +1,104 @@
+"""Claims after they were made: confirmed when the VM runs, given back when it ended; and what hosts have left."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from msgspec.structs import replace
+
+from services.scheduler import model, store
+from services.scheduler.state import Scheduler
+from volery.contracts.base import Done
+from volery.contracts.errors import Kind, Refused
+from volery.contracts.operation import ListQuery
+from volery.contracts.scheduling import (
+    CONFIRM_CLAIM,
+    LIST_CAPACITY,
+    LIST_CLAIMS,
+    RELEASE_CLAIM,
+    RELEASE_VM_CLAIMS,
+    Claim,
+    ClaimKey,
+    ReleaseVm,
+)
+from volery.runtime.bus import Caller
+from volery.runtime.pages import page
+from volery.runtime.service import Part
+from volery.runtime.tables import Row, Stale
+
+part = Part()
+
+DONE = Done()
+
+
+@part.answers(CONFIRM_CLAIM)
+async def confirm(scheduler: Scheduler, ask: ClaimKey, caller: Caller) -> Done:
+    """Raises Refused(not_found) for a claim that was given back meanwhile."""
+    while True:
+        row = await store.claim_of(scheduler.core.pool, ask.vm_id, ask.epoch)
+        if row is None:
+            raise Refused(
+                Kind.NOT_FOUND,
+                f"VM {ask.vm_id} holds no claim under epoch {ask.epoch}: it was released, or expired before it was "
+                "confirmed; place the VM again",
+                vm_id=ask.vm_id,
+                epoch=ask.epoch,
+            )
+        if row.public.state == model.CONFIRMED:
+            await scheduler.core.commit(caller=caller, answer=DONE)
+            return DONE
+        try:
+            await scheduler.core.commit(
+                store.CLAIMS.update(row, replace(row.public, state=model.CONFIRMED)),
+                caller=caller,
+                answer=DONE,
+            )
+            return DONE
+        except Stale:
+            continue
+
+
+@part.answers(RELEASE_CLAIM)
+async def release(scheduler: Scheduler, ask: ClaimKey, caller: Caller) -> Done:
+    while True:
+        row = await store.claim_of(scheduler.core.pool, ask.vm_id, ask.epoch)
+        if await _release(scheduler, [row] if row else [], caller):
+            return DONE
+
+
+@part.answers(RELEASE_VM_CLAIMS)
+async def release_vm(scheduler: Scheduler, ask: ReleaseVm, caller: Caller) -> Done:
+    while True:
+        rows = await store.claims_of(scheduler.core.pool, ask.vm_id)
+        if await _release(scheduler, [r for r in rows if r.public.epoch not in ask.keep_epochs], caller):
+            return DONE
+
+
+async def _release(scheduler: Scheduler, rows: list[Row[Claim, store.ClaimPrivate]], caller: Caller) -> bool:
+    """Whether all were given back; False: somebody changed one meanwhile."""
+    by_host = sorted(rows, key=lambda row: (row.public.host_id, row.id))
+    changes = [change for row in by_host for change in store.release(row)]
+    try:
+        await scheduler.core.commit(*changes, caller=caller, answer=DONE)
+    except Stale:
+        return False
+    for row in rows:
+        scheduler.fleet.use(row.public.host_id, -row.public.memory_bytes, -row.public.vcpus)
+    return True
+
+
+@part.answers(LIST_CLAIMS)
+async def list_claims(scheduler: Scheduler, ask: ListQuery, caller: Caller) -> msgspec.Raw:
+    return await page(scheduler.core.pool, store.CLAIMS, ask)
+
+
+@part.answers(LIST_CAPACITY)
+async def list_capacity(scheduler: Scheduler, ask: ListQuery, caller: Caller) -> dict[str, Any]:
+    items, following = await store.capacity_page(scheduler.core.pool, ask)
+    load = scheduler.fleet.floats("cpu_percent")
+    for item in items:
+        row = scheduler.fleet.rows.get(msgspec.json.decode(item.get("host_id", b'""')))
+        if row is not None:
+            item["cpu_percent"] = msgspec.Raw(msgspec.json.encode(round(float(load[row]), 1)))
+    return {"items": items, "next": following}

@@ -1,0 +1,29 @@
+"""Settings of the scheduler: VOLERY_SCHEDULER_*."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Section VOLERY_SCHEDULER_."""
+
+    host_reserve_mib: int = 256
+    """Memory of every host that no VM may have: kernel, libvirtd, agent (oVirt's host_mem_reserve)."""
+    guest_overhead_mib: int = 65
+    """What QEMU needs beside the guest's memory (oVirt's guest overhead). Part of every claim."""
+    claim_seconds: float = 300.0
+    """A tentative claim that nobody confirmed is given back after this long, unless its VM is on its way."""
+    settled_seconds: float = 5.0
+    """How long a VM's state must have been unchanged before a claim that contradicts it is given back: facts
+    travel for milliseconds, and a claim released too early could be given twice."""
+    refusal_wait_seconds: float = 0.25
+    """How long a placement that finds no host waits for facts on their way before it says so."""
+    decision_days: int = 7
+    """How long decisions stay readable."""
+    explained_hosts: int = 100
+    """Hosts explained in the answer to a placement; the stored decision explains them all."""
+    high_utilization_percent: float = 80.0
+    """Power saving fills a host up to this CPU load, not further (oVirt's HighUtilization)."""
+    vcpu_load_percent: float = 10.0
+    """Assumed load of a vCPU that was placed after the host's last sample (oVirt's VcpuConsumptionPercentage)."""

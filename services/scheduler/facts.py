@@ -1,0 +1,154 @@
+"""What other owners say: their facts, and their lists when facts were missed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from services.scheduler import store
+from services.scheduler.model import ClusterPolicy, limits
+from services.scheduler.state import Scheduler
+from volery.contracts.base import Call, Entity, Owner
+from volery.contracts.cluster import CLUSTER_CHANGED, CLUSTER_DELETED, LIST_CLUSTERS, Cluster
+from volery.contracts.errors import Refused
+from volery.contracts.host import HOST_CHANGED, HOST_DELETED, LIST_HOSTS, Host
+from volery.contracts.network import LIST_NETWORKS, NETWORK_CHANGED, NETWORK_DELETED, Network
+from volery.contracts.operation import ListQuery, Page
+from volery.contracts.vm import LIST_VMS, VM_CHANGED, VM_DELETED, Vm
+from volery.runtime.relay import stream_name
+from volery.runtime.service import Part
+from volery.runtime.tables import Change, commit
+
+log = logging.getLogger(__name__)
+
+part = Part()
+
+LIST_SECONDS = 2.0
+PAGE = 200
+
+
+@part.hears(HOST_CHANGED)
+async def host_changed(scheduler: Scheduler, host: Host) -> list[Change]:
+    policy = await _policy(scheduler, host.cluster_id)
+    capabilities = host.capabilities
+    allowed = limits(capabilities.memory_bytes, capabilities.cpus, policy, scheduler.config)
+    return [store.saw_host(host, allowed)]
+
+
+@part.hears(HOST_DELETED)
+async def host_deleted(scheduler: Scheduler, host: Host) -> list[Change]:
+    return [store.host_gone(host.id)]
+
+
+@part.hears(CLUSTER_CHANGED)
+async def cluster_changed(scheduler: Scheduler, cluster: Cluster) -> list[Change]:
+    """Its over-commit is part of every limit of its hosts."""
+    policy = ClusterPolicy(
+        cluster.id,
+        memory_overcommit_percent=cluster.memory_overcommit_percent,
+        cpu_overcommit_ratio=cluster.cpu_overcommit_ratio,
+    )
+    hosts = await store.hosts_of(scheduler.core.pool, cluster.id)
+    new = {h.id: limits(h.memory_bytes, h.cpus, policy, scheduler.config) for h in hosts}
+    return [store.saw_cluster(cluster), store.set_limits(new)]
+
+
+@part.hears(CLUSTER_DELETED)
+async def cluster_deleted(scheduler: Scheduler, cluster: Cluster) -> list[Change]:
+    return [store.cluster_gone(cluster.id)]
+
+
+@part.hears(NETWORK_CHANGED)
+async def network_changed(scheduler: Scheduler, network: Network) -> list[Change]:
+    return [store.saw_network(network)]
+
+
+@part.hears(NETWORK_DELETED)
+async def network_deleted(scheduler: Scheduler, network: Network) -> list[Change]:
+    return [store.network_gone(network.id)]
+
+
+@part.hears(VM_CHANGED)
+async def vm_changed(scheduler: Scheduler, vm: Vm) -> list[Change]:
+    return [store.saw_vm(vm)]
+
+
+@part.hears(VM_DELETED)
+async def vm_deleted(scheduler: Scheduler, vm: Vm) -> list[Change]:
+    return [store.saw_vm(vm, deleted=True)]
+
+
+async def _policy(scheduler: Scheduler, cluster_id: str) -> ClusterPolicy:
+    found = await store.clusters(scheduler.core.pool, "id = $1", cluster_id)
+    return found[0] if found else ClusterPolicy(cluster_id)
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """How an owner's noun is listed again."""
+
+    owner: Owner
+    call: Call[ListQuery, Page]
+    table: str
+    type: type[Entity]
+    take: Callable[[Scheduler, Any], Awaitable[list[Change]]]
+
+
+LISTINGS: tuple[Listing, ...] = (
+    # Clusters before hosts: a host's limits are its cluster's over-commit.
+    Listing(Owner.INVENTORY, LIST_CLUSTERS, "cluster", Cluster, cluster_changed),
+    Listing(Owner.INVENTORY, LIST_HOSTS, "host_capacity", Host, host_changed),
+    Listing(Owner.INVENTORY, LIST_VMS, "vm", Vm, vm_changed),
+    Listing(Owner.NETWORK, LIST_NETWORKS, "network", Network, network_changed),
+)
+
+
+async def list_again(scheduler: Scheduler, owner: Owner) -> None:
+    """Everything of an owner that the fleet is made of. Raises Refused when the owner doesn't answer."""
+    for listing in LISTINGS:
+        if listing.owner is owner:
+            before = await store.known(scheduler.core.pool, listing.table)
+            listed = await _take_list(scheduler, listing)
+            await commit(scheduler.core.pool, [store.gone(listing.table, sorted(before - listed))])
+    scheduler.listed.add(stream_name(owner))
+    log.info("listed %s again", owner)
+
+
+async def _take_list(scheduler: Scheduler, listing: Listing) -> set[str]:
+    ids: set[str] = set()
+    following = ""
+    while True:
+        page = await scheduler.core.bus.ask(listing.call, ListQuery(limit=PAGE, page=following))
+        changes: list[Change] = []
+        for item in page.items:
+            entity = msgspec.json.decode(item, type=listing.type)
+            ids.add(entity.id)
+            changes += await listing.take(scheduler, entity)
+        await commit(scheduler.core.pool, changes)
+        following = page.next
+        if not following:
+            return ids
+
+
+async def facts_were_lost(scheduler: Scheduler, stream: str) -> None:
+    """Have the owner listed as soon as it answers."""
+    scheduler.listed.discard(stream)
+
+
+async def leadership_begins(scheduler: Scheduler) -> None:
+    scheduler.listed.clear()
+
+
+@part.every(LIST_SECONDS)
+async def list_what_was_missed(scheduler: Scheduler) -> None:
+    """Once per leadership and after each loss: a fleet rebuilt from facts alone trusts that none was trimmed."""
+    for owner in (Owner.INVENTORY, Owner.NETWORK):
+        if stream_name(owner) not in scheduler.listed:
+            try:
+                await list_again(scheduler, owner)
+            except Refused as refused:
+                log.info("%s can't be listed yet: %s", owner, refused.message)

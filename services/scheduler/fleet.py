@@ -1,0 +1,228 @@
+"""The fleet in columns: every host's capacity, use and abilities as NumPy arrays, one row per host.
+
+In memory only: rebuilt from the service's own tables at start and kept in step with them. Capacity in here
+decides what is tried; what is granted is decided by the database.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from services.scheduler.model import ClusterPolicy
+from volery.contracts.host import HostStatus
+
+Bools = NDArray[np.bool_]
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+STATUSES: tuple[str, ...] = tuple(HostStatus)
+UP = STATUSES.index(HostStatus.UP)
+
+
+@dataclass(frozen=True, slots=True)
+class HostFigures:
+    """One host as the tables have it. Memory in bytes; limits and use are of what may be promised."""
+
+    id: str
+    name: str
+    cluster_id: str
+    status: str
+    cpus: int
+    memory_bytes: int
+    memory_limit_bytes: int
+    memory_used_bytes: int
+    vcpus_limit: int
+    vcpus_used: int
+    cpu_models: frozenset[str] = frozenset()
+    machines: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkReach:
+    """On which hosts a network is ready."""
+
+    id: str
+    name: str
+    host_ids: frozenset[str]
+
+
+_COLUMNS: dict[str, type] = {
+    "cluster": np.int64,
+    "status": np.int64,
+    "cpus": np.int64,
+    "memory_bytes": np.int64,
+    "memory_limit": np.int64,
+    "memory_used": np.int64,
+    "vcpus_limit": np.int64,
+    "vcpus_used": np.int64,
+    "cpu_percent": np.float64,
+    "fresh_vcpus": np.int64,
+}
+
+
+@dataclass(slots=True)
+class Fleet:
+    """Columns by name (`column("memory_used")`), rows by host id."""
+
+    ids: list[str] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    rows: dict[str, int] = field(default_factory=dict)
+    clusters: dict[str, ClusterPolicy] = field(default_factory=dict)
+    networks: dict[str, NetworkReach] = field(default_factory=dict)
+    _columns: dict[str, NDArray[np.int64] | NDArray[np.float64]] = field(
+        default_factory=lambda: {name: np.zeros(16, dtype) for name, dtype in _COLUMNS.items()}
+    )
+    _cluster_numbers: dict[str, int] = field(default_factory=dict)
+    _models: list[frozenset[str]] = field(default_factory=list)
+    _machines: list[frozenset[str]] = field(default_factory=list)
+    _masks: dict[tuple[str, str], Bools] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def ints(self, name: str) -> Ints:
+        return self._columns[name][: len(self.ids)]  # type: ignore[return-value]
+
+    def floats(self, name: str) -> Floats:
+        return self._columns[name][: len(self.ids)]  # type: ignore[return-value]
+
+    def put(self, host: HostFigures) -> None:
+        """Add a host or take over its figures; its newest CPU sample is kept."""
+        row = self.rows.get(host.id)
+        if row is None:
+            row = self._append(host)
+        elif self._models[row] != host.cpu_models or self._machines[row] != host.machines:
+            self._masks.clear()
+        self.names[row] = host.name
+        self._models[row], self._machines[row] = host.cpu_models, host.machines
+        figures = {
+            "cluster": self._cluster_number(host.cluster_id),
+            "status": STATUSES.index(host.status) if host.status in STATUSES else -1,
+            "cpus": host.cpus,
+            "memory_bytes": host.memory_bytes,
+            "memory_limit": host.memory_limit_bytes,
+            "memory_used": host.memory_used_bytes,
+            "vcpus_limit": host.vcpus_limit,
+            "vcpus_used": host.vcpus_used,
+        }
+        for name, value in figures.items():
+            self._columns[name][row] = value
+
+    def _append(self, host: HostFigures) -> int:
+        row = len(self.ids)
+        if row == len(self._columns["status"]):
+            self._columns = {n: np.concatenate([c, np.zeros_like(c)]) for n, c in self._columns.items()}
+        for column in self._columns.values():
+            column[row] = 0
+        self.ids.append(host.id)
+        self.names.append(host.name)
+        self._models.append(host.cpu_models)
+        self._machines.append(host.machines)
+        self.rows[host.id] = row
+        self._masks.clear()
+        return row
+
+    def remove(self, host_id: str) -> None:
+        """Forget a host; the last row takes its place."""
+        row = self.rows.pop(host_id, None)
+        if row is None:
+            return
+        last = len(self.ids) - 1
+        for column in self._columns.values():
+            column[row] = column[last]
+        for texts in (self.ids, self.names):
+            texts[row] = texts[last]
+            texts.pop()
+        for sets in (self._models, self._machines):
+            sets[row] = sets[last]
+            sets.pop()
+        if row != last:
+            self.rows[self.ids[row]] = row
+        self._masks.clear()
+
+    def keep_only(self, host_ids: Iterable[str]) -> None:
+        for gone in set(self.ids) - set(host_ids):
+            self.remove(gone)
+
+    def use(self, host_id: str, memory_bytes: int, vcpus: int) -> None:
+        """Capacity taken (or, negative, given back) since the row was read."""
+        row = self.rows.get(host_id)
+        if row is None:
+            return
+        self._columns["memory_used"][row] += memory_bytes
+        self._columns["vcpus_used"][row] += vcpus
+        self._columns["fresh_vcpus"][row] = max(self._columns["fresh_vcpus"][row] + vcpus, 0)
+
+    def used(self, host_id: str, memory_bytes: int, vcpus: int) -> None:
+        """What the database says is used."""
+        row = self.rows.get(host_id)
+        if row is not None:
+            self._columns["memory_used"][row] = memory_bytes
+            self._columns["vcpus_used"][row] = vcpus
+
+    def sample(self, host_id: str, cpu_percent: float) -> None:
+        """A measured load contains the VMs that were started before it."""
+        row = self.rows.get(host_id)
+        if row is not None:
+            self._columns["cpu_percent"][row] = cpu_percent
+            self._columns["fresh_vcpus"][row] = 0
+
+    def set_network(self, network: NetworkReach) -> None:
+        self.networks[network.id] = network
+        self._masks.pop(("network", network.id), None)
+
+    def drop_network(self, network_id: str) -> None:
+        self.networks.pop(network_id, None)
+        self._masks.pop(("network", network_id), None)
+
+    def status_of(self, row: int) -> str:
+        code = int(self.ints("status")[row])
+        return STATUSES[code] if code >= 0 else "unknown"
+
+    def cluster_of(self, row: int) -> str:
+        number = int(self.ints("cluster")[row])
+        return next(c for c, n in self._cluster_numbers.items() if n == number)
+
+    def in_cluster(self, cluster_id: str) -> Bools:
+        mask: Bools = self.ints("cluster") == self._cluster_numbers.get(cluster_id, -1)
+        return mask
+
+    def among(self, host_ids: Iterable[str]) -> Bools:
+        """Whether each host is one of these."""
+        mask = np.zeros(len(self.ids), np.bool_)
+        mask[[self.rows[h] for h in host_ids if h in self.rows]] = True
+        return mask
+
+    def with_network(self, network_id: str) -> Bools:
+        reach = self.networks.get(network_id)
+        hosts = reach.host_ids if reach is not None else ()
+        return self._kept(("network", network_id), lambda: self.among(hosts))
+
+    def with_model(self, model: str) -> Bools:
+        return self._kept(("model", model), lambda: self._having(self._models, model))
+
+    def with_machine(self, machine: str) -> Bools:
+        return self._kept(("machine", machine), lambda: self._having(self._machines, machine))
+
+    def models_of(self, row: int) -> frozenset[str]:
+        return self._models[row]
+
+    def machines_of(self, row: int) -> frozenset[str]:
+        return self._machines[row]
+
+    def _having(self, sets: list[frozenset[str]], name: str) -> Bools:
+        # A host that reports no list is not excluded by it: libvirt has the last word there.
+        return np.fromiter((not s or name in s for s in sets), np.bool_, len(sets))
+
+    def _kept(self, key: tuple[str, str], make: Callable[[], Bools]) -> Bools:
+        mask = self._masks.get(key)
+        if mask is None:
+            mask = self._masks[key] = make()
+        return mask
+
+    def _cluster_number(self, cluster_id: str) -> int:
+        return self._cluster_numbers.setdefault(cluster_id, len(self._cluster_numbers))

@@ -1,0 +1,176 @@
+"""Placing: choose a host for a VM and claim its capacity there, or say for every host why not."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+from msgspec.structs import replace
+
+from services.scheduler import model, store
+from services.scheduler.policies.decision import decide, explain, sentence
+from services.scheduler.policies.request import Request, request
+from services.scheduler.state import Scheduler
+from volery.contracts.errors import Kind, Refused, conflict, not_found
+from volery.contracts.ids import new_id
+from volery.contracts.scheduling import (
+    GET_DECISION,
+    PLACE,
+    Claim,
+    GetDecision,
+    Place,
+    Placement,
+)
+from volery.runtime.bus import Caller
+from volery.runtime.service import Part
+from volery.runtime.tables import Change, Stale, Taken
+
+part = Part()
+
+TRIES = 50
+"""Claims lost to others in a row before a placement gives up: each means that somebody else got one."""
+
+
+@part.answers(PLACE)
+async def place(scheduler: Scheduler, ask: Place, caller: Caller) -> Placement:
+    """Raises Refused(invalid) for an impossible need; that no host fits is an answer, not a refusal."""
+    model.check(ask)
+    if ask.dry_run:
+        return _trimmed(scheduler, _decided(scheduler, ask))
+    first = await _first_answer(scheduler, ask)
+    if first is not None:
+        return first
+    waited = False
+    for _ in range(TRIES):
+        placement = _decided(scheduler, ask)
+        if not placement.host_id and not waited:
+            waited = True
+            await _hear_more(scheduler)
+            continue
+        try:
+            return await _commit(scheduler, ask, placement, caller)
+        except Stale:
+            await scheduler.read_used()
+        except Taken as taken:
+            if taken.constraint != store.CLAIM_TAKEN:
+                raise
+            found = await _first_answer(scheduler, ask)
+            if found is not None:
+                return found
+    raise Refused(
+        Kind.EXHAUSTED,
+        f"VM {ask.need.name or ask.need.vm_id} lost its place to others {TRIES} times; try again shortly",
+    )
+
+
+def _decided(scheduler: Scheduler, ask: Place) -> Placement:
+    asked = request(ask, scheduler.policy(ask.need.cluster_id), scheduler.config)
+    decision = decide(scheduler.fleet, asked)
+    hosts = explain(scheduler.fleet, asked, decision)
+    best = decision.best
+    return Placement(
+        vm_id=ask.need.vm_id,
+        epoch=ask.epoch,
+        host_id=scheduler.fleet.ids[best] if best is not None else "",
+        hosts=hosts,
+        message=sentence(asked, hosts, known=_target_known(scheduler, asked)),
+    )
+
+
+def _target_known(scheduler: Scheduler, asked: Request) -> bool:
+    target = asked.place.target_host_id
+    return not target or target in scheduler.fleet.rows
+
+
+async def _hear_more(scheduler: Scheduler) -> None:
+    """What would make room may be on its way: read all again, and give facts a moment to arrive."""
+    scheduler.changed.clear()
+    try:
+        async with asyncio.timeout(scheduler.config.refusal_wait_seconds):
+            await scheduler.changed.wait()
+    except TimeoutError:
+        await scheduler.reload()
+
+
+async def _first_answer(scheduler: Scheduler, ask: Place) -> Placement | None:
+    """The placement that holds the claim of (vm_id, epoch), if there is one."""
+    row = await store.claim_of(scheduler.core.pool, ask.need.vm_id, ask.epoch)
+    if row is None:
+        return None
+    host_id = row.public.host_id
+    if host_id in ask.excluded_host_ids or ask.target_host_id not in ("", host_id):
+        raise conflict(
+            f"VM {ask.need.name or ask.need.vm_id} holds a claim on host {host_id} under epoch {ask.epoch}, which "
+            "this placement leaves out; release it, or place under a higher epoch",
+            host_id=host_id,
+            claim_id=row.id,
+        )
+    kept = await store.decision(scheduler.core.pool, row.private.decision_id)
+    if kept is None:
+        return Placement(
+            vm_id=ask.need.vm_id,
+            epoch=ask.epoch,
+            host_id=host_id,
+            claimed=True,
+            message="placed before; the explanation is no longer kept",
+        )
+    return _trimmed(scheduler, msgspec.json.decode(kept, type=Placement))
+
+
+async def _commit(scheduler: Scheduler, ask: Place, placement: Placement, caller: Caller) -> Placement:
+    """Write claim and decision. Raises Stale when the capacity went to somebody else."""
+    decision_id = new_id()
+    placement = replace(placement, decision_id=decision_id, claimed=bool(placement.host_id))
+    changes: list[Change] = []
+    if placement.host_id:
+        claim = _claim(scheduler, ask, placement.host_id)
+        changes = [
+            store.take_capacity(claim.host_id, claim.memory_bytes, claim.vcpus),
+            store.CLAIMS.insert(claim, store.ClaimPrivate(decision_id=decision_id)),
+        ]
+    answer = _trimmed(scheduler, placement)
+    await scheduler.core.commit(*changes, store.keep_decision(placement), caller=caller, answer=answer)
+    if placement.host_id:
+        scheduler.fleet.use(claim.host_id, claim.memory_bytes, claim.vcpus)
+    return answer
+
+
+def _claim(scheduler: Scheduler, ask: Place, host_id: str) -> Claim:
+    now = datetime.now(UTC)
+    return Claim(
+        id=new_id(),
+        revision=1,
+        created_at=now,
+        updated_at=now,
+        vm_id=ask.need.vm_id,
+        epoch=ask.epoch,
+        host_id=host_id,
+        memory_bytes=model.memory_taken(ask.need.memory_bytes, scheduler.config),
+        vcpus=ask.need.vcpus,
+        state=model.TENTATIVE,
+        purpose=ask.purpose,
+    )
+
+
+def _trimmed(scheduler: Scheduler, placement: Placement) -> Placement:
+    """An answer stays small however large the cluster is; the stored decision has every host."""
+    most = scheduler.config.explained_hosts
+    more = len(placement.hosts) - most
+    if more <= 0:
+        return placement
+    where = f" (decision {placement.decision_id} explains them)" if placement.decision_id else ""
+    return replace(
+        placement,
+        hosts=placement.hosts[:most],
+        message=f"{placement.message}. {more} more hosts are not shown{where}",
+    )
+
+
+@part.answers(GET_DECISION)
+async def get_decision(scheduler: Scheduler, ask: GetDecision, caller: Caller) -> Any:
+    body = await store.decision(scheduler.core.pool, ask.id)
+    if body is None:
+        raise not_found("decision", ask.id)
+    return msgspec.Raw(body)

@@ -1,0 +1,74 @@
+"""Weights: each gives every host a score from 0 (worst) to 1 (best); the highest sum of factor × score wins.
+
+Which weights count, and how much, is a row of POLICIES, named after the cluster's balance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from services.scheduler.fleet import Fleet, Floats
+from services.scheduler.policies.request import Request
+from volery.contracts.cluster import Balance
+
+Score = Callable[[Fleet, Request], Floats]
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    name: str
+    factor: float
+    score: Score
+
+
+def expected_load(fleet: Fleet, request: Request) -> Floats:
+    """CPU load per host, 1 = every thread busy, with this VM and those placed since the last sample added at
+    the assumed load of a vCPU."""
+    added = (fleet.ints("fresh_vcpus") + request.need.vcpus) * request.vcpu_load
+    return fleet.floats("cpu_percent") / 100 + added / np.maximum(fleet.ints("cpus"), 1)
+
+
+def memory_share(fleet: Fleet, request: Request) -> Floats:
+    """Share of the memory that may be promised which would be taken."""
+    share: Floats = (fleet.ints("memory_used") + request.memory) / np.maximum(fleet.ints("memory_limit"), 1)
+    return share
+
+
+def cpu_even(fleet: Fleet, request: Request) -> Floats:
+    """The less loaded, the better."""
+    return 1 - np.clip(expected_load(fleet, request), 0, 1)
+
+
+def memory_even(fleet: Fleet, request: Request) -> Floats:
+    """The more memory is left, the better."""
+    return 1 - np.clip(memory_share(fleet, request), 0, 1)
+
+
+def cpu_saving(fleet: Fleet, request: Request) -> Floats:
+    """The busier, the better, but not beyond the high utilisation."""
+    load = expected_load(fleet, request)
+    return np.where(load <= request.high_utilization, np.clip(load, 0, 1), 0.0)
+
+
+def memory_saving(fleet: Fleet, request: Request) -> Floats:
+    """The fuller, the better."""
+    return np.clip(memory_share(fleet, request), 0, 1)
+
+
+def preferred(fleet: Fleet, request: Request) -> Floats:
+    return fleet.among(request.need.preferred_host_ids).astype(np.float64)
+
+
+PREFERRED = Weight("preferred_hosts", 99.0, preferred)
+"""oVirt's factor: outweighs everything else together."""
+EVEN = (Weight("cpu_even", 2.0, cpu_even), Weight("memory_even", 1.0, memory_even), PREFERRED)
+SAVING = (Weight("cpu_saving", 2.0, cpu_saving), Weight("memory_saving", 1.0, memory_saving), PREFERRED)
+
+POLICIES: dict[str, tuple[Weight, ...]] = {
+    Balance.NONE: EVEN,
+    Balance.EVENLY_DISTRIBUTED: EVEN,
+    Balance.POWER_SAVING: SAVING,
+}

@@ -1,0 +1,18 @@
+"""The scheduler's table: what it answers, hears and does by itself."""
+
+from __future__ import annotations
+
+from services.scheduler import claims, facts, placing, reconcile
+from services.scheduler.config import SchedulerConfig
+from services.scheduler.state import open_scheduler
+from volery.contracts.base import Owner
+from volery.runtime.service import Service
+
+service = Service(
+    name=Owner.SCHEDULER,
+    open=open_scheduler,
+    config=SchedulerConfig,
+    parts=[placing.part, claims.part, facts.part, reconcile.part],
+    on_gap=facts.facts_were_lost,
+    on_lead=facts.leadership_begins,
+)

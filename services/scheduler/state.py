@@ -1,0 +1,133 @@
+"""What a running scheduler holds: its fleet in memory, kept in step with the tables by every replica."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import msgspec
+from nats.aio.msg import Msg
+
+from services.scheduler import store
+from services.scheduler.config import SchedulerConfig
+from services.scheduler.fleet import Fleet
+from services.scheduler.model import ClusterPolicy
+from volery.contracts.metrics import METRICS_SUBJECT, HostSample
+from volery.runtime.core import Core
+
+log = logging.getLogger(__name__)
+
+USED_SECONDS = 1.0
+"""How old the other replicas' claims may be in this one's fleet; a guard in the database has the last word."""
+RETRY_SECONDS = 0.5
+
+
+@dataclass(slots=True)
+class Scheduler:
+    core: Core
+    fleet: Fleet = field(default_factory=Fleet)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set whenever the fleet followed a change; whoever waits for news clears it first."""
+    listed: set[str] = field(default_factory=set)
+    """Streams whose owners were listed since this process leads."""
+    _samples: msgspec.json.Decoder[HostSample] = field(
+        default_factory=lambda: msgspec.json.Decoder(HostSample)
+    )
+
+    @property
+    def config(self) -> SchedulerConfig:
+        config: SchedulerConfig = self.core.config
+        return config
+
+    def policy(self, cluster_id: str) -> ClusterPolicy:
+        """The cluster's own, or the defaults for one not heard of yet."""
+        return self.fleet.clusters.get(cluster_id) or ClusterPolicy(cluster_id)
+
+    async def reload(self) -> None:
+        """The whole fleet anew from the tables."""
+        hosts = await store.hosts(self.core.pool)
+        self.fleet.clusters = {c.id: c for c in await store.clusters(self.core.pool)}
+        for network in (networks := await store.networks(self.core.pool)):
+            self.fleet.set_network(network)
+        for gone in self.fleet.networks.keys() - {n.id for n in networks}:
+            self.fleet.drop_network(gone)
+        self.fleet.keep_only(host.id for host in hosts)
+        for host in hosts:
+            self.fleet.put(host)
+        self.changed.set()
+
+    async def read_used(self) -> None:
+        """Only what claims hold, which changes most."""
+        for host_id, memory_bytes, vcpus in await store.used(self.core.pool):
+            self.fleet.used(host_id, memory_bytes, vcpus)
+
+    async def _read_row(self, table: str, row_id: str) -> None:
+        pool = self.core.pool
+        if table == "host_capacity":
+            hosts = await store.hosts(pool, "id = $1 and not gone", row_id)
+            for host in hosts:
+                self.fleet.put(host)
+            if not hosts:
+                self.fleet.remove(row_id)
+        elif table == "cluster":
+            found = await store.clusters(pool, "id = $1", row_id)
+            self.fleet.clusters.pop(row_id, None)
+            self.fleet.clusters.update({c.id: c for c in found})
+        elif table == "network":
+            networks = await store.networks(pool, "id = $1", row_id)
+            self.fleet.drop_network(row_id)
+            for network in networks:
+                self.fleet.set_network(network)
+
+    async def follow(self) -> None:
+        """Keep the fleet in step with the tables, for ever."""
+        while True:
+            try:
+                async with store.fleet_changes(self.core.pool) as changes:
+                    await self.reload()
+                    await self._follow(changes)
+            except store.LOST as error:
+                log.info("the fleet is read anew: %s", error or type(error).__name__)
+            await asyncio.sleep(RETRY_SECONDS)
+
+    async def _follow(self, changes: asyncio.Queue[str]) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(USED_SECONDS):
+                    told = {await changes.get()}
+            except TimeoutError:
+                await self.read_used()
+                continue
+            while not changes.empty():
+                told.add(changes.get_nowait())
+            if "" in told:
+                return
+            for change in told:
+                table, row_id = change.split(" ", 1)
+                await self._read_row(table, row_id)
+            self.changed.set()
+
+    async def hear_sample(self, message: Msg) -> None:
+        try:
+            sample = self._samples.decode(message.data)
+        except msgspec.DecodeError:
+            return
+        if message.subject == METRICS_SUBJECT.format(host_id=sample.host_id):
+            self.fleet.sample(sample.host_id, sample.cpu_percent)
+
+
+@asynccontextmanager
+async def open_scheduler(core: Core) -> AsyncIterator[Scheduler]:
+    """The fleet is complete when this yields, so that the first question gets a right answer."""
+    scheduler = Scheduler(core)
+    await scheduler.reload()
+    await core.bus.client.subscribe(METRICS_SUBJECT.format(host_id="*"), cb=scheduler.hear_sample)
+    following = asyncio.create_task(scheduler.follow())
+    try:
+        yield scheduler
+    finally:
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)

@@ -1,0 +1,416 @@
+"""Every SQL statement of the scheduler."""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from datetime import datetime
+from typing import Any, TypeAlias
+
+import asyncpg
+import msgspec
+
+from services.scheduler.fleet import HostFigures, NetworkReach
+from services.scheduler.model import ClusterPolicy, Limits, SeenVm
+from volery.contracts.base import Message, encode
+from volery.contracts.cluster import Cluster
+from volery.contracts.host import Host
+from volery.contracts.network import Network
+from volery.contracts.operation import ListQuery
+from volery.contracts.scheduling import CLAIM_CHANGED, CLAIM_DELETED, Claim, Placement
+from volery.contracts.vm import Vm
+from volery.runtime.pages import page
+from volery.runtime.tables import Change, Row, Table
+
+Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
+
+LOST = (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError)
+"""What a lost connection to the database looks like."""
+
+FLEET_CHANNEL = "scheduler_fleet"
+
+
+class ClaimPrivate(Message):
+    decision_id: str = ""
+    """The decision that chose its host."""
+
+
+CLAIMS: Table[Claim, ClaimPrivate] = Table(
+    "claim",
+    Claim,
+    ClaimPrivate,
+    columns={
+        "vm_id": "vm_id",
+        "epoch": "epoch",
+        "host_id": "host_id",
+        "state": "state",
+        "memory_bytes": "memory_bytes",
+        "vcpus": "vcpus",
+        "created_at": "created_at",
+        "updated_at": "updated_at",
+    },
+    changed=CLAIM_CHANGED,
+    deleted=CLAIM_DELETED,
+)
+CLAIM_TAKEN = "claim_vm_epoch"
+
+CAPACITY: Table[Any, Any] = Table(
+    "capacity", Claim, ClaimPrivate, columns={"name": "name", "cluster_id": "cluster_id", "status": "status"}
+)
+"""A view; only its documents are read."""
+
+
+# Claims and the capacity they hold. The host's row is always written first, so that its lock orders them.
+
+
+def take_capacity(host_id: str, memory_bytes: int, vcpus: int) -> Change:
+    """Its guard fails when the host has not that much left, or is no longer up."""
+    return Change(
+        """update host_capacity
+           set memory_used_bytes = memory_used_bytes + {1}, vcpus_used = vcpus_used + {2}
+           where id = {0} and status = 'up' and not gone
+             and memory_used_bytes + {1} <= memory_limit_bytes and vcpus_used + {2} <= vcpus_limit
+           returning 1""",
+        (host_id, memory_bytes, vcpus),
+    )
+
+
+def force_capacity(host_id: str, memory_bytes: int, vcpus: int) -> Change:
+    """For a VM that runs there already: what is true must be recordable. Negative figures give back."""
+    return Change(
+        """update host_capacity
+           set memory_used_bytes = memory_used_bytes + {1}, vcpus_used = vcpus_used + {2}
+           where id = {0}""",
+        (host_id, memory_bytes, vcpus),
+        guarded=False,
+    )
+
+
+def release(row: Row[Claim, ClaimPrivate]) -> list[Change]:
+    """Delete a claim and give its capacity back."""
+    claim = row.public
+    return [force_capacity(claim.host_id, -claim.memory_bytes, -claim.vcpus), CLAIMS.delete(row)]
+
+
+async def claim_of(pool: Pool, vm_id: str, epoch: int) -> Row[Claim, ClaimPrivate] | None:
+    rows = await CLAIMS.where(pool, "vm_id = $1 and epoch = $2", vm_id, epoch)
+    return rows[0] if rows else None
+
+
+async def claims_of(pool: Pool, vm_id: str) -> list[Row[Claim, ClaimPrivate]]:
+    return await CLAIMS.where(pool, "vm_id = $1", vm_id)
+
+
+async def suspicious_claims(
+    pool: Pool, claim_seconds: float, settled_seconds: float
+) -> list[tuple[Row[Claim, ClaimPrivate], SeenVm | None]]:
+    """Claims that may contradict what inventory says of their VMs; model.settle decides."""
+    records = await pool.fetch(
+        """select c.doc, c.private, v.*
+           from claim c left join vm v on v.id = c.vm_id
+           where c.updated_at < now() - make_interval(secs => $2)
+             and (v.id is null and c.created_at < now() - make_interval(secs => $1)
+                  or v.deleted or v.epoch > c.epoch
+                  or c.state = 'tentative'
+                  or v.host_id <> c.host_id or v.status in ('down', 'suspended', 'image_locked'))
+             and (v.id is null or v.heard_at < now() - make_interval(secs => $2))
+           order by c.id""",
+        claim_seconds,
+        settled_seconds,
+    )
+    return [(CLAIMS.row(r), None if r["id"] is None else _seen(r)) for r in records]
+
+
+async def unclaimed_vms(pool: Pool, settled_seconds: float) -> list[SeenVm]:
+    """VMs that certainly run on a host where no claim holds their capacity: external ones, and after a loss."""
+    records = await pool.fetch(
+        """select v.* from vm v join host_capacity h on h.id = v.host_id
+           where not v.deleted and v.status in ('up', 'paused', 'powering_up', 'reboot_in_progress')
+             and v.heard_at < now() - make_interval(secs => $1)
+             and not exists (select 1 from claim c where c.vm_id = v.id and c.host_id = v.host_id)
+             and not exists (select 1 from claim c where c.vm_id = v.id and c.epoch >= v.epoch)
+           order by v.id""",
+        settled_seconds,
+    )
+    return [_seen(r) for r in records]
+
+
+def _seen(record: asyncpg.Record) -> SeenVm:
+    names = ("id", "epoch", "status", "host_id", "memory_bytes", "vcpus", "name", "deleted", "heard_at")
+    return SeenVm(**{name: record[name] for name in names})
+
+
+async def now(pool: Pool) -> datetime:
+    """The database's clock, which dates claims and what was heard of VMs."""
+    at: datetime = await pool.fetchval("select now()")
+    return at
+
+
+async def correct_counters(pool: Pool) -> list[tuple[str, int, int]]:
+    """Hosts whose counters differed from the sum of their claims, and by how much; they are right afterwards."""
+    suspects = await pool.fetch(
+        """select h.id from host_capacity h left join claim c on c.host_id = h.id
+           group by h.id
+           having h.memory_used_bytes <> coalesce(sum(c.memory_bytes), 0)
+               or h.vcpus_used <> coalesce(sum(c.vcpus), 0)
+           order by h.id"""
+    )
+    wrong = []
+    for suspect in suspects:
+        async with pool.acquire() as connection, connection.transaction():
+            # Locked first and summed by a later statement: a claim committed in between would be lost otherwise.
+            before = await connection.fetchrow(
+                "select memory_used_bytes, vcpus_used from host_capacity where id = $1 for update",
+                suspect["id"],
+            )
+            after = await connection.fetchrow(
+                """update host_capacity set memory_used_bytes = s.memory, vcpus_used = s.vcpus
+                   from (select coalesce(sum(memory_bytes), 0)::bigint as memory,
+                                coalesce(sum(vcpus), 0)::integer as vcpus
+                         from claim where host_id = $1) s
+                   where id = $1 returning memory_used_bytes, vcpus_used""",
+                suspect["id"],
+            )
+        if before is not None and after is not None and before != after:
+            wrong.append((suspect["id"], after[0] - before[0], after[1] - before[1]))
+    return wrong
+
+
+async def forget_gone(pool: Pool) -> None:
+    """Rows that nothing refers to any more."""
+    await pool.execute(
+        """delete from host_capacity h where gone and not exists (select 1 from claim where host_id = h.id)"""
+    )
+    await pool.execute(
+        """delete from vm v where deleted and heard_at < now() - interval '1 day'
+           and not exists (select 1 from claim where vm_id = v.id)"""
+    )
+
+
+# Decisions.
+
+
+def keep_decision(placement: Placement) -> Change:
+    return Change(
+        "insert into decision (id, vm_id, host_id, body) values ({0}, {1}, {2}, {3}::bytea) returning 1",
+        (
+            placement.decision_id,
+            placement.vm_id,
+            placement.host_id,
+            zlib.compress(encode(placement), level=1),
+        ),
+    )
+
+
+async def decision(pool: Pool, decision_id: str) -> bytes | None:
+    body = await pool.fetchval("select body from decision where id = $1", decision_id)
+    return None if body is None else zlib.decompress(body)
+
+
+async def forget_decisions(pool: Pool, days: int) -> None:
+    await pool.execute("delete from decision where created_at < now() - make_interval(days => $1)", days)
+
+
+# What other owners said. A revision already known changes nothing, so facts and lists may come twice.
+
+
+def saw_host(host: Host, limits: Limits) -> Change:
+    return Change(
+        """insert into host_capacity (id, revision, name, cluster_id, status, cpus, memory_bytes, cpu_models,
+               machines, memory_limit_bytes, vcpus_limit)
+           values ({0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}::text[], {8}::text[], {9}, {10})
+           on conflict (id) do update set revision = excluded.revision, name = excluded.name,
+               cluster_id = excluded.cluster_id, status = excluded.status, cpus = excluded.cpus,
+               memory_bytes = excluded.memory_bytes, cpu_models = excluded.cpu_models,
+               machines = excluded.machines, memory_limit_bytes = excluded.memory_limit_bytes,
+               vcpus_limit = excluded.vcpus_limit
+           where host_capacity.revision < excluded.revision and not host_capacity.gone""",
+        (
+            host.id,
+            host.revision,
+            host.name,
+            host.cluster_id,
+            str(host.status),
+            host.capabilities.cpus,
+            host.capabilities.memory_bytes,
+            list(host.capabilities.cpu_models),
+            list(host.capabilities.machines),
+            limits.memory_bytes,
+            limits.vcpus,
+        ),
+        guarded=False,
+    )
+
+
+def host_gone(host_id: str) -> Change:
+    return Change(
+        "update host_capacity set gone = true, status = 'gone' where id = {0}", (host_id,), guarded=False
+    )
+
+
+def saw_cluster(cluster: Cluster) -> Change:
+    return Change(
+        """insert into cluster (id, revision, name, cpu_model, machine, memory_overcommit_percent,
+               cpu_overcommit_ratio, balance)
+           values ({0}, {1}, {2}, {3}, {4}, {5}, {6}, {7})
+           on conflict (id) do update set revision = excluded.revision, name = excluded.name,
+               cpu_model = excluded.cpu_model, machine = excluded.machine,
+               memory_overcommit_percent = excluded.memory_overcommit_percent,
+               cpu_overcommit_ratio = excluded.cpu_overcommit_ratio, balance = excluded.balance
+           where cluster.revision < excluded.revision""",
+        (
+            cluster.id,
+            cluster.revision,
+            cluster.name,
+            cluster.cpu_model,
+            cluster.machine,
+            cluster.memory_overcommit_percent,
+            cluster.cpu_overcommit_ratio,
+            str(cluster.balance),
+        ),
+        guarded=False,
+    )
+
+
+def cluster_gone(cluster_id: str) -> Change:
+    return Change("delete from cluster where id = {0}", (cluster_id,), guarded=False)
+
+
+def set_limits(new: dict[str, Limits]) -> Change:
+    return Change(
+        """update host_capacity h set memory_limit_bytes = n.memory, vcpus_limit = n.vcpus
+           from unnest({0}::text[], {1}::bigint[], {2}::integer[]) as n(id, memory, vcpus)
+           where h.id = n.id""",
+        (list(new), [limit.memory_bytes for limit in new.values()], [limit.vcpus for limit in new.values()]),
+        guarded=False,
+    )
+
+
+async def hosts_of(pool: Pool, cluster_id: str) -> list[HostFigures]:
+    return await hosts(pool, "cluster_id = $1 and not gone", cluster_id)
+
+
+def saw_network(network: Network) -> Change:
+    return Change(
+        """insert into network (id, revision, name, ready_host_ids) values ({0}, {1}, {2}, {3}::text[])
+           on conflict (id) do update set revision = excluded.revision, name = excluded.name,
+               ready_host_ids = excluded.ready_host_ids
+           where network.revision < excluded.revision""",
+        (network.id, network.revision, network.name, list(network.ready_host_ids)),
+        guarded=False,
+    )
+
+
+def network_gone(network_id: str) -> Change:
+    return Change("delete from network where id = {0}", (network_id,), guarded=False)
+
+
+def saw_vm(vm: Vm, *, deleted: bool = False) -> Change:
+    return Change(
+        """insert into vm (id, revision, name, epoch, status, host_id, memory_bytes, vcpus, deleted)
+           values ({0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}, {8})
+           on conflict (id) do update set revision = excluded.revision, name = excluded.name,
+               epoch = excluded.epoch, status = excluded.status, host_id = excluded.host_id,
+               memory_bytes = excluded.memory_bytes, vcpus = excluded.vcpus, deleted = excluded.deleted,
+               heard_at = now()
+           where vm.revision < excluded.revision""",
+        (
+            vm.id,
+            vm.revision,
+            vm.name,
+            vm.epoch,
+            str(vm.status),
+            vm.host_id,
+            vm.memory_bytes,
+            vm.vcpus,
+            deleted,
+        ),
+        guarded=False,
+    )
+
+
+_GONE = {
+    "host_capacity": "update host_capacity set gone = true, status = 'gone' where id = any({0}::text[])",
+    "cluster": "delete from cluster where id = any({0}::text[])",
+    "network": "delete from network where id = any({0}::text[])",
+    "vm": "update vm set deleted = true, heard_at = now() where not deleted and id = any({0}::text[])",
+}
+
+
+async def known(pool: Pool, table: str) -> set[str]:
+    """Ids that were heard of; read before a list begins, so that what is created meanwhile isn't missed in it."""
+    return {r["id"] for r in await pool.fetch(f"select id from {table}")}
+
+
+def gone(table: str, ids: Sequence[str]) -> Change:
+    """What was known before a complete list from its owner and is not in it."""
+    return Change(_GONE[table], (list(ids),), guarded=False)
+
+
+# The fleet, read.
+
+_HOST = """select id, name, cluster_id, status, cpus, memory_bytes, memory_limit_bytes, memory_used_bytes,
+                  vcpus_limit, vcpus_used, cpu_models, machines from host_capacity"""
+
+
+async def hosts(pool: Pool, condition: str = "not gone", *arguments: Any) -> list[HostFigures]:
+    records = await pool.fetch(f"{_HOST} where {condition}", *arguments)
+    return [
+        HostFigures(
+            **{k: v for k, v in r.items() if k not in ("cpu_models", "machines")},
+            cpu_models=frozenset(r["cpu_models"]),
+            machines=frozenset(r["machines"]),
+        )
+        for r in records
+    ]
+
+
+async def used(pool: Pool) -> list[tuple[str, int, int]]:
+    records = await pool.fetch("select id, memory_used_bytes, vcpus_used from host_capacity where not gone")
+    return [(r[0], r[1], r[2]) for r in records]
+
+
+async def clusters(pool: Pool, condition: str = "true", *arguments: Any) -> list[ClusterPolicy]:
+    records = await pool.fetch(
+        f"""select id, name, cpu_model, machine, memory_overcommit_percent, cpu_overcommit_ratio, balance
+            from cluster where {condition}""",
+        *arguments,
+    )
+    return [ClusterPolicy(**dict(r)) for r in records]
+
+
+async def networks(pool: Pool, condition: str = "true", *arguments: Any) -> list[NetworkReach]:
+    records = await pool.fetch(f"select id, name, ready_host_ids from network where {condition}", *arguments)
+    return [NetworkReach(r["id"], r["name"], frozenset(r["ready_host_ids"])) for r in records]
+
+
+async def capacity_page(pool: Pool, query: ListQuery) -> tuple[list[dict[str, msgspec.Raw]], str]:
+    """Hosts as documents without their CPU load, which no table has, and the token of the next page."""
+    raw = await page(pool, CAPACITY, query)
+    answer = msgspec.json.decode(raw, type=dict[str, Any])
+    items = [{k: msgspec.Raw(msgspec.json.encode(v)) for k, v in item.items()} for item in answer["items"]]
+    return items, answer["next"]
+
+
+@asynccontextmanager
+async def fleet_changes(pool: Pool) -> AsyncIterator[asyncio.Queue[str]]:
+    """`{table} {id}` of each row of the fleet that was committed; "" when the connection was lost."""
+    queue: asyncio.Queue[str] = asyncio.Queue()
+
+    def heard(_connection: Any, _pid: int, _channel: str, payload: object) -> None:
+        queue.put_nowait(str(payload))
+
+    def lost(_connection: Any) -> None:
+        queue.put_nowait("")
+
+    async with pool.acquire() as connection:
+        await connection.add_listener(FLEET_CHANNEL, heard)
+        connection.add_termination_listener(lost)
+        try:
+            yield queue
+        finally:
+            if not connection.is_closed():
+                connection.remove_termination_listener(lost)
+                await connection.remove_listener(FLEET_CHANNEL, heard)
