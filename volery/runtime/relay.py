@@ -162,7 +162,9 @@ class Relay:
     async def _wait(self) -> None:
         """Until something was committed here, or a second: another replica's hint may have been lost."""
         try:
-            await asyncio.wait_for(self.wake.wait(), 1.0)
+            # Not wait_for: Python 3.11's loses a cancellation that comes together with the event.
+            async with asyncio.timeout(1.0):
+                await self.wake.wait()
         except TimeoutError:
             info = await self.js.stream_info(stream_name(self.facts.owner))
             if info.state.last_seq != self.published:
@@ -234,7 +236,8 @@ class Relay:
             for entry in entries
         ]
         for entry, ack in zip(entries, acks, strict=True):
-            stored = await asyncio.wait_for(ack, 10)
+            async with asyncio.timeout(10):
+                stored = await ack
             if stored.seq != entry.position:
                 raise nats.js.errors.Error(f"position {entry.position} became sequence {stored.seq}")
         self.published = entries[-1].position

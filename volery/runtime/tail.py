@@ -60,7 +60,8 @@ class Tail:
                 message = self.queue.get_nowait()
             except asyncio.QueueEmpty:
                 try:
-                    message = await asyncio.wait_for(self.queue.get(), SILENCE_SECONDS)
+                    async with asyncio.timeout(SILENCE_SECONDS):
+                        message = await self.queue.get()
                 except TimeoutError:
                     raise Broken("no heartbeat from the consumer") from None
             if message.headers and "Status" in message.headers:
