@@ -7,20 +7,26 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 
 import uvloop
 
 from host_agent import capabilities, devices, domains, enrolment, migration, network, storage, volumes
+from host_agent.action import Host
 from host_agent.agent import Agent, Parts
 from host_agent.capabilities import Describer
 from host_agent.config import AgentConfig
 from host_agent.enrolment import EnrolmentError, Identity, Unreachable
 from host_agent.guest import watch_guests
+from host_agent.hypervisor import Hypervisor
 from host_agent.reports import Senses
 from host_agent.stats import Sampler
+from host_agent.tickets import Tickets
+from volery.contracts.agent import HostCapabilities
 from volery.contracts.enrolment import EnrolmentToken, read_token
+from volery.contracts.errors import Refused
 from volery.runtime import config, telemetry
 
 log = logging.getLogger("host_agent")
@@ -29,6 +35,7 @@ EXIT_CONFIG = 78
 """sysexits' EX_CONFIG: starting again won't help, a person must."""
 EXIT_UNREACHABLE = 75
 ENROL_AGAIN_SECONDS = 5.0
+LOOK_SECONDS = 10.0
 
 ACTIONS = (
     *domains.ACTIONS,
@@ -65,6 +72,20 @@ def _token(settings: AgentConfig) -> EnrolmentToken:
     return token
 
 
+async def look(settings: AgentConfig) -> HostCapabilities:
+    """What this machine is, as far as it can be told now: its hardware id keeps it from being two hosts."""
+    hypervisor = Hypervisor(settings)
+    await hypervisor.start()
+    try:
+        await hypervisor.wait_connected(LOOK_SECONDS)
+        return await Describer().describe(Host(settings, hypervisor, Tickets(), host_id=""))
+    except Refused as problem:
+        log.warning("enrolling without a look at the hypervisor: %s", problem.message)
+        return HostCapabilities(hostname=socket.gethostname())
+    finally:
+        await hypervisor.close()
+
+
 async def identify(settings: AgentConfig, *, patient: bool) -> Identity:
     """The stored identity, or a new one for the token. `patient`: waits for a control plane that is away."""
     state_dir = Path(settings.state_dir)
@@ -72,7 +93,7 @@ async def identify(settings: AgentConfig, *, patient: bool) -> Identity:
         if (identity := enrolment.load(state_dir)) is not None:
             return identity
         try:
-            return await enrolment.enrol(state_dir, _token(settings))
+            return await enrolment.enrol(state_dir, _token(settings), await look(settings))
         except Unreachable as error:
             if not patient:
                 raise

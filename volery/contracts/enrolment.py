@@ -29,7 +29,8 @@ class EnrolmentToken(Message):
     url: str
     """https://host:port of the gateway."""
     ca_sha256: str
-    """Of the certificate authority's certificate in DER, hexadecimal."""
+    """Of the certificate authority's certificate in DER: `sha256:` and hexadecimal. "": the gateway's certificate is
+    from a public authority."""
     secret: str
 
     def text(self) -> str:
