@@ -115,7 +115,7 @@ class LibvirtHost:
                     and (entry / "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
                 ):
                     found.append(int(entry.name))
-            except (FileNotFoundError, ProcessLookupError):
+            except (FileNotFoundError, ProcessLookupError, PermissionError):
                 continue
         return found
 

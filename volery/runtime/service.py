@@ -10,7 +10,7 @@ import asyncio
 import logging
 import random
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -102,6 +102,8 @@ class Settings:
     bus: BusConfig
     database: DatabaseConfig
     telemetry: TelemetryConfig
+    environ: Mapping[str, str] | None = None
+    """Where each program reads its own section; None is the process's environment."""
 
 
 class Program(Protocol):
@@ -202,7 +204,7 @@ class Service:
             if settings.bus.credentials_dir:
                 sign = _signer(settings.bus.credentials_dir, self.name)
         orders = Orders(self.name, pool, client, hosts, beats, sign)
-        config = read(f"VOLERY_{self.name.upper()}_", self.config)
+        config = read(f"VOLERY_{self.name.upper()}_", self.config, settings.environ)
         return Core(self.name, config, bus, settings.bus, pool, beats, hosts, orders)
 
     async def _serve(self, settings: Settings, core: Core, made: Any, stop: asyncio.Event) -> None:
