@@ -80,8 +80,9 @@ async def run_domain(host: Host, order: RunDomain, running: Running) -> DomainRu
         check_ours(now, spec.installation)
         check_epoch(now, running)
         if now.state in ALIVE:
-            await _take_over(host, now, spec, placement)
-            return await _running(host, order.vm_id)
+            if now.state is DomainState.PAUSED and now.reason == "starting_up":
+                await hypervisor.resume(order.vm_id)  # a start that was interrupted left it so
+            return await _running(host, order.vm_id, spec, placement)
         await hypervisor.destroy(order.vm_id)
         await wait_gone(hypervisor, order.vm_id, DESTROY_SECONDS)
     await devices.prepare_secrets(host, spec.disks, spec.installation)
@@ -90,26 +91,20 @@ async def run_domain(host: Host, order: RunDomain, running: Running) -> DomainRu
     else:
         xml = domxml.domain_xml(spec, placement, hypervisor.machine)
         await hypervisor.create(xml, paused=order.paused)
-    return await _running(host, order.vm_id)
+    return await _running(host, order.vm_id, spec, placement)
 
 
-async def _take_over(host: Host, now: DomainReport, spec: DomainSpec, placement: Placement) -> None:
-    """Write the order's epoch into a living domain; one that a start left paused goes on."""
-    if (now.epoch, now.order_seq) != (placement.epoch, placement.order_seq):
-        element = domxml.metadata_xml(spec.title, spec.installation, placement)
-        await host.hypervisor.set_metadata(now.vm_id, element)
-    if now.state is DomainState.PAUSED and now.reason == "starting_up":
-        await host.hypervisor.resume(now.vm_id)
-
-
-async def _running(host: Host, vm_id: str) -> DomainRunning:
+async def _running(host: Host, vm_id: str, spec: DomainSpec, placement: Placement) -> DomainRunning:
+    """What runs now, with the order's epoch in its metadata."""
     now = await host.hypervisor.domain(vm_id)
     if now.state in ENDED:
         raise conflict(
-            f"VM {vm_id} started and ended at once ({now.reason or 'no reason known'}); look at its QEMU log on the"
-            " host, /var/log/libvirt/qemu",
+            f"VM {vm_id} started and ended at once; look at its QEMU log on the host, /var/log/libvirt/qemu/{spec.name}.log",
             vm_id=vm_id,
         )
+    if (now.epoch, now.order_seq) != (placement.epoch, placement.order_seq):
+        element = domxml.metadata_xml(spec.title, spec.installation, placement)
+        await host.hypervisor.set_metadata(vm_id, element)
     root = runningxml.parsed(await host.hypervisor.domain_xml(vm_id))
     return DomainRunning(vm_id=vm_id, state=now.state, graphics_port=runningxml.graphics_port(root))
 

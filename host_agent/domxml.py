@@ -71,9 +71,11 @@ def domain_xml(spec: DomainSpec, placement: Placement, machine: Machine) -> str:
     return written(root)
 
 
-def metadata_xml(spec_title: str, installation: str, placement: Placement) -> str:
-    """The metadata element alone, for virDomainSetMetadata."""
-    return written(_metadata(spec_title, installation, placement))
+def metadata_xml(title: str, installation: str, placement: Placement) -> str:
+    """The metadata element alone, for virDomainSetMetadata, which puts it into our namespace itself."""
+    element = _metadata(title, installation, placement)
+    element.tag = "domain"
+    return written(element)
 
 
 def disk_xml(disk: DomainDisk, installation: str) -> str:

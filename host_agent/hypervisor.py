@@ -276,15 +276,28 @@ class Hypervisor(Connections):
     async def create(self, xml: str, *, paused: bool = False) -> None:
         """Start a transient domain. Refused(conflict) when one of this id or name is here."""
         flags = libvirt.VIR_DOMAIN_START_PAUSED if paused else 0
-        await self._call(self._work, "start the VM", lambda c: c.createXML(xml, flags), START_SECONDS)
+
+        def start(connection: Any) -> None:
+            if self.domain_type == "test":  # that driver knows no flags
+                domain = connection.createXML(xml, 0)
+                if paused:
+                    domain.suspend()
+            else:
+                connection.createXML(xml, flags)
+
+        await self._call(self._work, "start the VM", start, START_SECONDS)
 
     async def restore(self, path: str, xml: str, *, paused: bool = False) -> None:
         """Start a domain from its saved memory with this XML, which must describe the same machine."""
         flags = libvirt.VIR_DOMAIN_SAVE_PAUSED if paused else libvirt.VIR_DOMAIN_SAVE_RUNNING
-        if self.domain_type == "test":
-            flags = 0  # that driver knows no other
-        doing = f"restore the VM from {path}"
-        await self._call(self._work, doing, lambda c: c.restoreFlags(path, xml, flags), START_SECONDS)
+
+        def restore(connection: Any) -> None:
+            if self.domain_type == "test":  # that driver knows neither flags nor another XML
+                connection.restore(path)
+            else:
+                connection.restoreFlags(path, xml, flags)
+
+        await self._call(self._work, f"restore the VM from {path}", restore, START_SECONDS)
 
     async def saved_xml(self, path: str) -> str:
         """The domain XML inside a saved memory image, as another restore would want it."""

@@ -1,0 +1,37 @@
+"""Hosts for tests of the agent: libvirt's test driver, and libvirt daemons of our own with real QEMU guests."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.libvirt_host import LibvirtHost, new_host
+from tests.support.vms import VmHost, vm_host
+
+
+@pytest.fixture(scope="session")
+def libvirt_host() -> Iterator[LibvirtHost]:
+    """A libvirtd of our own, shared by a run's tests; each cleans up its domains."""
+    host = new_host()
+    host.run("ip", "link", "add", "br-one", "type", "bridge")
+    host.run("ip", "link", "set", "br-one", "up")
+    host.run("ip", "link", "add", "br-two", "type", "bridge")
+    host.run("ip", "link", "set", "br-two", "up")
+    yield host
+    host.stop()
+
+
+@pytest.fixture
+async def qemu(libvirt_host: LibvirtHost, tmp_path: Path) -> AsyncIterator[VmHost]:
+    """An agent's domain part on real QEMU."""
+    async with vm_host(libvirt_host.uri, tmp_path) as made:
+        yield made
+
+
+@pytest.fixture
+async def driver(tmp_path: Path) -> AsyncIterator[VmHost]:
+    """An agent's domain part on libvirt's test driver."""
+    async with vm_host("test:///default", tmp_path) as made:
+        yield made
