@@ -142,11 +142,3 @@ def _remove_tree(hierarchy: Hierarchy, group: str) -> bool:
                 return False
             raise
     return not top.exists()
-
-
-def groups_of_labs(prefix: str) -> list[str]:
-    """Top groups whose name starts with `prefix`, in any hierarchy."""
-    names: set[str] = set()
-    for hierarchy in hierarchies():
-        names.update(entry.name for entry in hierarchy.mount_point.glob(f"{prefix}*"))
-    return sorted(names)

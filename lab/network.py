@@ -95,11 +95,15 @@ def _candidates(lab: LabLayout, recorded: str | None, pool: str) -> list[str]:
 
 
 def _is_used(subnet: str) -> bool:
-    """Whether the machine has a route into any part of this network, other than its default."""
+    """Whether the machine has a route into any part of this network, other than a default."""
     wanted = ipaddress.ip_network(subnet)
     for route in json.loads(ip("-j", "-4", "route", "show", "table", "all") or "[]"):
         destination = route.get("dst", "default")
-        if destination != "default" and wanted.overlaps(ipaddress.ip_network(destination, False)):
+        if destination == "default":
+            continue
+        network = ipaddress.ip_network(destination, strict=False)
+        # A VPN splits its default route in halves; such a route is nobody's network.
+        if network.prefixlen >= 8 and wanted.overlaps(network):
             return True
     return False
 

@@ -121,6 +121,9 @@ def test_hosts_have_a_nat_network_with_addresses_for_guests(host: Host) -> None:
     """libvirt's own: a bridge, dnsmasq and nftables rules, inside this host only."""
     host.exec(["virsh", "net-start", "default"])
     assert host.pids("dnsmasq")
+    name = start_domain(host, "--paused")
+    host.exec(["virsh", "attach-interface", name, "network", "default", "--live"])
+    assert "vnet0" in host.exec(["ip", "link", "show", "master", "virbr0"]).stdout
     assert host.exec(["cat", "/proc/sys/net/ipv4/ip_forward"]).stdout.strip() == "1"
     assert not Path("/sys/class/net/virbr0").exists()
     host.exec(["virsh", "net-destroy", "default"])
@@ -297,7 +300,7 @@ def test_a_boot_that_fails_says_why_and_leaves_nothing(lab: Lab, host: Host) -> 
     lab.layout.hosts_file.unlink()
     with pytest.raises(LabError, match=r"did not boot: .*hosts\.txt"):
         host.power_on()
-    assert not (Path("/sys/fs/cgroup/pids") / host.layout.cgroup).exists()
+    assert list(Path("/sys/fs/cgroup").glob(f"**/{host.layout.cgroup}")) == []
     assert host.status().power == "off"
     lab.up(2)
     assert host.status().power == "on"
@@ -457,7 +460,7 @@ def leftovers(lab: LabLayout) -> list[str]:
     for command in (["ip", "-o", "link"], ["ip", "netns"]):
         lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         found += [line for line in lines.splitlines() if lab.switch in line]
-    found += [str(path) for path in Path("/sys/fs/cgroup").glob(f"*/*{lab.name}*")]
+    found += [str(path) for path in Path("/sys/fs/cgroup").glob(f"**/*{lab.name}*")]
     found += [str(path) for path in Path("/srv").glob(f"*{lab.name}*")]
     marks = (str(lab.state), lab.cgroup)
     for process in Path("/proc").iterdir():
