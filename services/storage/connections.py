@@ -1,0 +1,188 @@
+"""Which hosts reach a storage domain, and what they see there: orders to connect, and reports taken as truth."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+
+from msgspec.structs import replace
+
+from services.storage import disk_model, domain_model
+from services.storage.storage import Storage
+from services.storage.store import DISKS, DOMAINS, DiskPrivate, DomainPrivate
+from volery.contracts.agent import STORAGE_REPORTED, StorageDomainReport, StorageReported
+from volery.contracts.errors import Refused
+from volery.contracts.storage import Disk, DiskStatus, DomainStatus, StorageDomain
+from volery.contracts.volume_orders import (
+    CONNECT_STORAGE,
+    DISCONNECT_STORAGE,
+    ConnectStorage,
+    DisconnectStorage,
+)
+from volery.runtime.service import Part
+from volery.runtime.tables import Change, Row, Stale
+
+log = logging.getLogger(__name__)
+
+AT_ONCE = 32
+"""Hosts that one domain is connected on at the same time."""
+
+part = Part()
+
+
+async def look(
+    svc: Storage, domain_id: str, host_id: str, *, initialise: bool = False
+) -> StorageDomainReport:
+    """Have a host connect the domain and say what is there now. Raises Refused with the host's sentence."""
+    row = await svc.domain(domain_id)
+    disks = [disk.public for disk in await svc.store.disks_of(domain_id)]
+    question = ConnectStorage(
+        domain_id=domain_id,
+        location=svc.location(row),
+        initialise=initialise,
+        known=domain_model.known_names(row.public, disks),
+    )
+    return await svc.core.orders.carry_out(
+        CONNECT_STORAGE,
+        question,
+        host_id=host_id,
+        object_id=domain_id,
+        timeout_seconds=svc.config.connect_seconds,
+    )
+
+
+async def connect(svc: Storage, domain_id: str, host_id: str) -> StorageDomainReport:
+    """Connect the domain on a host and record what came of it; being unable to is an answer, too."""
+    before = await svc.store.disks_of(domain_id)
+    try:
+        report = await look(svc, domain_id, host_id)
+        svc.tried.pop((domain_id, host_id), None)
+    except Refused as refused:
+        report = StorageDomainReport(domain_id=domain_id, reachable=False, problem=refused.message)
+        svc.tried[domain_id, host_id] = time.monotonic()
+    await record(svc, domain_id, host_id, report)
+    if report.reachable:
+        await _lose(svc, domain_id, before, report)
+    return report
+
+
+async def connect_everywhere(svc: Storage, domain_id: str, *, again: bool = False) -> None:
+    """Connect on every host that should have the domain and doesn't; `again` looks at all of them afresh.
+
+    Raises Refused(unavailable) when no host reaches it afterwards.
+    """
+    row = await svc.domain(domain_id)
+    wanted = domain_model.wanted_hosts(row.public, row.private.maintenance, await svc.store.hosts())
+    await _each(svc, domain_id, [h for h in wanted if again or h not in row.public.host_ids])
+    domain = (await svc.domain(domain_id)).public
+    if not domain.host_ids:
+        raise domain_model.unreached(domain)
+
+
+async def _each(svc: Storage, domain_id: str, host_ids: Sequence[str]) -> None:
+    gate = asyncio.Semaphore(AT_ONCE)
+
+    async def one(host_id: str) -> None:
+        async with gate:
+            await connect(svc, domain_id, host_id)
+
+    await asyncio.gather(*(one(host_id) for host_id in host_ids))
+
+
+async def disconnect(
+    svc: Storage, domain_id: str, host_ids: Sequence[str], *, remove: bool = False
+) -> list[str]:
+    """Have hosts forget the domain; what one of them couldn't do is returned, and does no harm."""
+    problems: list[str] = []
+
+    async def one(host_id: str) -> None:
+        try:
+            await svc.core.orders.carry_out(
+                DISCONNECT_STORAGE,
+                DisconnectStorage(domain_id=domain_id, remove=remove),
+                host_id=host_id,
+                object_id=domain_id,
+                timeout_seconds=svc.config.discard_seconds,
+            )
+        except Refused as refused:
+            log.info("storage domain %s stays connected on %s: %s", domain_id, host_id, refused.message)
+            problems.append(refused.message)
+
+    await asyncio.gather(*(one(host_id) for host_id in host_ids))
+    return problems
+
+
+async def record(svc: Storage, domain_id: str, host_id: str, report: StorageDomainReport) -> None:
+    """Write what a host said just now."""
+    while True:
+        row = await DOMAINS.find(svc.core.pool, domain_id)
+        if row is None:
+            return
+        try:
+            await svc.core.commit(*await _changes(svc, row, host_id, report))
+        except Stale:
+            continue
+        return
+
+
+async def _changes(
+    svc: Storage, row: Row[StorageDomain, DomainPrivate], host_id: str, report: StorageDomainReport
+) -> list[Change]:
+    disks = await svc.store.disks_of(row.id)
+    public = domain_model.with_report(row.public, host_id, report, [disk.public for disk in disks])
+    activating = bool(row.public.busy_with) and row.public.status is DomainStatus.ACTIVATING
+    public = domain_model.with_status(public, row.private.maintenance, activating=activating)
+    changes = [DOMAINS.update(row, public)] if public != row.public else []
+    if report.reachable:
+        idle = [disk for disk in disks if not disk.public.busy_with]
+        changes += [DISKS.update(disk, new) for disk, new in disk_model.seen(row.public, idle, report)]
+    return changes
+
+
+async def _lose(
+    svc: Storage, domain_id: str, before: Sequence[Row[Disk, DiskPrivate]], report: StorageDomainReport
+) -> None:
+    """Mark the disks missing that were whole before the host looked, and that it didn't find."""
+    row = await DOMAINS.find(svc.core.pool, domain_id)
+    if row is None:
+        return
+    for disk in disk_model.absent(row.public, before, report):
+        try:
+            await svc.core.commit(DISKS.update(disk, replace(disk.public, status=DiskStatus.MISSING)))
+        except Stale:  # it was changed or deleted meanwhile: the next look decides
+            continue
+
+
+@part.hears_hosts(STORAGE_REPORTED)
+async def reported(svc: Storage, fact: StorageReported) -> list[Change]:
+    """A host's own report. It may be older than the last order, so what it doesn't show is looked at again."""
+    host = await svc.store.host(fact.host_id)
+    if host is None:
+        return []
+    said = {report.domain_id: report for report in fact.domains}
+    changes: list[Change] = []
+    for row in await svc.store.domains_of(host):
+        kept = domain_model.kept_hosts(row.public, row.private.maintenance, [host])
+        if host.id not in kept or row.public.busy_with:
+            continue
+        report = said.get(row.id)
+        if report is None:
+            svc.core.wake(f"check:{row.id}:{host.id}")
+            continue
+        changes += await _changes(svc, row, host.id, report)
+        if report.reachable and disk_model.absent(row.public, await svc.store.disks_of(row.id), report):
+            svc.core.wake(f"check:{row.id}:{host.id}")
+    return changes
+
+
+@part.every(5.0)
+async def ask_for_reports(svc: Storage) -> None:
+    """Every host says now and then what is on its storage, spread over the time between."""
+    hosts = [h for h in await svc.store.hosts() if h.status in domain_model.STAYS_CONNECTED]
+    now = time.monotonic()
+    for host in hosts:
+        if now - svc.asked.get(host.id, 0.0) >= svc.config.report_seconds:
+            svc.asked[host.id] = now
+            await svc.core.hosts.ask_report(host.id)

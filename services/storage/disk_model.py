@@ -1,0 +1,299 @@
+"""What a disk may be and what may be done with it. Pure: no bus, no database, no clock."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from urllib.parse import urlsplit
+
+import msgspec
+from msgspec.structs import replace
+
+from services.storage.domain_model import BACKENDS, NOT_RUNNING
+from services.storage.store import DiskPrivate, VmRow
+from volery.contracts.agent import StorageDomainReport, VolumeReport
+from volery.contracts.domain import ImageFormat
+from volery.contracts.errors import Kind, Refused, conflict, invalid
+from volery.contracts.naming import checked_description, checked_id, checked_name, checked_tags
+from volery.contracts.storage import (
+    ContentType,
+    CreateDisk,
+    Disk,
+    DiskStatus,
+    DiskUse,
+    DomainKind,
+    StorageDomain,
+    UpdateDisk,
+)
+from volery.runtime.tables import Row
+
+SECTOR_BYTES = 512
+NOTED_BYTES = 64 * 1024**2
+"""A volume's growth is announced when it is this much, or a hundredth of its size."""
+SHA256 = frozenset("0123456789abcdef")
+MAX_URL = 2048
+
+
+def checked(ask: CreateDisk, max_bytes: int) -> CreateDisk:
+    """The request in its normal form, as far as it can be checked by itself. Raises Refused(invalid)."""
+    ask = replace(
+        ask,
+        name=checked_name("disk", ask.name),
+        description=checked_description(ask.description),
+        tags=checked_tags(ask.tags),
+        sha256=checked_sha256(ask.sha256),
+    )
+    checked_id("storage domain", ask.storage_domain_id)
+    for noun, value in (("disk", ask.id), ("VM", ask.attach_to), ("disk", ask.copy_of)):
+        if value:
+            checked_id(noun, value)
+    if ask.copy_of and ask.import_url:
+        raise invalid("a disk is a copy of another one or imported from a URL, not both", field="import_url")
+    if ask.sha256 and not ask.import_url:
+        raise invalid("a checksum is only checked together with import_url", field="sha256")
+    if ask.import_url:
+        checked_url(ask.import_url)
+    if ask.size_bytes or not (ask.copy_of or ask.import_url):
+        checked_size(ask.size_bytes, max_bytes)
+    if ask.content is ContentType.ISO:
+        ask = replace(ask, format=ImageFormat.RAW, read_only=True, shareable=False, preallocate=False)
+    return ask
+
+
+def fitted(ask: CreateDisk, domain: StorageDomain) -> CreateDisk:
+    """The request as this kind of storage can have it. Raises Refused(invalid)."""
+    if not BACKENDS[domain.kind].GROWS:
+        if not ask.size_bytes:
+            raise invalid(
+                f"storage domain {domain.name} gives whole LUNs: say the size of the disk, so that one can be chosen",
+                field="size_bytes",
+            )
+        ask = replace(ask, format=ImageFormat.RAW, preallocate=True)
+    refuse_shared_qcow2(ask.shareable, ask.format)
+    return ask
+
+
+def checked_size(size_bytes: int, max_bytes: int) -> None:
+    """Raises Refused(invalid) unless it is a whole number of sectors, more than none and no more than allowed."""
+    if size_bytes <= 0:
+        raise invalid(f"a disk of {size_bytes} bytes can't be: give a size above zero", field="size_bytes")
+    if size_bytes % SECTOR_BYTES:
+        near = -(-size_bytes // SECTOR_BYTES) * SECTOR_BYTES
+        raise invalid(
+            f"a disk has whole sectors of {SECTOR_BYTES} bytes: {size_bytes} isn't such a size, {near} is",
+            field="size_bytes",
+        )
+    if size_bytes > max_bytes:
+        raise invalid(
+            f"a disk of {size_bytes} bytes is too large: at most {max_bytes} bytes are allowed",
+            field="size_bytes",
+            max_bytes=max_bytes,
+        )
+
+
+def checked_sha256(text: str) -> str:
+    lower = text.lower()
+    if lower and (len(lower) != 64 or not SHA256.issuperset(lower)):
+        raise invalid("a SHA-256 checksum has 64 hexadecimal digits", field="sha256")
+    return lower
+
+
+def checked_url(url: str) -> None:
+    """Raises Refused(invalid) for what isn't an http or https URL, or carries a password, which would be logged."""
+    try:
+        parts = urlsplit(url)
+        port_is_right = parts.port is None or 0 < parts.port < 65536
+        host, secret = parts.hostname, parts.password or parts.username
+    except ValueError:
+        raise invalid(f"{url[:200]!r} isn't a URL", field="import_url") from None
+    if parts.scheme not in ("http", "https") or not host or not port_is_right:
+        raise invalid("images are imported from http:// or https:// URLs", field="import_url")
+    if len(url) > MAX_URL or not url.isprintable() or " " in url:
+        raise invalid(f"a URL has at most {MAX_URL} printable characters and no blanks", field="import_url")
+    if secret:
+        raise invalid("a URL to import from can't carry a user or password", field="import_url")
+
+
+def refuse_shared_qcow2(shareable: bool, format: ImageFormat) -> None:
+    if shareable and format is ImageFormat.QCOW2:
+        raise invalid(
+            "a shareable disk must be raw: two VMs that write one qcow2 file destroy it; choose format raw",
+            rule="shareable_raw",
+        )
+
+
+def edited(disk: Disk, ask: UpdateDisk) -> Disk:
+    """The disk after an edit. Raises Refused."""
+    given = {
+        name: value
+        for name in ("name", "description", "tags", "shareable", "read_only", "wipe_after_delete")
+        if (value := getattr(ask, name)) is not msgspec.UNSET
+    }
+    new = replace(disk, **given)
+    new = replace(
+        new,
+        name=checked_name("disk", new.name),
+        description=checked_description(new.description),
+        tags=checked_tags(new.tags),
+    )
+    if new.content is ContentType.ISO and (new.shareable or not new.read_only):
+        raise invalid(
+            f"disk {disk.name} is an ISO image: it is always read-only, and any number of VMs may have it"
+        )
+    if new.shareable and not disk.shareable:
+        refuse_shared_qcow2(True, new.format)
+    if disk.shareable and not new.shareable and len(disk.uses) > 1:
+        raise conflict(
+            f"disk {disk.name} is attached to {len(disk.uses)} VMs and must stay shareable: detach it from all but one",
+            vms=[use.vm_id for use in disk.uses],
+        )
+    if new.read_only != disk.read_only and disk.uses:
+        raise conflict(
+            f"disk {disk.name} is attached: detach it before it is made read-only or writable",
+            vms=[use.vm_id for use in disk.uses],
+        )
+    return new
+
+
+def many_users(disk: Disk) -> bool:
+    return disk.shareable or disk.content is ContentType.ISO
+
+
+def attached(disk: Disk, vm_id: str, read_only: bool, vms: Mapping[str, VmRow]) -> Disk:
+    """The disk with this VM among its uses. Raises Refused(conflict) when another VM has it."""
+    if any(use.vm_id == vm_id for use in disk.uses):
+        return disk
+    if disk.uses and not many_users(disk):
+        other = disk.uses[0].vm_id
+        name = vms[other].name if other in vms else other
+        raise conflict(
+            f"disk {disk.name} is already attached to VM {name}: detach it there first, or make it shareable",
+            vm_id=other,
+        )
+    refuse_unready(disk)
+    use = DiskUse(vm_id=vm_id, read_only=read_only or disk.read_only or disk.content is ContentType.ISO)
+    return replace(disk, uses=(*disk.uses, use))
+
+
+def refuse_unready(disk: Disk) -> None:
+    """Raises Refused unless the disk's content is whole and nothing is being done to it."""
+    if disk.status is DiskStatus.ILLEGAL:
+        raise conflict(
+            f"disk {disk.name} is illegal: an upload or copy into it failed, so its content can't be trusted; "
+            "upload into it again, or delete it",
+            status=str(disk.status),
+        )
+    if disk.status is DiskStatus.MISSING:
+        raise conflict(
+            f"disk {disk.name} is missing: its storage says that the volume is gone; bring the volume back, or delete "
+            "the disk",
+            status=str(disk.status),
+        )
+    if disk.status is DiskStatus.LOCKED or disk.busy_with:
+        by = f"operation {disk.busy_with}" if disk.busy_with else "an upload"
+        raise conflict(
+            f"disk {disk.name} is locked by {by}: wait for it, or cancel it", operation=disk.busy_with
+        )
+
+
+def why_unready(disk: Disk) -> str:
+    """The sentence of `refuse_unready`, or ""."""
+    try:
+        refuse_unready(disk)
+    except Refused as refused:
+        return refused.message
+    return ""
+
+
+def refuse_attached(disk: Disk, vms: Mapping[str, VmRow], action: str) -> None:
+    """Raises Refused(conflict) naming the VMs that have the disk."""
+    if disk.uses:
+        names = ", ".join(vms[u.vm_id].name if u.vm_id in vms else u.vm_id for u in disk.uses[:5])
+        raise conflict(
+            f"disk {disk.name} can't be {action}: it is attached to VM {names}; detach it first",
+            vms=[use.vm_id for use in disk.uses],
+        )
+
+
+def refuse_readers(disk: Disk, readers: tuple[str, ...], action: str) -> None:
+    if readers:
+        raise conflict(
+            f"disk {disk.name} can't be {action} while {readers[0]} reads it: wait for that, or cancel it",
+            readers=list(readers),
+        )
+
+
+def running_vm(disk: Disk, vms: Mapping[str, VmRow]) -> VmRow | None:
+    """A VM that may have the disk open now."""
+    known = (vms[use.vm_id] for use in disk.uses if use.vm_id in vms)
+    return next((vm for vm in known if vm.status not in NOT_RUNNING), None)
+
+
+def running_writer(disk: Disk, vms: Mapping[str, VmRow]) -> VmRow | None:
+    """A VM that may be writing the disk now."""
+    for use in disk.uses:
+        vm = vms.get(use.vm_id)
+        if vm is not None and not use.read_only and not disk.read_only and vm.status not in NOT_RUNNING:
+            return vm
+    return None
+
+
+def refuse_shrinking(disk: Disk, size_bytes: int) -> None:
+    if size_bytes < disk.size_bytes:
+        raise invalid(
+            f"disk {disk.name} has {disk.size_bytes} bytes and only grows: {size_bytes} would cut off what is "
+            "behind the new end",
+            size_bytes=disk.size_bytes,
+        )
+
+
+def refuse_beyond_lun(disk: Disk, domain: StorageDomain, size_bytes: int) -> None:
+    if domain.kind is not DomainKind.ISCSI:
+        return
+    has = next((lun.size_bytes for lun in domain.luns if lun.lun == disk.lun), 0)
+    if size_bytes > has:
+        raise Refused(
+            Kind.EXHAUSTED,
+            f"LUN {disk.lun} of {domain.iqn} has {has} bytes, so disk {disk.name} can't grow to {size_bytes}: "
+            "make the LUN larger on the target and refresh the domain first",
+            rule="lun",
+            lun_bytes=has,
+        )
+
+
+def seen(
+    domain: StorageDomain, rows: Iterable[Row[Disk, DiskPrivate]], report: StorageDomainReport
+) -> list[tuple[Row[Disk, DiskPrivate], Disk]]:
+    """Disks that a report changes for the better: found again, or grown. It never makes one missing, since it may
+    be older than the disk."""
+    backend = BACKENDS[domain.kind]
+    volumes = {backend.reported_name(volume.path): volume for volume in report.volumes}
+    changed = []
+    for row in rows:
+        volume = volumes.get(backend.volume_name(row.public))
+        if volume is not None and (new := _with_volume(row.public, volume)) != row.public:
+            changed.append((row, new))
+    return changed
+
+
+def _with_volume(disk: Disk, volume: VolumeReport) -> Disk:
+    if disk.status is DiskStatus.MISSING:
+        disk = replace(disk, status=DiskStatus.OK)
+    step = min(NOTED_BYTES, max(disk.size_bytes // 100, 1))
+    if disk.lun < 0 and abs(volume.used_bytes - disk.used_bytes) >= step:
+        disk = replace(disk, used_bytes=volume.used_bytes)
+    return disk
+
+
+def absent(
+    domain: StorageDomain, rows: Iterable[Row[Disk, DiskPrivate]], report: StorageDomainReport
+) -> list[Row[Disk, DiskPrivate]]:
+    """Disks that should be there by this report and aren't."""
+    backend = BACKENDS[domain.kind]
+    there = {backend.reported_name(volume.path) for volume in report.volumes}
+    return [
+        row
+        for row in rows
+        if row.public.status is DiskStatus.OK
+        and not row.public.busy_with
+        and backend.volume_name(row.public) not in there
+    ]

@@ -1,0 +1,270 @@
+"""How a disk's volume is made, grown and removed: by one host at a time, by orders of an operation.
+
+The host is chosen once per operation and written down before its first order. No other host gets an order for
+the volume until that one has ended, which the operation's hold on the disk (`busy_with`) ensures.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+
+import msgspec
+from msgspec.structs import replace
+
+from services.storage import disk_model, domain_model
+from services.storage.storage import Storage
+from services.storage.store import DISKS, DiskPrivate
+from volery.contracts.base import Message
+from volery.contracts.domain import VolumeSource
+from volery.contracts.errors import Refused, unavailable
+from volery.contracts.operation import Operation
+from volery.contracts.storage import CreateDisk, Disk, DiskStatus, ResizeDisk
+from volery.contracts.vm import RESIZE_VM_DISK, ResizeVmDisk
+from volery.contracts.volume_orders import (
+    COPY_VOLUME,
+    CREATE_VOLUME,
+    DELETE_VOLUME,
+    IMPORT_VOLUME,
+    RESIZE_VOLUME,
+    CopyVolume,
+    CreateVolume,
+    DeleteVolume,
+    ImportVolume,
+    ResizeVolume,
+    VolumeInfo,
+)
+from volery.runtime.operations import Run
+from volery.runtime.service import Part
+from volery.runtime.tables import Change, Row, Stale
+
+log = logging.getLogger(__name__)
+
+part = Part()
+
+
+class Writer(Message):
+    host_id: str
+
+
+class _Copied(Message):
+    """What is read of any disk operation's question when it ends."""
+
+    copy_of: str = ""
+
+
+async def writer(svc: Storage, run: Run, disk_id: str, *domain_ids: str) -> str:
+    """The one host that works on this disk for this operation, chosen among those that reach all the domains."""
+
+    async def choose() -> Writer:
+        found: set[str] | None = None
+        for domain_id in domain_ids:
+            reach = set((await svc.domain(domain_id)).public.host_ids)
+            found = reach if found is None else found & reach
+        host_id = domain_model.choose_host(found or (), disk_id)
+        if not host_id:
+            raise unavailable(
+                f"no host reaches the storage of disk {run.operation.object_name} any more: bring one up and try again"
+            )
+
+        def chosen(row: Row[Disk, DiskPrivate]) -> tuple[Disk, DiskPrivate]:
+            return row.public, replace(row.private, writer_host_id=host_id)
+
+        await svc.edit(DISKS, disk_id, chosen)
+        return Writer(host_id=host_id)
+
+    return (await run.step("choose", "Choose a host to do it", choose, Writer)).host_id
+
+
+async def creating(svc: Storage, run: Run) -> None:
+    ask = run.input(CreateDisk)
+    run.undo("disk", partial(discard, svc, ask.id))
+    disk = (await svc.disk(ask.id)).public
+    info = await _make(svc, run, ask, disk)
+
+    def made(row: Row[Disk, DiskPrivate]) -> tuple[Disk, DiskPrivate]:
+        return _filled(row.public, info, ask.sha256), row.private
+
+    await svc.edit(DISKS, ask.id, made)
+
+
+part.runs("disk.create", deadline_seconds=86400)(creating)
+part.runs("disk.copy", deadline_seconds=86400)(creating)
+
+
+async def _make(svc: Storage, run: Run, ask: CreateDisk, disk: Disk) -> VolumeInfo:
+    """Order the volume made, empty or with content. A source is read where it can be reached, too."""
+    domain = await svc.domain(disk.storage_domain_id)
+    target = svc.source(domain, disk)
+    if ask.copy_of:
+        source = (await svc.disk(ask.copy_of)).public
+        host_id = await writer(svc, run, disk.id, domain.id, source.storage_domain_id)
+        return await run.order(
+            "copy",
+            "Copy the disk",
+            COPY_VOLUME,
+            CopyVolume(
+                disk_id=disk.id,
+                source=svc.source(await svc.domain(source.storage_domain_id), source),
+                target=target,
+                size_bytes=disk.size_bytes,
+            ),
+            host_id=host_id,
+        )
+    host_id = await writer(svc, run, disk.id, domain.id)
+    if ask.import_url:
+        return await _import(svc, run, ask, disk, target, host_id)
+    return await run.order(
+        "create",
+        "Make the volume",
+        CREATE_VOLUME,
+        CreateVolume(
+            disk_id=disk.id, source=target, size_bytes=disk.size_bytes, preallocate=disk.preallocated
+        ),
+        host_id=host_id,
+    )
+
+
+async def _import(
+    svc: Storage, run: Run, ask: CreateDisk, disk: Disk, target: VolumeSource, host_id: str
+) -> VolumeInfo:
+    """The image may hold as much as was asked for, or as is allowed; a larger disk than the image is grown."""
+    max_bytes = disk.size_bytes or svc.config.max_disk_bytes
+    question = ImportVolume(
+        disk_id=disk.id, url=ask.import_url, target=target, max_bytes=max_bytes, sha256=ask.sha256
+    )
+    info = await run.order(
+        "import", "Download and convert the image", IMPORT_VOLUME, question, host_id=host_id
+    )
+    if info.size_bytes >= disk.size_bytes:
+        return info
+    grow = ResizeVolume(disk_id=disk.id, source=target, size_bytes=disk.size_bytes)
+    grown = await run.order("grow", "Grow it to its size", RESIZE_VOLUME, grow, host_id=host_id)
+    return replace(grown, sha256=info.sha256)
+
+
+def _filled(disk: Disk, info: VolumeInfo, sha256: str) -> Disk:
+    return replace(
+        disk,
+        status=DiskStatus.OK,
+        size_bytes=disk.size_bytes if disk.lun >= 0 else info.size_bytes,
+        used_bytes=info.used_bytes,
+        sha256=info.sha256 or sha256,
+    )
+
+
+async def discard(svc: Storage, disk_id: str) -> None:
+    """Remove a disk that could not be made, its volume first. When its host can't now, that is done later."""
+    row = await DISKS.find(svc.core.pool, disk_id)
+    if row is None:
+        return
+    try:
+        await remove_volume(svc, row, svc.config.discard_seconds)
+    except Refused as refused:
+        log.warning("disk %s is removed later: %s", disk_id, refused.message)
+
+        def doomed(row: Row[Disk, DiskPrivate]) -> tuple[Disk, DiskPrivate]:
+            return replace(row.public, status=DiskStatus.ILLEGAL), replace(row.private, doomed=True)
+
+        await svc.edit(DISKS, disk_id, doomed)
+        return
+    await drop(svc, disk_id)
+
+
+async def remove_volume(svc: Storage, row: Row[Disk, DiskPrivate], timeout_seconds: float) -> None:
+    """Have the host that wrote the volume remove it. Raises Refused."""
+    host_id = row.private.writer_host_id
+    if not host_id:
+        return
+    domain = await svc.domain(row.public.storage_domain_id)
+    await svc.core.orders.carry_out(
+        DELETE_VOLUME,
+        DeleteVolume(disk_id=row.id, source=svc.source(domain, row.public)),
+        host_id=host_id,
+        object_id=row.id,
+        timeout_seconds=timeout_seconds,
+    )
+
+
+async def drop(svc: Storage, disk_id: str) -> None:
+    """The disk's row ends, with its tombstone."""
+    while (row := await DISKS.find(svc.core.pool, disk_id)) is not None:
+        try:
+            await svc.core.commit(DISKS.delete(row))
+        except Stale:
+            continue
+        svc.core.wake(f"domain:{row.public.storage_domain_id}")
+        return
+
+
+@part.runs("disk.resize", deadline_seconds=3600)
+async def resizing(svc: Storage, run: Run) -> None:
+    ask = run.input(ResizeDisk)
+    disk = (await svc.disk(ask.id)).public
+    vm_id = await run.step("who", "See who runs with it", partial(_online, svc, disk), str)
+    if vm_id:
+        question = ResizeVmDisk(vm_id=vm_id, disk_id=disk.id, size_bytes=ask.size_bytes)
+        grow = partial(svc.core.bus.ask, RESIZE_VM_DISK, question, run.caller_for("grow"))
+        await run.step("grow", "Grow it in the running VM", grow)
+        size, used = ask.size_bytes, disk.used_bytes
+    else:
+        domain = await svc.domain(disk.storage_domain_id)
+        host_id = await writer(svc, run, disk.id, domain.id)
+        source = svc.source(domain, disk)
+        order = ResizeVolume(disk_id=disk.id, source=source, size_bytes=ask.size_bytes)
+        info = await run.order("resize", "Grow the volume", RESIZE_VOLUME, order, host_id=host_id)
+        size, used = max(ask.size_bytes, 0 if disk.lun >= 0 else info.size_bytes), info.used_bytes
+
+    def grown(row: Row[Disk, DiskPrivate]) -> tuple[Disk, DiskPrivate]:
+        return replace(row.public, size_bytes=size, used_bytes=used), row.private
+
+    await svc.edit(DISKS, disk.id, grown)
+
+
+async def _online(svc: Storage, disk: Disk) -> str:
+    vm = disk_model.running_vm(disk, await svc.store.vms([use.vm_id for use in disk.uses]))
+    return "" if vm is None else vm.id
+
+
+@part.runs("disk.delete", deadline_seconds=86400)
+async def deleting(svc: Storage, run: Run) -> None:
+    disk_id = run.operation.object_id
+    row = await DISKS.find(svc.core.pool, disk_id)
+    if row is None:  # the row went, and then the process
+        return
+    domain = await svc.domain(row.public.storage_domain_id)
+    host_id = await writer(svc, run, disk_id, domain.id)
+    await run.order(
+        "delete",
+        "Delete the volume",
+        DELETE_VOLUME,
+        DeleteVolume(
+            disk_id=disk_id, source=svc.source(domain, row.public), wipe=row.public.wipe_after_delete
+        ),
+        host_id=host_id,
+    )
+    await drop(svc, disk_id)
+
+
+async def release(svc: Storage, operation: Operation) -> Sequence[Change]:
+    """What frees the disk of an ended operation, and the disk that it read."""
+    row = await DISKS.find(svc.core.pool, operation.object_id)
+    changes: list[Change] = []
+    if row is not None:
+        svc.core.wake(f"domain:{row.public.storage_domain_id}")
+        if row.public.busy_with == operation.id:
+            changes.append(DISKS.update(row, replace(row.public, busy_with="")))
+    changes += await let_go(svc, operation)
+    return changes
+
+
+async def let_go(svc: Storage, operation: Operation) -> list[Change]:
+    """The disk that was copied may be written again."""
+    private = (await svc.core.operations.table.get(svc.core.pool, operation.id)).private
+    source_id = msgspec.json.decode(private.input, type=_Copied).copy_of
+    source = await DISKS.find(svc.core.pool, source_id) if source_id else None
+    if source is None or operation.id not in source.private.readers:
+        return []
+    left = tuple(reader for reader in source.private.readers if reader != operation.id)
+    return [DISKS.update(source, private=replace(source.private, readers=left))]

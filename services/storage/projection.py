@@ -1,0 +1,113 @@
+"""What storage knows of inventory's nouns: data centers, hosts and VMs, as their facts say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import msgspec
+from msgspec.structs import replace as with_fields
+
+from services.storage.storage import Storage
+from services.storage.store import DISKS
+from volery.contracts.base import Call
+from volery.contracts.cluster import (
+    DATA_CENTER_CHANGED,
+    DATA_CENTER_DELETED,
+    LIST_DATA_CENTERS,
+    DataCenter,
+)
+from volery.contracts.host import HOST_CHANGED, HOST_DELETED, LIST_HOSTS, Host
+from volery.contracts.operation import ListQuery
+from volery.contracts.vm import LIST_VMS, VM_CHANGED, VM_DELETED, Vm
+from volery.runtime.service import Part
+from volery.runtime.tables import Change
+
+part = Part()
+
+
+@part.hears(DATA_CENTER_CHANGED)
+async def data_center_changed(svc: Storage, center: DataCenter) -> list[Change]:
+    return [svc.store.know_data_center(center.id, center.name)]
+
+
+@part.hears(DATA_CENTER_DELETED)
+async def data_center_deleted(svc: Storage, center: DataCenter) -> list[Change]:
+    return [svc.store.forget("data_center", center.id)]
+
+
+@part.hears(HOST_CHANGED)
+async def host_changed(svc: Storage, host: Host) -> list[Change]:
+    """Only a new status or data center makes anything to do."""
+    known = await svc.store.host(host.id)
+    if (
+        known is not None
+        and (known.status, known.data_center_id) == (host.status, host.data_center_id)
+        and (known.name, known.data_address) == (host.name, host.capabilities.data_address)
+    ):
+        return []
+    return [_then_wake(svc, svc.store.know_host(host), f"host:{host.id}")]
+
+
+@part.hears(HOST_DELETED)
+async def host_deleted(svc: Storage, host: Host) -> list[Change]:
+    return [_then_wake(svc, svc.store.forget("host", host.id), f"host:{host.id}")]
+
+
+@part.hears(VM_CHANGED)
+async def vm_changed(svc: Storage, vm: Vm) -> list[Change]:
+    known = (await svc.store.vms([vm.id])).get(vm.id)
+    if known is not None and (known.name, known.host_id, known.status) == (vm.name, vm.host_id, vm.status):
+        return []
+    return [svc.store.know_vm(vm)]
+
+
+@part.hears(VM_DELETED)
+async def vm_deleted(svc: Storage, vm: Vm) -> list[Change]:
+    """A VM that is gone uses nothing."""
+    return [svc.store.forget("vm", vm.id), *await released(svc, vm.id)]
+
+
+async def released(svc: Storage, vm_id: str) -> list[Change]:
+    """The changes that take a VM off all its disks."""
+    return [
+        DISKS.update(
+            row,
+            with_fields(row.public, uses=tuple(use for use in row.public.uses if use.vm_id != vm_id)),
+        )
+        for row in await svc.store.disks_used_by(vm_id)
+    ]
+
+
+def _then_wake(svc: Storage, change: Change, key: str) -> Change:
+    return replace(change, then=partial(svc.core.wake, key))
+
+
+async def list_again(svc: Storage, stream: str) -> None:
+    """Facts were lost for good: take inventory's lists as the truth."""
+    hosts = await _all(svc, LIST_HOSTS, Host)
+    vms = await _all(svc, LIST_VMS, Vm)
+    centers = await _all(svc, LIST_DATA_CENTERS, DataCenter)
+    await svc.core.commit(
+        *(svc.store.know_host(host) for host in hosts),
+        svc.store.forget_all_but("host", [host.id for host in hosts]),
+        *(svc.store.know_data_center(center.id, center.name) for center in centers),
+        svc.store.forget_all_but("data_center", [center.id for center in centers]),
+    )
+    for vm in vms:
+        await svc.core.commit(svc.store.know_vm(vm))
+    await svc.core.commit(svc.store.forget_all_but("vm", [vm.id for vm in vms]))
+    for host in hosts:
+        svc.core.wake(f"host:{host.id}")
+
+
+async def _all(svc: Storage, call: Call[ListQuery, Any], type_: type[Any]) -> list[Any]:
+    found: list[Any] = []
+    token = ""
+    while True:
+        page = await svc.core.bus.ask(call, ListQuery(limit=1000, page=token))
+        found += [msgspec.json.decode(item, type=type_) for item in page.items]
+        token = page.next
+        if not token:
+            return found

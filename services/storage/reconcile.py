@@ -1,0 +1,101 @@
+"""Makes the hosts' connections and the disks' volumes what they should be; right also after missing every event."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+
+from services.storage import connections, disk_work, domain_model
+from services.storage.storage import Storage
+from services.storage.store import DISKS, DOMAINS, DomainPrivate
+from volery.contracts.errors import Refused
+from volery.contracts.operation import ENDED
+from volery.contracts.storage import StorageDomain
+from volery.runtime.tables import Row
+
+
+async def reconcile(svc: Storage, key: str) -> None:
+    """Keys: `domain:{id}`, `check:{domain}:{host}`, `host:{id}`, `disk:{id}`."""
+    kind, _, rest = key.partition(":")
+    await _KINDS[kind](svc, rest)
+
+
+async def reconcile_all(svc: Storage) -> Sequence[str]:
+    domains = [f"domain:{domain_id}" for domain_id in await svc.store.attached_domain_ids()]
+    return [*domains, *(f"disk:{disk_id}" for disk_id in await svc.store.unsettled_disks())]
+
+
+async def _domain(svc: Storage, domain_id: str) -> None:
+    """Forget what hosts said whose word no longer counts, and connect those that should have it."""
+    row = await DOMAINS.find(svc.core.pool, domain_id)
+    if row is None or row.public.busy_with:
+        return
+    hosts = await svc.store.hosts()
+    disks = [disk.public for disk in await svc.store.disks_of(domain_id)]
+
+    def settled(
+        row: Row[StorageDomain, DomainPrivate],
+    ) -> tuple[StorageDomain, DomainPrivate] | None:
+        if row.public.busy_with:
+            return None
+        kept = domain_model.kept_hosts(row.public, row.private.maintenance, hosts)
+        public = domain_model.with_disks(domain_model.only_hosts(row.public, kept), disks)
+        return domain_model.with_status(public, row.private.maintenance), row.private
+
+    await svc.edit(DOMAINS, domain_id, settled)
+    row = await DOMAINS.find(svc.core.pool, domain_id)
+    if row is None or row.public.busy_with:
+        return
+    wanted = domain_model.wanted_hosts(row.public, row.private.maintenance, hosts)
+    now = time.monotonic()
+    due = [
+        host_id
+        for host_id in wanted
+        if host_id not in row.public.host_ids
+        and now - svc.tried.get((domain_id, host_id), -1e9) >= svc.config.again_seconds
+    ]
+    await asyncio.gather(*(connections.connect(svc, domain_id, host_id) for host_id in due))
+
+
+async def _check(svc: Storage, rest: str) -> None:
+    """A report and our picture differ: look now, since the report may be older."""
+    domain_id, host_id = rest.split(":")
+    row = await DOMAINS.find(svc.core.pool, domain_id)
+    host = await svc.store.host(host_id)
+    if row is None or host is None or row.public.busy_with:
+        return
+    if host_id in domain_model.wanted_hosts(row.public, row.private.maintenance, [host]):
+        await connections.connect(svc, domain_id, host_id)
+
+
+async def _host(svc: Storage, host_id: str) -> None:
+    """A host's status or data center changed: its word counts again or no more."""
+    for key in [key for key in svc.tried if key[1] == host_id]:
+        svc.tried.pop(key, None)
+    for row in await DOMAINS.where(svc.core.pool, "data_center_id <> ''"):
+        svc.core.wake(f"domain:{row.id}")
+
+
+async def _disk(svc: Storage, disk_id: str) -> None:
+    """Remove what a failed operation left, and free what an ended one still holds."""
+    row = await DISKS.find(svc.core.pool, disk_id)
+    if row is None or await _held(svc, row.public.busy_with):
+        return
+    if row.private.doomed:
+        try:
+            await disk_work.remove_volume(svc, row, svc.config.connect_seconds)
+        except Refused:
+            return
+        await disk_work.drop(svc, disk_id)
+
+
+async def _held(svc: Storage, operation_id: str) -> bool:
+    """Whether an operation still works on its object."""
+    if not operation_id:
+        return False
+    row = await svc.core.operations.table.find(svc.core.pool, operation_id)
+    return row is not None and (row.public.state not in ENDED or row.public.outcome_pending)
+
+
+_KINDS = {"domain": _domain, "check": _check, "host": _host, "disk": _disk}

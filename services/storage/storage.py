@@ -1,0 +1,105 @@
+"""What every handler of storage gets: the runtime's core, the store, the vault, and edits that survive a race."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from services.storage import domain_model
+from services.storage.config import StorageConfig
+from services.storage.sealing import Vault, open_vault
+from services.storage.store import DISKS, DOMAINS, DiskPrivate, DomainPrivate, HostRow, Store
+from volery.contracts.base import Entity, Message
+from volery.contracts.cluster import GET_DATA_CENTER, GetById
+from volery.contracts.domain import VolumeSource
+from volery.contracts.errors import unavailable
+from volery.contracts.storage import Disk, StorageDomain
+from volery.contracts.volume_orders import StorageLocation
+from volery.runtime.core import Core
+from volery.runtime.tables import Change, Row, Stale, Table
+
+T = TypeVar("T", bound=Entity)
+S = TypeVar("S", bound=Message)
+
+
+@dataclass(slots=True)
+class Storage:
+    core: Core
+    store: Store
+    vault: Vault
+    config: StorageConfig
+    tried: dict[tuple[str, str], float] = field(default_factory=dict)
+    """(domain, host) → when connecting last failed, by this process's monotonic clock."""
+    asked: dict[str, float] = field(default_factory=dict)
+    """Host → when it was last asked for a report."""
+
+    async def edit(
+        self,
+        table: Table[T, S],
+        object_id: str,
+        decide: Callable[[Row[T, S]], tuple[T, S] | None],
+        *more: Change,
+    ) -> Row[T, S] | None:
+        """Read, decide, write, again when somebody else was first. None: there is no such object, or nothing to do."""
+        while True:
+            row = await table.find(self.core.pool, object_id)
+            decided = decide(row) if row is not None else None
+            if row is None or decided is None or (decided == (row.public, row.private) and not more):
+                return None
+            try:
+                await self.core.commit(table.update(row, *decided), *more)
+            except Stale:
+                continue
+            return Row(*decided)
+
+    async def domain(self, domain_id: str) -> Row[StorageDomain, DomainPrivate]:
+        return await DOMAINS.get(self.core.pool, domain_id)
+
+    async def disk(self, disk_id: str) -> Row[Disk, DiskPrivate]:
+        return await DISKS.get(self.core.pool, disk_id)
+
+    def location(self, row: Row[StorageDomain, DomainPrivate]) -> StorageLocation:
+        backend = domain_model.BACKENDS[row.public.kind]
+        return backend.location(row.public, self.vault.open(row.private.chap_password))
+
+    def source(self, row: Row[StorageDomain, DomainPrivate], disk: Disk) -> VolumeSource:
+        """Where a host finds the disk's volume, with the secret that it needs. For orders and for QEMU only."""
+        backend = domain_model.BACKENDS[row.public.kind]
+        return backend.source(row.public, disk, self.vault.open(row.private.chap_password))
+
+    async def check_data_center(self, data_center_id: str) -> None:
+        """Raises Refused(not_found). Inventory is asked when its fact has not been heard (yet)."""
+        if not await self.store.knows_data_center(data_center_id):
+            await self.core.bus.ask(GET_DATA_CENTER, GetById(id=data_center_id))
+
+    async def connectable(self, data_center_id: str, host_id: str, what: str) -> list[HostRow]:
+        """Hosts that can be asked about a domain's storage. Raises Refused(unavailable) when there is none."""
+        found = [
+            host
+            for host in await self.store.hosts()
+            if host.status in domain_model.CAN_CONNECT
+            and data_center_id in ("", host.data_center_id)
+            and host_id in ("", host.id)
+        ]
+        if found:
+            return found
+        if host_id:
+            raise unavailable(
+                f"{what} needs host {host_id}, which isn't up"
+                + (" in that data center" if data_center_id else "")
+                + ": activate the host, or name another one",
+                host_id=host_id,
+            )
+        raise unavailable(
+            f"{what} needs a host to look at the storage, and none is up"
+            + (" in that data center" if data_center_id else "")
+            + ": add or activate a host first"
+        )
+
+
+@asynccontextmanager
+async def open_storage(core: Core) -> AsyncIterator[Storage]:
+    config: StorageConfig = core.config
+    yield Storage(core, Store(core.pool), open_vault(config.key_file), config)

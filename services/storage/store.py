@@ -1,0 +1,302 @@
+"""Every table and SQL statement of storage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import asyncpg
+
+from volery.contracts.base import Message
+from volery.contracts.host import Host
+from volery.contracts.storage import (
+    DISK_CHANGED,
+    DISK_DELETED,
+    STORAGE_DOMAIN_CHANGED,
+    STORAGE_DOMAIN_DELETED,
+    TRANSFER_CHANGED,
+    TRANSFER_DELETED,
+    Disk,
+    DiskStatus,
+    StorageDomain,
+    Transfer,
+)
+from volery.contracts.vm import Vm
+from volery.runtime.tables import Change, Row, Table
+
+
+class DomainPrivate(Message):
+    chap_password: str = ""
+    """Sealed."""
+    maintenance: bool = False
+    """What a person wants; otherwise an attached domain is to be active."""
+
+
+class DiskPrivate(Message):
+    writer_host_id: str = ""
+    """The one host that may have an order at work that writes the volume; "" before the first."""
+    readers: tuple[str, ...] = ()
+    """Operations that copy it and downloads that read it: nobody may write it meanwhile."""
+    transfer_id: str = ""
+    """The upload it waits for."""
+    before: DiskStatus = DiskStatus.OK
+    """Its status before that upload."""
+    doomed: bool = False
+    """Its operation failed and its volume is to be removed, as soon as its host can."""
+
+
+class TransferPrivate(Message):
+    ticket: str = ""
+    """Sealed."""
+    data_address: str = ""
+
+
+DOMAINS: Table[StorageDomain, DomainPrivate] = Table(
+    "storage_domain",
+    StorageDomain,
+    DomainPrivate,
+    columns={
+        "name": "name",
+        "kind": "kind",
+        "data_center_id": "data_center_id",
+        "status": "status",
+        "host_id": "host_id",
+        "iqn": "iqn",
+    },
+    changed=STORAGE_DOMAIN_CHANGED,
+    deleted=STORAGE_DOMAIN_DELETED,
+    noun="storage domain",
+)
+DISKS: Table[Disk, DiskPrivate] = Table(
+    "disk",
+    Disk,
+    DiskPrivate,
+    columns={
+        "name": "name",
+        "storage_domain_id": "storage_domain_id",
+        "data_center_id": "data_center_id",
+        "status": "status",
+        "content": "content",
+        "format": "format",
+        "lun": "lun",
+        "size_bytes": "size_bytes",
+        "busy_with": "busy_with",
+        "uses": "uses",
+    },
+    changed=DISK_CHANGED,
+    deleted=DISK_DELETED,
+)
+TRANSFERS: Table[Transfer, TransferPrivate] = Table(
+    "transfer",
+    Transfer,
+    TransferPrivate,
+    columns={
+        "disk_id": "disk_id",
+        "direction": "direction",
+        "state": "state",
+        "host_id": "host_id",
+        "expires_at": "expires_at",
+    },
+    changed=TRANSFER_CHANGED,
+    deleted=TRANSFER_DELETED,
+)
+DOMAIN_NAME = "storage_domain_name"
+DOMAIN_IQN = "storage_domain_iqn"
+DISK_ID = "disk_pkey"
+DISK_LUN = "disk_lun"
+
+Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
+
+
+@dataclass(frozen=True, slots=True)
+class HostRow:
+    """A host as inventory last announced it."""
+
+    id: str
+    name: str
+    data_center_id: str
+    status: str
+    data_address: str
+
+
+@dataclass(frozen=True, slots=True)
+class VmRow:
+    id: str
+    name: str
+    host_id: str
+    status: str
+
+
+@dataclass(frozen=True, slots=True)
+class Leftover:
+    """The directory of a deleted domain, until a host has removed its marker."""
+
+    domain_id: str
+    host_id: str
+    data_center_id: str
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """What Table does not say by itself."""
+
+    pool: Pool
+
+    # Inventory's nouns
+
+    def know_host(self, host: Host) -> Change:
+        return Change(
+            """insert into host (id, name, data_center_id, status, data_address) values ({0}, {1}, {2}, {3}, {4})
+               on conflict (id) do update set name = excluded.name, data_center_id = excluded.data_center_id,
+                   status = excluded.status, data_address = excluded.data_address""",
+            (host.id, host.name, host.data_center_id, str(host.status), host.capabilities.data_address),
+            guarded=False,
+        )
+
+    def know_vm(self, vm: Vm) -> Change:
+        return Change(
+            """insert into vm (id, name, host_id, status) values ({0}, {1}, {2}, {3})
+               on conflict (id) do update set name = excluded.name, host_id = excluded.host_id,
+                   status = excluded.status""",
+            (vm.id, vm.name, vm.host_id, str(vm.status)),
+            guarded=False,
+        )
+
+    def know_data_center(self, data_center_id: str, name: str) -> Change:
+        return Change(
+            """insert into data_center (id, name) values ({0}, {1})
+               on conflict (id) do update set name = excluded.name""",
+            (data_center_id, name),
+            guarded=False,
+        )
+
+    def forget(self, table: str, object_id: str) -> Change:
+        """`table` is one of data_center, host, vm."""
+        return Change(f"delete from {table} where id = {{0}}", (object_id,), guarded=False)
+
+    def forget_all_but(self, table: str, ids: Iterable[str]) -> Change:
+        return Change(f"delete from {table} where not id = any({{0}}::text[])", (list(ids),), guarded=False)
+
+    async def hosts(self) -> list[HostRow]:
+        rows = await self.pool.fetch(
+            "select id, name, data_center_id, status, data_address from host order by id"
+        )
+        return [HostRow(**dict(row)) for row in rows]
+
+    async def host(self, host_id: str) -> HostRow | None:
+        row = await self.pool.fetchrow(
+            "select id, name, data_center_id, status, data_address from host where id = $1", host_id
+        )
+        return None if row is None else HostRow(**dict(row))
+
+    async def vms(self, vm_ids: Iterable[str]) -> dict[str, VmRow]:
+        rows = await self.pool.fetch(
+            "select id, name, host_id, status from vm where id = any($1::text[])", list(vm_ids)
+        )
+        return {row["id"]: VmRow(**dict(row)) for row in rows}
+
+    async def knows_data_center(self, data_center_id: str) -> bool:
+        return bool(await self.pool.fetchval("select 1 from data_center where id = $1", data_center_id))
+
+    # Storage domains
+
+    def while_active(self, domain_id: str) -> Change:
+        """A guard: the domain is active, and stays so until this is committed. Whoever maintains, detaches or
+        deletes it afterwards finds what was written."""
+        return Change(
+            "select 1 from storage_domain where id = {0} and status = 'active' for share", (domain_id,)
+        )
+
+    async def domains_of(self, host: HostRow) -> list[Row[StorageDomain, DomainPrivate]]:
+        """Domains that this host has, or should have."""
+        return await DOMAINS.where(
+            self.pool,
+            "(data_center_id <> '' and data_center_id = $1) or host_id = $2 or position($2 in doc) > 0",
+            host.data_center_id,
+            host.id,
+        )
+
+    async def domains_with(self, ids: Iterable[str]) -> dict[str, Row[StorageDomain, DomainPrivate]]:
+        rows = await DOMAINS.where(self.pool, "id = any($1::text[])", list(ids))
+        return {row.id: row for row in rows}
+
+    async def attached_domain_ids(self) -> list[str]:
+        rows = await self.pool.fetch("select id from storage_domain where data_center_id <> '' order by id")
+        return [row["id"] for row in rows]
+
+    def leave_behind(self, domain: StorageDomain, host_id: str) -> Change:
+        return Change(
+            """insert into leftover (domain_id, host_id, data_center_id, path) values ({0}, {1}, {2}, {3})
+               on conflict (domain_id) do nothing""",
+            (domain.id, host_id, domain.data_center_id, domain.path),
+            guarded=False,
+        )
+
+    async def leftovers(self) -> list[Leftover]:
+        rows = await self.pool.fetch("select domain_id, host_id, data_center_id, path from leftover")
+        return [Leftover(**dict(row)) for row in rows]
+
+    def cleaned(self, domain_id: str) -> Change:
+        return Change("delete from leftover where domain_id = {0}", (domain_id,), guarded=False)
+
+    # Disks
+
+    async def disks_of(self, domain_id: str) -> list[Row[Disk, DiskPrivate]]:
+        return await DISKS.where(self.pool, "storage_domain_id = $1", domain_id)
+
+    async def disks_with(self, ids: Iterable[str]) -> dict[str, Row[Disk, DiskPrivate]]:
+        rows = await DISKS.where(self.pool, "id = any($1::text[])", list(ids))
+        return {row.id: row for row in rows}
+
+    async def disks_used_by(self, vm_id: str) -> list[Row[Disk, DiskPrivate]]:
+        return await DISKS.where(self.pool, "uses <> '[]' and position($1 in uses) > 0", vm_id)
+
+    async def used_disks(self, domain_id: str) -> list[Row[Disk, DiskPrivate]]:
+        return await DISKS.where(self.pool, "storage_domain_id = $1 and uses <> '[]'", domain_id)
+
+    async def users(self) -> list[str]:
+        """Ids of VMs that have a disk and that inventory's facts don't know."""
+        rows = await self.pool.fetch(
+            """select distinct u ->> 'vm_id' as vm_id from disk, json_array_elements(uses::json) u
+               where uses <> '[]' and not exists (select 1 from vm where vm.id = u ->> 'vm_id')"""
+        )
+        return [row["vm_id"] for row in rows]
+
+    async def taken_luns(self, domain_id: str) -> frozenset[int]:
+        rows = await self.pool.fetch(
+            "select lun from disk where storage_domain_id = $1 and lun >= 0", domain_id
+        )
+        return frozenset(row["lun"] for row in rows)
+
+    async def unsettled_disks(self) -> list[str]:
+        rows = await self.pool.fetch(
+            "select id from disk where status <> 'ok' or busy_with <> '' order by id limit 1000"
+        )
+        return [row["id"] for row in rows]
+
+    async def disks_in(self, domain_id: str) -> int:
+        sql = "select count(*) from disk where storage_domain_id = $1"
+        return int(await self.pool.fetchval(sql, domain_id))
+
+    # Transfers
+
+    async def expired_transfers(self) -> list[Row[Transfer, TransferPrivate]]:
+        return await TRANSFERS.where(
+            self.pool, "state in ('opening', 'ready') and expires_at < now() and expires_at is not null"
+        )
+
+    async def old_transfers(self, days: int = 7) -> list[Row[Transfer, TransferPrivate]]:
+        """Ended ones that nobody needs any more."""
+        return await TRANSFERS.where(
+            self.pool,
+            """state in ('succeeded', 'failed', 'cancelled')
+               and expires_at < now() - make_interval(days => $1)""",
+            days,
+        )
+
+    async def open_transfers(self, disk_id: str) -> list[Row[Transfer, TransferPrivate]]:
+        return await TRANSFERS.where(
+            self.pool, "disk_id = $1 and state in ('opening', 'ready', 'finishing')", disk_id
+        )

@@ -1,0 +1,158 @@
+"""Who uses a disk, and where its volume is for the host that runs it: what inventory asks on behalf of a VM."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+from msgspec.structs import replace
+
+from services.storage import disk_model, domain_model
+from services.storage.disks import users
+from services.storage.storage import Storage
+from services.storage.store import DISKS, DiskPrivate, DomainPrivate
+from volery.contracts.base import Done
+from volery.contracts.domain import DomainDisk
+from volery.contracts.errors import conflict, not_found, unavailable
+from volery.contracts.naming import checked_id
+from volery.contracts.storage import (
+    ATTACH_DISK_TO,
+    DETACH_DISK_FROM,
+    PREPARE_DISKS,
+    REACH_DISKS,
+    AttachDiskTo,
+    ContentType,
+    DetachDiskFrom,
+    Disk,
+    DiskReach,
+    DomainStatus,
+    PreparedDisks,
+    PrepareDisks,
+    ReachDisks,
+    StorageDomain,
+)
+from volery.runtime.bus import Caller
+from volery.runtime.service import Part
+from volery.runtime.tables import Row, Stale
+
+part = Part()
+
+
+@part.answers(ATTACH_DISK_TO)
+async def attach(svc: Storage, ask: AttachDiskTo, caller: Caller) -> Disk:
+    """Idempotent per (disk, VM): a second attach answers the disk as it is."""
+    checked_id("VM", ask.vm_id)
+    while True:
+        row = await svc.disk(checked_id("disk", ask.disk_id))
+        new = disk_model.attached(row.public, ask.vm_id, ask.read_only, await users(svc, row.public))
+        if new == row.public:
+            await svc.core.commit(caller=caller, answer=new)
+            return new
+        new = replace(new, revision=row.public.revision + 1, updated_at=datetime.now(UTC))
+        try:
+            await svc.core.commit(DISKS.update(row, new), caller=caller, answer=new)
+        except Stale:
+            continue
+        return new
+
+
+@part.answers(DETACH_DISK_FROM)
+async def detach(svc: Storage, ask: DetachDiskFrom, caller: Caller) -> Done:
+    done = Done()
+    while True:
+        row = await DISKS.find(svc.core.pool, ask.disk_id)
+        left = () if row is None else tuple(use for use in row.public.uses if use.vm_id != ask.vm_id)
+        if row is None or left == row.public.uses:
+            await svc.core.commit(caller=caller, answer=done)
+            return done
+        try:
+            await svc.core.commit(
+                DISKS.update(row, replace(row.public, uses=left)), caller=caller, answer=done
+            )
+        except Stale:
+            continue
+        return done
+
+
+Disks = dict[str, Row[Disk, DiskPrivate]]
+Domains = dict[str, Row[StorageDomain, DomainPrivate]]
+
+
+async def _rows(svc: Storage, disk_ids: tuple[str, ...]) -> tuple[Disks, Domains]:
+    disks = await svc.store.disks_with(disk_ids)
+    domains = await svc.store.domains_with({row.public.storage_domain_id for row in disks.values()})
+    return disks, domains
+
+
+@part.answers(PREPARE_DISKS)
+async def prepare(svc: Storage, ask: PrepareDisks, caller: Caller) -> PreparedDisks:
+    """Raises Refused naming the first disk that can't be used there, and why."""
+    disks, domains = await _rows(svc, ask.disk_ids)
+    prepared = []
+    for disk_id in ask.disk_ids:
+        row = disks.get(disk_id)
+        if row is None:
+            raise not_found("disk", disk_id)
+        domain = domains[row.public.storage_domain_id]
+        refuse_unprepared(row, domain.public, ask)
+        prepared.append(_prepared(svc, row.public, domain, ask.vm_id))
+    return PreparedDisks(disks=tuple(prepared))
+
+
+def _prepared(svc: Storage, disk: Disk, domain: Row[StorageDomain, DomainPrivate], vm_id: str) -> DomainDisk:
+    use = next((use for use in disk.uses if use.vm_id == vm_id), None)
+    iso = disk.content is ContentType.ISO
+    return DomainDisk(
+        disk_id=disk.id,
+        source=svc.source(domain, disk),
+        read_only=iso or disk.read_only or (use is not None and use.read_only),
+        shareable=disk.shareable,
+        shared_storage=not domain.public.host_id,
+    )
+
+
+def refuse_unprepared(row: Row[Disk, DiskPrivate], domain: StorageDomain, ask: PrepareDisks) -> None:
+    """Raises Refused unless this VM may open this disk on this host now. An ISO image needs no attachment."""
+    disk = row.public
+    use = next((use for use in disk.uses if use.vm_id == ask.vm_id), None)
+    if use is None and disk.content is not ContentType.ISO:
+        raise conflict(f"disk {disk.name} isn't attached to VM {ask.vm_id}: attach it first", disk_id=disk.id)
+    disk_model.refuse_unready(disk)
+    if use is not None and not use.read_only and not disk.read_only:
+        disk_model.refuse_readers(disk, row.private.readers, "written")
+    domain_model.refuse_unusable(domain)
+    if ask.host_id not in domain.host_ids:
+        why = domain.unreachable.get(ask.host_id) or (
+            "it belongs to another host"
+            if domain.host_id
+            else "the host is not up, not connected yet, or in another data center"
+        )
+        raise unavailable(
+            f"host {ask.host_id} doesn't reach storage domain {domain.name}, where disk {disk.name} is: {why}",
+            disk_id=disk.id,
+            storage_domain_id=domain.id,
+            host_ids=list(domain.host_ids),
+        )
+
+
+@part.answers(REACH_DISKS)
+async def reach(svc: Storage, ask: ReachDisks, caller: Caller) -> DiskReach:
+    disks, domains = await _rows(svc, ask.disk_ids)
+    unready: dict[str, str] = {}
+    hosts: set[str] | None = None
+    for disk_id in ask.disk_ids:
+        row = disks.get(disk_id)
+        if row is None:
+            unready[disk_id] = f"there is no disk {disk_id}"
+            continue
+        domain = domains[row.public.storage_domain_id].public
+        if why := disk_model.why_unready(row.public):
+            unready[disk_id] = why
+        elif domain.status is not DomainStatus.ACTIVE:
+            unready[disk_id] = f"storage domain {domain.name} is {domain.status}"
+        hosts = set(domain.host_ids) if hosts is None else hosts & set(domain.host_ids)
+    return DiskReach(
+        any_host=hosts is None,
+        host_ids=tuple(sorted(hosts or ())),
+        domain_ids=tuple(sorted(domains)),
+        unready=unready,
+    )

@@ -1,0 +1,335 @@
+"""Storage as hosts see it, in memory: directories and targets with volumes, and agents whose orders change them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from services.storage.service import make_service
+from tests.support.runtime import running
+from tests.support.scripted_agent import ScriptedAgent, scripted
+from tests.support.stand_in import World, inventory
+from volery.contracts.agent import StorageDomainReport, VolumeReport
+from volery.contracts.base import Done, Owner
+from volery.contracts.cluster import DataCenter, GetById
+from volery.contracts.domain import FileSource, ImageFormat, IscsiSource, VolumeSource
+from volery.contracts.errors import Kind, Refused
+from volery.contracts.host import Host
+from volery.contracts.operation import GET_OPERATION, GetOperation, Operation
+from volery.contracts.storage import (
+    CREATE_DISK,
+    CREATE_STORAGE_DOMAIN,
+    GET_DISK,
+    GET_STORAGE_DOMAIN,
+    CreateDisk,
+    CreateStorageDomain,
+    Disk,
+    DomainKind,
+    StorageDomain,
+)
+from volery.contracts.volume_orders import (
+    CONNECT_STORAGE,
+    COPY_VOLUME,
+    CREATE_VOLUME,
+    DELETE_VOLUME,
+    DISCONNECT_STORAGE,
+    DISCOVER_ISCSI,
+    FINISH_TRANSFER,
+    IMPORT_VOLUME,
+    OPEN_TRANSFER,
+    RESIZE_VOLUME,
+    ConnectStorage,
+    CopyVolume,
+    CreateVolume,
+    DeleteVolume,
+    DirectoryLocation,
+    DisconnectStorage,
+    DiscoveredLun,
+    DiscoveredTarget,
+    DiscoverIscsi,
+    FinishTransfer,
+    ImportVolume,
+    IscsiTargets,
+    OpenTransfer,
+    ResizeVolume,
+    TransferOpened,
+    VolumeInfo,
+)
+from volery.runtime.bus import Bus, Caller
+from volery.runtime.database import open_direct
+from volery.runtime.service import Settings
+
+GIB = 1024**3
+MIB = 1024**2
+
+
+@dataclass
+class Shelf:
+    """What all hosts share: directories by path, targets by name."""
+
+    capacity_bytes: int = 100 * GIB
+    available_bytes: int = 80 * GIB
+    markers: set[tuple[str, str]] = field(default_factory=set)
+    """(path, domain id)"""
+    volumes: dict[str, VolumeReport] = field(default_factory=dict)
+    """Path → volume."""
+    luns: dict[str, dict[int, int]] = field(default_factory=dict)
+    """Target → LUN → size."""
+    passwords: dict[str, str] = field(default_factory=dict)
+    strangers: tuple[str, ...] = ()
+    writers: dict[str, set[str]] = field(default_factory=dict)
+    """Disk → hosts that are writing it now: never more than one."""
+    crowded: list[str] = field(default_factory=list)
+    """Disks that two hosts wrote at once."""
+
+
+@dataclass
+class StorageHost:
+    """One host's side. `refusing` maps an order's kind to what it is refused with; `held` to an event it waits for."""
+
+    shelf: Shelf
+    agent: ScriptedAgent
+    unreachable: set[str] = field(default_factory=set)
+    refusing: dict[str, Refused] = field(default_factory=dict)
+    held: dict[str, asyncio.Event] = field(default_factory=dict)
+    connected: dict[str, Any] = field(default_factory=dict)
+    opened: dict[str, OpenTransfer] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        acts: tuple[tuple[Any, Any], ...] = (
+            (CONNECT_STORAGE, self.connect),
+            (DISCONNECT_STORAGE, self.disconnect),
+            (DISCOVER_ISCSI, self.discover),
+            (CREATE_VOLUME, self.create),
+            (RESIZE_VOLUME, self.resize),
+            (DELETE_VOLUME, self.delete),
+            (COPY_VOLUME, self.copy),
+            (IMPORT_VOLUME, self.import_),
+            (OPEN_TRANSFER, self.open),
+            (FINISH_TRANSFER, self.finish),
+        )
+        for order, act in acts:
+            self.agent.does(order, self._guarded(order.kind, act))
+        self.agent.reports["storage"] = lambda: {
+            "domains": tuple(self.look(domain_id) for domain_id in self.connected)
+        }
+
+    def _guarded(self, kind: str, act: Any) -> Any:
+        async def run(question: Any) -> Any:
+            disk_id = getattr(question, "disk_id", "")
+            writing = self.shelf.writers.setdefault(disk_id, set()) if disk_id else set()
+            writing.add(self.agent.host_id)
+            if len(writing) > 1:
+                self.shelf.crowded.append(disk_id)
+            try:
+                if kind in self.held:
+                    await self.held[kind].wait()
+                if kind in self.refusing:
+                    raise self.refusing[kind]
+                return act(question)
+            finally:
+                writing.discard(self.agent.host_id)
+
+        return run
+
+    def connect(self, ask: ConnectStorage) -> StorageDomainReport:
+        where = ask.location
+        if isinstance(where, DirectoryLocation):
+            if where.path in self.unreachable:
+                raise Refused(Kind.NOT_FOUND, f"{where.path} isn't a directory on this host")
+            if ask.initialise:
+                self.shelf.markers.add((where.path, ask.domain_id))
+            if (where.path, ask.domain_id) not in self.shelf.markers:
+                raise Refused(Kind.NOT_FOUND, f"{where.path} has no storage domain {ask.domain_id}")
+        else:
+            if where.portal in self.unreachable:
+                raise Refused(Kind.UNAVAILABLE, f"iSCSI portal {where.portal} doesn't answer")
+            if self.shelf.passwords.get(where.iqn, "") != where.chap_password:
+                raise Refused(
+                    Kind.FORBIDDEN, f"target {where.iqn} refused the login: check the CHAP password"
+                )
+        self.connected[ask.domain_id] = where
+        return self.look(ask.domain_id)
+
+    def look(self, domain_id: str) -> StorageDomainReport:
+        where = self.connected[domain_id]
+        if isinstance(where, DirectoryLocation):
+            top = f"{where.path}/{domain_id}/"
+            volumes = tuple(v for p, v in self.shelf.volumes.items() if p.startswith(top))
+            return StorageDomainReport(
+                domain_id=domain_id,
+                reachable=where.path not in self.unreachable,
+                problem="it hangs" if where.path in self.unreachable else "",
+                capacity_bytes=self.shelf.capacity_bytes,
+                available_bytes=self.shelf.available_bytes,
+                volumes=volumes,
+                strangers=self.shelf.strangers,
+            )
+        luns = self.shelf.luns.get(where.iqn, {})
+        return StorageDomainReport(
+            domain_id=domain_id,
+            reachable=True,
+            capacity_bytes=sum(luns.values()),
+            volumes=tuple(
+                VolumeReport(path=str(n), size_bytes=s, used_bytes=s, format=ImageFormat.RAW)
+                for n, s in luns.items()
+            ),
+        )
+
+    def disconnect(self, ask: DisconnectStorage) -> Done:
+        where = self.connected.pop(ask.domain_id, None)
+        if ask.remove and where is not None:
+            self.shelf.markers.discard((where.path, ask.domain_id))
+        return Done()
+
+    def discover(self, ask: DiscoverIscsi) -> IscsiTargets:
+        return IscsiTargets(
+            targets=tuple(
+                DiscoveredTarget(
+                    iqn=iqn,
+                    portal=ask.portal,
+                    luns=tuple(DiscoveredLun(lun=n, size_bytes=s) for n, s in luns.items()),
+                )
+                for iqn, luns in self.shelf.luns.items()
+            )
+        )
+
+    def _put(self, source: VolumeSource, size_bytes: int, used_bytes: int = MIB) -> VolumeInfo:
+        if isinstance(source, FileSource):
+            self.shelf.volumes[source.path] = VolumeReport(
+                path=source.path, size_bytes=size_bytes, used_bytes=used_bytes, format=source.format
+            )
+            return VolumeInfo(size_bytes=size_bytes, used_bytes=used_bytes, format=source.format)
+        assert isinstance(source, IscsiSource)
+        size = self.shelf.luns[source.iqn][source.lun]
+        return VolumeInfo(size_bytes=size, used_bytes=size, format=ImageFormat.RAW)
+
+    def create(self, ask: CreateVolume) -> VolumeInfo:
+        return self._put(ask.source, ask.size_bytes)
+
+    def resize(self, ask: ResizeVolume) -> VolumeInfo:
+        return self._put(ask.source, ask.size_bytes)
+
+    def copy(self, ask: CopyVolume) -> VolumeInfo:
+        if isinstance(ask.source, FileSource) and ask.source.path not in self.shelf.volumes:
+            raise Refused(Kind.NOT_FOUND, f"there is no volume {ask.source.path}")
+        return self._put(ask.target, ask.size_bytes, 2 * MIB)
+
+    def import_(self, ask: ImportVolume) -> VolumeInfo:
+        return replace_info(self._put(ask.target, 2 * GIB, 3 * MIB), "ab" * 32)
+
+    def delete(self, ask: DeleteVolume) -> Done:
+        if isinstance(ask.source, FileSource):
+            self.shelf.volumes.pop(ask.source.path, None)
+        return Done()
+
+    def open(self, ask: OpenTransfer) -> TransferOpened:
+        self.opened[ask.transfer_id] = ask
+        return TransferOpened(data_address="127.0.0.1:1", size_bytes=ask.size_bytes or GIB)
+
+    def finish(self, ask: FinishTransfer) -> VolumeInfo:
+        self.opened.pop(ask.transfer_id, None)
+        if ask.cancel:
+            return VolumeInfo(size_bytes=0, used_bytes=0, format=ImageFormat.RAW)
+        return replace_info(self._put(ask.target, ask.max_bytes, 5 * MIB), ask.sha256 or "cd" * 32)
+
+
+def replace_info(info: VolumeInfo, sha256: str) -> VolumeInfo:
+    return VolumeInfo(
+        size_bytes=info.size_bytes, used_bytes=info.used_bytes, format=info.format, sha256=sha256
+    )
+
+
+@dataclass
+class Site:
+    """A running storage service with its world."""
+
+    bus: Bus
+    world: World
+    center: DataCenter
+    shelf: Shelf
+    hosts: list[StorageHost]
+    rows: list[Host]
+
+    async def ended(self, operation: Operation, seconds: float = 20.0) -> Operation:
+        async with asyncio.timeout(seconds):
+            while True:
+                op = await self.bus.ask(GET_OPERATION[Owner.STORAGE], GetOperation(id=operation.id))
+                if op.ended_at is not None:
+                    return op
+                await asyncio.sleep(0.01)
+
+    async def done(self, operation: Operation) -> Operation:
+        op = await self.ended(operation)
+        assert op.state == "succeeded", op.problem
+        return op
+
+    async def refused(self, operation: Operation) -> str:
+        op = await self.ended(operation)
+        assert op.state == "failed", op
+        assert op.problem is not None
+        return op.problem.message
+
+    async def domain(self, domain_id: str) -> StorageDomain:
+        return await self.bus.ask(GET_STORAGE_DOMAIN, GetById(id=domain_id))
+
+    async def disk(self, disk_id: str) -> Disk:
+        return await self.bus.ask(GET_DISK, GetById(id=disk_id))
+
+    async def new_domain(self, name: str = "data", **fields: Any) -> StorageDomain:
+        fields = {"kind": DomainKind.DIRECTORY, "data_center_id": self.center.id} | fields
+        if fields["kind"] is DomainKind.DIRECTORY:
+            fields.setdefault("path", "/srv/data")
+        op = await self.done(
+            await self.bus.ask(CREATE_STORAGE_DOMAIN, CreateStorageDomain(name=name, **fields))
+        )
+        return await self.domain(op.object_id)
+
+    async def new_disk(self, domain: StorageDomain, name: str = "d1", **fields: Any) -> Disk:
+        ask = CreateDisk(name=name, storage_domain_id=domain.id, **({"size_bytes": GIB} | fields))
+        return await self.disk((await self.done(await self.bus.ask(CREATE_DISK, ask))).object_id)
+
+    async def until(self, true: Any, seconds: float = 15.0) -> Any:
+        """What the async `true` answers, once it is true. For what shows only by asking."""
+        async with asyncio.timeout(seconds):
+            while not (found := await true()):
+                await asyncio.sleep(0.02)
+            return found
+
+
+def key(name: str) -> Caller:
+    return Caller("user:1", name, "hash")
+
+
+@asynccontextmanager
+async def site(configured: Settings, hosts: int = 2, **agent: Any) -> AsyncIterator[Site]:
+    """Storage and a stand-in for inventory, with a data center of so many hosts that are up."""
+    world, shelf = World(), Shelf()
+    async with AsyncExitStack() as stack:
+        bus = await stack.enter_async_context(running(configured, make_service(), inventory(world)))
+        center = await world.data_center()
+        made = []
+        rows = []
+        for number in range(hosts):
+            scripted_agent = ScriptedAgent(configured.bus.servers, owners=("storage",), **agent)
+            made.append(StorageHost(shelf, scripted_agent))
+            await stack.enter_async_context(scripted(scripted_agent))
+            rows.append(await world.host(center, scripted_agent.host_id, f"h{number + 1}"))
+        found = Site(bus, world, center, shelf, made, rows)
+        for host in made:
+            await host.agent.until_committed("storage")
+        await known(configured, [row.id for row in rows])
+        yield found
+
+
+async def known(configured: Settings, host_ids: list[str]) -> None:
+    """Until storage has heard of these hosts."""
+    async with open_direct(configured.database, Owner.STORAGE) as connection, asyncio.timeout(15):
+        while True:
+            found = {row["id"] for row in await connection.fetch("select id from host")}
+            if found.issuperset(host_ids):
+                return
+            await asyncio.sleep(0.02)
