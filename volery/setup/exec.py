@@ -16,8 +16,7 @@ from volery.setup.programs import PROGRAMS, load_environment
 def main(name: str, home: Home) -> None:
     """Doesn't return for a server or program; `renew` renews certificates and returns."""
     if name == "renew":
-        if servers.ensure_certificates(home):
-            servers.start_nats(home)  # a live server is only told to read them
+        servers.renew_certificates(home)
         return
     if name in ("nats", "postgres"):
         launch = servers.launch_nats(home) if name == "nats" else embedded.launch_postgres(home)

@@ -57,6 +57,14 @@ def ensure_certificates(home: Home) -> bool:
     return any(certificate.renewed for certificate in issued)
 
 
+def renew_certificates(home: Home) -> bool:
+    """Renews what is due, and lets a running bus read it; whether anything was renewed."""
+    renewed = ensure_certificates(home)
+    if renewed and embedded.status(home, "nats") is not None:
+        start_nats(home)  # a live server is only told to read its files again
+    return renewed
+
+
 def machine_names(home: Home) -> tuple[list[str], list[str]]:
     """(DNS names, IP addresses) under which this machine is reached, and those that settings add."""
     names = {"localhost", socket.gethostname().lower(), socket.getfqdn().lower()}

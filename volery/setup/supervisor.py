@@ -163,9 +163,8 @@ class Supervisor:
 
     def _renew_certificates(self) -> None:
         try:
-            if servers.ensure_certificates(self.home):
+            if servers.renew_certificates(self.home):
                 say("certificates were renewed")
-                servers.start_nats(self.home)  # a live server is only told to read them
         except SetupError as error:
             say(f"certificates can't be renewed: {error}")
 

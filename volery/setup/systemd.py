@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from volery.setup import embedded
 from volery.setup.errors import SetupError
 from volery.setup.home import Home, write_private
 from volery.setup.programs import CONTROL_PLANE, HOST_AGENT, PROGRAMS, REPOSITORY, fingerprint
 
 UNITS = Path("/etc/systemd/system")
 RUNNING = Path("/run/systemd/system")
+_START_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -98,9 +101,18 @@ def _escaped(text: str) -> str:
 
 
 def start_servers(home: Home) -> None:
-    """Bus and database, as units."""
+    """Bus and database, as units; they hold their directories afterwards, so that they are adopted."""
     _install(home)
-    _systemctl("start", unit(home, "postgres"), unit(home, "nats"))
+    names: tuple[embedded.Name, ...] = ("postgres", "nats")
+    _systemctl("start", *(unit(home, name) for name in names))
+    deadline = time.monotonic() + _START_SECONDS
+    for name in names:
+        while embedded.status(home, name) is None:
+            if time.monotonic() > deadline:
+                raise SetupError(
+                    f"the unit {unit(home, name)} doesn't come up; `journalctl -u {unit(home, name)}` says why."
+                )
+            time.sleep(0.05)
 
 
 def start_programs(home: Home) -> None:
