@@ -20,6 +20,7 @@ import nats.errors
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
+from host_agent import enrolment
 from host_agent.action import Action, Host
 from host_agent.clock import BootClock, read_boot_id
 from host_agent.config import AgentConfig
@@ -55,6 +56,9 @@ REACH_SECONDS: Final = 2
 FLUSH_SECONDS: Final = 2
 WATCH_SECONDS: Final = 1.0
 GAP_SECONDS: Final = 10.0
+RENEW_CHECK_SECONDS: Final = 3600.0
+RENEW_BELOW_SECONDS: Final = 30 * 86_400.0
+"""A third of a certificate's 90 days."""
 EXIT_STUCK: Final = 75
 """sysexits' EX_TEMPFAIL: the supervisor starts the agent again."""
 
@@ -140,6 +144,11 @@ class Agent:
         orders = Orders(host, journal, self.parts.actions, verifier, clock, gates={"domain": prepared})
         reporter = Reporter(host, journal, spool, clock, self.parts.senses)
         hypervisor.on_event(reporter.hear)
+        if libvirt_guests_enabled():
+            log.warning(
+                "libvirt-guests is enabled on this host: it may suspend or start VMs behind Volery's back; run"
+                " `systemctl disable --now libvirt-guests`"
+            )
         log.info("host %s starts, generation %s", host.host_id, journal.generation)
         await hypervisor.start()
         reason: BaseException | None = None
@@ -154,6 +163,7 @@ class Agent:
                     self._beat(journal, hypervisor, clock),
                     self._sample(host),
                     self._mind_gaps(journal, reporter),
+                    self._renew(orders),
                     *(background(host) for background in self.parts.background),
                 ):
                     group.create_task(work)
@@ -188,6 +198,20 @@ class Agent:
                 for owner, at in (await journal.positions()).items():
                     if at.gap:
                         reporter.ask(owner)
+
+    async def _renew(self, orders: Orders) -> None:
+        """Keeps the data server's certificate good, and what else the control plane may have changed."""
+        async for _ in _every(RENEW_CHECK_SECONDS):
+            left = enrolment.certificate_seconds_left(self.identity, time.time())
+            if left is None or left > RENEW_BELOW_SECONDS:
+                continue
+            try:
+                self.identity = await enrolment.renew(Path(self.config.state_dir), self.identity)
+            except enrolment.EnrolmentError as problem:
+                log.warning("the certificate ends in %.0f hours: %s", left / 3600, problem)
+                continue
+            orders.trust(Verifier(self.identity.enrolled.owner_keys))
+            log.info("the host's certificate was renewed")
 
     async def _leave(self, orders: Orders, journal: Journal) -> None:
         if self.client.is_connected:
@@ -330,6 +354,11 @@ class Agent:
                 await self.beats.publish(fill(METRICS_SUBJECT, sample), encode(sample))
             except (Refused, nats.errors.Error) as problem:
                 log.debug("a sample is missing: %s", problem or type(problem).__name__)
+
+
+def libvirt_guests_enabled(root: Path = Path("/")) -> bool:
+    """Whether systemd would start libvirt-guests on this machine."""
+    return any(root.glob("etc/systemd/system/*.wants/libvirt-guests.service"))
 
 
 async def _every(seconds: float) -> AsyncIterator[None]:

@@ -206,8 +206,10 @@ async def renew(state_dir: Path, identity: Identity) -> Identity:
     return store(state_dir, msgspec.structs.replace(identity, enrolled=renewed))
 
 
-def certificate_seconds_left(identity: Identity, now: float) -> float:
-    """Until the data server's certificate expires; negative afterwards. `now` in Unix seconds."""
+def certificate_seconds_left(identity: Identity, now: float) -> float | None:
+    """Until the data server's certificate expires; negative afterwards, None without one. `now` in Unix seconds."""
+    if not identity.enrolled.certificate_pem:
+        return None
     certificate = x509.load_pem_x509_certificate(identity.enrolled.certificate_pem.encode())
     return certificate.not_valid_after_utc.timestamp() - now
 

@@ -123,6 +123,10 @@ class Orders:
         families = {_family(kind) for kind in self._actions}
         self._families = {family: asyncio.Semaphore(RUNNING_AT_ONCE) for family in families}
 
+    def trust(self, verifier: Verifier) -> None:
+        """Whose orders are obeyed from now on: the owners' keys may be renewed."""
+        self._verifier = verifier
+
     # Intake
 
     async def hear(self, subject: str, payload: bytes, headers: Mapping[str, str] | None) -> OrderAck:

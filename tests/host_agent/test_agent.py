@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
+import subprocess
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -9,9 +12,16 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from host_agent.action import Action, Host
+from host_agent.agent import Agent, libvirt_guests_enabled
+from host_agent.config import AgentConfig
+from host_agent.facts import FactClass
+from host_agent.journal import Journal
+from tests.support import toy_agent
 from tests.support.agent_process import AgentProcess, Listener, enrol_by_hand, listener
+from tests.support.libvirt_host import LibvirtHost
 from tests.support.plain_bus import PlainBus
-from tests.support.toy_host import HOST_ID, Control
+from tests.support.toy_host import HOST_ID, TOY, Control, Toy, ToyDone, work
 from volery.contracts.agent import (
     DESCRIBE_HOST,
     AskHost,
@@ -21,8 +31,8 @@ from volery.contracts.agent import (
     OrderState,
     Outcome,
 )
-from volery.contracts.base import encode, fill
-from volery.contracts.domain import DomainSpec
+from volery.contracts.base import Order, encode, fill
+from volery.contracts.domain import DomainSpec, DomainState
 from volery.contracts.domain_orders import RUN_DOMAIN, STOP_DOMAIN, RunDomain, StopDomain, StopMethod
 
 
@@ -86,6 +96,10 @@ async def test_it_runs_and_stops_a_domain_and_says_so(agent: AgentProcess, ear: 
     stop = await ear.order(STOP_DOMAIN, StopDomain(vm_id=vm_id, methods=(StopMethod.DESTROY,)), epoch=1)
     await ear.send(stop)
     assert (await ear.finished(stop)).outcome is Outcome.SUCCEEDED
+    gone = await ear.until(
+        lambda: [f for f in ear.of("inventory.domain_changed") if f.domain.state is DomainState.GONE]
+    )
+    assert (gone[0].domain.vm_id, gone[0].domain.epoch, gone[0].domain.reason) == (vm_id, 1, "destroyed")
     late = await ear.order(RUN_DOMAIN, RunDomain(vm_id=vm_id, spec=spec(vm_id)), epoch=1)
     ack = await ear.send(late)
     assert ack.state is OrderState.REFUSED
@@ -122,3 +136,113 @@ async def test_a_journal_that_is_an_old_copy_gets_a_new_name(agent: AgentProcess
     assert again.after_seq == 0
     beat = await ear.until(lambda: ear.beat if ear.beat and ear.beat.generation != first.generation else None)
     assert beat.generation == again.generation
+
+
+async def test_it_ends_itself_when_too_many_threads_are_stuck(
+    tmp_path: Path, bus: PlainBus, control: Control
+) -> None:
+    """The supervisor starts a new one, which has none."""
+    identity = enrol_by_hand(tmp_path / "state", control, bus.url)
+
+    async def get_stuck(host: Host) -> None:
+        await host.hypervisor.wait_connected(10)
+        host.hypervisor.stuck.add(host.config.max_abandoned_calls + 1)
+
+    settings = AgentConfig(state_dir=str(tmp_path / "state"), libvirt_uri="test:///default")
+    parts = dataclasses.replace(toy_agent.PARTS, background=(get_stuck,))
+    async with asyncio.timeout(20):
+        assert await Agent(settings, identity, parts).run(asyncio.Event()) == 75
+
+
+async def test_orders_about_domains_wait_until_it_is_known_what_runs_here(
+    tmp_path: Path, bus: PlainBus, control: Control, ear: Listener
+) -> None:
+    identity = enrol_by_hand(tmp_path / "state", control, bus.url)
+    known = asyncio.Event()
+
+    async def prepare(_host: Host) -> None:
+        await known.wait()
+
+    order = Order("domain.toy", Toy, ToyDone)
+    actions = (*toy_agent.PARTS.actions, Action(order, work))
+    parts = dataclasses.replace(toy_agent.PARTS, actions=actions, prepare=prepare)
+    settings = AgentConfig(
+        state_dir=str(tmp_path / "state"), libvirt_uri="test:///default", beat_seconds=0.05
+    )
+    stop = asyncio.Event()
+    running = asyncio.create_task(Agent(settings, identity, parts).run(stop))
+    domain = await ear.order(order, Toy(path=str(tmp_path / "marks"), mark="d"), object_id="a")
+    other = await ear.order(TOY, Toy(path=str(tmp_path / "marks"), mark="o"), object_id="b")
+    assert (await ear.send(domain)).state is OrderState.ACCEPTED
+    await ear.send(other)
+    await ear.finished(other)
+    assert (tmp_path / "marks").read_text() == "oo."
+    known.set()
+    assert (await ear.finished(domain)).outcome is Outcome.SUCCEEDED
+    stop.set()
+    assert await running == 0
+
+
+async def test_a_full_spool_ends_in_a_report_that_says_so(
+    tmp_path: Path, bus: PlainBus, control: Control
+) -> None:
+    """With the bus away states are dropped; when it is back each owner gets the whole truth."""
+    identity = enrol_by_hand(tmp_path / "state", control, bus.url)
+    journal = await Journal.open(tmp_path / "state" / "journal.sqlite", "any", spool_max_bytes=2000)
+    body = b'{"host_id":"h","generation":"","seq":0,"boot_id":"b","at":"2026-01-01T00:00:00Z","after_seq":0}'
+    for n in range(100):
+        await journal.put("inventory", f"fact.host.{HOST_ID}.inventory.toy", body, FactClass.STATE, f"k{n}")
+    await journal.close()
+    async with listener(bus, control) as ear:
+        settings = AgentConfig(state_dir=str(tmp_path / "state"), libvirt_uri="test:///default")
+        stop = asyncio.Event()
+        running = asyncio.create_task(Agent(settings, identity, toy_agent.PARTS).run(stop))
+        report = (await ear.until(lambda: ear.of("inventory.reported")))[0]
+        assert report.gap
+        assert report.after_seq == 0
+        stop.set()
+        assert await running == 0
+
+
+async def test_neither_its_own_death_nor_libvirtds_touches_a_vm(
+    tmp_path: Path, bus: PlainBus, control: Control, ear: Listener, libvirt_host: LibvirtHost
+) -> None:
+    """kill -9 of either: the same QEMU process runs on, and the host is reported as it is."""
+    enrol_by_hand(tmp_path / "state", control, bus.url)
+    agent = AgentProcess(tmp_path / "state", {"VOLERY_AGENT_LIBVIRT_URI": libvirt_host.uri})
+    vm_id = str(uuid.uuid4())
+
+    def reported(after: int) -> list[HostReported]:
+        reports = ear.of("inventory.reported")
+        return [r for r in reports if r.seq > after and vm_id in [d.vm_id for d in r.domains]]
+
+    try:
+        agent.start()
+        run = await ear.order(RUN_DOMAIN, RunDomain(vm_id=vm_id, spec=spec(vm_id)), epoch=4)
+        await ear.send(run)
+        finished = await ear.finished(run, 90)
+        assert finished.problem is None
+        qemu = libvirt_host.qemu(vm_id)
+        agent.kill()
+        agent.start()
+        report = (await ear.until(lambda: reported(finished.seq), 30))[0]
+        assert [(d.epoch, d.state) for d in report.domains if d.vm_id == vm_id] == [(4, DomainState.RUNNING)]
+        libvirt_host.kill_daemon()
+        await ear.until(lambda: ear.beat is not None and not ear.beat.hypervisor_ok)
+        libvirt_host.start_daemon()
+        await ear.until(lambda: reported(report.seq), 30)
+        assert libvirt_host.qemu(vm_id) == qemu
+        stop = await ear.order(STOP_DOMAIN, StopDomain(vm_id=vm_id, methods=(StopMethod.DESTROY,)), epoch=4)
+        await ear.send(stop)
+        assert (await ear.finished(stop, 60)).outcome is Outcome.SUCCEEDED
+    finally:
+        agent.kill()
+        subprocess.run(["virsh", "-q", "-c", libvirt_host.uri, "destroy", vm_id], capture_output=True)
+
+
+def test_libvirt_guests_is_noticed(tmp_path: Path) -> None:
+    assert not libvirt_guests_enabled(tmp_path)
+    wants = tmp_path / "etc/systemd/system/multi-user.target.wants"
+    wants.mkdir(parents=True)
+    (wants / "libvirt-guests.service").symlink_to("/lib/systemd/system/libvirt-guests.service")
+    assert libvirt_guests_enabled(tmp_path)

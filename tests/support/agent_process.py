@@ -26,6 +26,8 @@ from host_agent.enrolment import Identity, Keys, store
 from tests.support.plain_bus import PlainBus
 from tests.support.toy_host import HOST_ID, Control, seed
 from volery.contracts.agent import (
+    DomainChanged,
+    DomainEventHappened,
     FromHost,
     HostReported,
     NetworksReported,
@@ -43,6 +45,8 @@ TYPES: dict[str, type[FromHost]] = {
     "inventory.reported": HostReported,
     "storage.reported": StorageReported,
     "network.reported": NetworksReported,
+    "inventory.domain_changed": DomainChanged,
+    "inventory.event_happened": DomainEventHappened,
 }
 
 
@@ -76,6 +80,7 @@ class AgentProcess:
             "VOLERY_AGENT_BEAT_SECONDS": "0.05",
             "PATH": os.environ["PATH"],
             "PYTHONPATH": str(ROOT),
+            "VOLERY_AGENT_HYPERVISOR": "qemu",
         }
         self.process = subprocess.Popen(
             [sys.executable, "-m", self.module],
