@@ -79,21 +79,58 @@ def environment(home: Home, derived: Mapping[str, str]) -> dict[str, str]:
     return {**base_environment(home), **derived, **chosen}
 
 
-def derived_environment(
-    home: Home, *, bus_url: str, sockets: Path, gateway_port: int, hypervisor: str
-) -> dict[str, str]:
+@dataclass(frozen=True)
+class Decided:
+    """What set-up found out and chose, from which the programs' settings follow."""
+
+    bus_url: str
+    """The bus as this machine reaches it."""
+    sockets: Path
+    """Directory of PostgreSQL's socket."""
+    gateway_port: int
+    public_address: str
+    """Name or IP address under which other machines reach this one."""
+    hypervisor: str
+    """kvm or qemu."""
+
+    @property
+    def public_url(self) -> str:
+        return f"https://{_bracketed(self.public_address)}:{self.gateway_port}"
+
+    @property
+    def public_bus(self) -> str:
+        scheme, _, rest = self.bus_url.partition("://")
+        return f"{scheme}://{_bracketed(self.public_address)}:{rest.rpartition(':')[2]}"
+
+
+def _bracketed(address: str) -> str:
+    return f"[{address}]" if ":" in address else address
+
+
+def derived_environment(home: Home, decided: Decided) -> dict[str, str]:
     """What set-up decided, as the programs' settings."""
     return {
-        "VOLERY_BUS_SERVERS": bus_url,
+        "VOLERY_BUS_SERVERS": decided.bus_url,
         "VOLERY_BUS_CREDENTIALS_DIR": str(home.bus_credentials),
         "VOLERY_BUS_CA_FILE": str(home.ca_certificate),
-        "VOLERY_DATABASE_DSN": f"postgresql:///volery?host={quote(str(sockets))}",
+        "VOLERY_DATABASE_DSN": f"postgresql:///volery?host={quote(str(decided.sockets))}",
         "VOLERY_DATABASE_PASSWORDS_DIR": str(home.postgres_passwords),
+        "VOLERY_INVENTORY_SECRETS_DIR": str(home.bus_credentials),
+        "VOLERY_INVENTORY_PKI_DIR": str(home.pki),
+        "VOLERY_INVENTORY_PUBLIC_URL": decided.public_url,
+        "VOLERY_INVENTORY_BUS_PUBLIC_SERVERS": decided.public_bus,
+        "VOLERY_INVENTORY_INSTALLATION": home.installation,
+        "VOLERY_INVENTORY_ADMIN_PASSWORD_FILE": str(home.admin_password),
+        "VOLERY_GATEWAY_LISTEN": f"0.0.0.0:{decided.gateway_port}",
+        "VOLERY_GATEWAY_CERTIFICATE": str(home.pki / "gateway.pem"),
+        "VOLERY_GATEWAY_KEY": str(home.pki / "gateway.key"),
+        "VOLERY_GATEWAY_CA": str(home.ca_certificate),
         "VOLERY_AGENT_STATE_DIR": str(home.agent),
-        "VOLERY_AGENT_CONTROL_PLANE_URL": f"https://127.0.0.1:{gateway_port}",
+        "VOLERY_AGENT_CONTROL_PLANE_URL": f"https://127.0.0.1:{decided.gateway_port}",
+        "VOLERY_AGENT_DATA_ADDRESS": f"{_bracketed(decided.public_address)}:0",
         "VOLERY_AGENT_DEVICE_SUFFIX": home.installation,
         "VOLERY_AGENT_INSTALLATION": home.installation,
-        "VOLERY_AGENT_HYPERVISOR": hypervisor,
+        "VOLERY_AGENT_HYPERVISOR": decided.hypervisor,
     }
 
 

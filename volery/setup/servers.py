@@ -69,12 +69,29 @@ def machine_names(home: Home) -> tuple[list[str], list[str]]:
     """(DNS names, IP addresses) under which this machine is reached, and those that settings add."""
     names = {"localhost", socket.gethostname().lower(), socket.getfqdn().lower()}
     addresses = {"127.0.0.1", "::1", *_own_addresses()}
-    for extra in home.settings().get("VOLERY_SETUP_NAMES", "").replace(",", " ").split():
+    settings = home.settings()
+    chosen = f"{settings.get('VOLERY_SETUP_NAMES', '')} {settings.get('VOLERY_SETUP_PUBLIC_ADDRESS', '')}"
+    for extra in chosen.replace(",", " ").split():
         try:
             addresses.add(str(ipaddress.ip_address(extra)))
         except ValueError:
             names.add(extra.lower())
     return sorted(n for n in names if n and _is_dns(n)), sorted(addresses)
+
+
+def public_address(home: Home) -> str:
+    """Where other machines reach this one: settings.env's VOLERY_SETUP_PUBLIC_ADDRESS, else the
+    address of the interface that leads outside, else loopback."""
+    chosen = home.settings().get("VOLERY_SETUP_PUBLIC_ADDRESS")
+    if chosen:
+        return chosen
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            # Nothing is sent: the kernel only chooses the route. 192.0.2.0/24 is for documentation.
+            probe.connect(("192.0.2.1", 9))
+            return str(probe.getsockname()[0])
+        except OSError:
+            return "127.0.0.1"
 
 
 def _is_dns(name: str) -> bool:

@@ -16,6 +16,7 @@ from volery.setup.embedded import Embedded
 from volery.setup.errors import SetupError
 from volery.setup.guest_image import GuestImage
 from volery.setup.home import Home
+from volery.setup.programs import Decided
 
 GATEWAY_PORT = 8443
 _LONGEST_UP_SECONDS = 600.0
@@ -67,9 +68,9 @@ def _start(home: Home, output: Output) -> str:
     port = _gateway_port(home)
     sockets = database.socket_directory
     assert sockets is not None
-    derived = programs.derived_environment(
-        home, bus_url=bus.url, sockets=sockets, gateway_port=port, hypervisor=hypervisor
-    )
+    home.secret(home.admin_password, size_bytes=15)
+    decided = Decided(bus.url, sockets, port, servers.public_address(home), hypervisor)
+    derived = programs.derived_environment(home, decided)
     programs.save_environment(home, programs.environment(home, derived))
     with output.step("Control plane and host agent") as step:
         if systemd.in_charge():
