@@ -1,0 +1,261 @@
+"""`volery vm`: virtual machines."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from volery.cli import output, work
+from volery.cli.output import Format
+from volery.cli.work import DryRun, Output, Wait
+from volery.client import api
+from volery.client.request import Request, body_of
+from volery.contracts.operation import Operation
+from volery.contracts.vm import (
+    Affinity,
+    CdRom,
+    CreateVm,
+    HighAvailability,
+    NewDisk,
+    NewNic,
+)
+
+app = typer.Typer(help="Virtual machines.", no_args_is_help=True)
+work.add_common(app, api.VMS, deletes=False)
+Name = Annotated[str, typer.Argument(help="Name or id of the VM.")]
+
+
+def _size(text: str) -> int:
+    try:
+        return output.read_size(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a size like 512MiB or 2GiB") from None
+
+
+@app.command()
+def create(
+    name: Annotated[str, typer.Argument(help="A name, unique in the data center.")],
+    cluster: Annotated[str, typer.Option(help="Name or id of the cluster.")] = "Default",
+    memory: Annotated[str, typer.Option(help="e.g. 2GiB")] = "1GiB",
+    vcpus: int = 1,
+    disk: Annotated[
+        list[str] | None,
+        typer.Option(help="DOMAIN:SIZE makes one, copy:DISK:DOMAIN copies one, disk:DISK attaches one."),
+    ] = None,
+    nic: Annotated[list[str] | None, typer.Option(help="Name or id of a network.")] = None,
+    cdrom: Annotated[str, typer.Option(help="Name or id of an ISO disk.")] = "",
+    ha: Annotated[bool, typer.Option("--ha", help="Restart it when it crashes.")] = False,
+    pin: Annotated[list[str] | None, typer.Option(help="Only on these hosts.")] = None,
+    start: Annotated[bool, typer.Option("--start", help="Start it at once.")] = False,
+    dry_run: DryRun = False,
+    wait: Wait = True,
+    output_format: Output = Format.TABLE,
+) -> None:
+    """Make a VM, with its disks and NICs."""
+    with work.connected() as client:
+        question = CreateVm(
+            name=name,
+            cluster_id=work.id_of(client, api.CLUSTERS, cluster),
+            memory_bytes=_size(memory),
+            vcpus=vcpus,
+            disks=tuple(_disk(client, text) for text in disk or ()),
+            nics=tuple(NewNic(network_id=work.id_of(client, api.NETWORKS, text)) for text in nic or ()),
+            cdroms=(CdRom(disk_id=work.id_of(client, api.DISKS, cdrom)),) if cdrom else (),
+            high_availability=HighAvailability(enabled=ha),
+            affinity=Affinity(host_ids=tuple(work.id_of(client, api.HOSTS, text) for text in pin or ())),
+            start=start,
+        )
+        op = client.send(api.VMS.create(question, Operation, dry_run=dry_run))
+        work.finish(client, op, wait, output_format)
+
+
+def _disk(client: Any, text: str) -> NewDisk:
+    kind, _, rest = text.partition(":")
+    if kind == "disk":
+        return NewDisk(disk_id=work.id_of(client, api.DISKS, rest))
+    if kind == "copy":
+        source, _, domain = rest.partition(":")
+        found = client.find(api.DISKS, source)
+        domain_id = work.id_of(client, api.STORAGE_DOMAINS, domain) or found.storage_domain_id
+        return NewDisk(storage_domain_id=domain_id, copy_of=found.id)
+    return NewDisk(storage_domain_id=work.id_of(client, api.STORAGE_DOMAINS, kind), size_bytes=_size(rest))
+
+
+@app.command()
+def edit(
+    name: Name,
+    new_name: Annotated[str, typer.Option("--name")] = "",
+    memory: str = "",
+    vcpus: int = 0,
+    description: str = "",
+    ha: Annotated[bool | None, typer.Option("--ha/--no-ha")] = None,
+    protect: Annotated[bool | None, typer.Option("--protect/--no-protect")] = None,
+    output_format: Output = Format.TABLE,
+) -> None:
+    """Change a VM; what needs a restart waits for the next one."""
+    with work.connected() as client:
+        vm = client.find(api.VMS, name)
+        fields: dict[str, Any] = {}
+        fields |= {"name": new_name} if new_name else {}
+        fields |= {"memory_bytes": _size(memory)} if memory else {}
+        fields |= {"vcpus": vcpus} if vcpus else {}
+        fields |= {"description": description} if description else {}
+        fields |= {"high_availability": {"enabled": ha}} if ha is not None else {}
+        fields |= {"delete_protected": protect} if protect is not None else {}
+        new = client.send(api.VMS.update(vm.id, fields, vm.revision))
+    output.show(new, output_format)
+
+
+def _act(name: str, action: str, wait: bool, form: Format, body: dict[str, Any] | None = None) -> None:
+    with work.connected() as client:
+        vm = client.find(api.VMS, name)
+        work.finish(client, client.send(api.VMS.act(vm.id, action, Operation, body)), wait, form)
+
+
+@app.command()
+def start(
+    name: Name,
+    host: Annotated[str, typer.Option(help="Only on this host.")] = "",
+    paused: Annotated[bool, typer.Option("--paused", help="Start it paused, once.")] = False,
+    cdrom: Annotated[str, typer.Option(help="Boot from this ISO, once.")] = "",
+    wait: Wait = True,
+    output_format: Output = Format.TABLE,
+) -> None:
+    """Start a VM."""
+    with work.connected() as client:
+        body: dict[str, Any] = {"host_id": work.id_of(client, api.HOSTS, host)} if host else {}
+        if paused or cdrom:
+            iso = work.id_of(client, api.DISKS, cdrom)
+            body["run_once"] = {"paused": paused, "cdrom_disk_id": iso}
+    _act(name, "start", wait, output_format, body)
+
+
+@app.command()
+def stop(
+    name: Name,
+    force: Annotated[bool, typer.Option("--force", help="Pull the plug.")] = False,
+    force_after: Annotated[float, typer.Option(help="Pull the plug after so many seconds.")] = 0.0,
+    wait: Wait = True,
+    output_format: Output = Format.TABLE,
+) -> None:
+    """Shut a VM down: its agent, then ACPI; forced off only if you say so."""
+    _act(name, "stop", wait, output_format, {"force": force, "force_after_seconds": force_after})
+
+
+@app.command()
+def migrate(
+    name: Name,
+    host: Annotated[str, typer.Option(help="To this host; else the scheduler chooses.")] = "",
+    bandwidth: Annotated[int, typer.Option(help="MiB/s; 0 is the policy's.")] = 0,
+    dry_run: DryRun = False,
+    wait: Wait = True,
+    output_format: Output = Format.TABLE,
+) -> None:
+    """Move a running VM to another host."""
+    with work.connected() as client:
+        vm = client.find(api.VMS, name)
+        body = {
+            "host_id": work.id_of(client, api.HOSTS, host),
+            "bandwidth_mib_per_second": bandwidth,
+        }
+        op = client.send(api.VMS.act(vm.id, "migrate", Operation, body, dry_run=dry_run))
+        work.finish(client, op, wait, output_format)
+
+
+SIMPLE = {
+    "reboot": "Ask the guest to reboot.",
+    "reset": "Press the reset button.",
+    "pause": "Stop its CPUs.",
+    "unpause": "Let its CPUs run again.",
+    "suspend": "Save its memory to disk and stop it; start resumes.",
+}
+
+
+def _simple(action: str, help_text: str) -> None:
+    @app.command(action, help=help_text)
+    def command(name: Name, wait: Wait = True, output_format: Output = Format.TABLE) -> None:
+        _act(name, action, wait, output_format)
+
+
+for _action, _help in SIMPLE.items():
+    _simple(_action, _help)
+
+
+@app.command()
+def delete(
+    name: Name,
+    keep_disks: Annotated[bool, typer.Option("--keep-disks", help="Only detach them.")] = False,
+    wait: Wait = True,
+    output_format: Output = Format.TABLE,
+) -> None:
+    """Delete a VM that is down, with its disks."""
+    with work.connected() as client:
+        vm = client.find(api.VMS, name)
+        query = {"delete_disks": "false" if keep_disks else "true"}
+        work.finish(client, client.send(api.VMS.delete(vm.id, Operation, query=query)), wait, output_format)
+
+
+@app.command("attach-disk")
+def attach_disk(name: Name, disk: str, wait: Wait = True, output_format: Output = Format.TABLE) -> None:
+    """Attach a disk, also while it runs."""
+    with work.connected() as client:
+        body = {"disk_id": work.id_of(client, api.DISKS, disk)}
+    _act(name, "disks", wait, output_format, body)
+
+
+@app.command("detach-disk")
+def detach_disk(name: Name, disk: str, wait: Wait = True, output_format: Output = Format.TABLE) -> None:
+    """Detach a disk, also while it runs."""
+    with work.connected() as client:
+        vm, disk_id = client.find(api.VMS, name), work.id_of(client, api.DISKS, disk)
+        request = Request("DELETE", f"vms/{vm.id}/disks/{disk_id}", Operation)
+        work.finish(client, client.send(request), wait, output_format)
+
+
+@app.command("attach-nic")
+def attach_nic(name: Name, network: str, wait: Wait = True, output_format: Output = Format.TABLE) -> None:
+    """Add a NIC on a network, also while it runs."""
+    with work.connected() as client:
+        body = {"nic": {"network_id": work.id_of(client, api.NETWORKS, network)}}
+    _act(name, "nics", wait, output_format, body)
+
+
+@app.command("change-cd")
+def change_cd(
+    name: Name,
+    iso: Annotated[str, typer.Argument(help="Name or id of an ISO disk; nothing ejects.")] = "",
+    target: str = "sda",
+    wait: Wait = True,
+    output_format: Output = Format.TABLE,
+) -> None:
+    """Change or eject the CD, also while it runs."""
+    with work.connected() as client:
+        vm, disk_id = client.find(api.VMS, name), work.id_of(client, api.DISKS, iso)
+        body = body_of({"disk_id": disk_id})
+        request = Request("PUT", f"vms/{vm.id}/cdroms/{target}", Operation, body)
+        work.finish(client, client.send(request), wait, output_format)
+
+
+@app.command()
+def explain(name: Name, host: str = "", output_format: Output = Format.TABLE) -> None:
+    """Where could it run, and why not elsewhere?"""
+    with work.connected() as client:
+        vm = client.find(api.VMS, name)
+        body = {"host_id": work.id_of(client, api.HOSTS, host)}
+        plan = client.send(api.VMS.act(vm.id, "start", Operation, body, dry_run=True))
+    placement = plan.result.get("placement", {})
+    if output_format is not Format.TABLE:
+        output.show(placement, output_format)
+        return
+    output.out.print(placement.get("message", ""))
+    for found in placement.get("hosts", []):
+        mark = "[green]fits[/]" if found.get("fits") else "[red]no[/]"
+        output.out.print(
+            f"  {found.get('name') or found['host_id']}: {mark}  weight {found.get('weight', 0):.3f}"
+        )
+        for verdict in found.get("verdicts", []):
+            if not verdict.get("passed"):
+                output.out.print(
+                    f"    {verdict['rule']}: {verdict.get('message', '')} {verdict.get('change', '')}"
+                )

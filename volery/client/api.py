@@ -1,0 +1,62 @@
+"""The resources of the REST API, one line each."""
+
+from __future__ import annotations
+
+from volery.client.request import Resource
+from volery.contracts.account import EventReader, Token, User
+from volery.contracts.cluster import Cluster, DataCenter
+from volery.contracts.host import Host
+from volery.contracts.liveness import HostLiveness, VmRestart
+from volery.contracts.network import MacPool, Network
+from volery.contracts.operation import Operation
+from volery.contracts.scheduling import Claim
+from volery.contracts.storage import Disk, StorageDomain, Transfer
+from volery.contracts.template import Template
+from volery.contracts.vm import Vm
+
+DATA_CENTERS = Resource("data-center", "data-centers", DataCenter, ("name", "local", "id"))
+CLUSTERS = Resource("cluster", "clusters", Cluster, ("name", "balance", "cpu_model", "id"))
+HOSTS = Resource("host", "hosts", Host, ("name", "status", "address", "vm_count", "id"))
+VMS = Resource("vm", "vms", Vm, ("name", "status", "host_id", "vcpus", "memory_bytes", "guest", "id"))
+TEMPLATES = Resource("template", "templates", Template, ("name", "description", "id"))
+STORAGE_DOMAINS = Resource(
+    "storage-domain",
+    "storage-domains",
+    StorageDomain,
+    ("name", "kind", "status", "available_bytes", "capacity_bytes", "id"),
+)
+DISKS = Resource("disk", "disks", Disk, ("name", "status", "format", "size_bytes", "used_bytes", "id"))
+TRANSFERS = Resource(
+    "transfer", "transfers", Transfer, ("id", "direction", "state", "received_bytes", "size_bytes")
+)
+NETWORKS = Resource("network", "networks", Network, ("name", "kind", "vlan", "bridge", "id"))
+MAC_POOLS = Resource("mac-pool", "mac-pools", MacPool, ("name", "ranges", "used", "size", "id"))
+OPERATIONS = Resource(
+    "operation", "operations", Operation, ("kind", "object_name", "state", "progress", "created_at", "id")
+)
+USERS = Resource("user", "users", User, ("name", "full_name", "enabled", "id"))
+TOKENS = Resource("token", "tokens", Token, ("user_name", "description", "scopes", "expires_at", "id"))
+EVENT_READERS = Resource("event-reader", "event-readers", EventReader, ("name", "owners", "id"))
+CLAIMS = Resource("claim", "claims", Claim, ("vm_id", "host_id", "epoch", "state", "memory_bytes", "vcpus"))
+LIVENESS = Resource("liveness", "liveness", HostLiveness, ("host_name", "state", "last_beat_at", "id"))
+RESTARTS = Resource("restart", "restarts", VmRestart, ("vm_name", "attempts", "reason", "gave_up", "vm_id"))
+
+RESOURCES = (
+    DATA_CENTERS,
+    CLUSTERS,
+    HOSTS,
+    VMS,
+    TEMPLATES,
+    STORAGE_DOMAINS,
+    DISKS,
+    TRANSFERS,
+    NETWORKS,
+    MAC_POOLS,
+    OPERATIONS,
+    USERS,
+    TOKENS,
+    EVENT_READERS,
+    CLAIMS,
+    LIVENESS,
+    RESTARTS,
+)
