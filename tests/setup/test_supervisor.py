@@ -160,3 +160,4 @@ def test_programs_get_settings_but_nothing_of_set_up_s_own(home: Home) -> None:
     assert values["VOLERY_HA_X"] == "1"
     assert values["VOLERY_BUS_SERVERS"] == "tls://x"
     assert not any(name.startswith("VOLERY_SETUP_") for name in values)
+    assert "HOME" not in values

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,8 +16,10 @@ from volery.setup.processes import ProcessId, running
 REPOSITORY = Path(__file__).parents[2]
 _PACKAGES = ("volery", "services", "host_agent", "api_gateway")
 
-# Taken from the caller: where programs are found, and the language of their messages.
-_INHERITED = ("PATH", "LANG", "LC_ALL", "TZ", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY", "TMPDIR")
+# The caller's environment isn't passed on: `make up` from another shell would start everything anew.
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_ALSO_SETTINGS = ("HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY", "TZ")
+"""Names in settings.env that are passed on although they aren't Volery's."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +60,6 @@ PROGRAMS: tuple[Program, ...] = (CONTROL_PLANE, HOST_AGENT)
 """In the order in which they are started; they are stopped in the opposite one."""
 
 
-def base_environment(home: Home) -> dict[str, str]:
-    """What every child gets: nothing of the caller's but where programs are."""
-    kept = {name: os.environ[name] for name in _INHERITED if name in os.environ}
-    kept.setdefault("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
-    return {**kept, "VOLERY_HOME": str(home.path), "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(REPOSITORY)}
-
-
 def environment(home: Home, derived: Mapping[str, str]) -> dict[str, str]:
     """A program's whole environment: ours, what set-up found out, over that settings.env.
 
@@ -74,9 +68,17 @@ def environment(home: Home, derived: Mapping[str, str]) -> dict[str, str]:
     chosen = {
         key: value
         for key, value in home.settings().items()
-        if key.startswith("VOLERY_") and not key.startswith("VOLERY_SETUP_")
+        if (key.startswith("VOLERY_") and not key.startswith("VOLERY_SETUP_")) or key in _ALSO_SETTINGS
     }
-    return {**base_environment(home), **derived, **chosen}
+    return {
+        "PATH": f"{sys.prefix}/bin:{_PATH}",
+        "LANG": "C.UTF-8",
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONPATH": str(REPOSITORY),
+        "VOLERY_HOME": str(home.path),
+        **derived,
+        **chosen,
+    }
 
 
 @dataclass(frozen=True)
