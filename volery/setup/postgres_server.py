@@ -222,6 +222,7 @@ def _render(cluster: Cluster, options: PostgresOptions) -> dict[str, str]:
         "unix_socket_permissions": "0777",  # who gets in is decided by pg_hba.conf
         "max_connections": str(options.max_connections),
         "shared_buffers": f"{options.shared_buffers_mb}MB",
+        "dynamic_shared_memory_type": _shared_memory(),
         # Acknowledged means durable.
         "fsync": "on",
         "synchronous_commit": "on",
@@ -245,6 +246,15 @@ def _render(cluster: Cluster, options: PostgresOptions) -> dict[str, str]:
         "pg_ident.conf": "# Written by Volery at each start: who may be the superuser.\n"
         + "".join(f"volery {name} postgres\n" for name in sorted({"root", cluster.user_name})),
     }
+
+
+def _shared_memory() -> str:
+    """POSIX shared memory, unless this container's /dev/shm isn't open to the server's user."""
+    try:
+        usable = Path("/dev/shm").stat().st_mode & 0o002  # noqa: S108
+    except FileNotFoundError:
+        usable = 0
+    return "posix" if usable else "mmap"
 
 
 def _escaped(path: Path) -> str:
