@@ -31,7 +31,8 @@ class Stale(Exception):
 
 
 class Taken(Exception):
-    """A unique constraint refused the write. `constraint` is its name in the schema."""
+    """A constraint that looks at other rows (unique, exclusion, reference) refused the write: `constraint` is its
+    name in the schema."""
 
     def __init__(self, constraint: str) -> None:
         super().__init__(constraint)
@@ -234,7 +235,7 @@ def compose(changes: Sequence[Change]) -> tuple[str, list[Any]]:
 async def commit(pool: asyncpg.Pool[asyncpg.Record], changes: Sequence[Change]) -> None:
     """Apply all changes and write their facts, or nothing.
 
-    Raises Stale when a guard failed or another transaction was in the way; Taken for a unique constraint.
+    Raises Stale when a guard failed or another transaction was in the way; Taken for a constraint between rows.
     """
     if not changes:
         return
@@ -243,7 +244,11 @@ async def commit(pool: asyncpg.Pool[asyncpg.Record], changes: Sequence[Change]) 
         await pool.fetchval(sql, *arguments)
     except (asyncpg.DivisionByZeroError, asyncpg.DeadlockDetectedError, asyncpg.SerializationError):
         raise Stale from None
-    except asyncpg.UniqueViolationError as error:
+    except (
+        asyncpg.UniqueViolationError,
+        asyncpg.ExclusionViolationError,
+        asyncpg.ForeignKeyViolationError,
+    ) as error:
         raise Taken(error.constraint_name or "") from None
     for change in changes:
         if change.then is not None:
