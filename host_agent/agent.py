@@ -55,6 +55,8 @@ PREPARE_RETRY_SECONDS: Final = 2.0
 REACH_SECONDS: Final = 2
 FLUSH_SECONDS: Final = 2
 WATCH_SECONDS: Final = 1.0
+DEAF_SECONDS: Final = 900.0
+"""Without the bus and without orders: then a new process is tried, in case it is this one that can't connect."""
 GAP_SECONDS: Final = 10.0
 RENEW_CHECK_SECONDS: Final = 3600.0
 RENEW_BELOW_SECONDS: Final = 30 * 86_400.0
@@ -121,8 +123,7 @@ class Agent:
     parts: Parts
     client: Client = field(default_factory=Client)
     beats: Client = field(default_factory=Client)
-    ready: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set once the host listens for orders."""
+    _closed: asyncio.Event = field(default_factory=asyncio.Event)
     _handling: set[asyncio.Task[None]] = field(default_factory=set)
 
     async def run(self, stop: asyncio.Event) -> int:
@@ -180,11 +181,22 @@ class Agent:
 
     async def _watch(self, hypervisor: Hypervisor, orders: Orders) -> None:
         """What only a new process can mend."""
+        heard_at = time.monotonic()
         while True:
             await asyncio.wait([orders.broken], timeout=WATCH_SECONDS)
             if orders.broken.done():
                 log.critical("an order's lane broke", exc_info=orders.broken.exception())
                 raise _Ended(EXIT_STUCK, "an order's lane broke; the next run resumes it")
+            if self._closed.is_set():
+                raise _Ended(
+                    EXIT_STUCK, "the server closed a connection for good; a new process opens another"
+                )
+            if (self.client.is_connected and self.beats.is_connected) or orders.running:
+                heard_at = time.monotonic()
+            elif time.monotonic() - heard_at > DEAF_SECONDS:
+                raise _Ended(
+                    EXIT_STUCK, f"no bus for {DEAF_SECONDS:.0f} s, and nothing to lose by starting anew"
+                )
             if hypervisor.stuck.count > self.config.max_abandoned_calls:
                 raise _Ended(
                     EXIT_STUCK,
@@ -245,6 +257,9 @@ class Agent:
                 log.error("no domain can run here: %s", problem.message)
                 await asyncio.sleep(PREPARE_RETRY_SECONDS)
 
+    async def _was_closed(self) -> None:
+        self._closed.set()
+
     # The bus
 
     async def _serve(
@@ -269,10 +284,12 @@ class Agent:
             spool.reconnected()
 
         await self.client.connect(
-            **connect_options(self.identity), reconnected_cb=reconnected, error_cb=_bus_problem
+            **connect_options(self.identity),
+            reconnected_cb=reconnected,
+            closed_cb=self._was_closed,
+            error_cb=_bus_problem,
         )
         await self._listen(journal, spool, orders, reporter, host)
-        self.ready.set()
         log.info("host %s hears its orders", host.host_id)
         await spool.run()
 
@@ -333,7 +350,11 @@ class Agent:
 
     async def _beat(self, journal: Journal, hypervisor: Hypervisor, clock: BootClock) -> None:
         """On a connection of its own that never queues: a beat that comes late would be a lie."""
-        await self.beats.connect(**connect_options(self.identity, at_once=True), error_cb=_bus_problem)
+        await self.beats.connect(
+            **connect_options(self.identity, at_once=True),
+            closed_cb=self._was_closed,
+            error_cb=_bus_problem,
+        )
         async for _ in _every(self.config.beat_seconds):
             beat = Beat(
                 host_id=self.identity.host_id,

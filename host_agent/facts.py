@@ -49,6 +49,8 @@ class FactClass(StrEnum):
     REPORT = "report"
 
 
+MAX_FACT_BYTES = 900 * 1024
+"""The bus carries 1 MiB; what is larger is refused where it arises."""
 DROPPED_IN_TURN = ((FactClass.STATE, FactClass.REPORT), (FactClass.EVENT,))
 """When the spool is full. Results never: too many of them stop new orders instead."""
 
@@ -142,10 +144,14 @@ def make_room(db: sqlite3.Connection, max_bytes: int) -> None:
             for row in found:
                 if excess <= 0:
                     break
-                db.execute("delete from facts where id = ?", (row[0],))
-                sql = "update owners set dropped = max(dropped, ?), gap = 1 where owner = ?"
-                db.execute(sql, (row[2], row[1]))
+                drop(db, row[1], row[2])
                 excess -= row[3]
+
+
+def drop(db: sqlite3.Connection, owner: str, seq: int) -> None:
+    """Loses a fact for good: a gap until the next report."""
+    db.execute("delete from facts where owner = ? and seq = ?", (owner, seq))
+    db.execute("update owners set dropped = max(dropped, ?), gap = 1 where owner = ?", (seq, owner))
 
 
 def pending(

@@ -348,6 +348,10 @@ class Journal:
 
         return await self._database.do(work)
 
+    async def drop(self, owner: str, seq: int) -> None:
+        """Gives up a fact that the bus can't carry; the owner gets a full report instead."""
+        await self._database.do(lambda db: facts.drop(db, owner, seq))
+
     async def positions(self) -> dict[str, Position]:
         return await self._database.do(facts.positions)
 

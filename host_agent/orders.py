@@ -7,11 +7,12 @@ failed with a sentence, it was cancelled, or the agent died in the middle of wha
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import re
 import sqlite3
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -21,7 +22,7 @@ from opentelemetry import trace
 
 from host_agent.action import Action, Host, Running
 from host_agent.clock import BootClock
-from host_agent.facts import FactClass
+from host_agent.facts import MAX_FACT_BYTES, FactClass
 from host_agent.journal import Journal, JournaledOrder, progress_key
 from host_agent.rules import stale
 from volery.contracts.agent import (
@@ -63,6 +64,7 @@ RUNNING_AT_ONCE: Final = 64
 CANCEL_GRACE_SECONDS: Final = 30.0
 """How long an action may take to clean up after it was cancelled, before its outcome is called unknown."""
 PROGRESS_SECONDS: Final = 1.0
+RESULT_MAX_BYTES: Final = MAX_FACT_BYTES - 8192
 DISK_RETRY_SECONDS: Final = 1.0
 """Between attempts to journal a result when the disk is full or read-only: a result is never dropped."""
 SAFE_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,128}")
@@ -106,6 +108,7 @@ class Orders:
         clock: BootClock,
         cancel_grace_seconds: float = CANCEL_GRACE_SECONDS,
         gates: Mapping[str, asyncio.Event] | None = None,
+        tracer: trace.Tracer = telemetry.tracer,
     ) -> None:
         """`gates`: families whose orders are accepted but not begun until their event is set."""
         self._host = host
@@ -115,6 +118,7 @@ class Orders:
         self._clock = clock
         self._cancel_grace_seconds = cancel_grace_seconds
         self._gates = dict(gates or {})
+        self._tracer = tracer
         self._entries: dict[str, _Entry] = {}
         self._lanes: dict[tuple[str, str], deque[_Entry]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -139,11 +143,16 @@ class Orders:
         if (problem := self._foreign(order, owner)) is not None:
             log.warning("refused an order: %s", problem.message)
             return _refused(order.order_id, problem)
+        try:
+            return await self._admit(order, payload, (headers or {}).get("traceparent", ""))
+        except sqlite3.Error as error:
+            return _refused(order.order_id, self._disk_problem(error))
+
+    async def _admit(self, order: OrderEnvelope, payload: bytes, trace_parent: str) -> OrderAck:
         admitted = self._read(order)
         now_ms = self._clock.now_ms()
         if isinstance(admitted, Problem):
             return await self._journal.refuse(order, admitted, now_ms)
-        trace_parent = (headers or {}).get("traceparent", "")
         old = stale(order, self._clock.beat())
         intake = await self._journal.accept(order, payload, trace_parent, now_ms, old)
         if intake.fresh:
@@ -153,6 +162,15 @@ class Orders:
         elif intake.ack.problem is not None:
             log.warning("refused an order: %s", intake.ack.problem.message)
         return intake.ack
+
+    def _disk_problem(self, error: sqlite3.Error) -> Problem:
+        """Nothing was journaled, so nothing will be done; the same order may be sent again."""
+        message = (
+            f"the host's journal in {self._host.config.state_dir} can't be written ({error}): free space on its"
+            " file system"
+        )
+        log.error("%s", message)
+        return Problem(kind=Kind.UNAVAILABLE, message=message)
 
     def _foreign(self, order: OrderEnvelope, owner: str | None) -> Problem | None:
         """Why an order isn't for this host, or not from who it says. Not journaled: anybody could write it."""
@@ -204,7 +222,10 @@ class Orders:
         if owner is None or (entry is not None and entry.order.owner != owner):
             message = f"the cancel of order {cancel.order_id} is not signed by the order's owner"
             return _refused(cancel.order_id, Problem(kind=Kind.FORBIDDEN, message=message))
-        ack = await self._journal.cancel(cancel.order_id)
+        try:
+            ack = await self._journal.cancel(cancel.order_id)
+        except sqlite3.Error as error:
+            return _refused(cancel.order_id, self._disk_problem(error))
         if ack.state is OrderState.ACCEPTED and (entry := self._entries.get(cancel.order_id)):
             entry.cancelled.set()
             await self._drop_waiting(entry)
@@ -290,7 +311,7 @@ class Orders:
         context = telemetry.extract({"traceparent": entry.trace} if entry.trace else None)
         with (
             telemetry.within_operation(order.operation_id),
-            telemetry.tracer.start_as_current_span(f"order {order.kind}", context=context) as span,
+            self._tracer.start_as_current_span(f"order {order.kind}", context=context) as span,
         ):
             task = asyncio.create_task(self._run(entry), name=f"order {order.order_id}")
             ending = await self._ending(entry, task)
@@ -307,7 +328,7 @@ class Orders:
             # What can't be stopped keeps its object, so that nothing else is done to it meanwhile.
             await asyncio.wait([task])
 
-    async def _ending(self, entry: _Entry, task: asyncio.Task[msgspec.Raw]) -> _Ending:
+    async def _ending(self, entry: _Entry, task: asyncio.Task[bytes]) -> _Ending:
         """Waits for the action, stops it at its deadline or when it is cancelled, and says how it ended."""
         cancelled = asyncio.create_task(entry.cancelled.wait())
         remaining = (entry.deadline_ms - self._clock.now_ms()) / 1000
@@ -321,7 +342,7 @@ class Orders:
             await asyncio.wait([task], timeout=self._cancel_grace_seconds)
         return self._judge_end(entry, task)
 
-    def _judge_end(self, entry: _Entry, task: asyncio.Task[msgspec.Raw]) -> _Ending:
+    def _judge_end(self, entry: _Entry, task: asyncio.Task[bytes]) -> _Ending:
         order = entry.order
         what = f"{order.kind} for {order.object_id}"
         if not task.done():
@@ -333,8 +354,13 @@ class Orders:
             message = f"{what} took longer than its {order.deadline_seconds:g} s and was stopped"
             return _Ending(Outcome.FAILED, Problem(kind=Kind.TIMEOUT, message=message))
         error = task.exception()
+        if error is None and len(task.result()) <= RESULT_MAX_BYTES:
+            return _Ending(Outcome.SUCCEEDED, result=msgspec.Raw(task.result()))
         if error is None:
-            return _Ending(Outcome.SUCCEEDED, result=task.result())
+            message = (
+                f"{what} was done, but its result of {len(task.result())} bytes is more than the bus carries"
+            )
+            return _Ending(Outcome.FAILED, Problem(kind=Kind.TOO_LARGE, message=message))
         if isinstance(error, Refused):
             return _Ending(Outcome.FAILED, error.problem())
         log.error("%s ended by an error of the agent", what, exc_info=error)
@@ -342,7 +368,7 @@ class Orders:
         message = f"{what} ended by an error of the agent, {type(error).__name__}: see the log of this host"
         return _Ending(outcome, Problem(kind=Kind.INTERNAL, message=message))
 
-    async def _run(self, entry: _Entry) -> msgspec.Raw:
+    async def _run(self, entry: _Entry) -> bytes:
         order = entry.order
         if (gate := self._gates.get(_family(order.kind))) is not None:
             await gate.wait()
@@ -356,7 +382,7 @@ class Orders:
             resumed=entry.resumed,
             progress=lambda percent, details: self._progress(entry, percent, details),
         )
-        return msgspec.Raw(encode(await entry.action.run(self._host, entry.body, running)))
+        return encode(await entry.action.run(self._host, entry.body, running))
 
     def _progress(self, entry: _Entry, percent: float, details: dict[str, Any]) -> None:
         """Newest first: at most one a second, and none while one is on its way to the disk."""
@@ -376,7 +402,7 @@ class Orders:
         )
         key = progress_key(order.order_id)
         putting = self._journal.put(order.owner, fact.subject_for(said), encode(said), FactClass.STATE, key)
-        entry.progress = asyncio.create_task(putting)
+        entry.progress = asyncio.create_task(_if_the_disk_lets(putting))
 
     async def _finish(self, order: OrderEnvelope, ending: _Ending) -> None:
         finished = OrderFinished(
@@ -407,6 +433,12 @@ class Orders:
             "boot_id": self._clock.boot_id,
             "at": datetime.now(UTC),
         }
+
+
+async def _if_the_disk_lets(putting: Coroutine[Any, Any, Any]) -> None:
+    """For what is soon said again."""
+    with contextlib.suppress(sqlite3.Error):
+        await putting
 
 
 def _family(kind: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sqlite3
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,7 +19,7 @@ import msgspec
 from host_agent.action import Host
 from host_agent.clock import BootClock
 from host_agent.events import EventName, HypervisorEvent
-from host_agent.facts import FactClass, Reservation
+from host_agent.facts import MAX_FACT_BYTES, FactClass, Reservation
 from host_agent.journal import Journal
 from host_agent.spool import Spool
 from volery.contracts.agent import (
@@ -114,8 +115,8 @@ class Reporter:
             rebase = self._wanted.pop(owner, False)
             try:
                 await self._report(owner, rebase)
-            except Refused as problem:
-                log.warning("the report to %s waits: %s", owner, problem.message)
+            except (Refused, sqlite3.Error) as problem:
+                log.warning("the report to %s waits: %s", owner, problem)
                 await asyncio.sleep(REPORT_RETRY_SECONDS)
                 self.ask(owner, rebase)
 
@@ -124,9 +125,15 @@ class Reporter:
             await self._host.hypervisor.wait_connected(60.0)
         async with self._spool.report(owner, rebase) as reservation:
             report = await self._make[owner](reservation)
-            await self._journal.put_report(
-                reservation, self._facts[owner].subject_for(report), encode(report)
-            )
+            body = encode(report)
+            if len(body) > MAX_FACT_BYTES:
+                log.error(
+                    "the report to %s has %d bytes, more than the bus carries: it is not sent",
+                    owner,
+                    len(body),
+                )
+                return
+            await self._journal.put_report(reservation, self._facts[owner].subject_for(report), body)
 
     async def _host_report(self, reservation: Reservation) -> HostReported:
         capabilities = await self._senses.describe(self._host)
@@ -166,9 +173,9 @@ class Reporter:
             while (event := self._dirty.pop(vm_id, None)) is not None:
                 try:
                     await self._tell_domain(await self._domain(event))
-                except Refused as problem:
-                    # libvirtd went away or hangs; when it answers again everything is listed.
-                    log.warning("VM %s changed and could not be looked at: %s", vm_id, problem.message)
+                except (Refused, sqlite3.Error) as problem:
+                    # libvirtd went away or hangs, or the disk is full: then everything is listed.
+                    log.warning("VM %s changed and could not be looked at: %s", vm_id, problem)
                     self.ask(Owner.INVENTORY)
         finally:
             del self._looks[vm_id]
@@ -214,7 +221,10 @@ class Reporter:
             details=dict(event.details),
         )
         subject = DOMAIN_EVENT_HAPPENED.subject_for(said)
-        await self._journal.put(Owner.INVENTORY, subject, encode(said), FactClass.EVENT)
+        try:
+            await self._journal.put(Owner.INVENTORY, subject, encode(said), FactClass.EVENT)
+        except sqlite3.Error as error:
+            log.error("event %s of VM %s is lost: %s", event.name, event.vm_id, error)
 
     def _keep(self, task: asyncio.Task[Any]) -> None:
         self._telling.add(task)

@@ -229,7 +229,12 @@ class Spool:
         try:
             await self._client.publish(fact.subject, fact.body, reply=self._acks.format(fact.owner, fact.seq))
         except nats.errors.MaxPayloadError:
-            log.error("fact %s of %d bytes is larger than the bus carries", fact.subject, len(fact.body))
+            log.error(
+                "fact %s of %d bytes is larger than the bus carries: it is dropped",
+                fact.subject,
+                len(fact.body),
+            )
+            await self._journal.drop(fact.owner, fact.seq)
         except (nats.errors.Error, OSError) as error:
             log.debug("fact %s waits for the bus: %s", fact.subject, error or type(error).__name__)
             return False

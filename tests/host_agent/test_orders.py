@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from host_agent.facts import FactClass
 from tests.support.toy_host import TOY, TOY_ONCE, TOY_OTHER, Control, Core, Toy, ToyDone, core, seed, until
@@ -118,11 +123,6 @@ async def test_what_is_behind_is_refused_after_a_restart_too(tmp_path: Path) -> 
     async with core(tmp_path, control) as at:
         ack = await at.give(at.make(toy, epoch=4))
         assert ack.state is OrderState.REFUSED
-
-
-STALE: list[tuple[str, Any]] = [
-    ("its time is over", lambda at, order: at.pass_ms(order.ttl_ms + 1)),
-]
 
 
 async def test_an_order_is_refused_when_its_time_is_over_and_obeyed_with_a_newer_beat(tmp_path: Path) -> None:
@@ -366,3 +366,54 @@ async def test_secrets_leave_the_disk_when_the_order_ends(tmp_path: Path) -> Non
     assert b"toy.work" in stored
     # The refusal's own details name the mark; the envelope must not be there any more.
     assert b'"refuse"' not in stored
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MB that a test may fill."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", path], check=True)
+    yield path
+    subprocess.run(["umount", "-l", path], check=True)
+
+
+def fill(disk: Path) -> None:
+    with (disk / "ballast").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(b"x" * 4096)
+
+
+async def test_with_a_full_disk_orders_are_refused_for_now_and_no_result_is_lost(
+    small_disk: Path, tmp_path: Path
+) -> None:
+    async with core(small_disk) as at:
+        running = await at.give(at.make(Toy(path=str(tmp_path / "marks"), seconds=0.3)))
+        assert running.state is OrderState.ACCEPTED
+        fill(small_disk)
+        body = Toy(path=str(tmp_path / "other"), refuse="x" * 20_000)
+        while (ack := await at.give(at.make(body, object_id="object-2"))).state is OrderState.ACCEPTED:
+            pass  # until the write-ahead log has used what was left
+        assert ack.problem is not None
+        assert ack.problem.kind is Kind.UNAVAILABLE
+        assert "free space" in ack.problem.message
+        await until(lambda: (tmp_path / "marks").read_text() == "xx.")
+        (small_disk / "ballast").unlink()
+        assert (await ended(at, running)).outcome is Outcome.SUCCEEDED
+        assert (await at.give(at.make(body, object_id="object-3"))).state is OrderState.ACCEPTED
+
+
+async def test_an_order_is_a_span_of_its_operations_trace(tmp_path: Path) -> None:
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    async with core(tmp_path, tracer=provider.get_tracer("test")) as at:
+        parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+        subject, payload, headers = at.control.signed(at.make(Toy(path=str(tmp_path / "m"), refuse="no")))
+        ack = await at.orders.hear(subject, payload, headers | {"traceparent": parent})
+        await ended(at, ack)
+        (span,) = await until(exporter.get_finished_spans)
+        assert f"{span.context.trace_id:032x}" == parent.split("-")[1]
+        assert span.name == "order toy.work"
+        assert span.attributes["volery.outcome"] == "failed"
+        assert span.status.description == "no"
