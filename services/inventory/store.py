@@ -238,6 +238,22 @@ class Store:
         )
         return [row["id"] for row in rows]
 
+    async def reader_positions(self, reader: str) -> dict[str, int]:
+        rows = await self.pool.fetch("select stream, position from reader_position where reader = $1", reader)
+        return {row["stream"]: row["position"] for row in rows}
+
+    async def note_reader(self, reader: str, stream: str, position: int) -> None:
+        await self.pool.execute(
+            """insert into reader_position (reader, stream, position) values ($1, $2, $3)
+               on conflict (reader, stream) do update set position = excluded.position""",
+            reader,
+            stream,
+            position,
+        )
+
+    def forget_reader(self, reader: str) -> Change:
+        return Change("delete from reader_position where reader = {0}", (reader,), guarded=False)
+
     async def user_by_name(self, name: str) -> Row[User, UserPrivate] | None:
         found = await USERS.where(self.pool, "name = $1", name)
         return found[0] if found else None

@@ -12,8 +12,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from volery.cli import output
 from volery.cli.output import Format
+from volery.client import session
 from volery.client.request import Request, Resource
-from volery.client.session import NoSession
+from volery.client.session import NoSession, Session
 from volery.client.transport import Client, NotOne, OperationFailed, ProblemError
 from volery.contracts.base import Entity
 from volery.contracts.operation import ENDED, Operation, OperationState
@@ -28,12 +29,21 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done
 
 @contextmanager
 def connected() -> Iterator[Client]:
-    """A client; every problem becomes a sentence and an exit status."""
+    """A client of the session; every problem becomes a sentence and an exit status."""
     try:
-        with Client.from_session() as client:
-            yield client
+        known = session.load()
     except NoSession as error:
         output.fail(str(error))
+    with connected_to(known) as client:
+        yield client
+
+
+@contextmanager
+def connected_to(known: Session) -> Iterator[Client]:
+    """A client of this server."""
+    try:
+        with Client(known) as client:
+            yield client
     except ProblemError as error:
         output.problem(error)
         if error.status == 401:

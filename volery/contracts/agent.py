@@ -16,7 +16,6 @@ from volery.contracts.base import Call, Fact, Message
 from volery.contracts.domain import DomainState, ImageFormat
 from volery.contracts.errors import Problem
 
-
 NO_RESULT = msgspec.Raw(b"null")
 """Not None: msgspec can't decode `Raw | None`."""
 

@@ -172,5 +172,5 @@ DELETE_VOLUME = Order("volume.delete", DeleteVolume, Done, deadline_seconds=3600
 COPY_VOLUME = Order("volume.copy", CopyVolume, VolumeInfo, deadline_seconds=86400)
 IMPORT_VOLUME = Order("volume.import", ImportVolume, VolumeInfo, deadline_seconds=86400)
 INSPECT_VOLUME = Order("volume.inspect", InspectVolume, VolumeInfo)
-OPEN_TRANSFER = Order("transfer.open", OpenTransfer, TransferOpened)
+OPEN_TRANSFER = Order("transfer.open", OpenTransfer, TransferOpened, deadline_seconds=86400)
 FINISH_TRANSFER = Order("transfer.finish", FinishTransfer, VolumeInfo, deadline_seconds=86400)

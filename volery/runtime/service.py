@@ -20,7 +20,7 @@ import nats.errors
 import uvloop
 
 from volery.contracts.agent import OrderFinished, OrderProgressed
-from volery.contracts.base import Call, Fact, Owner
+from volery.contracts.base import Call, Done, Fact, Owner
 from volery.contracts.operation import (
     CANCEL_OPERATION,
     GET_OPERATION,
@@ -30,6 +30,7 @@ from volery.contracts.operation import (
     ListQuery,
     Operation,
 )
+from volery.contracts.streams import REBUILD_STREAM, RebuildStream
 from volery.runtime import telemetry
 from volery.runtime.bus import Answers, Bus, Caller, connect, open_bus
 from volery.runtime.config import BusConfig, ConfigError, DatabaseConfig, TelemetryConfig, read
@@ -39,7 +40,7 @@ from volery.runtime.hear import FactHandler, Hearing, HostHearing, make_host_str
 from volery.runtime.operations import Operations, Procedure
 from volery.runtime.orders import Beats, Orders
 from volery.runtime.pages import page
-from volery.runtime.relay import Log, Relay, stream_name
+from volery.runtime.relay import Log, Relay, rebuild_stream, stream_name
 from volery.runtime.signing import Signer, parse_creds
 from volery.runtime.tables import Change, Stale
 
@@ -234,7 +235,12 @@ class Service:
         async def cancel(_: Any, question: CancelOperation, caller: Caller) -> Any:
             return await operations.cancel(question.id)
 
+        async def rebuild(_: Any, question: RebuildStream, caller: Caller) -> Any:
+            await rebuild_stream(core.bus, self.name)
+            return Done()
+
         own: list[tuple[Call[Any, Any], Any]] = [
+            (REBUILD_STREAM[self.name], rebuild),
             (GET_OPERATION[self.name], get),
             (LIST_OPERATIONS[self.name], listed),
             (CANCEL_OPERATION[self.name], cancel),

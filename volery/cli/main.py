@@ -1,0 +1,48 @@
+"""The `volery` command."""
+
+from __future__ import annotations
+
+import typer
+
+from volery.cli import access, admin, estate, storage, streams, vm
+
+app = typer.Typer(
+    help="Volery: KVM hosts and their virtual machines.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+NOUNS: dict[str, typer.Typer] = {
+    "vm": vm.app,
+    "host": estate.hosts,
+    "cluster": estate.clusters,
+    "data-center": estate.data_centers,
+    "storage-domain": storage.domains,
+    "disk": storage.disks,
+    "network": estate.networks,
+    "mac-pool": estate.mac_pools,
+    "operation": streams.operations,
+    "claim": admin.claims,
+    "liveness": admin.liveness,
+    "user": access.users,
+    "token": access.tokens,
+    "event-reader": access.readers,
+    "admin": admin.app,
+}
+for _name, _noun in NOUNS.items():
+    app.add_typer(_noun, name=_name)
+app.command()(access.login)
+app.command()(access.logout)
+app.command()(streams.events)
+app.command()(streams.console)
+app.command("explain")(vm.explain)
+
+
+def main() -> None:
+    try:
+        app()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()
