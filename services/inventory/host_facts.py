@@ -106,6 +106,8 @@ async def _domain(
     if row is None or row.public.external:
         return _external(inv, host, row, report)
     placement = await inv.store.placement(report.vm_id)
+    if inv.core.quarantine.reason and report.epoch > placement.epoch and report.state in ALIVE_STATES:
+        return _adopted(inv, row, placement, host_id, report)
     if placement.host_id == host_id and placement.state in ("running", "starting"):
         return _at_home(inv, row, placement, report, full=full)
     if placement.state == "moving":
@@ -114,6 +116,25 @@ async def _domain(
         # Runs where it may not: the host is told to forget it, under an epoch it must obey.
         inv.core.wake(f"stray/{host_id}/{report.vm_id}")
     return []
+
+
+def _adopted(
+    inv: Inventory, row: Row[Vm, VmPrivate], placement: PlacementRow, host_id: str, report: DomainReport
+) -> list[Change]:
+    """The database is older than the hosts: a domain under a later epoch is the truth."""
+    new = replace(
+        row.public,
+        status=model.STATUS_OF[report.state],
+        desired=DesiredState.UP,
+        status_reason="restored",
+        host_id=host_id,
+        epoch=report.epoch,
+        busy_with="",
+    )
+    return [
+        VMS.update(row, model.with_actions(new)),
+        inv.store.place(placement, epoch=report.epoch, host_id=host_id, state="running"),
+    ]
 
 
 def _at_home(
@@ -185,10 +206,8 @@ def _alive(
 def _external(
     inv: Inventory, host: Host, row: Row[Vm, VmPrivate] | None, report: DomainReport
 ) -> list[Change]:
-    """A domain that Volery did not make: shown, left alone, and gone from the list when it ends."""
-    if report.installation == inv.config.installation and report.epoch > 0:
-        inv.core.wake(f"stray/{host.id}/{report.vm_id}")
-        return []
+    """A domain that isn't ours, or that a restored database has forgotten: shown, left alone, and gone from the
+    list when it ends."""
     if row is None:
         if report.state in ENDED_STATES:
             return []

@@ -19,6 +19,7 @@ from volery.runtime.config import BusConfig
 from volery.runtime.hear import HostHearing
 from volery.runtime.operations import Operations
 from volery.runtime.orders import Beats, Orders
+from volery.runtime.quarantine import Quarantine
 from volery.runtime.tables import Change, Taken, commit
 
 REQUEST_CONSTRAINT = "request_pkey"
@@ -61,8 +62,10 @@ class Core:
     operations: Operations = field(init=False)
     relay_wake: asyncio.Event = field(default_factory=asyncio.Event)
     reconcile_keys: Keys = field(default_factory=Keys)
-    restored: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set when the bus proves that PostgreSQL was restored from an older state: quarantine begins."""
+    quarantine: Quarantine = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.quarantine = Quarantine(str(self.owner), self.pool)
 
     def wake(self, key: str) -> None:
         """Have the reconcile loop look at this object soon."""

@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 HOST_STREAM = "FACTS_HOST"
 CURSOR_EVERY = 200
+REPLAY = 20_000
+"""Facts of hosts that are read again at a start."""
 COMMIT_WORD_SECONDS = 1.0
 
 FactHandler = Callable[[Any], Awaitable[Sequence[Change] | None]]
@@ -148,6 +150,8 @@ class HostHearing:
     report: Fact[Any]
     """The full report: the only fact that admits a new journal."""
     committed: Callable[[], None] = lambda: None
+    reported: Callable[[str], Awaitable[None]] | None = None
+    """Told after a host's full report was committed."""
     positions: dict[str, HostPosition] = field(default_factory=dict)
     asked: dict[str, float] = field(default_factory=dict)
 
@@ -168,7 +172,10 @@ class HostHearing:
 
     async def _follow(self) -> None:
         subjects = [f"fact.host.*.{self.owner}.>"]
-        async with follow(self.bus.client, HOST_STREAM, 0, subjects) as tail:
+        # Only the newest: agents publish again what nobody told them to be committed.
+        info = await self.bus.client.jetstream(timeout=5).stream_info(HOST_STREAM)
+        after = max(info.state.last_seq - REPLAY, 0)
+        async with follow(self.bus.client, HOST_STREAM, after, subjects) as tail:
             telling = asyncio.create_task(self._tell())
             try:
                 async for heard in tail:
@@ -193,6 +200,8 @@ class HostHearing:
             return
         telemetry.facts_heard.add(1, {"service": self.bus.name, "fact": fact.name})
         await self._apply(handler, payload)
+        if fact is self.report and self.reported is not None:
+            await self.reported(payload.host_id)
 
     async def _apply(self, handler: FactHandler, payload: FromHost) -> None:
         while True:
@@ -216,8 +225,11 @@ class HostHearing:
             return is_report
         if payload.seq <= at.seq:
             return False
-        # One further on was lost on the way: the agent publishes again what it wasn't told to be committed.
-        return payload.after_seq <= at.seq or (is_report and getattr(payload, "gap", False))
+        if payload.after_seq <= at.seq or (is_report and getattr(payload, "gap", False)):
+            return True
+        # Something before it is missing here: lost on the way, or committed by a database that was since restored.
+        await self._ask_report(payload.host_id)
+        return False
 
     async def _ask_report(self, host_id: str) -> None:
         now = time.monotonic()

@@ -29,6 +29,7 @@ from volery.contracts.operation import ENDED, OPERATION_CHANGED, Operation, Oper
 from volery.runtime import telemetry
 from volery.runtime.bus import Caller
 from volery.runtime.orders import Orders
+from volery.runtime.quarantine import Quarantine
 from volery.runtime.tables import Change, Row, Stale, Table
 
 log = logging.getLogger(__name__)
@@ -296,6 +297,7 @@ class Operations:
     commit: Callable[[Sequence[Change]], Awaitable[None]]
     release: Release
     """What becomes of the object when its operation ended, e.g. `busy_with` cleared."""
+    quarantine: Quarantine
     leading: bool = False
     hint: Callable[[], None] = lambda: None
     """Tells the leader, if it is another process, that there is work."""
@@ -328,6 +330,7 @@ class Operations:
         deadline_seconds: float | None = None,
     ) -> tuple[Operation, Change]:
         """A new operation and the change that writes it; it starts once that is committed."""
+        self.quarantine.check()
         now = datetime.now(UTC)
         seconds = deadline_seconds or self.procedures[kind].deadline_seconds
         context = trace.get_current_span().get_span_context()
@@ -369,6 +372,8 @@ class Operations:
 
     async def resume(self) -> None:
         """Take up every operation that has not ended: after a crash, a change of leader, a lost hint."""
+        if self.quarantine.reason:
+            return
         open_states = ("pending", "running", "cancelling")
         for row in await self.table.where(self.pool, "state = any($1::text[])", list(open_states)):
             known = self.runs.get(row.id)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 import asyncpg
@@ -136,8 +136,8 @@ class Relay:
     facts: Log
     replicas: int
     wake: asyncio.Event
-    on_restored: Callable[[], None]
-    """Called when the stream proves that PostgreSQL is older than the bus."""
+    on_restored: Callable[[str], Awaitable[None]]
+    """Awaited, before anything is rewritten, when the stream proves that PostgreSQL is older than the bus."""
     js: JetStreamContext = field(init=False)
     history: str = ""
     published: int = 0
@@ -179,13 +179,11 @@ class Relay:
         if info.config.metadata and info.config.metadata.get("history") != head.history:
             await self._remake(head)
         elif info.state.last_seq > head.position:
-            log.error(
-                "stream of %s is at %d, the log at %d: PostgreSQL was restored from an older state",
-                self.facts.owner,
-                info.state.last_seq,
-                head.position,
+            reason = (
+                f"the stream of {self.facts.owner} is at {info.state.last_seq} and the log at {head.position}, so "
+                "PostgreSQL was restored from an older state"
             )
-            self.on_restored()
+            await self.on_restored(reason)
             await self.facts.rewrite_history(info.state.last_seq)
             await self._remake(await self.facts.head())
         elif info.state.last_seq + 1 < head.oldest:

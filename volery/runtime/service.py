@@ -21,6 +21,7 @@ import uvloop
 
 from volery.contracts.agent import OrderFinished, OrderProgressed
 from volery.contracts.base import Call, Done, Fact, Owner
+from volery.contracts.health import EXCUSE_HOST, GET_HEALTH, AskHealth, ExcuseHost, Health
 from volery.contracts.operation import (
     CANCEL_OPERATION,
     GET_OPERATION,
@@ -179,6 +180,7 @@ class Service:
                 service=made,
                 procedures={p.kind: p for p in self.rows("procedures_")},
                 commit=core.commit_all,
+                quarantine=core.quarantine,
                 release=_nothing if self.release is None else self._release(made),
                 hint=lambda: core.operations.spawn(core.hint()),
             )
@@ -239,7 +241,22 @@ class Service:
             await rebuild_stream(core.bus, self.name)
             return Done()
 
+        async def health(_: Any, question: AskHealth, caller: Caller) -> Any:
+            await core.quarantine.load()
+            return Health(
+                owner=self.name,
+                leader=operations.leading,
+                quarantine=core.quarantine.reason,
+                waits_for_hosts=tuple(sorted(core.quarantine.pending)),
+            )
+
+        async def excuse(_: Any, question: ExcuseHost, caller: Caller) -> Any:
+            await core.quarantine.excuse(question.host_id, question.confirm)
+            return Done()
+
         own: list[tuple[Call[Any, Any], Any]] = [
+            (GET_HEALTH[self.name], health),
+            (EXCUSE_HOST[self.name], excuse),
             (REBUILD_STREAM[self.name], rebuild),
             (GET_OPERATION[self.name], get),
             (LIST_OPERATIONS[self.name], listed),
@@ -269,8 +286,13 @@ class Service:
     async def _lead(
         self, settings: Settings, core: Core, made: Any, connection: asyncpg.Connection[asyncpg.Record]
     ) -> None:
+        await core.quarantine.load()
         relay = Relay(
-            core.bus, Log(self.name, connection), settings.bus.replicas, core.relay_wake, core.restored.set
+            core.bus,
+            Log(self.name, connection),
+            settings.bus.replicas,
+            core.relay_wake,
+            core.quarantine.begin,
         )
         core.relay_wake.set()
         hints = await core.bus.client.subscribe(f"relay.{self.name}.wake", cb=self._hinted(core))
@@ -339,6 +361,7 @@ class Service:
             facts.append((self.order_progressed, core.orders.on_progressed))
         core.hosts.handlers = table_of(facts)
         core.hosts.committed = core.relay_wake.set
+        core.hosts.reported = core.quarantine.reported
         group.create_task(core.hosts.run())
 
     async def _reconcile(self, core: Core, made: Any) -> None:

@@ -1,0 +1,78 @@
+"""After a restore of an older PostgreSQL: no operation begins or goes on until every host has reported.
+
+What the hosts say is newer than what the tables say. Each owner that hears hosts waits for all of them, or for a
+person who says that a host is dead.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import asyncpg
+
+from volery.contracts.errors import Kind, Refused, invalid
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Quarantine:
+    owner: str
+    pool: asyncpg.Pool[asyncpg.Record]
+    reason: str = ""
+    pending: set[str] = field(default_factory=set)
+    on_end: list[Callable[[], None]] = field(default_factory=list)
+
+    async def load(self) -> None:
+        """What a former leader began."""
+        self.reason = await self.pool.fetchval("select reason from quarantine") or ""
+        rows = await self.pool.fetch("select host_id from quarantine_host")
+        self.pending = {row["host_id"] for row in rows}
+
+    async def begin(self, reason: str) -> None:
+        """Durable before anything else happens. Waits for every host that was ever heard."""
+        await self.pool.execute(
+            """with begun as (
+                   insert into quarantine (reason) values ($1) on conflict (single) do nothing
+               ) insert into quarantine_host select host_id from heard_host on conflict do nothing""",
+            reason,
+        )
+        await self.load()
+        log.error("%s is in quarantine: %s; waits for %d hosts", self.owner, reason, len(self.pending))
+        await self._end_if_done()
+
+    async def reported(self, host_id: str) -> None:
+        """A host's full report was committed."""
+        if host_id not in self.pending:
+            return
+        await self.pool.execute("delete from quarantine_host where host_id = $1", host_id)
+        self.pending.discard(host_id)
+        await self._end_if_done()
+
+    async def excuse(self, host_id: str, confirm: str) -> None:
+        """A person vouches that nothing of this host runs any more."""
+        if confirm != host_id:
+            raise invalid("type the host's id again as `confirm`, to be sure that you mean this one")
+        log.warning("%s: a person declared host %s dead", self.owner, host_id)
+        await self.reported(host_id)
+
+    async def _end_if_done(self) -> None:
+        if self.reason and not self.pending:
+            await self.pool.execute("delete from quarantine")
+            self.reason = ""
+            log.warning("%s: quarantine has ended, every host has reported", self.owner)
+            for tell in self.on_end:
+                tell()
+
+    def check(self) -> None:
+        """Raises Refused(unavailable) while it lasts."""
+        if self.reason:
+            raise Refused(
+                Kind.UNAVAILABLE,
+                f"{self.owner} is in quarantine: {self.reason}. Nothing is started, moved or deleted until "
+                f"{len(self.pending)} hosts have reported ({', '.join(sorted(self.pending)[:5])}); bring them up, or "
+                "declare those that are gone for good dead",
+                waits_for_hosts=sorted(self.pending),
+            )
