@@ -40,7 +40,7 @@ def machines(home: Home) -> Iterator[dict[str, str]]:
     """One defined domain of this installation, one of another."""
     libvirt_daemons.ensure()
     made = {}
-    for owner, installation in (("ours", home.installation), ("theirs", "ffffff")):
+    for owner, installation in (("ours", home.installation), ("theirs", "ggggg")):
         ident = str(uuid.uuid4())
         xml = home.run / f"{owner}.xml"
         xml.write_text(DOMAIN.format(name=f"t-{ident[:8]}", uuid=ident, installation=installation))
@@ -56,7 +56,7 @@ def machines(home: Home) -> Iterator[dict[str, str]]:
 @pytest.fixture
 def devices(home: Home) -> Iterator[dict[str, str]]:
     """A bridge and a packet filter table of this installation, and a bridge of another."""
-    made = {"ours": f"vt{home.installation}", "theirs": "vtffffff"}
+    made = {"ours": f"vt{home.installation}", "theirs": "vtggggg"}
     for name in made.values():
         run("ip", "link", "add", name, "type", "bridge")
     run("nft", "add", "table", "inet", f"volery_{home.installation}")
@@ -74,7 +74,7 @@ def test_everything_of_this_installation_goes_and_the_rest_stays(
         home = Home(other.path.with_name(other.path.name + "-real"))
         home.create()
         # The same id as the fixtures' installation.
-        fixture = next(n for n in devices.values() if n != "vtffffff").removeprefix("vt")
+        fixture = next(n for n in devices.values() if n != "vtggggg").removeprefix("vt")
         home.change_settings({"VOLERY_SETUP_INSTALLATION": fixture})
         embedded.start_nats(home, embedded.NatsOptions(preferred_port=None))
         server = embedded.status(home, "nats")

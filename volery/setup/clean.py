@@ -98,7 +98,7 @@ def look(home: Home) -> Found:
         home.path,
         installation,
         _machines(installation),
-        tuple(name for name in _lines(*_VIRSH, "net-list", "--all", "--name") if installation in name),
+        tuple(_networks(installation)),
         tuple(_links(installation)),
         tuple(_tables(installation)),
         tuple(sorted(n for n in systemd.render(home) if (systemd.UNITS / n).exists())),
@@ -118,14 +118,25 @@ def _machines(installation: str) -> dict[str, str]:
     return found
 
 
+def _networks(installation: str) -> list[str]:
+    """libvirt's networks whose name or bridge ends with the installation."""
+    found = []
+    for name in _lines(*_VIRSH, "net-list", "--all", "--name"):
+        xml = _output(*_VIRSH, "net-dumpxml", name)
+        bridge = ElementTree.fromstring(xml).find("bridge") if xml else None  # noqa: S314
+        names = (name, bridge.get("name", "") if bridge is not None else "")
+        if any(each.endswith(installation) for each in names):
+            found.append(name)
+    return found
+
+
 def _links(installation: str) -> list[str]:
     text = _output("ip", "-d", "-j", "link", "show")
     links = json.loads(text) if text else []
     return [
         link["ifname"]
         for link in links
-        if installation in link["ifname"] + link.get("ifalias", "")
-        and link.get("linkinfo", {}).get("info_kind") in _MADE_KINDS
+        if link["ifname"].endswith(installation) and link.get("linkinfo", {}).get("info_kind") in _MADE_KINDS
     ]
 
 

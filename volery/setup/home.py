@@ -13,6 +13,9 @@ from volery.setup.errors import SetupError
 
 DEFAULT_PATH = Path("/var/lib/volery")
 
+# No hexadecimal digits and no vowels: never part of a MAC address or UUID, nor a word.
+_INSTALLATION_LETTERS = "ghjkmnpqrstvwxz"
+
 # (place, mode): libvirt's and PostgreSQL's unprivileged users walk through what is 0755,
 # nobody but root opens what is 0700.
 _DIRECTORIES: tuple[tuple[str, int], ...] = (
@@ -120,11 +123,12 @@ class Home:
                     " VOLERY_HOME to a directory that this user may write, or run as root."
                 ) from error
         if "VOLERY_SETUP_INSTALLATION" not in self.settings():
-            self.change_settings({"VOLERY_SETUP_INSTALLATION": secrets.token_hex(3)})
+            name = "".join(secrets.choice(_INSTALLATION_LETTERS) for _ in range(5))
+            self.change_settings({"VOLERY_SETUP_INSTALLATION": name})
 
     @property
     def installation(self) -> str:
-        """Six hex digits that tell this installation's units, bridges and domains from others'."""
+        """Five letters that tell this installation's units, bridges and domains from others'."""
         value = self.settings().get("VOLERY_SETUP_INSTALLATION")
         if value is None:
             raise SetupError(f"{self.path} isn't a Volery installation: run `make up` first.")

@@ -43,11 +43,8 @@ class Program:
         return home.log / f"{self.name}.log"
 
     def ready(self, home: Home) -> bool:
-        """Whether it can be started: an agent must be enrolled, or have a token to enrol with."""
-        if self.module != "host_agent":
-            return True
-        enrolled = (home.agent / "identity" / "identity.json").exists()
-        return enrolled or bool(load_environment(home).get("VOLERY_AGENT_ENROLMENT_TOKEN"))
+        """Whether it can be started: an agent must be enrolled."""
+        return self.module != "host_agent" or is_enrolled(home)
 
     def process(self, home: Home) -> ProcessId | None:
         """The running process, None when it isn't running."""
@@ -58,6 +55,20 @@ CONTROL_PLANE = Program("control-plane", "the control plane", "services")
 HOST_AGENT = Program("host-agent", "the host agent", "host_agent")
 PROGRAMS: tuple[Program, ...] = (CONTROL_PLANE, HOST_AGENT)
 """In the order in which they are started; they are stopped in the opposite one."""
+
+
+def is_enrolled(home: Home) -> bool:
+    """Whether this machine's agent has its identity."""
+    return (home.agent / "identity" / "identity.json").exists()
+
+
+def has_local_host(home: Home) -> bool:
+    """Whether this machine is itself a host: yes, unless VOLERY_SETUP_LOCAL_HOST=no says otherwise."""
+    return home.settings().get("VOLERY_SETUP_LOCAL_HOST", "yes") != "no"
+
+
+def programs_of(home: Home) -> tuple[Program, ...]:
+    return PROGRAMS if has_local_host(home) else (CONTROL_PLANE,)
 
 
 def environment(home: Home, derived: Mapping[str, str]) -> dict[str, str]:
@@ -123,6 +134,8 @@ def derived_environment(home: Home, decided: Decided) -> dict[str, str]:
         "VOLERY_INVENTORY_BUS_PUBLIC_SERVERS": decided.public_bus,
         "VOLERY_INVENTORY_INSTALLATION": home.installation,
         "VOLERY_INVENTORY_ADMIN_PASSWORD_FILE": str(home.admin_password),
+        "VOLERY_NETWORK_DEVICE_SUFFIX": home.installation,
+        "VOLERY_STORAGE_KEY_FILE": str(home.secrets / "storage.key"),
         "VOLERY_GATEWAY_LISTEN": f"0.0.0.0:{decided.gateway_port}",
         "VOLERY_GATEWAY_CERTIFICATE": str(home.pki / "gateway.pem"),
         "VOLERY_GATEWAY_KEY": str(home.pki / "gateway.key"),

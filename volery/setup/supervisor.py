@@ -21,7 +21,14 @@ from volery.setup import embedded, libvirt_daemons, processes, servers
 from volery.setup.errors import SetupError
 from volery.setup.home import Home
 from volery.setup.processes import ProcessId
-from volery.setup.programs import PROGRAMS, Program, fingerprint, load_environment
+from volery.setup.programs import (
+    PROGRAMS,
+    Program,
+    fingerprint,
+    has_local_host,
+    load_environment,
+    programs_of,
+)
 
 FIRST_DELAY_SECONDS = 0.5
 LONGEST_DELAY_SECONDS = 30.0
@@ -57,7 +64,7 @@ class Supervisor:
     """The loop. `run` returns after SIGTERM or SIGINT, when everything it kept has been stopped."""
 
     home: Home
-    programs: Sequence[Program] = PROGRAMS
+    programs: Sequence[Program]
     wards: list[_Ward] = field(default_factory=list)
     _stopping: bool = False
     _reload: bool = False
@@ -89,7 +96,7 @@ class Supervisor:
             _Ward("postgres", lambda: servers.start_postgres(home).process, lambda: _end(home, "postgres")),
             _Ward("nats", lambda: servers.start_nats(home).process, lambda: _end(home, "nats")),
         ]
-        if libvirt_daemons.ours_to_keep():
+        if has_local_host(home) and libvirt_daemons.ours_to_keep():
             # Never stopped with us: other installations, and every virtual machine, may depend on them.
             wards += [
                 _Ward(daemon.name, daemon.ensure, lambda: None)
@@ -314,4 +321,5 @@ def stop(home: Home) -> bool:
 
 
 if __name__ == "__main__":
-    Supervisor(Home.from_environment()).run()
+    here = Home.from_environment()
+    Supervisor(here, programs_of(here)).run()

@@ -12,7 +12,7 @@ from pathlib import Path
 from volery.setup import embedded
 from volery.setup.errors import SetupError
 from volery.setup.home import Home, write_private
-from volery.setup.programs import CONTROL_PLANE, HOST_AGENT, PROGRAMS, REPOSITORY, fingerprint
+from volery.setup.programs import CONTROL_PLANE, HOST_AGENT, REPOSITORY, fingerprint, programs_of
 
 UNITS = Path("/etc/systemd/system")
 RUNNING = Path("/run/systemd/system")
@@ -70,7 +70,8 @@ def render(home: Home) -> dict[str, str]:
         "\n[Timer]\nOnCalendar=daily\nRandomizedDelaySec=1h\nPersistent=true\n"
         f"\n[Install]\nWantedBy={target(home)}\n",
     }
-    files |= {unit(home, each.name): _text(home, each) for each in _UNITS}
+    kept = {"nats", "postgres", *(program.name for program in programs_of(home))}
+    files |= {unit(home, each.name): _text(home, each) for each in _UNITS if each.name in kept}
     return files
 
 
@@ -120,7 +121,7 @@ def start_programs(home: Home) -> None:
     started_as = home.run / "programs.started-as"
     now = fingerprint(home)
     changed = not started_as.exists() or started_as.read_text() != now
-    names = [unit(home, program.name) for program in PROGRAMS if program.ready(home)]
+    names = [unit(home, program.name) for program in programs_of(home) if program.ready(home)]
     _systemctl("enable", "--now", target(home), f"volery-{home.installation}-renew.timer")
     _systemctl("restart" if changed else "start", *names)
     started_as.write_text(now)
@@ -144,7 +145,8 @@ def stop(home: Home) -> None:
     if not (UNITS / target(home)).exists():
         return
     for name in (HOST_AGENT.name, CONTROL_PLANE.name, "nats", "postgres"):
-        _systemctl("stop", unit(home, name))
+        if (UNITS / unit(home, name)).exists():
+            _systemctl("stop", unit(home, name))
     _systemctl("stop", f"volery-{home.installation}-renew.timer", target(home))
 
 

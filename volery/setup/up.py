@@ -19,7 +19,7 @@ from volery.setup.home import Home
 from volery.setup.programs import Decided
 
 GATEWAY_PORT = 8443
-_LONGEST_UP_SECONDS = 600.0
+LONGEST_UP_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Running:
 
     home: Home
     gateway_url: str
-    image: GuestImage
+    image: GuestImage | None
+    """None where this machine isn't a host itself."""
 
 
 def up(home: Home, output: Output) -> Running:
@@ -37,9 +38,11 @@ def up(home: Home, output: Output) -> Running:
     with output.step(f"State directory {home.path}"):
         home.create()
     with (
-        processes.exclusive(home.run / "up.lock", timeout_seconds=_LONGEST_UP_SECONDS),
+        processes.exclusive(home.run / "up.lock", timeout_seconds=LONGEST_UP_SECONDS),
         ThreadPoolExecutor(1, thread_name_prefix="guest-image") as pool,
     ):
+        if not programs.has_local_host(home):
+            return Running(home, _start(home, output), None)
         # The image takes longest and needs nothing of the rest.
         image = pool.submit(guest_image.build, home)
         url = _start(home, output)
@@ -62,9 +65,11 @@ def _start(home: Home, output: Output) -> str:
     bus, database = _servers(home, output)
     with output.step("Database roles and schemas"):
         asyncio.run(bootstrap_database(database.dsn, OWNERS, servers.service_passwords(home)))
-    hypervisor = _hypervisor(home, output)
-    with output.step("libvirt") as step:
-        step.result = libvirt_daemons.ensure()
+    hypervisor = "auto"
+    if programs.has_local_host(home):
+        hypervisor = _hypervisor(home, output)
+        with output.step("libvirt") as step:
+            step.result = libvirt_daemons.ensure()
     port = _gateway_port(home)
     sockets = database.socket_directory
     assert sockets is not None
@@ -72,13 +77,17 @@ def _start(home: Home, output: Output) -> str:
     decided = Decided(bus.url, sockets, port, servers.public_address(home), hypervisor)
     derived = programs.derived_environment(home, decided)
     programs.save_environment(home, programs.environment(home, derived))
-    with output.step("Control plane and host agent") as step:
-        if systemd.in_charge():
-            systemd.start_programs(home)
-            step.result = "by systemd"
-        else:
-            step.result = f"kept running by process {supervisor.start(home).pid}"
+    with output.step("Control plane") as step:
+        step.result = start_programs(home)
     return f"https://127.0.0.1:{port}"
+
+
+def start_programs(home: Home) -> str:
+    """Starts what can be started, and anew what would run differently; says by whom it is kept."""
+    if systemd.in_charge():
+        systemd.start_programs(home)
+        return "kept running by systemd"
+    return f"kept running by process {supervisor.start(home).pid}"
 
 
 def _servers(home: Home, output: Output) -> tuple[Embedded, Embedded]:
