@@ -1,0 +1,24 @@
+"""What the scheduler holds and decided, what ha knows, and what was."""
+
+from __future__ import annotations
+
+from api_gateway.route import Route
+from volery.contracts import history as y
+from volery.contracts import liveness as l
+from volery.contracts import scheduling as s
+
+SCHEDULING, LIVENESS, HISTORY = "Scheduling", "Liveness", "History"
+
+ROUTES = (
+    Route("GET", "/claims", s.LIST_CLAIMS, SCHEDULING, "List claims: capacity held for VMs", items=s.Claim),
+    Route("GET", "/capacity", s.LIST_CAPACITY, SCHEDULING, "List hosts as the scheduler sees them", items=s.HostCapacity),
+    Route("GET", "/decisions/{id}", s.GET_DECISION, SCHEDULING, "Get a past placement decision, as it was explained"),
+    Route("GET", "/liveness", l.LIST_LIVENESS, LIVENESS, "List what is known of hosts' liveness", items=l.HostLiveness),
+    Route("GET", "/liveness/{id}", l.GET_LIVENESS, LIVENESS, "Get what is known of one host's liveness"),
+    Route("GET", "/restarts", l.LIST_RESTARTS, LIVENESS, "List automatic restarts", items=l.VmRestart),
+    Route("GET", "/history/versions", y.LIST_VERSIONS, HISTORY, "List versions of configuration",
+          query=("noun", "id", "at", "limit", "page")),
+    Route("GET", "/history/samples", y.QUERY_SAMPLES, HISTORY, "Get samples or aggregates of an object",
+          query=("noun", "id", "interval", "since", "until", "limit")),
+    Route("GET", "/history/gaps", y.LIST_GAPS, HISTORY, "List times in which facts were lost"),
+)  # fmt: skip
