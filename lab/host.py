@@ -185,7 +185,9 @@ class Host:
     # --- power
 
     def power_on(self, *, hold: Sequence[str] = (), wait: bool = True) -> None:
-        """Boots it unless it is on. `hold`: units that must not start; `wait`: until libvirtd answers.
+        """Boots it unless it is on. `hold`: units that must not start.
+
+        `wait`: until libvirtd answers, unless it is held or was told to stay down.
 
         Raises LabError with the end of the boot's log when it doesn't come up.
         """
@@ -198,7 +200,7 @@ class Host:
                 except LabError:
                     self._sweep()
                     raise
-        if wait and "libvirtd" not in hold:
+        if wait and not (self.layout.units / "libvirtd.down").exists():
             self.wait_for_libvirtd()
 
     def power_off(self) -> None:

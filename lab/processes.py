@@ -57,7 +57,13 @@ def pids_in_namespace(kind: str, member: int) -> list[int]:
     wanted = _namespace(member, kind)
     if wanted is None:
         return []
-    return [pid for pid in all_pids() if _namespace(pid, kind) == wanted]
+    return [pid for pid in all_pids() if _namespace(pid, kind) == wanted and not _is_dead(pid)]
+
+
+def _is_dead(pid: int) -> bool:
+    """Also true of a zombie, which keeps its pid namespace until its parent has reaped it."""
+    state = read_state(pid)
+    return state is None or state.state in "ZX"
 
 
 def _namespace(pid: int, kind: str) -> str | None:
@@ -70,7 +76,7 @@ def _namespace(pid: int, kind: str) -> str | None:
 def is_program(pid: int, program: str) -> bool:
     """Whether this process runs `program`: by the base name of its first argument, or its comm."""
     state = read_state(pid)
-    if state is None or state.state in "ZX":
+    if state is None:
         return False
     try:
         first = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0", 1)[0]
