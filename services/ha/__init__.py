@@ -1,1 +1,8 @@
-"""The ha service."""
+"""ha: whether hosts are alive, and the restart of highly available VMs.
+
+Owns the liveness of hosts, its evidence, and the restarts of VMs that crashed.
+Answers: liveness of hosts, restarts of VMs.
+Announces: liveness and restarts, changed and deleted.
+Never: takes silence for death, restarts a VM without proof that it ended, or starts anything itself; it asks
+inventory.
+"""

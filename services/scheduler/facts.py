@@ -7,8 +7,6 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
-
 from services.scheduler import store
 from services.scheduler.model import ClusterPolicy, limits
 from services.scheduler.state import Scheduler
@@ -19,6 +17,7 @@ from volery.contracts.host import HOST_CHANGED, HOST_DELETED, LIST_HOSTS, Host
 from volery.contracts.network import LIST_NETWORKS, NETWORK_CHANGED, NETWORK_DELETED, Network
 from volery.contracts.operation import ListQuery, Page
 from volery.contracts.vm import LIST_VMS, VM_CHANGED, VM_DELETED, Vm
+from volery.runtime.listing import pages
 from volery.runtime.relay import stream_name
 from volery.runtime.service import Part
 from volery.runtime.tables import Change, commit
@@ -28,7 +27,6 @@ log = logging.getLogger(__name__)
 part = Part()
 
 LIST_SECONDS = 2.0
-PAGE = 200
 
 
 @part.hears(HOST_CHANGED)
@@ -120,18 +118,11 @@ async def list_again(scheduler: Scheduler, owner: Owner) -> None:
 
 async def _take_list(scheduler: Scheduler, listing: Listing) -> set[str]:
     ids: set[str] = set()
-    following = ""
-    while True:
-        page = await scheduler.core.bus.ask(listing.call, ListQuery(limit=PAGE, page=following))
-        changes: list[Change] = []
-        for item in page.items:
-            entity = msgspec.json.decode(item, type=listing.type)
-            ids.add(entity.id)
-            changes += await listing.take(scheduler, entity)
+    async for entities in pages(scheduler.core.bus, listing.call, listing.type):
+        changes = [change for entity in entities for change in await listing.take(scheduler, entity)]
         await commit(scheduler.core.pool, changes)
-        following = page.next
-        if not following:
-            return ids
+        ids |= {entity.id for entity in entities}
+    return ids
 
 
 async def facts_were_lost(scheduler: Scheduler, stream: str) -> None:

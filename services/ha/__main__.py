@@ -1,0 +1,9 @@
+"""ha as a process of its own."""
+
+from __future__ import annotations
+
+from services.ha.service import service
+from volery.runtime.service import run
+
+if __name__ == "__main__":
+    run(service)

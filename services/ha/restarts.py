@@ -1,0 +1,148 @@
+"""Restarts of highly available VMs that crashed while their host lives: asked of inventory, at most so often."""
+
+from __future__ import annotations
+
+import logging
+from datetime import UTC, datetime
+from typing import Any
+
+from msgspec.structs import replace
+
+from services.ha import store
+from services.ha.policies.restart_order import Step, Verdict, WatchedVm, crashed, decide, is_over, within
+from services.ha.state import Ha
+from services.ha.store import RESTARTS, RestartPrivate
+from volery.contracts.errors import Kind, Refused
+from volery.contracts.liveness import LIST_RESTARTS, VmRestart
+from volery.contracts.operation import ListQuery
+from volery.contracts.vm import RESTART_VM, VM_CHANGED, VM_DELETED, RestartVm, Vm
+from volery.runtime.bus import Caller
+from volery.runtime.pages import page
+from volery.runtime.service import Part
+from volery.runtime.tables import Change, Row, Stale
+
+log = logging.getLogger(__name__)
+
+part = Part()
+
+KEY = "restarts"
+LOOK_SECONDS = 1.0
+FORGET_SECONDS = 30.0
+UNKNOWN_OUTCOMES = (Kind.TIMEOUT, Kind.UNAVAILABLE, Kind.EXHAUSTED, Kind.INTERNAL)
+"""Refusals after which the same request is sent again."""
+
+
+@part.hears(VM_CHANGED)
+async def vm_changed(ha: Ha, vm: Vm) -> list[Change]:
+    ha.core.wake(KEY)
+    return [store.saw_vm(vm)]
+
+
+@part.hears(VM_DELETED)
+async def vm_deleted(ha: Ha, vm: Vm) -> list[Change]:
+    return [store.vms_gone([vm.id])]
+
+
+async def look(ha: Ha, key: str) -> None:
+    """Every crashed VM, the most important first. One look at a time."""
+    for vm in await store.crashed_vms(ha.core.pool):
+        if crashed(vm):
+            try:
+                await _treat(ha, vm)
+            except Stale:
+                ha.core.wake(KEY)
+
+
+@part.every(LOOK_SECONDS)
+async def look_again(ha: Ha) -> None:
+    """What waits becomes due without an event."""
+    ha.core.wake(KEY)
+
+
+async def _treat(ha: Ha, vm: WatchedVm) -> None:
+    row = await RESTARTS.find(ha.core.pool, vm.id)
+    if row is not None and row.private.pending:
+        await _ask(ha, vm, row)
+        return
+    now = datetime.now(UTC)
+    attempts = within(row.private.attempts, now, ha.config) if row is not None else ()
+    host = ha.watches.get(vm.host_id)
+    verdict = decide(vm, host.state if host is not None else None, attempts, now, ha.config)
+    if row is not None and row.private.epoch == vm.epoch and verdict.step is Step.WAIT:
+        return  # Asked for already: what came of it is on its way, or it isn't due yet.
+    row = await _keep(ha, vm, row, verdict, attempts, now)
+    if verdict.step is Step.ASK:
+        await _ask(ha, vm, row)
+
+
+async def _keep(
+    ha: Ha,
+    vm: WatchedVm,
+    row: Row[VmRestart, RestartPrivate] | None,
+    verdict: Verdict,
+    attempts: tuple[datetime, ...],
+    now: datetime,
+) -> Row[VmRestart, RestartPrivate]:
+    """Write what was decided before it is done, so that a crash in between neither forgets nor repeats it."""
+    asks = verdict.step is Step.ASK
+    private = RestartPrivate(
+        attempts=(*attempts, now) if asks else attempts,
+        pending=f"restart-{vm.id}-{vm.epoch}-{len(attempts) + 1}" if asks else "",
+        epoch=vm.epoch,
+    )
+    old = row.public if row is not None else VmRestart(
+        id=vm.id, revision=1, created_at=now, updated_at=now, vm_id=vm.id
+    )  # fmt: skip
+    new = replace(
+        old,
+        vm_name=vm.name,
+        attempts=len(private.attempts),
+        reason=vm.reason,
+        next_attempt_at=verdict.due,
+        gave_up=verdict.step is Step.GIVE_UP,
+        message=verdict.message,
+    )
+    if row is None:
+        await ha.core.commit(RESTARTS.insert(new, private))
+        return Row(new, private)
+    if (new, private) == (row.public, row.private):
+        return row
+    if new.gave_up and not old.gave_up:
+        log.warning("%s", verdict.message)
+    await ha.core.commit(RESTARTS.update(row, new, private))
+    return Row(replace(new, revision=old.revision + 1), private)
+
+
+async def _ask(ha: Ha, vm: WatchedVm, row: Row[VmRestart, RestartPrivate]) -> None:
+    """Ask inventory, under the same request id until the outcome is known."""
+    request_id = row.private.pending
+    question = RestartVm(vm_id=vm.id, epoch=row.private.epoch, reason=vm.reason)
+    try:
+        operation = await ha.core.bus.ask(RESTART_VM, question, Caller("service:ha", request_id, request_id))
+    except Refused as refused:
+        if refused.kind in UNKNOWN_OUTCOMES:
+            log.info("restart of VM %s: %s", vm.name, refused.message)
+            return
+        new = replace(row.public, message=f"the restart of VM {vm.name} was refused: {refused.message}")
+    else:
+        new = replace(row.public, last_operation_id=operation.id)
+        log.warning("VM %s ended by itself (%s): restart %s", vm.name, vm.reason, operation.id)
+    await ha.core.commit(RESTARTS.update(row, new, replace(row.private, pending="")))
+
+
+@part.every(FORGET_SECONDS)
+async def forget(ha: Ha) -> None:
+    """Records that say nothing any more."""
+    now = datetime.now(UTC)
+    for row in await RESTARTS.where(ha.core.pool):
+        vm = await store.vm(ha.core.pool, row.id)
+        if is_over(vm, within(row.private.attempts, now, ha.config), row.public.gave_up):
+            try:
+                await ha.core.commit(RESTARTS.delete(row))
+            except Stale:
+                continue
+
+
+@part.answers(LIST_RESTARTS)
+async def list_restarts(ha: Ha, ask: ListQuery, caller: Caller) -> Any:
+    return await page(ha.core.pool, RESTARTS, ask)

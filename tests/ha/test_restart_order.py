@@ -1,0 +1,81 @@
+"""When a crashed VM is restarted, how long a next attempt waits, and when no more is made."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from services.ha.config import HaConfig
+from services.ha.policies.restart_order import Step, WatchedVm, crashed, decide, is_over, within
+from volery.contracts.liveness import LivenessState
+
+CONFIG = HaConfig()
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+def watched(**fields: object) -> WatchedVm:
+    made: dict = {
+        "id": "v", "name": "web", "epoch": 1, "status": "down", "desired": "up", "reason": "crashed",
+        "host_id": "h", "enabled": True, "priority": 50, "busy": False,
+    }  # fmt: skip
+    return WatchedVm(**(made | fields))
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, True),
+        ({"reason": "panic"}, True),
+        ({"enabled": False}, False),
+        ({"desired": "down"}, False),
+        ({"status": "unknown"}, False),
+        ({"status": "not_responding"}, False),
+        ({"reason": "user"}, False),
+        ({"reason": "guest_shutdown"}, False),
+        ({"reason": "host_lost"}, False),
+        ({"reason": "start_failed"}, False),
+        ({"busy": True}, False),
+    ],
+)
+def test_only_a_proven_unasked_end_is_a_crash(fields: dict, expected: bool) -> None:
+    assert crashed(watched(**fields)) is expected
+
+
+def test_the_first_is_at_once_and_each_next_waits_longer() -> None:
+    attempts: tuple[datetime, ...] = ()
+    now, waits = NOW, []
+    while True:
+        verdict = decide(watched(), LivenessState.UP, attempts, now, CONFIG)
+        if verdict.step is Step.GIVE_UP:
+            break
+        if verdict.step is Step.WAIT:
+            assert verdict.due is not None
+            waits.append((verdict.due - now).total_seconds())
+            now = verdict.due
+        else:
+            attempts = (*attempts, now)
+    assert waits == [10, 20, 40, 80, 160, 300, 300, 300, 300]
+    assert len(attempts) == 10
+    assert "left down" in verdict.message
+
+
+def test_old_attempts_stop_counting() -> None:
+    attempts = tuple(NOW - timedelta(seconds=3601 + n) for n in range(10))
+    assert within(attempts, NOW, CONFIG) == ()
+    assert decide(watched(), LivenessState.UP, within(attempts, NOW, CONFIG), NOW, CONFIG).step is Step.ASK
+
+
+def test_a_silent_host_is_waited_for() -> None:
+    assert decide(watched(), LivenessState.NON_RESPONSIVE, (), NOW, CONFIG).step is Step.WAIT
+    assert decide(watched(), LivenessState.UP, (), NOW, CONFIG).step is Step.ASK
+    assert decide(watched(), None, (), NOW, CONFIG).step is Step.ASK
+
+
+def test_a_record_ends_when_it_says_nothing_any_more() -> None:
+    assert is_over(None, (NOW,), False)
+    assert is_over(watched(desired="down"), (NOW,), False)
+    assert is_over(watched(status="up"), (NOW,), True)
+    assert is_over(watched(status="up"), (), False)
+    assert not is_over(watched(status="up"), (NOW,), False)
+    assert not is_over(watched(), (NOW,), True)
