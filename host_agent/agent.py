@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
@@ -54,6 +55,7 @@ HYPERVISOR_SECONDS: Final = 30.0
 PREPARE_RETRY_SECONDS: Final = 2.0
 REACH_SECONDS: Final = 2
 FLUSH_SECONDS: Final = 2
+LOCK_SECONDS: Final = 5.0
 WATCH_SECONDS: Final = 1.0
 DEAF_SECONDS: Final = 900.0
 """Without the bus and without orders: then a new process is tried, in case it is this one that can't connect."""
@@ -80,6 +82,43 @@ class Parts:
     """At start, with or without libvirt: make again what a reboot took, such as bridges."""
     prepare: Callable[[Host], Awaitable[None]] | None = None
     """Once libvirt answers, before any order about a domain: what kind of domains run here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Core:
+    """What the agent's tasks share."""
+
+    host: Host
+    clock: BootClock
+    journal: Journal
+    spool: Spool
+    orders: Orders
+    reporter: Reporter
+    prepared: asyncio.Event
+    """Set when it is known which domains run here."""
+
+
+class AlreadyRunning(Exception):
+    """Another agent uses the state directory: two would both obey every order."""
+
+
+@contextlib.asynccontextmanager
+async def alone(state_dir: Path) -> AsyncIterator[None]:
+    """Holds the state directory for this process. A former one gets a moment to end."""
+    state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with (state_dir / "agent.lock").open("w") as lock:
+        deadline = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise AlreadyRunning(
+                        f"another agent runs with {state_dir}: end it, or give this one a state directory of its own"
+                    ) from None
+                await asyncio.sleep(0.1)
+        yield
 
 
 class _Ended(Exception):
@@ -127,7 +166,28 @@ class Agent:
     _handling: set[asyncio.Task[None]] = field(default_factory=set)
 
     async def run(self, stop: asyncio.Event) -> int:
-        """Until `stop` is set, or something says that only a new process helps."""
+        """Until `stop` is set, or something says that only a new process helps.
+
+        Raises AlreadyRunning when another agent uses this state directory.
+        """
+        async with alone(Path(self.config.state_dir)):
+            core = await self._assemble()
+            log.info("host %s starts, generation %s", core.host.host_id, core.journal.generation)
+            if libvirt_guests_enabled():
+                log.warning(
+                    "libvirt-guests is enabled on this host: it may suspend or start VMs behind Volery's back; run"
+                    " `systemctl disable --now libvirt-guests`"
+                )
+            await core.host.hypervisor.start()
+            ended = await self._live(core, stop)
+            log.log(logging.INFO if ended.code == 0 else logging.ERROR, "the agent ends: %s", ended)
+            await self._leave(core)
+            return ended.code
+
+    async def _assemble(self) -> Core:
+        if not self.config.installation:
+            installation = self.identity.enrolled.installation
+            self.config = msgspec.structs.replace(self.config, installation=installation)
         boot_id = read_boot_id(Path(self.config.boot_id_path))
         journal = await Journal.open(
             Path(self.config.state_dir) / "journal.sqlite",
@@ -145,43 +205,38 @@ class Agent:
         orders = Orders(host, journal, self.parts.actions, verifier, clock, gates={"domain": prepared})
         reporter = Reporter(host, journal, spool, clock, self.parts.senses)
         hypervisor.on_event(reporter.hear)
-        if libvirt_guests_enabled():
-            log.warning(
-                "libvirt-guests is enabled on this host: it may suspend or start VMs behind Volery's back; run"
-                " `systemctl disable --now libvirt-guests`"
-            )
-        log.info("host %s starts, generation %s", host.host_id, journal.generation)
-        await hypervisor.start()
-        reason: BaseException | None = None
+        return Core(host, clock, journal, spool, orders, reporter, prepared)
+
+    async def _live(self, core: Core, stop: asyncio.Event) -> _Ended:
+        ended: BaseException | None = None
         try:
             async with asyncio.TaskGroup() as group:
                 for work in (
                     self._until(stop),
-                    self._watch(hypervisor, orders),
-                    reporter.run(),
-                    self._prepare(host, prepared),
-                    self._serve(journal, spool, orders, reporter, host),
-                    self._beat(journal, hypervisor, clock),
-                    self._sample(host),
-                    self._mind_gaps(journal, reporter),
-                    self._renew(orders),
-                    *(background(host) for background in self.parts.background),
+                    self._watch(core),
+                    core.reporter.run(),
+                    self._prepare(core),
+                    self._serve(core),
+                    self._beat(core),
+                    self._sample(core.host),
+                    self._mind_gaps(core),
+                    self._renew(core.orders),
+                    *(background(core.host) for background in self.parts.background),
                 ):
                     group.create_task(work)
-        except* _Ended as ended:
-            reason = ended.exceptions[0]
-        assert isinstance(reason, _Ended)
-        log.log(logging.INFO if reason.code == 0 else logging.ERROR, "the agent ends: %s", reason)
-        await self._leave(orders, journal)
-        return reason.code
+        except* _Ended as reasons:
+            ended = reasons.exceptions[0]
+        assert isinstance(ended, _Ended)
+        return ended
 
     async def _until(self, stop: asyncio.Event) -> None:
         await stop.wait()
         raise _Ended(0, "it was asked to")
 
-    async def _watch(self, hypervisor: Hypervisor, orders: Orders) -> None:
+    async def _watch(self, core: Core) -> None:
         """What only a new process can mend."""
         heard_at = time.monotonic()
+        orders, stuck = core.orders, core.host.hypervisor.stuck
         while True:
             await asyncio.wait([orders.broken], timeout=WATCH_SECONDS)
             if orders.broken.done():
@@ -197,19 +252,19 @@ class Agent:
                 raise _Ended(
                     EXIT_STUCK, f"no bus for {DEAF_SECONDS:.0f} s, and nothing to lose by starting anew"
                 )
-            if hypervisor.stuck.count > self.config.max_abandoned_calls:
+            if stuck.count > self.config.max_abandoned_calls:
                 raise _Ended(
                     EXIT_STUCK,
-                    f"{hypervisor.stuck.count} threads are stuck in libvirt calls; a new process gets rid of them",
+                    f"{stuck.count} threads are stuck in libvirt calls; a new process gets rid of them",
                 )
 
-    async def _mind_gaps(self, journal: Journal, reporter: Reporter) -> None:
+    async def _mind_gaps(self, core: Core) -> None:
         """Whoever lost facts because the spool was full gets a full report, as soon as the bus can carry it."""
         async for _ in _every(GAP_SECONDS):
             if self.client.is_connected:
-                for owner, at in (await journal.positions()).items():
+                for owner, at in (await core.journal.positions()).items():
                     if at.gap:
-                        reporter.ask(owner)
+                        core.reporter.ask(owner)
 
     async def _renew(self, orders: Orders) -> None:
         """Keeps the data server's certificate good, and what else the control plane may have changed."""
@@ -225,17 +280,17 @@ class Agent:
             orders.trust(Verifier(self.identity.enrolled.owner_keys))
             log.info("the host's certificate was renewed")
 
-    async def _leave(self, orders: Orders, journal: Journal) -> None:
+    async def _leave(self, core: Core) -> None:
         if self.client.is_connected:
             for subscription in list(self.client._subs.values()):
                 if subscription.subject.startswith("host."):
                     await subscription.unsubscribe()
-        await orders.close()
+        await core.orders.close()
         with contextlib.suppress(nats.errors.Error, TimeoutError):
             await self.client.flush(FLUSH_SECONDS)
         for client in (self.client, self.beats):
             await client.close()
-        await journal.close()
+        await core.journal.close()
 
     async def _reachable(self) -> bool:
         """One round trip to the bus."""
@@ -245,14 +300,14 @@ class Agent:
             return False
         return True
 
-    async def _prepare(self, host: Host, prepared: asyncio.Event) -> None:
+    async def _prepare(self, core: Core) -> None:
         """Until it is known which domains run here, orders about domains wait."""
-        while not prepared.is_set():
+        while not core.prepared.is_set():
             try:
-                await host.hypervisor.wait_connected(HYPERVISOR_SECONDS)
+                await core.host.hypervisor.wait_connected(HYPERVISOR_SECONDS)
                 if self.parts.prepare is not None:
-                    await self.parts.prepare(host)
-                prepared.set()
+                    await self.parts.prepare(core.host)
+                core.prepared.set()
             except Refused as problem:
                 log.error("no domain can run here: %s", problem.message)
                 await asyncio.sleep(PREPARE_RETRY_SECONDS)
@@ -262,26 +317,19 @@ class Agent:
 
     # The bus
 
-    async def _serve(
-        self,
-        journal: Journal,
-        spool: Spool,
-        orders: Orders,
-        reporter: Reporter,
-        host: Host,
-    ) -> None:
+    async def _serve(self, core: Core) -> None:
         with contextlib.suppress(Refused):
-            await host.hypervisor.wait_connected(HYPERVISOR_SECONDS)
+            await core.host.hypervisor.wait_connected(HYPERVISOR_SECONDS)
         if self.parts.restore is not None:
             try:
-                await self.parts.restore(host)
+                await self.parts.restore(core.host)
             except Refused as problem:
                 log.error("this host could not be made as it was: %s", problem.message)
-        await orders.resume()
+        await core.orders.resume()
 
         async def reconnected() -> None:
             log.info("the bus is back")
-            spool.reconnected()
+            core.spool.reconnected()
 
         await self.client.connect(
             **connect_options(self.identity),
@@ -289,27 +337,29 @@ class Agent:
             closed_cb=self._was_closed,
             error_cb=_bus_problem,
         )
-        await self._listen(journal, spool, orders, reporter, host)
-        log.info("host %s hears its orders", host.host_id)
-        await spool.run()
+        await self._listen(core)
+        log.info("host %s hears its orders", core.host.host_id)
+        await core.spool.run()
 
-    async def _listen(
-        self, journal: Journal, spool: Spool, orders: Orders, reporter: Reporter, host: Host
-    ) -> None:
+    async def _listen(self, core: Core) -> None:
+        host = core.host
+
         async def hear_word(message: Msg) -> None:
-            if (word := _read_word(message, host.host_id)) is not None and not await spool.committed(word):
-                generation = await journal.renew_generation()
+            if (word := _read_word(message, host.host_id)) is not None and not await core.spool.committed(
+                word
+            ):
+                generation = await core.journal.renew_generation()
                 log.warning(
                     "%s has committed more than this journal ever said, so it is an old copy: it goes on as %s",
                     word.owner,
                     generation,
                 )
                 for owner in REPORTED_TO:
-                    reporter.ask(owner, rebase=True)
+                    core.reporter.ask(owner, rebase=True)
 
         async def hear_report(message: Msg) -> None:
             if (word := _read_word(message, host.host_id)) is not None:
-                reporter.ask(word.owner, rebase=True)
+                core.reporter.ask(word.owner, rebase=True)
 
         async def describe(message: Msg) -> None:
             with contextlib.suppress(Refused):
@@ -317,8 +367,8 @@ class Agent:
 
         me = AskHost(host_id=host.host_id)
         for subject, hear in (
-            (ORDER_SUBJECT, self._answering(orders.hear)),
-            (CANCEL_SUBJECT, self._answering(orders.hear_cancel)),
+            (ORDER_SUBJECT, self._answering(core.orders.hear)),
+            (CANCEL_SUBJECT, self._answering(core.orders.hear_cancel)),
             (COMMITTED_SUBJECT, hear_word),
             (REPORT_SUBJECT, hear_report),
             (DESCRIBE_HOST.subject, self._in_a_task(describe)),
@@ -348,7 +398,7 @@ class Agent:
 
         return start
 
-    async def _beat(self, journal: Journal, hypervisor: Hypervisor, clock: BootClock) -> None:
+    async def _beat(self, core: Core) -> None:
         """On a connection of its own that never queues: a beat that comes late would be a lie."""
         await self.beats.connect(
             **connect_options(self.identity, at_once=True),
@@ -358,12 +408,12 @@ class Agent:
         async for _ in _every(self.config.beat_seconds):
             beat = Beat(
                 host_id=self.identity.host_id,
-                generation=journal.generation,
-                boot_id=clock.boot_id,
-                beat_seq=clock.beat(),
+                generation=core.journal.generation,
+                boot_id=core.clock.boot_id,
+                beat_seq=core.clock.beat(),
                 clock_ms=time.time_ns() // 1_000_000,
-                hypervisor_ok=hypervisor.connected,
-                stuck_threads=hypervisor.stuck.count,
+                hypervisor_ok=core.host.hypervisor.connected,
+                stuck_threads=core.host.hypervisor.stuck.count,
             )
             with contextlib.suppress(nats.errors.Error):
                 await self.beats.publish(fill(BEAT_SUBJECT, beat), encode(beat))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from host_agent import children, runningxml
+from host_agent import children, listening, runningxml
 from host_agent.action import Host
 from host_agent.hypervisor import Hypervisor
 from host_agent.stats import carries_traffic
@@ -109,7 +109,7 @@ class Describer:
             machines=("pc", "q35") if hypervisor.domain_type == "test" else machines(root),
             nics=physical_nics(),
             features=self.features,
-            data_address=host.config.data_address,
+            data_address=listening.address(host.config),
             migration_address=host.config.migration_address
             or host.config.data_address.rpartition(":")[0].strip("[]"),
             libvirt_uri=host.config.migration_libvirt_uri,

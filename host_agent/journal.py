@@ -72,6 +72,7 @@ class JournaledOrder:
     boot_id: str
     accepted_ms: int
     """On the host's boot clock."""
+    cancelled: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,10 +260,12 @@ class Journal:
         """Journals the cancel; how far the order is. `unknown`: it will be refused should it come."""
 
         def work(db: sqlite3.Connection) -> OrderAck:
-            if (row := db.execute(ANSWER_SQL, (order_id,)).fetchone()) is not None:
+            row = db.execute(ANSWER_SQL, (order_id,)).fetchone()
+            if row is None or row["state"] == OrderState.ACCEPTED:
+                sql = "insert into cancels (order_id, at) values (?, ?) on conflict do nothing"
+                db.execute(sql, (order_id, time.time()))
+            if row is not None:
                 return _ack(row)
-            sql = "insert into cancels (order_id, at) values (?, ?) on conflict do nothing"
-            db.execute(sql, (order_id, time.time()))
             return OrderAck(order_id=order_id, state=OrderState.UNKNOWN)
 
         return await self._database.do(work)
@@ -271,10 +274,12 @@ class Journal:
         """What a former run of the agent accepted and didn't end, in the order in which it came."""
 
         def work(db: sqlite3.Connection) -> list[JournaledOrder]:
-            sql = """select envelope, trace, boot_id, accepted_ms from orders where state = 'accepted'
-                     order by object_id, order_seq"""
+            sql = """select envelope, trace, boot_id, accepted_ms, c.order_id is not null as cancelled
+                     from orders o left join cancels c on c.order_id = o.order_id
+                     where state = 'accepted' order by object_id, order_seq"""
             return [
-                JournaledOrder(_envelope.decode(row[0]), row[1], row[2], row[3]) for row in db.execute(sql)
+                JournaledOrder(_envelope.decode(row[0]), row[1], row[2], row[3], bool(row[4]))
+                for row in db.execute(sql)
             ]
 
         return await self._database.do(work)

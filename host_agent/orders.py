@@ -84,6 +84,8 @@ class _Entry:
     deadline_ms: int
     """On the boot clock."""
     resumed: bool = False
+    begun: bool = False
+    """The action was called, in this run of the agent."""
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
     progress: asyncio.Task[Any] | None = None
     progressed_ms: int = 0
@@ -267,7 +269,10 @@ class Orders:
             message = f"the host was restarted before {what} had ended: order it again"
             return _Ending(Outcome.FAILED, Problem(kind=Kind.UNAVAILABLE, message=message))
         deadline_ms = found.accepted_ms + int(order.deadline_seconds * 1000)
-        return _Entry(order, action, body, found.trace, deadline_ms, resumed=True)
+        entry = _Entry(order, action, body, found.trace, deadline_ms, resumed=True)
+        if found.cancelled:
+            entry.cancelled.set()
+        return entry
 
     async def close(self, grace_seconds: float = 2.0) -> None:
         """Lets running orders end for a moment, and leaves the rest as they are: the next run resumes them."""
@@ -332,11 +337,10 @@ class Orders:
         """Waits for the action, stops it at its deadline or when it is cancelled, and says how it ended."""
         cancelled = asyncio.create_task(entry.cancelled.wait())
         remaining = (entry.deadline_ms - self._clock.now_ms()) / 1000
-        try:
-            if remaining > 0:
-                await asyncio.wait((task, cancelled), timeout=remaining, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            cancelled.cancel()
+        # What was cancelled, or waited beyond its deadline, is stopped before its first step.
+        if remaining > 0 and not entry.cancelled.is_set():
+            await asyncio.wait((task, cancelled), timeout=remaining, return_when=asyncio.FIRST_COMPLETED)
+        cancelled.cancel()
         if not task.done():
             task.cancel()
             await asyncio.wait([task], timeout=self._cancel_grace_seconds)
@@ -348,6 +352,12 @@ class Orders:
         if not task.done():
             message = f"{what} could not be stopped within {self._cancel_grace_seconds:.0f} s; it may still be running"
             return _Ending(Outcome.OUTCOME_UNKNOWN, Problem(kind=Kind.TIMEOUT, message=message))
+        if task.cancelled() and entry.resumed and not entry.begun:
+            message = (
+                f"the host's agent was restarted while it did {what}, too late to go on; whether it happened is"
+                " unknown: look at the object's state"
+            )
+            return _Ending(Outcome.OUTCOME_UNKNOWN, Problem(kind=Kind.UNAVAILABLE, message=message))
         if task.cancelled():
             if entry.cancelled.is_set():
                 return _Ending(Outcome.CANCELLED)
@@ -372,6 +382,7 @@ class Orders:
         order = entry.order
         if (gate := self._gates.get(_family(order.kind))) is not None:
             await gate.wait()
+        entry.begun = True
         running = Running(
             order_id=order.order_id,
             owner=order.owner,

@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from host_agent.__main__ import ACTIONS
 from host_agent.action import Action, Host
 from host_agent.agent import Agent, libvirt_guests_enabled
 from host_agent.config import AgentConfig
@@ -22,6 +23,7 @@ from tests.support.agent_process import AgentProcess, Listener, enrol_by_hand, l
 from tests.support.libvirt_host import LibvirtHost
 from tests.support.plain_bus import PlainBus
 from tests.support.toy_host import HOST_ID, TOY, Control, Toy, ToyDone, work
+from volery.contracts import domain_orders, network_orders, volume_orders
 from volery.contracts.agent import (
     DESCRIBE_HOST,
     AskHost,
@@ -246,3 +248,25 @@ def test_libvirt_guests_is_noticed(tmp_path: Path) -> None:
     wants.mkdir(parents=True)
     (wants / "libvirt-guests.service").symlink_to("/lib/systemd/system/libvirt-guests.service")
     assert libvirt_guests_enabled(tmp_path)
+
+
+def test_every_order_of_the_contracts_has_one_action() -> None:
+    kinds = [action.order.kind for action in ACTIONS]
+    orders = {
+        value.kind
+        for module in (domain_orders, volume_orders, network_orders)
+        for value in vars(module).values()
+        if isinstance(value, Order)
+    }
+    assert sorted(kinds) == sorted(orders)
+
+
+async def test_a_second_agent_on_the_same_journal_does_not_start(agent: AgentProcess, ear: Listener) -> None:
+    """Both would hear and obey every order."""
+    agent.start()
+    await ear.until(lambda: ear.of("inventory.reported"))
+    second = AgentProcess(agent.state_dir)
+    second.start()
+    assert second.process is not None
+    assert await asyncio.to_thread(second.process.wait, 20) == 78
+    assert "another agent runs with" in agent.log

@@ -15,7 +15,14 @@ import pytest
 from tests.support.agent_process import AgentProcess, Listener, enrol_by_hand, listener
 from tests.support.plain_bus import PlainBus
 from tests.support.toy_host import HOST_ID, TOY, TOY_ONCE, Control, Toy, ToyDone, until
-from volery.contracts.agent import SIGNATURE_HEADER, CommittedWord, OrderFinished, OrderState, Outcome
+from volery.contracts.agent import (
+    SIGNATURE_HEADER,
+    CancelOrder,
+    CommittedWord,
+    OrderFinished,
+    OrderState,
+    Outcome,
+)
 from volery.contracts.base import encode
 from volery.contracts.errors import Kind
 
@@ -95,6 +102,38 @@ async def test_killed_in_the_middle_what_may_not_be_repeated_ends_unknown(
     )
     assert (again.state, again.outcome) == (OrderState.FINISHED, Outcome.OUTCOME_UNKNOWN)
     assert (tmp_path / "marks").read_text() == "x"
+
+
+async def test_killed_while_it_was_cancelled_it_does_not_go_on_and_does_not_pretend(
+    agent: AgentProcess, ear: Listener, tmp_path: Path
+) -> None:
+    """What a former run began may have left something: nobody may take it for not done."""
+    agent.start()
+    order = await ear.order(TOY, Toy(path=str(tmp_path / "marks"), seconds=60, stubborn_seconds=60))
+    await ear.send(order)
+    await begun(tmp_path / "marks")
+    cancel = CancelOrder(host_id=HOST_ID, order_id=order.order_id)
+    subject, payload, headers = ear.control.signed(cancel, "cancel")
+    answer = await ear.client.request(subject, payload, timeout=5, headers=headers)
+    assert msgspec.json.decode(answer.data)["state"] == "accepted"
+    agent.kill()
+    agent.start()
+    assert (await ear.finished(order)).outcome is Outcome.OUTCOME_UNKNOWN
+    assert text(tmp_path / "marks") == "x"
+
+
+async def test_killed_and_back_after_the_deadline_the_outcome_is_unknown(
+    agent: AgentProcess, ear: Listener, tmp_path: Path
+) -> None:
+    agent.start()
+    order = await ear.order(TOY, Toy(path=str(tmp_path / "marks"), seconds=60), deadline_seconds=1.0)
+    await ear.send(order)
+    await begun(tmp_path / "marks")
+    agent.kill()
+    await asyncio.sleep(1.0)
+    agent.start()
+    assert (await ear.finished(order)).outcome is Outcome.OUTCOME_UNKNOWN
+    assert text(tmp_path / "marks") == "x"
 
 
 async def test_a_host_that_comes_back_starts_nothing_by_itself(
