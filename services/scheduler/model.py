@@ -134,4 +134,6 @@ def _overtaken(claim: Claim, vm: SeenVm, here: bool) -> tuple[Settling, str]:
         return Settling.RELEASE, f"its VM is {vm.status}"
     if vm.status in SETTLED_STATUSES and not here:
         return Settling.RELEASE, f"its VM runs on host {vm.host_id}"
+    if vm.status in SETTLED_STATUSES and claim.epoch < vm.epoch:
+        return Settling.RELEASE, f"its VM has been placed again since, as epoch {vm.epoch}"
     return Settling.KEEP, ""
