@@ -182,8 +182,9 @@ install_debian() {
 install_el() {
   # libvirt-devel and a few others are in the builder's repository, which is off by default.
   builder=$(dnf -q repolist --all | awk '/^(crb|codeready|[a-z0-9]*_codeready_builder)/ { print $1; exit }')
+  # Not strict: names differ a little between releases; what is left out is told below.
   # shellcheck disable=SC2086  # one word per package
-  install_with "  Installing " dnf -y ${builder:+--enablerepo="$builder"} install $names
+  install_with "  Installing " dnf -y --setopt=strict=0 ${builder:+--enablerepo="$builder"} install $names
 }
 
 if [ "$purpose" != venv ]; then
@@ -204,6 +205,9 @@ Run the same command as root, for example: sudo make ${VOLERY_TARGET:-up}"
     say "Installing what is missing:"
     say "$wanted" | while read -r name reason; do printf '  %-27s %s\n' "$name" "$reason"; done
     "install_$family"
+    installed=$("installed_$family" || :)
+    left=$(missing | awk '{ printf "%s ", $1 }')
+    [ -z "$left" ] || say "Not in this system's repositories, so what they are for will not work: $left"
   fi
 fi
 

@@ -189,7 +189,7 @@ def _create(cluster: Cluster, owner: pwd.struct_passwd, options: PostgresOptions
             str(cluster.programs / "initdb"), "--pgdata", str(new), "--username", "postgres",
             "--encoding", "UTF8", "--lc-collate", "C", "--lc-ctype", "C.UTF-8",
             "--lc-messages", "C", "--auth-local", "peer", "--auth-host", "reject",
-            "--data-checksums", "--no-instructions",
+            "--data-checksums",
             *([] if options.sync_after_creation else ["--no-sync"]),
         ],
         capture_output=True, text=True, check=False, cwd="/",
