@@ -166,6 +166,8 @@ class Spool:
     def _look_back(self, channel: _Channel) -> None:
         """Goes back to the first uncommitted fact when the owner's word has not come for too long."""
         now = time.monotonic()
+        if channel.sent < channel.head and self._client.is_connected:
+            channel.wake.set()
         if channel.committed >= channel.sent:
             channel.progress_at = now
         elif now - channel.progress_at >= channel.pause:
@@ -195,7 +197,10 @@ class Spool:
                 channel.outstanding += 1
 
     async def _send_new(self, channel: _Channel) -> None:
-        while channel.sent < (limit := channel.held - 1 if channel.held else channel.head):
+        while (
+            channel.sent < (limit := channel.held - 1 if channel.held else channel.head)
+            and self._client.is_connected
+        ):
             facts = self._next_fresh(channel) or await self._read(channel, channel.sent, READ_AT_ONCE)
             if not facts:
                 channel.sent = max(channel.sent, limit)
@@ -206,7 +211,8 @@ class Spool:
                     return
                 before, channel.sent = channel.sent, fact.seq
                 if not await self._publish(fact):
-                    channel.rewind(min(before, channel.sent))
+                    channel.sent = min(before, channel.sent)
+                    channel.fresh.clear()
                     return
 
     def _next_fresh(self, channel: _Channel) -> list[Spooled]:
@@ -223,7 +229,7 @@ class Spool:
         return [fact for fact in found if not channel.held or fact.seq < channel.held]
 
     async def _publish(self, fact: Spooled) -> bool:
-        """Hands the fact to the connection. False: it has gone, and `reconnected` will wake the channel."""
+        """Hands the fact to the connection. False: it has gone, and the channel is woken later."""
         if not self._client.is_connected:
             return False
         try:
