@@ -232,6 +232,20 @@ def python_arguments(module: str, *arguments: str) -> list[str]:
     return [sys.executable, "-S", "-m", module, *arguments]
 
 
+class LineReader:
+    """Cuts what a child says into lines; `last` is the newest whole one."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self.last = b""
+
+    def feed(self, piece: bytes) -> list[bytes]:
+        *lines, self._rest = (self._rest + piece).split(b"\n")
+        if lines:
+            self.last = lines[-1]
+        return lines
+
+
 class _Refusal(msgspec.Struct):
     refused: Kind | None = None
     message: str = ""

@@ -39,3 +39,10 @@ class Tickets:
 
     def revoke(self, secret: str) -> None:
         self._tickets.pop(secret, None)
+
+    def revoke_where(self, matches: Callable[[Ticket], bool]) -> list[Ticket]:
+        """Revokes every ticket that matches; returns them, so that what they stand for can be ended."""
+        revoked = [ticket for ticket in self._tickets.values() if matches(ticket)]
+        for ticket in revoked:
+            self.revoke(ticket.secret)
+        return revoked

@@ -14,77 +14,32 @@ from pathlib import Path
 
 import pytest
 
-from host_agent import children, places, storage, volumes
-from host_agent.action import Host
+from host_agent import children, places, volumes
 from tests.support.agent_host import IscsiTarget, iscsi_target, make_host, qemu_img, qemu_io, running
-from volery.contracts.domain import FileSource, ImageFormat, IscsiSource
+from tests.support.storage_domain import MIB, Domain, connect_target, connected_domain, lun
+from volery.contracts.domain import FileSource, ImageFormat
 from volery.contracts.errors import Kind, Refused
 from volery.contracts.ids import new_id
 from volery.contracts.volume_orders import (
-    ConnectStorage,
     CopyVolume,
     CreateVolume,
     DeleteVolume,
-    DirectoryLocation,
     InspectVolume,
-    IscsiLocation,
     ResizeVolume,
 )
 
-MIB = 1024 * 1024
 USER, PASSWORD = "volery", "chap-secret-12"
-
-
-class Domain:
-    """A connected directory domain and shorthand for its volumes."""
-
-    def __init__(self, host: Host, domain_id: str, path: Path) -> None:
-        self.host, self.domain_id, self.path = host, domain_id, path
-        self.disks = path / domain_id / "disks"
-        self.staging = path / domain_id / "staging"
-
-    def source(self, disk_id: str, format: ImageFormat = ImageFormat.QCOW2) -> FileSource:
-        return FileSource(path=str(self.disks / f"{disk_id}.{format}"), format=format)
-
-    async def create(
-        self, format: ImageFormat = ImageFormat.QCOW2, size: int = 64 * MIB, preallocate: bool = False
-    ) -> tuple[str, FileSource]:
-        disk_id = new_id()
-        order = CreateVolume(
-            disk_id=disk_id, source=self.source(disk_id, format), size_bytes=size, preallocate=preallocate
-        )
-        await volumes.create(self.host, order, running(disk_id))
-        return disk_id, self.source(disk_id, format)
-
-    def leftovers(self) -> list[str]:
-        return sorted(os.listdir(self.staging))
 
 
 @pytest.fixture
 async def domain(tmp_path: Path) -> Domain:
-    host = make_host(tmp_path / "state")
-    domain_id, path = new_id(), tmp_path / "storage, with a comma"
-    path.mkdir()
-    order = ConnectStorage(domain_id=domain_id, location=DirectoryLocation(path=str(path)), initialise=True)
-    await storage.connect(host, order, running())
-    return Domain(host, domain_id, path)
+    return await connected_domain(make_host(tmp_path / "state"), tmp_path / "storage, with a comma")
 
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[IscsiTarget]:
     with iscsi_target(tmp_path_factory.mktemp("target"), USER, PASSWORD) as made:
         yield made
-
-
-async def connect_target(host: Host, target: IscsiTarget) -> None:
-    where = IscsiLocation(portal=target.portal, iqn=target.iqn, chap_user=USER, chap_password=PASSWORD)
-    await storage.connect(host, ConnectStorage(domain_id=new_id(), location=where), running())
-
-
-def lun(target: IscsiTarget, number: int) -> IscsiSource:
-    return IscsiSource(
-        portal=target.portal, iqn=target.iqn, lun=number, chap_user=USER, chap_password=PASSWORD
-    )
 
 
 def sha256(path: Path) -> str:
