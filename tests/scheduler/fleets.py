@@ -12,6 +12,7 @@ import msgspec
 
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.service import service as declared
+from services.scheduler.state import Scheduler
 from tests.support.speaker import Speaker
 from volery.contracts.agent import HostCapabilities
 from volery.contracts.base import Owner
@@ -21,7 +22,7 @@ from volery.contracts.ids import new_id
 from volery.contracts.network import LIST_NETWORKS, Network
 from volery.contracts.network_orders import NetworkKind
 from volery.contracts.operation import ListQuery
-from volery.contracts.scheduling import LIST_CAPACITY, HostCapacity, Need, Place
+from volery.contracts.scheduling import LIST_CAPACITY, PLACE, HostCapacity, Need, Place
 from volery.contracts.vm import LIST_VMS, Vm, VmStatus
 from volery.runtime.bus import Bus
 from volery.runtime.service import Service
@@ -34,8 +35,13 @@ OVERHEAD = CONFIG.guest_overhead_mib * MIB
 RESERVE = CONFIG.host_reserve_mib * MIB
 
 
-def scheduler() -> Service:
-    """A replica of the real service; each call makes one more."""
+def scheduler(opened: list[Scheduler] | None = None) -> Service:
+    """A replica of the real service; each call makes one more. What it opened is added to `opened`."""
+
+    async def remember(made: Scheduler) -> None:
+        if opened is not None:
+            opened.append(made)
+
     return Service(
         declared.name,
         declared.open,
@@ -43,6 +49,7 @@ def scheduler() -> Service:
         declared.parts,
         on_gap=declared.on_gap,
         on_lead=declared.on_lead,
+        on_follow=remember,
         concurrency=256,
     )
 
@@ -119,8 +126,16 @@ async def capacities(bus: Bus) -> dict[str, HostCapacity]:
 
 
 async def hosts_known(bus: Bus, count: int) -> dict[str, HostCapacity]:
+    """Waits until the tables have so many hosts, and every replica that answers has them in its fleet."""
+
     async def enough() -> dict[str, HostCapacity] | None:
         found = await capacities(bus)
-        return found if len(found) == count else None
+        if len(found) != count:
+            return None
+        cluster_id = next(iter(found.values())).cluster_id
+        ask = placing(cluster_id, place={"dry_run": True})
+        answers = [await bus.ask(PLACE, ask) for _ in range(8)]
+        everywhere = all(len(a.hosts) == min(count, CONFIG.explained_hosts) for a in answers)
+        return found if everywhere else None
 
     return await until(enough)

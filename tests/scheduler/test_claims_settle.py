@@ -11,7 +11,8 @@ from msgspec.structs import replace
 
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.model import SeenVm, Settling, settle
-from services.scheduler.reconcile import check_counters, settle_claims
+from services.scheduler.reconcile import adopt_vms, check_counters, settle_claims
+from services.scheduler.state import Scheduler
 from tests.scheduler.fleets import (
     GIB,
     OVERHEAD,
@@ -32,7 +33,7 @@ from volery.contracts.host import HOST_CHANGED
 from volery.contracts.scheduling import CONFIRM_CLAIM, PLACE, Claim, ClaimKey
 from volery.contracts.vm import VM_CHANGED, VM_DELETED, VmStatus
 from volery.runtime.config import DatabaseConfig
-from volery.runtime.service import Service, Settings
+from volery.runtime.service import Settings
 
 CONFIG = SchedulerConfig()
 NOW = datetime.now(UTC)
@@ -94,21 +95,17 @@ def test_what_the_facts_say_of_a_claim(held: Claim, heard: SeenVm | None, verdic
     assert settle(held, heard, NOW, CONFIG)[0] is verdict
 
 
-def eager(configured: Settings) -> tuple[Service, Settings]:
-    """A scheduler that believes at once, so that the test need not wait."""
+def eager(configured: Settings) -> Settings:
+    """Settings of a scheduler that believes at once, so that the test need not wait."""
     environ = {"VOLERY_SCHEDULER_SETTLED_SECONDS": "0", "VOLERY_SCHEDULER_CLAIM_SECONDS": "0.5"}
-    return scheduler(), replace_settings(configured, environ)
-
-
-def replace_settings(configured: Settings, environ: dict[str, str]) -> Settings:
     return Settings(configured.bus, configured.database, configured.telemetry, environ)
 
 
 async def test_claims_of_vms_that_ended_moved_or_vanished_are_given_back(configured: Settings) -> None:
     owner, c = inventory(), cluster()
     h1, h2 = host(c.id, name="h1"), host(c.id, name="h2")
-    ours, theirs = eager(configured)
-    async with running(theirs, owner.service(), ours) as bus:
+    opened: list[Scheduler] = []
+    async with running(eager(configured), owner.service(), scheduler(opened)) as bus:
         await owner.says(CLUSTER_CHANGED, c)
         await owner.says(HOST_CHANGED, h1, h2)
         await hosts_known(bus, 2)
@@ -127,6 +124,7 @@ async def test_claims_of_vms_that_ended_moved_or_vanished_are_given_back(configu
         await owner.says(VM_CHANGED, replace(stays, host_id=places[stays.id]))
 
         async def only_what_is_true() -> bool:
+            await settle_claims(opened[0])
             held = {(c.vm_id, c.host_id) for c in await claims(bus)}
             return held == {(stays.id, places[stays.id])}
 
@@ -140,14 +138,15 @@ async def test_an_unconfirmed_claim_expires_and_a_running_vm_without_one_gets_on
 ) -> None:
     owner, c = inventory(), cluster()
     h1 = host(c.id, name="h1")
-    ours, theirs = eager(configured)
-    async with running(theirs, owner.service(), ours) as bus:
+    opened: list[Scheduler] = []
+    async with running(eager(configured), owner.service(), scheduler(opened)) as bus:
         await owner.says(CLUSTER_CHANGED, c)
         await owner.says(HOST_CHANGED, h1)
         await hosts_known(bus, 1)
         await bus.ask(PLACE, placing(c.id))
 
         async def none() -> bool:
+            await settle_claims(opened[0])
             return await claims(bus) == []
 
         await until(none, 15)
@@ -163,6 +162,7 @@ async def test_an_unconfirmed_claim_expires_and_a_running_vm_without_one_gets_on
             await connection.execute("update vm set heard_at = now() - interval '1 minute'")
 
         async def adopted() -> bool:
+            await adopt_vms(opened[0])
             return [(x.vm_id, x.state) for x in await claims(bus)] == [(external.id, "confirmed")]
 
         await until(adopted, 15)
@@ -188,22 +188,16 @@ async def test_counters_that_drifted_are_set_to_the_sum_of_the_claims(
 ) -> None:
     owner, c = inventory(), cluster()
     h1 = host(c.id, name="h1")
-    held = []
-    made = scheduler()
-
-    async def remember(service: object) -> None:
-        held.append(service)
-
-    made.on_follow = remember
-    async with running(configured, owner.service(), made) as bus:
+    opened: list[Scheduler] = []
+    async with running(configured, owner.service(), scheduler(opened)) as bus:
         await owner.says(CLUSTER_CHANGED, c)
         await owner.says(HOST_CHANGED, h1)
         await hosts_known(bus, 1)
         await bus.ask(PLACE, placing(c.id))
         async with connected(database) as connection:
             await connection.execute("update host_capacity set memory_used_bytes = 7, vcpus_used = 70")
-        await check_counters(held[0])
+        await check_counters(opened[0])
         used = (await capacities(bus))[h1.id]
         assert (used.memory_used_bytes, used.vcpus_used) == (GIB + OVERHEAD, 1)
-        await settle_claims(held[0])
+        await settle_claims(opened[0])
         assert len(await claims(bus)) == 1
