@@ -211,7 +211,7 @@ async def detach_vm_disk_now(inv: Inventory, run: Run) -> None:
     await run.step("free", "Freeing the disk", lambda: detach_disk(inv, run, ask.id, ask.disk_id))
 
 
-@part.answers(RESIZE_VM_DISK)
+@part.leader_answers(RESIZE_VM_DISK)
 async def resize_vm_disk(inv: Inventory, ask: ResizeVmDisk, caller: Caller) -> Done:
     """storage asks: a disk grows while its VM runs. Its own operation holds the disk."""
     home = await _home(inv, ask.vm_id)

@@ -310,7 +310,7 @@ async def _not_saved(inv: Inventory, vm_id: str) -> None:
 CONSOLES = ("serial", "vnc")
 
 
-@part.answers(OPEN_VM_CONSOLE)
+@part.leader_answers(OPEN_VM_CONSOLE)
 async def open_console(inv: Inventory, ask: OpenVmConsole, caller: Caller) -> ConsoleTicket:
     """Have the VM's host admit one connection. Not an operation: it ends with the connection."""
     if ask.kind not in CONSOLES:

@@ -261,8 +261,11 @@ class Answers:
         if self.micro is not None:
             for endpoint in list(self.micro._endpoints):
                 await endpoint._stop()
+            self.micro._endpoints = []
         if self.tasks:
             await asyncio.wait(self.tasks, timeout=timeout_seconds)
+        if self.micro is not None and self.bus.client.is_connected:
+            await self.micro.stop()
 
 
 def _internal(span: Any) -> Refused:

@@ -58,6 +58,7 @@ class Part:
     """Rows of a service's table, gathered in one module per noun."""
 
     answers_: list[tuple[Call[Any, Any], Any]] = field(default_factory=list)
+    leader_answers_: list[tuple[Call[Any, Any], Any]] = field(default_factory=list)
     hears_: list[tuple[Fact[Any], Any]] = field(default_factory=list)
     hears_hosts_: list[tuple[Fact[Any], Any]] = field(default_factory=list)
     procedures_: list[Procedure] = field(default_factory=list)
@@ -66,6 +67,10 @@ class Part:
     def answers(self, call: Call[Any, Any]) -> Callable[[F], F]:
         """`async def handler(service, question, caller)`"""
         return self._row(self.answers_, call)
+
+    def leader_answers(self, call: Call[Any, Any]) -> Callable[[F], F]:
+        """Likewise, but only the leader answers: for what needs a host, or what was heard, at once."""
+        return self._row(self.leader_answers_, call)
 
     def hears(self, fact: Fact[Any]) -> Callable[[F], F]:
         """Another owner's fact: `async def handler(service, payload)` returns the changes of its effect, which
@@ -212,7 +217,7 @@ class Service:
 
     async def _serve(self, settings: Settings, core: Core, made: Any, stop: asyncio.Event) -> None:
         answers = Answers(core.bus, self.concurrency)
-        table = {call.subject: (call, once(core, call, handler, made)) for call, handler in self._calls(core)}
+        table = self._table(core, made, self._calls(core))
         leading = asyncio.create_task(self._lead_for_ever(settings, core, made))
         try:
             await answers.open(table)
@@ -224,6 +229,11 @@ class Service:
             await answers.close()
             leading.cancel()
             await asyncio.gather(leading, return_exceptions=True)
+
+    def _table(
+        self, core: Core, made: Any, rows: list[tuple[Call[Any, Any], Any]]
+    ) -> dict[str, tuple[Call[Any, Any], Any]]:
+        return {call.subject: (call, once(core, call, handler, made)) for call, handler in rows}
 
     def _calls(self, core: Core) -> list[tuple[Call[Any, Any], Any]]:
         operations = core.operations
@@ -297,9 +307,11 @@ class Service:
         core.relay_wake.set()
         hints = await core.bus.client.subscribe(f"relay.{self.name}.wake", cb=self._hinted(core))
         core.operations.leading = True
+        answers = Answers(core.bus, self.concurrency)
         try:
             if self.on_lead is not None:
                 await self.on_lead(made)
+            await answers.open(self._table(core, made, self.rows("leader_answers_")))
             async with asyncio.TaskGroup() as group:
                 group.create_task(relay.run())
                 group.create_task(self._operations(core))
@@ -317,6 +329,7 @@ class Service:
         finally:
             core.operations.leading = False
             if core.bus.client.is_connected:
+                await answers.close(1.0)
                 await hints.unsubscribe()
             await core.operations.stop()
 
