@@ -30,6 +30,8 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Between heartbeats. ha suspects a host after several missed ones, so change both together."""
     sample_seconds: float = 15.0
     """Between statistics samples (oVirt's vm_sample_interval)."""
+    report_seconds: float = 300.0
+    """Between full reports that nobody asked for: they mend what an event that never came left wrong."""
     spool_max_bytes: int = 256 * 1024 * 1024
     """Facts kept while the control plane is away; beyond it the oldest coalescible go first."""
     work_threads: int = 4

@@ -49,13 +49,15 @@ class Database:
         self.path.chmod(0o600)
         connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
         connection.row_factory = sqlite3.Row
+        # First, since it only counts in a file that is still empty.
+        connection.execute("pragma auto_vacuum = incremental")
         connection.execute("pragma journal_mode = wal")
         connection.execute("pragma synchronous = full")
         connection.execute("pragma foreign_keys = on")
         # Overwrites what is deleted: an order's body may name a storage password.
         connection.execute("pragma secure_delete = on")
-        connection.execute("pragma auto_vacuum = incremental")
         connection.executescript(schema)
+        connection.execute("pragma incremental_vacuum").fetchall()
         return connection
 
     async def do(self, run: Callable[[sqlite3.Connection], T]) -> T:

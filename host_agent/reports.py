@@ -7,6 +7,7 @@ older look never hides a newer event. A host whose hypervisor can't be asked doe
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import sqlite3
 from collections.abc import Awaitable, Callable
@@ -94,6 +95,7 @@ class Reporter:
         """The hypervisor's events, in order."""
         if event.name is EventName.CONNECTED:
             self.ask(Owner.INVENTORY)
+            self.ask(Owner.NETWORK)
         if event.changes_report:
             self._dirty[event.vm_id] = event
             if event.vm_id not in self._looks:
@@ -102,7 +104,7 @@ class Reporter:
             self._keep(asyncio.create_task(self._tell_event(event)))
 
     async def run(self) -> None:
-        """Reports at start, and whenever one is asked for."""
+        """Reports at start, whenever one is asked for, and from time to time."""
         async with asyncio.TaskGroup() as group:
             for owner in REPORTED_TO:
                 self.ask(owner)
@@ -110,7 +112,9 @@ class Reporter:
 
     async def _serve(self, owner: str) -> None:
         while True:
-            await self._wake[owner].wait()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._host.config.report_seconds):
+                    await self._wake[owner].wait()
             self._wake[owner].clear()
             rebase = self._wanted.pop(owner, False)
             try:
@@ -172,7 +176,9 @@ class Reporter:
         try:
             while (event := self._dirty.pop(vm_id, None)) is not None:
                 try:
-                    await self._tell_domain(await self._domain(event))
+                    domain = await self._domain(event)
+                    if not _is_known(event, domain, self._seen.get(vm_id)):
+                        await self._tell_domain(domain)
                 except (Refused, sqlite3.Error) as problem:
                     # libvirtd went away or hangs, or the disk is full: then everything is listed.
                     log.warning("VM %s changed and could not be looked at: %s", vm_id, problem)
@@ -240,3 +246,10 @@ class Reporter:
             "boot_id": self._clock.boot_id,
             "at": datetime.now(UTC),
         }
+
+
+def _is_known(event: HypervisorEvent, now: DomainReport, before: DomainReport | None) -> bool:
+    """Whether nothing has changed: also for a domain that was never seen and still isn't here."""
+    if before is None:
+        return now.state is DomainState.GONE and event.state is not DomainState.GONE
+    return now == before

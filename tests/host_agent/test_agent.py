@@ -270,3 +270,12 @@ async def test_a_second_agent_on_the_same_journal_does_not_start(agent: AgentPro
     assert second.process is not None
     assert await asyncio.to_thread(second.process.wait, 20) == 78
     assert "another agent runs with" in agent.log
+
+
+async def test_full_reports_come_from_time_to_time(agent: AgentProcess, ear: Listener) -> None:
+    """An event that never came is mended without anybody asking."""
+    agent.environment["VOLERY_AGENT_REPORT_SECONDS"] = "0.3"
+    agent.start()
+    reports = await ear.until(lambda: ear.of("inventory.reported")[2:])
+    assert (reports[0].gap, reports[0].after_seq) == (False, 0)
+    assert reports[0].seq >= 3
