@@ -13,9 +13,20 @@ from pathlib import Path
 
 import uvloop
 
-from host_agent import capabilities, devices, domains, enrolment, migration, network, storage, volumes
+from host_agent import (
+    capabilities,
+    console,
+    data_server,
+    domains,
+    enrolment,
+    intake,
+    network,
+    storage,
+    transfers,
+    volumes,
+)
 from host_agent.action import Host
-from host_agent.agent import Agent, Parts
+from host_agent.agent import Agent, AlreadyRunning, Parts
 from host_agent.capabilities import Describer
 from host_agent.config import AgentConfig
 from host_agent.enrolment import EnrolmentError, Identity, Unreachable
@@ -39,19 +50,29 @@ LOOK_SECONDS = 10.0
 
 ACTIONS = (
     *domains.ACTIONS,
-    *devices.ACTIONS,
-    *migration.ACTIONS,
     *storage.ACTIONS,
     *volumes.ACTIONS,
+    *transfers.ACTIONS,
+    *intake.ACTIONS,
+    *console.ACTIONS,
     *network.ACTIONS,
 )
+
+
+async def serve_data(host: Host) -> None:
+    """Images and consoles, over TLS only."""
+    identity = enrolment.load(Path(host.config.state_dir))
+    if identity is None or not identity.enrolled.certificate_pem:
+        log.warning("this host got no certificate, so it serves no images and no consoles")
+        return
+    await data_server.serve(host)
 
 
 PARTS = Parts(
     actions=ACTIONS,
     senses=Senses(Describer().describe, storage.report, network.report),
     sample=Sampler().sample,
-    background=(watch_guests,),
+    background=(watch_guests, serve_data),
     restore=network.restore,
     prepare=capabilities.prepare,
 )
@@ -139,15 +160,15 @@ def main(arguments: list[str]) -> int:
     if command is None or len(arguments) > 1:
         sys.stderr.write(f"usage: python -m host_agent [{'|'.join(COMMANDS)}]\n")
         return 64
-    telemetry.configure("host_agent", config.read("VOLERY_TELEMETRY_", config.TelemetryConfig))
     loop = uvloop.new_event_loop()
     asyncio.set_event_loop(loop)
     try:
+        telemetry.configure("host_agent", config.read("VOLERY_TELEMETRY_", config.TelemetryConfig))
         return loop.run_until_complete(command(config.read("VOLERY_AGENT_", AgentConfig)))
     except Unreachable as error:
         log.error("%s", error)
         return EXIT_UNREACHABLE
-    except (EnrolmentError, config.ConfigError) as error:
+    except (EnrolmentError, AlreadyRunning, config.ConfigError) as error:
         log.error("%s", error)
         return EXIT_CONFIG
 
