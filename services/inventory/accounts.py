@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import hmac
 import secrets
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,8 @@ async def ensure_admin(inv: Inventory) -> None:
     if not inv.config.admin_password_file or await inv.store.users():
         return
     password = Path(inv.config.admin_password_file).read_text().strip()
-    await make_user(inv, CreateUser(name="admin", password=password, full_name="Administrator"), None)
+    with suppress(Refused):  # another replica was first
+        await make_user(inv, CreateUser(name="admin", password=password, full_name="Administrator"), None)
 
 
 @part.answers(CREATE_USER)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
@@ -196,7 +197,8 @@ async def ensure_blank(inv: Inventory) -> None:
             name="Blank",
             description="An empty VM.",
         )
-        await inv.core.commit(TEMPLATES.insert(blank, Nothing()))
+        with suppress(Taken):  # another replica was first
+            await inv.core.commit(TEMPLATES.insert(blank, Nothing()))
 
 
 def name_taken(noun: str, name: str) -> Exception:

@@ -38,8 +38,8 @@ async def open_inventory(core: Core) -> AsyncIterator[Inventory]:
     yield Inventory(core, Store(core.pool), core.config)
 
 
-async def on_lead(inv: Inventory) -> None:
-    """What must exist before anything else."""
+async def on_follow(inv: Inventory) -> None:
+    """What must exist before anybody asks."""
     await clusters.ensure_blank(inv)
     await accounts.ensure_admin(inv)
 
@@ -80,5 +80,5 @@ service = Service(
     release=release,
     reconcile=reconcile,
     reconcile_all=reconcile_all,
-    on_lead=on_lead,
+    on_follow=on_follow,
 )

@@ -105,6 +105,12 @@ class ServiceProcess:
                 self.kill()
 
 
+def kill_child(pid: int) -> None:
+    """kill -9, and no zombie that others would take for alive."""
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
 @dataclass
 class Chaos:
     """A fleet, what is done to it, and what it must look like in the end."""
@@ -171,9 +177,7 @@ class Chaos:
             mine.append(op.object_id)
             return op
         vm_id = self.rng.choice(mine)
-        choice = self.rng.choices(
-            [self._start, self._stop, self._act, self._delete], weights=[5, 4, 2, 1]
-        )[0]
+        choice = self.rng.choices([self._start, self._stop, self._act, self._delete], weights=[5, 4, 2, 1])[0]
         return await choice(bus, vm_id, mine)
 
     async def _start(self, bus: Bus, vm_id: str, mine: list[str]) -> Operation:
@@ -264,14 +268,14 @@ class Chaos:
         return f"kill libvirtd {self.machines.index(machine)}"
 
     async def _kill_nats(self) -> str:
-        os.kill(self.plane.nats.pid, signal.SIGKILL)
+        kill_child(self.plane.nats.pid)
         await self._pause()
         await asyncio.to_thread(self.restart_nats)
         return "kill NATS"
 
     async def _wipe_nats(self) -> str:
         """Its whole store is gone, streams and all."""
-        os.kill(self.plane.nats.pid, signal.SIGKILL)
+        kill_child(self.plane.nats.pid)
         await asyncio.to_thread(embedded.stop, self.plane.home, "nats")
         store = self.plane.home.nats / "jetstream"
         assert store.is_dir()
@@ -286,7 +290,7 @@ class Chaos:
         self.plane.nats = embedded.start_nats(self.plane.home, servers.nats_options(self.plane.home))
 
     async def _kill_postgres(self) -> str:
-        os.kill(self.plane.postgres.pid, signal.SIGKILL)
+        kill_child(self.plane.postgres.pid)
         await self._pause()
         await asyncio.to_thread(self.restart_postgres)
         return "kill PostgreSQL"
@@ -339,7 +343,10 @@ class Chaos:
         found: dict[str, list[int]] = {}
         for index, machine in enumerate(self.machines):
             listing = subprocess.run(
-                ["virsh", "-q", "-c", machine.uri, "list", "--uuid"], capture_output=True, text=True, check=True
+                ["virsh", "-q", "-c", machine.uri, "list", "--uuid"],
+                capture_output=True,
+                text=True,
+                check=True,
             )
             for line in listing.stdout.split():
                 found.setdefault(line.strip(), []).append(index)

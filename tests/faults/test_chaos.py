@@ -27,7 +27,12 @@ from tests.support.plane import (
 from volery.contracts.errors import Kind, Refused
 from volery.contracts.host import HostStatus
 from volery.contracts.operation import ListQuery
-from volery.contracts.storage import CREATE_STORAGE_DOMAIN, LIST_STORAGE_DOMAINS, CreateStorageDomain, DomainKind
+from volery.contracts.storage import (
+    CREATE_STORAGE_DOMAIN,
+    LIST_STORAGE_DOMAINS,
+    CreateStorageDomain,
+    DomainKind,
+)
 from volery.contracts.vm import LIST_VMS
 from volery.runtime.bus import Bus, open_bus
 
@@ -98,9 +103,7 @@ async def chaos(plane: Plane, machines: list[LibvirtHost], tmp_path: Path) -> As
                 ),
             )
             await succeeded(bus, op)
-            yield Chaos(
-                plane, cluster, op.object_id, shared, services, agents, machines, random.Random(SEED)
-            )
+            yield Chaos(plane, cluster, op.object_id, shared, services, agents, machines, random.Random(SEED))
     finally:
         for agent in agents:
             agent.stop()
