@@ -103,8 +103,12 @@ SETTLED_STATUSES = frozenset(
 """Where a VM in one of these states is, is certain: its host's agent said so and no move is on its way."""
 
 
-def settle(claim: Claim, vm: SeenVm | None, now: datetime, config: SchedulerConfig) -> tuple[Settling, str]:
-    """What the facts say about a claim, and why. `vm` is None when inventory never spoke of it.
+def settle(
+    claim: Claim, vm: SeenVm | None, now: datetime, config: SchedulerConfig, *, replaced: bool = False
+) -> tuple[Settling, str]:
+    """What the facts say about a claim, and why. `vm` is None when inventory never spoke of it; `replaced`: a later
+    placement of the VM holds a claim on the same host. Without one an older claim still counts there: a move that
+    failed gives the VM a new epoch at its source, and no new claim.
 
     A claim of a higher epoch than the VM's is on its way and left alone until it expires; whatever changed a
     moment ago is too.
@@ -123,17 +127,17 @@ def settle(claim: Claim, vm: SeenVm | None, now: datetime, config: SchedulerConf
     if expired and not here and vm.epoch <= claim.epoch and vm.status in ENDED_STATUSES | SETTLED_STATUSES:
         return Settling.RELEASE, "it was never confirmed in time"
     if claim.state == CONFIRMED or vm.epoch > claim.epoch:
-        return _overtaken(claim, vm, here)
+        return _overtaken(claim, vm, here, replaced)
     return Settling.KEEP, ""
 
 
-def _overtaken(claim: Claim, vm: SeenVm, here: bool) -> tuple[Settling, str]:
+def _overtaken(claim: Claim, vm: SeenVm, here: bool, replaced: bool) -> tuple[Settling, str]:
     if claim.epoch > vm.epoch:
         return Settling.KEEP, ""
     if vm.status in ENDED_STATUSES:
         return Settling.RELEASE, f"its VM is {vm.status}"
     if vm.status in SETTLED_STATUSES and not here:
         return Settling.RELEASE, f"its VM runs on host {vm.host_id}"
-    if vm.status in SETTLED_STATUSES and claim.epoch < vm.epoch:
-        return Settling.RELEASE, f"its VM has been placed again since, as epoch {vm.epoch}"
+    if vm.status in SETTLED_STATUSES and replaced:
+        return Settling.RELEASE, "a later claim holds its VM's place there"
     return Settling.KEEP, ""

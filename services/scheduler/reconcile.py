@@ -31,8 +31,8 @@ async def settle_claims(scheduler: Scheduler) -> None:
     config = scheduler.config
     now = await store.now(scheduler.core.pool)
     found = await store.suspicious_claims(scheduler.core.pool, config.claim_seconds, config.settled_seconds)
-    for row, vm in found:
-        verdict, why = model.settle(row.public, vm, now, config)
+    for row, vm, replaced in found:
+        verdict, why = model.settle(row.public, vm, now, config, replaced=replaced)
         await _apply(scheduler, row, verdict, why)
 
 

@@ -105,10 +105,13 @@ async def claims_of(pool: Pool, vm_id: str) -> list[Row[Claim, ClaimPrivate]]:
 
 async def suspicious_claims(
     pool: Pool, claim_seconds: float, settled_seconds: float
-) -> list[tuple[Row[Claim, ClaimPrivate], SeenVm | None]]:
-    """Claims that may contradict what inventory says of their VMs; model.settle decides."""
+) -> list[tuple[Row[Claim, ClaimPrivate], SeenVm | None, bool]]:
+    """Claims that may contradict what inventory says of their VMs, and whether a later placement of the VM holds
+    one on the same host; model.settle decides."""
     records = await pool.fetch(
-        """select c.doc, c.private, v.*
+        """select c.doc, c.private, v.*,
+                  exists(select 1 from claim n where n.vm_id = c.vm_id and n.host_id = c.host_id
+                         and n.epoch > c.epoch and n.epoch <= v.epoch) as replaced
            from claim c left join vm v on v.id = c.vm_id
            where c.updated_at < now() - make_interval(secs => $2)
              and (v.id is null and c.created_at < now() - make_interval(secs => $1)
@@ -120,7 +123,7 @@ async def suspicious_claims(
         claim_seconds,
         settled_seconds,
     )
-    return [(CLAIMS.row(r), None if r["id"] is None else _seen(r)) for r in records]
+    return [(CLAIMS.row(r), None if r["id"] is None else _seen(r), r["replaced"]) for r in records]
 
 
 async def unclaimed_vms(pool: Pool, settled_seconds: float) -> list[SeenVm]:

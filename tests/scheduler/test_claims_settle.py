@@ -101,6 +101,14 @@ def eager(configured: Settings) -> Settings:
     return Settings(configured.bus, configured.database, configured.telemetry, environ)
 
 
+def test_of_two_claims_on_one_host_the_later_holds_the_place() -> None:
+    """And an only one stays, however old: a move that failed gives its VM a new epoch at the source."""
+    vm_again, old = seen("up", epoch=3), claim("confirmed")
+    assert settle(old, vm_again, NOW, CONFIG, replaced=True)[0] is RELEASE
+    assert settle(old, vm_again, NOW, CONFIG, replaced=False)[0] is KEEP
+    assert settle(old, seen("migrating", epoch=3), NOW, CONFIG, replaced=True)[0] is KEEP
+
+
 async def test_claims_of_vms_that_ended_moved_or_vanished_are_given_back(configured: Settings) -> None:
     owner, c = inventory(), cluster()
     h1, h2 = host(c.id, name="h1"), host(c.id, name="h2")
@@ -109,28 +117,31 @@ async def test_claims_of_vms_that_ended_moved_or_vanished_are_given_back(configu
         await owner.says(CLUSTER_CHANGED, c)
         await owner.says(HOST_CHANGED, h1, h2)
         await hosts_known(bus, 2)
-        vms = [vm(c.id, name=f"vm{n}", epoch=1) for n in range(4)]
+        vms = [vm(c.id, name=f"vm{n}", epoch=1) for n in range(5)]
         places = {}
         for each in vms:
             placed = await bus.ask(PLACE, placing(c.id, vm_id=each.id))
             places[each.id] = placed.host_id
             await bus.ask(CONFIRM_CLAIM, ClaimKey(vm_id=each.id, epoch=1))
-        ended, moved, vanished, stays = vms
+        ended, moved, vanished, stays, twice = vms
         other = h2.id if places[moved.id] == h1.id else h1.id
         await owner.says(VM_CHANGED, replace(ended, status=VmStatus.DOWN))
         await owner.says(VM_CHANGED, replace(moved, host_id=other, epoch=1))
         await owner.says(VM_CHANGED, replace(vanished, host_id=places[vanished.id]))
         await owner.says(VM_DELETED, replace(vanished, revision=2))
         await owner.says(VM_CHANGED, replace(stays, host_id=places[stays.id]))
+        again = placing(c.id, vm_id=twice.id, epoch=2, place={"target_host_id": places[twice.id]})
+        assert (await bus.ask(PLACE, again)).claimed
+        await owner.says(VM_CHANGED, replace(twice, host_id=places[twice.id], epoch=2))
 
         async def only_what_is_true() -> bool:
             await settle_claims(opened[0])
-            held = {(c.vm_id, c.host_id) for c in await claims(bus)}
-            return held == {(stays.id, places[stays.id])}
+            held = {(c.vm_id, c.host_id, c.epoch) for c in await claims(bus)}
+            return held == {(stays.id, places[stays.id], 1), (twice.id, places[twice.id], 2)}
 
         await until(only_what_is_true, 15)
         used = await capacities(bus)
-        assert sum(u.memory_used_bytes for u in used.values()) == GIB + OVERHEAD
+        assert sum(u.memory_used_bytes for u in used.values()) == 2 * (GIB + OVERHEAD)
 
 
 async def test_an_unconfirmed_claim_expires_and_a_running_vm_without_one_gets_one(
