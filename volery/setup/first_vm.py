@@ -40,11 +40,12 @@ from volery.contracts.storage import (
     StorageDomain,
 )
 from volery.contracts.vm import CreateVm, NewDisk, NewNic, Vm
-from volery.setup import processes, programs
+from volery.setup import processes, programs, systemd
 from volery.setup.console import Output
 from volery.setup.errors import SetupError
 from volery.setup.guest_image import GuestImage
 from volery.setup.home import Home
+from volery.setup.programs import Program
 from volery.setup.up import LONGEST_UP_SECONDS, Running, start_programs
 
 E = TypeVar("E", bound=Entity)
@@ -98,13 +99,22 @@ def _wait_until_ready(running: Running) -> None:
                     return
                 said = answer.text.strip()
             time.sleep(_POLL_SECONDS)
-    log = programs.CONTROL_PLANE.log(home)
-    tail = log.read_text(errors="replace").splitlines()[-8:] if log.exists() else []
     raise SetupError(
-        "\n  ".join(
-            [f"the control plane isn't ready after {_READY_SECONDS:.0f} s: {said}. {log} ends:", *tail]
-        )
+        f"the control plane isn't ready after {_READY_SECONDS:.0f} s: {said}."
+        f" {_last_words(home, programs.CONTROL_PLANE)}"
     )
+
+
+def _last_words(home: Home, program: Program) -> str:
+    """Where the program logs and how its log ends."""
+    if systemd.in_charge():
+        place = f"`journalctl -u {systemd.unit(home, program.name)}`"
+        tail = systemd.last_lines(home, program.name)
+    else:
+        log = program.log(home)
+        place = str(log)
+        tail = log.read_text(errors="replace").splitlines()[-8:] if log.exists() else []
+    return "\n  ".join([f"{place} ends:", *tail])
 
 
 # --- who we are -----------------------------------------------------------------------------
@@ -206,12 +216,14 @@ def _host(client: Client, home: Home, cluster: Cluster, output: Output) -> Host:
             if host.status is HostStatus.NON_OPERATIONAL:
                 raise SetupError(
                     f"this machine can't run virtual machines: {', '.join(host.reasons)}."
-                    f" {programs.HOST_AGENT.log(home)} says more."
+                    f" {_last_words(home, programs.HOST_AGENT)}"
                 )
             settled = (HostStatus.UP, HostStatus.MAINTENANCE, HostStatus.PREPARING_FOR_MAINTENANCE)
             return host if host.status in settled else None
 
-        host = _until(up, _HOST_SECONDS, f"host {name} to be up; see {programs.HOST_AGENT.log(home)}")
+        host = _until(
+            up, _HOST_SECONDS, lambda: f"host {name} to be up. {_last_words(home, programs.HOST_AGENT)}"
+        )
         step.result = host.status
     return host
 
@@ -250,7 +262,7 @@ def _storage_domain(client: Client, home: Home, host: Host, center: str, output:
             settled = (DomainStatus.ACTIVE, DomainStatus.MAINTENANCE)
             return now if now.status in settled else None
 
-        domain = _until(active, _DOMAIN_SECONDS, f"storage domain {NAME} to be active")
+        domain = _until(active, _DOMAIN_SECONDS, lambda: f"storage domain {NAME} to be active")
         step.result = f"{domain.available_bytes / 2**30:.0f} GiB free"
     return domain
 
@@ -308,7 +320,9 @@ def _first_vm(
             step.progress(vm.status)
             return vm if vm.guest.hostname and _addresses(vm) else None
 
-        vm = _until(told, _GUEST_SECONDS, f"the guest agent of {FIRST} to report a name and an address")
+        vm = _until(
+            told, _GUEST_SECONDS, lambda: f"the guest agent of {FIRST} to report a name and an address"
+        )
         step.result = f"{vm.guest.hostname} at {', '.join(_addresses(vm))}"
     return vm
 
@@ -332,11 +346,11 @@ def _ensure(client: Client, resource: Resource[E], name: str, ask: Callable[[], 
     return found
 
 
-def _until(look: Callable[[], E | None], seconds: float, what: str) -> E:
+def _until(look: Callable[[], E | None], seconds: float, what: Callable[[], str]) -> E:
     deadline = time.monotonic() + seconds
     while (found := look()) is None:
         if time.monotonic() > deadline:
-            raise SetupError(f"waited {seconds:.0f} s for {what}")
+            raise SetupError(f"waited {seconds:.0f} s for {what()}")
         time.sleep(_POLL_SECONDS)
     return found
 

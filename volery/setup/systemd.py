@@ -27,6 +27,8 @@ class _Unit:
     description: str
     after: tuple[str, ...] = ()
     service: Mapping[str, str] | None = None
+    needs: str = ""
+    """Isn't started before this file, within the state directory, exists."""
 
 
 _UNITS = (
@@ -40,7 +42,8 @@ _UNITS = (
     _Unit("nats", "message bus", service={"TimeoutStopSec": "45", "LimitNOFILE": "65536"}),
     _Unit(CONTROL_PLANE.name, "control plane", ("postgres", "nats"), {"LimitNOFILE": "65536"}),
     # Virtual machines are libvirt's children, never the agent's: stopping it doesn't touch them.
-    _Unit(HOST_AGENT.name, "host agent", (), {"KillMode": "mixed", "LimitNOFILE": "65536"}),
+    _Unit(HOST_AGENT.name, "host agent", (), {"KillMode": "mixed", "LimitNOFILE": "65536"},
+          needs="agent/identity/identity.json"),
 )  # fmt: skip
 
 
@@ -87,6 +90,8 @@ def _text(home: Home, each: _Unit, *, oneshot: bool = False) -> str:
         **(each.service or {}),
     }
     wants = "".join(f"Wants={unit(home, name)}\n" for name in each.after)
+    if each.needs:
+        wants += f"ConditionPathExists={_escaped(str(home.path / each.needs))}\n"
     return (
         "# Written by Volery's set-up; changes are overwritten. Use drop-ins.\n"
         f"[Unit]\nDescription=Volery: {each.description} ({_escaped(str(home.path))})\n"
@@ -99,6 +104,17 @@ def _text(home: Home, each: _Unit, *, oneshot: bool = False) -> str:
 
 def _escaped(text: str) -> str:
     return text.replace("%", "%%").replace("\\", "\\\\").replace('"', '\\"')
+
+
+def last_lines(home: Home, name: str, count: int = 8) -> list[str]:
+    """The newest lines that a unit logged."""
+    told = subprocess.run(
+        ["journalctl", "-u", unit(home, name), "-n", str(count), "-o", "cat", "--no-pager"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return told.stdout.splitlines()
 
 
 def start_servers(home: Home) -> None:
