@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import os
 import ssl
@@ -21,13 +22,14 @@ import msgspec
 import nats
 import pytest
 from cryptography import x509
+from nats.js.api import StreamConfig
 
 from host_agent import enrolment
 from host_agent.agent import connect_options
 from host_agent.enrolment import EnrolmentError, Unreachable
 from tests.support import nats_realm
-from tests.support.agent_process import ROOT
-from volery.contracts.agent import SIGNATURE_HEADER, HostCapabilities
+from tests.support.agent_process import ROOT, AgentProcess
+from volery.contracts.agent import SIGNATURE_HEADER, HostCapabilities, HostReported
 from volery.contracts.base import encode
 from volery.contracts.enrolment import (
     CA_PATH,
@@ -344,3 +346,39 @@ async def test_a_damaged_identity_is_not_taken_for_none(plane: ControlPlane, tmp
     (tmp_path / "state" / "identity" / "identity.json").write_text("{")
     with pytest.raises(EnrolmentError, match="damaged"):
         enrolment.load(tmp_path / "state")
+
+
+async def test_an_enrolled_host_reports_and_serves_its_data_with_its_own_certificate(
+    plane: ControlPlane, tmp_path: Path
+) -> None:
+    """From the token to a TLS connection that the installation's authority vouches for, by the real program."""
+    server = nats_realm.Server(tmp_path / "nats", plane.realm)
+    server.write_config()
+    server.start()
+    plane.bus_url = server.url
+    agent = AgentProcess(tmp_path / "state", {"VOLERY_AGENT_ENROLMENT_TOKEN": plane.token.text()})
+    try:
+        user = await nats_realm.open_user(server, plane.realm.creds_path("inventory"), "inventory")
+        await user.nc.jetstream().add_stream(StreamConfig(name="FACTS_HOST", subjects=["fact.host.>"]))
+        reports = await user.nc.jetstream().subscribe(
+            f"fact.host.{plane.host_id}.inventory.reported", ordered_consumer=True
+        )
+        (tmp_path / "state").mkdir()
+        agent.start()
+        message = await reports.next_msg(timeout=30)
+        report = msgspec.json.decode(message.data, type=HostReported)
+        address, _, port = report.capabilities.data_address.rpartition(":")
+        trusting = ssl.create_default_context(cadata=plane.authority.pem)
+
+        def ask() -> int:
+            client = http.client.HTTPSConnection(address, int(port), timeout=5, context=trusting)
+            client.request("GET", "/images/no-such-ticket")
+            return client.getresponse().status
+
+        assert await asyncio.to_thread(ask) == 404
+        assert SECRET not in agent.log
+        assert agent.stop() == 0
+        await user.nc.close()
+    finally:
+        agent.kill()
+        server.stop()
