@@ -162,10 +162,9 @@ def copy(
     response: http.client.HTTPResponse, target: files.SparseFile, limit: int, announced: int
 ) -> dict[str, Any]:
     hashed = hashlib.sha256()
-    buffer = bytearray(BUFFER_BYTES)
-    view = memoryview(buffer)
+    view = memoryview(bytearray(BUFFER_BYTES))
     told = time.monotonic()
-    while count := response.readinto(buffer):
+    while count := files.fill(response.readinto, view):
         if target.position + count > limit:
             files.refuse("too_large", f"the image has more than the {limit} bytes allowed here")
         hashed.update(view[:count])

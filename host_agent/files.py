@@ -372,6 +372,14 @@ def write_durably(directory: int, name: str, data: bytes) -> None:
     os.fsync(directory)
 
 
+def fill(read_into: Callable[[memoryview], int | None], view: memoryview) -> int:
+    """Reads until the buffer is full or the source has ended; pieces that are large enough keep their holes."""
+    filled = 0
+    while filled < len(view) and (count := read_into(view[filled:])):
+        filled += count
+    return filled
+
+
 class SparseFile:
     """A file written from `position` on: long runs of zeros become holes, its size is always what was received."""
 

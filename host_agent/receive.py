@@ -109,19 +109,12 @@ def write(request: dict[str, Any]) -> dict[str, Any]:
 
 def pieces(limit: int) -> Iterator[memoryview]:
     """Standard input in large pieces."""
-    buffer = bytearray(BUFFER_BYTES)
-    view = memoryview(buffer)
-    while limit > 0:
-        filled = 0
-        while filled < min(BUFFER_BYTES, limit):
-            count = os.readv(0, [view[filled : min(BUFFER_BYTES, limit)]])
-            if not count:
-                limit = filled
-                break
-            filled += count
-        if filled:
-            yield view[:filled]
-        limit -= filled
+    view = memoryview(bytearray(BUFFER_BYTES))
+    while limit > 0 and (
+        count := files.fill(lambda free: os.readv(0, [free]), view[: min(len(view), limit)])
+    ):
+        yield view[:count]
+        limit -= count
 
 
 def discard(request: dict[str, Any]) -> dict[str, Any]:
