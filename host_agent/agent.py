@@ -43,9 +43,10 @@ from volery.contracts.agent import (
     OrderAck,
 )
 from volery.contracts.base import encode, fill
-from volery.contracts.errors import Refused
+from volery.contracts.errors import STATUS, Refused
 from volery.contracts.metrics import BEAT_SUBJECT, METRICS_SUBJECT, Beat, HostSample
 from volery.runtime import connection
+from volery.runtime.bus import ERROR_CODE_HEADER, ERROR_HEADER
 from volery.runtime.signing import Verifier
 
 log = logging.getLogger(__name__)
@@ -362,8 +363,11 @@ class Agent:
                 core.reporter.ask(word.owner, rebase=True)
 
         async def describe(message: Msg) -> None:
-            with contextlib.suppress(Refused):
+            try:
                 await message.respond(encode(await self.parts.senses.describe(host)))
+            except Refused as problem:
+                headers = {ERROR_HEADER: problem.kind.value, ERROR_CODE_HEADER: str(STATUS[problem.kind])}
+                await self.client.publish(message.reply, encode(problem.problem()), headers=headers)
 
         me = AskHost(host_id=host.host_id)
         for subject, hear in (
