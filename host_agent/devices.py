@@ -31,6 +31,8 @@ from volery.contracts.domain_orders import (
 )
 from volery.contracts.errors import Kind, Refused, conflict, invalid, not_found
 
+REPLUG_SECONDS = 30.0
+
 
 async def prepare_secrets(host: Host, disks: tuple[DomainDisk, ...], installation: str) -> None:
     """CHAP passwords into libvirtd's memory: QEMU gets them from there."""
@@ -154,6 +156,11 @@ async def update_nic(host: Host, order: UpdateNic, running: Running) -> Done:
     found = runningxml.nics_of(root).get(order.nic.nic_id)
     if found is None:
         raise not_found("NIC", order.nic.nic_id)
+    if runningxml.is_plugged(found.element) != bool(order.nic.bridge):
+        # Into the first bridge, or out of the last: only as a new device with the same address.
+        await _detach(host, order.vm_id, order.nic.nic_id, "NIC", REPLUG_SECONDS)
+        await host.hypervisor.attach_device(order.vm_id, domxml.nic_xml(order.nic))
+        return Done()
     wanted = copy.deepcopy(found.element)
     if runningxml.put_link(wanted, order.nic):
         await host.hypervisor.update_device(order.vm_id, domxml.written(wanted))

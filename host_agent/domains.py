@@ -89,9 +89,20 @@ async def run_domain(host: Host, order: RunDomain, running: Running) -> DomainRu
     if order.restore_path:
         await restore(host, order, placement)
     else:
-        xml = domxml.domain_xml(spec, placement, hypervisor.machine)
-        await hypervisor.create(xml, paused=order.paused)
+        await _create(host, order, placement)
     return await _running(host, order.vm_id, spec, placement)
+
+
+async def _create(host: Host, order: RunDomain, placement: Placement) -> None:
+    """Cancelled, it leaves nothing behind. (A cancelled restoration does: its memory can't be restored twice.)"""
+    xml = domxml.domain_xml(order.spec, placement, host.hypervisor.machine)
+    try:
+        await host.hypervisor.create(xml, paused=order.paused)
+    except asyncio.CancelledError:
+        now = await host.hypervisor.domain(order.vm_id)
+        if now.state not in ENDED and (now.epoch, now.order_seq) == (placement.epoch, placement.order_seq):
+            await host.hypervisor.destroy(order.vm_id)
+        raise
 
 
 async def _running(host: Host, vm_id: str, spec: DomainSpec, placement: Placement) -> DomainRunning:

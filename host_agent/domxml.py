@@ -258,12 +258,13 @@ def disk_element(devices: ET.Element, disk: DomainDisk, installation: str) -> ET
         device="cdrom" if disk.cdrom else "disk",
     )
     driver = _sub(made, "driver", name="qemu", type=_format(disk))
-    if not disk.cdrom:
+    if not disk.cdrom:  # of a CD drive these can't change with its medium
         driver.attrib.update(error_policy="stop", discard="unmap", detect_zeroes="off")
-    if disk.shared_storage or isinstance(source, IscsiSource):
-        driver.set("cache", "none")
+        if disk.shared_storage or isinstance(source, IscsiSource):
+            driver.set("cache", "none")
+        if isinstance(source, FileSource):
+            driver.set("io", "threads")
     if isinstance(source, FileSource):
-        driver.set("io", "threads")
         _sub(made, "source", file=source.path)
     elif isinstance(source, IscsiSource):
         _iscsi(made, source, installation)

@@ -86,8 +86,13 @@ async def _find(hypervisor: Hypervisor, turns: _Turns) -> None:
 
 
 async def _ask(hypervisor: Hypervisor, turns: _Turns, vm_id: str) -> None:
+    """Domains that Volery did not make are left alone."""
     loop = asyncio.get_running_loop()
     try:
+        domain = await hypervisor.domain(vm_id)
+        if not domain.installation or not domain.agent_connected:
+            turns.drop(vm_id)
+            return
         info = await hypervisor.guest_info(vm_id)
     except Refused:
         turns.again(vm_id, loop.time(), STUCK_SECONDS)

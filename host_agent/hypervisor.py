@@ -17,6 +17,7 @@ from host_agent import domxml, runningxml
 from host_agent.config import AgentConfig
 from host_agent.connections import BULK_SECONDS, OPEN_SECONDS, RESCUE_SECONDS, START_SECONDS, Connections
 from host_agent.events import EVENTS, EventName, HypervisorEvent, state_of
+from host_agent.findings import GuestInfo, NetworkState, NodeInfo, Versions, guest_of
 from host_agent.migration_parameters import MigrationParameters, MigrationStats, migration_stats
 from host_agent.serial_console import ConsoleStream
 from volery.contracts.agent import DomainReport
@@ -48,41 +49,6 @@ SHUTDOWN = {
     StopMethod.ACPI: libvirt.VIR_DOMAIN_SHUTDOWN_ACPI_POWER_BTN,
 }
 LIVE = libvirt.VIR_DOMAIN_AFFECT_LIVE
-
-
-@dataclass(frozen=True, slots=True)
-class GuestInfo:
-    """What a guest's agent told about its guest."""
-
-    hostname: str = ""
-    ip_addresses: tuple[str, ...] = ()
-    os: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class NodeInfo:
-    memory_bytes: int
-    cpus: int
-    numa_cells: int
-    sockets: int
-    cores_per_socket: int
-    threads_per_core: int
-
-
-@dataclass(frozen=True, slots=True)
-class Versions:
-    """libvirt's numbers: major * 1,000,000 + minor * 1,000 + release."""
-
-    libvirt: int
-    hypervisor: int
-
-
-@dataclass(frozen=True, slots=True)
-class NetworkState:
-    name: str
-    active: bool
-    bridge: str
-    xml: str
 
 
 @functools.cache
@@ -488,14 +454,3 @@ class Hypervisor(Connections):
 
         doing = f"open the console of VM {vm_id}"
         return await self._call(self._rescue, doing, lambda _: attach(), OPEN_SECONDS)
-
-
-def guest_of(info: dict[str, Any]) -> GuestInfo:
-    """What virDomainGetGuestInfo says; loopback and link-local addresses are left out."""
-    addresses = []
-    for i in range(info.get("if.count", 0)):
-        for j in range(info.get(f"if.{i}.addr.count", 0)):
-            address = info.get(f"if.{i}.addr.{j}.addr", "")
-            if address and not address.startswith(("127.", "169.254.", "fe80:")) and address != "::1":
-                addresses.append(address)
-    return GuestInfo(info.get("hostname", ""), tuple(addresses), info.get("os.pretty-name", ""))

@@ -26,7 +26,7 @@ from volery.contracts.domain_orders import (
 from volery.contracts.errors import Kind, Refused, conflict
 
 PROGRESS_SECONDS = 0.5
-END_SECONDS = 30.0
+END_SECONDS = 20.0
 """What an aborted migration gets to clean up on both sides."""
 
 
@@ -163,10 +163,11 @@ def _details(stats: MigrationStats) -> dict[str, Any]:
 
 
 async def _abort(host: Host, vm_id: str, moving: asyncio.Future[None]) -> None:
-    """Stop the job and wait for its end."""
-    if not moving.done():
+    """Stop the job and wait for its end. One that has just begun can't be stopped yet: it is tried again."""
+    end = asyncio.get_running_loop().time() + END_SECONDS
+    while not moving.done() and asyncio.get_running_loop().time() < end:
         await asyncio.gather(host.hypervisor.abort_job(vm_id), return_exceptions=True)
-    await asyncio.wait({moving}, timeout=END_SECONDS)
+        await asyncio.wait({moving}, timeout=PROGRESS_SECONDS)
     if moving.done() and not moving.cancelled():
         moving.exception()
 

@@ -167,11 +167,13 @@ def put_link(interface: ET.Element, nic: DomainNic) -> bool:
     if link is None:
         link = ET.SubElement(interface, "link")
     link.set("state", wanted)
-    if nic.bridge and (source is None or source.get("bridge") != nic.bridge):
+    if nic.bridge and source is not None and source.get("bridge") != nic.bridge:
         changed = True
-        interface.set("type", "bridge")
-        if source is None:
-            source = ET.SubElement(interface, "source")
         source.attrib.clear()
         source.set("bridge", nic.bridge)
     return changed
+
+
+def is_plugged(interface: ET.Element) -> bool:
+    """Whether the NIC is in a bridge: libvirt can't change that of a running NIC."""
+    return interface.get("type") == "bridge"

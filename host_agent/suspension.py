@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import PurePath
 
 from host_agent import children, runningxml
 from host_agent.action import Host, Running
@@ -28,6 +29,7 @@ async def save_domain(host: Host, order: SaveDomain, running: Running) -> Done:
             Kind.STALE,
             f"VM {order.vm_id} is here with epoch {now.epoch}, not {running.epoch}: ask for the VM's state",
         )
+    await _check_directory(order.path)
     saving = asyncio.ensure_future(host.hypervisor.save(order.vm_id, order.path, running.deadline_seconds))
     try:
         await asyncio.shield(saving)
@@ -48,6 +50,19 @@ async def restore(host: Host, order: RunDomain, placement: Placement) -> None:
         xml = runningxml.with_placement(root, placement)
     await host.hypervisor.restore(order.restore_path, xml, paused=order.paused)
     await remove_file(order.restore_path)
+
+
+async def _check_directory(path: str) -> None:
+    """Raises Refused when the file's directory isn't there or hangs: libvirtd would hang with it, for every VM."""
+    directory = str(PurePath(path).parent)
+    try:
+        await children.run(["test", "-d", directory], timeout_seconds=FILE_SECONDS)
+    except children.ChildFailed as failure:
+        raise Refused(
+            Kind.UNAVAILABLE,
+            f"the memory can't be saved in {directory} on this host: {failure.reason}; activate its storage domain",
+            path=path,
+        ) from failure
 
 
 async def _exists(path: str) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from pathlib import Path
 
 import libvirt
@@ -204,6 +206,18 @@ async def test_autostart_of_ours_is_switched_off(driver: VmHost) -> None:
     assert not domain.autostart()
     domain.undefine()
     connection.close()
+
+
+async def test_a_cancelled_start_leaves_nothing_behind(driver: VmHost) -> None:
+    vm = spec()
+    starting = asyncio.create_task(driver.run(vm))
+    await driver.until(lambda e: e.vm_id == vm.vm_id)
+    starting.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await starting
+        assert (await driver.hypervisor.domain(vm.vm_id)).state is DomainState.RUNNING
+        return
+    assert (await driver.hypervisor.domain(vm.vm_id)).state is DomainState.GONE
 
 
 async def test_events_reach_every_listener_until_it_stops(driver: VmHost) -> None:
