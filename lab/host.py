@@ -378,17 +378,25 @@ class Host:
 
     # --- time
 
-    def freeze(self) -> None:
-        """SIGSTOP to every process on it: nothing runs, connections stay open."""
+    def freeze(self, timeout_seconds: float = 10.0) -> None:
+        """SIGSTOP to every process on it: nothing runs, connections stay open. Returns when all stand."""
         boot = self._on()
-        stopped: set[int] = set()
-        while True:  # until no process was there that we had not stopped: forks may race
-            found = set(processes.pids_in_namespace("pid", boot.init.pid))
-            if found <= stopped:
-                return
-            for pid in found - stopped:
+        deadline = time.monotonic() + timeout_seconds
+        while running := self._running(boot):  # again: forks race, and a stop takes its time
+            for pid in running:
                 processes.send(pid, signal.SIGSTOP)
-            stopped |= found
+            if time.monotonic() > deadline:
+                raise LabError(
+                    f"Host {self.number} did not stand still within {timeout_seconds:g} s: processes "
+                    f"{running} are probably in I/O that doesn't return. Try again, or power it off."
+                )
+            time.sleep(0.002)
+
+    def _running(self, boot: Boot) -> list[int]:
+        """Its processes that SIGSTOP hasn't reached yet."""
+        found = processes.pids_in_namespace("pid", boot.init.pid)
+        states = ((pid, processes.read_state(pid)) for pid in found)
+        return [pid for pid, state in states if state is not None and state.state not in "TtZX"]
 
     def thaw(self) -> None:
         for pid in processes.pids_in_namespace("pid", self._on().init.pid):

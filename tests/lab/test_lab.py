@@ -52,6 +52,8 @@ def as_new(lab: Lab, number: int) -> Host:
     """The host on, joined, with its libvirtd and without guests, whatever the test before left."""
     host = lab.host(number)
     host.join()
+    if host.status().power == "frozen":
+        host.thaw()
     host.power_on()
     if host.pids("qemu-system-x86_64") or not host.pids("libvirtd"):
         host.power_off()
