@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from volery.setup import settings
 from volery.setup.errors import SetupError
 from volery.setup.home import Home, parse_settings, write_private
 
@@ -58,3 +59,18 @@ def test_a_place_that_can_t_be_made_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(SetupError, match="VOLERY_HOME"):
         Home(tmp_path / "file" / "home").create()
+
+
+def test_what_the_environment_says_about_set_up_is_kept(home: Home) -> None:
+    settings.take(home, {"VOLERY_SETUP_LOCAL_HOST": "no", "VOLERY_HOME": "/x", "PATH": "/bin"})
+    assert home.settings()["VOLERY_SETUP_LOCAL_HOST"] == "no"
+    assert "VOLERY_HOME" not in home.settings()
+
+
+@pytest.mark.parametrize("place", ["environment", "file"])
+def test_a_setting_that_does_not_exist_is_refused_with_those_that_do(home: Home, place: str) -> None:
+    wrong = {"VOLERY_SETUP_NATSPORT": "1"}
+    if place == "file":
+        home.change_settings(wrong)
+    with pytest.raises(SetupError, match="VOLERY_SETUP_NATSPORT is not a setting.*VOLERY_SETUP_NATS_PORT"):
+        settings.take(home, wrong if place == "environment" else {})

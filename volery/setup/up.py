@@ -9,7 +9,17 @@ from dataclasses import dataclass
 
 from volery.runtime.identity import Realm
 from volery.runtime.permissions import OWNERS
-from volery.setup import guest_image, kvm, libvirt_daemons, processes, programs, servers, supervisor, systemd
+from volery.setup import (
+    guest_image,
+    kvm,
+    libvirt_daemons,
+    processes,
+    programs,
+    servers,
+    settings,
+    supervisor,
+    systemd,
+)
 from volery.setup.console import Output
 from volery.setup.database import bootstrap_database
 from volery.setup.embedded import Embedded
@@ -37,6 +47,7 @@ def up(home: Home, output: Output) -> Running:
     require_root()
     with output.step(f"State directory {home.path}"):
         home.create()
+        settings.take(home)
     with (
         processes.exclusive(home.run / "up.lock", timeout_seconds=LONGEST_UP_SECONDS),
         ThreadPoolExecutor(1, thread_name_prefix="guest-image") as pool,
