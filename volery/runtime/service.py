@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import random
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -51,6 +52,8 @@ F = TypeVar("F", bound=Callable[..., Awaitable[Any]])
 LEADER_LOCK = "volery-leader-"
 RESUME_SECONDS = 1.0
 HOUSEKEEPING_SECONDS = 600.0
+STOP_SECONDS = 30.0
+EXIT_STUCK = 70
 
 
 @dataclass(slots=True)
@@ -463,9 +466,16 @@ async def _sleep(stop: asyncio.Event, seconds: float) -> None:
 
 async def run_programs(programs: Sequence[Program], settings: Settings, stop: asyncio.Event) -> None:
     """Run all until `stop`; if one crashes, all end with its exception."""
+
+    async def main(program: Program) -> None:
+        try:
+            await program.main(settings, stop)
+        finally:
+            stop.set()
+
     async with asyncio.TaskGroup() as group:
         for program in programs:
-            group.create_task(program.main(settings, stop), name=str(program.name))
+            group.create_task(main(program), name=str(program.name))
 
 
 def run(*programs: Program) -> None:
@@ -488,6 +498,12 @@ def run(*programs: Program) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
-        await run_programs(programs, settings, stop)
+        running = asyncio.create_task(run_programs(programs, settings, stop))
+        await stop.wait()
+        await asyncio.wait([running], timeout=STOP_SECONDS)
+        if not running.done():
+            log.critical("something does not end; leaving, and whoever supervises us starts us again")
+            os._exit(EXIT_STUCK)
+        await running
 
     uvloop.run(main())
