@@ -72,5 +72,5 @@ def test_a_setting_that_does_not_exist_is_refused_with_those_that_do(home: Home,
     wrong = {"VOLERY_SETUP_NATSPORT": "1"}
     if place == "file":
         home.change_settings(wrong)
-    with pytest.raises(SetupError, match="VOLERY_SETUP_NATSPORT is not a setting.*VOLERY_SETUP_NATS_PORT"):
+    with pytest.raises(SetupError, match=r"VOLERY_SETUP_NATSPORT is not a setting.*VOLERY_SETUP_NATS_PORT"):
         settings.take(home, wrong if place == "environment" else {})
