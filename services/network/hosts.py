@@ -43,8 +43,8 @@ from volery.runtime.tables import Change, Nothing, Row, Stale
 log = logging.getLogger(__name__)
 
 part = Part()
-LOOK_SECONDS = 0.25
-"""How often a waiting start looks, on a replica that isn't the leader; the leader is told at once."""
+LOOK_SECONDS = 1.0
+"""How often a waiting start looks, should it have missed the event."""
 ONE_BY_ONE = 16
 """Changes that are tried singly when the whole set was refused; with more, the whole waits."""
 THE_SET_S_FAULT = frozenset({Kind.INVALID, Kind.CONFLICT, Kind.NOT_FOUND})
@@ -60,7 +60,7 @@ async def reconcile_host(svc: Fabric, host_id: str, *, again: bool = False) -> N
     """Order the host's set when it differs from what was tried last, or the host says that it isn't so any more."""
     async with svc.lock(host_id):
         host = await svc.store.host(host_id)
-        if host is None or host.status not in model.CAN_APPLY:
+        if host is None or host.status not in model.CAN_APPLY or svc.core.quarantine.reason:
             return
         rows = await svc.store.attachments_of(host_id)
         wanted = await desired(svc, host, [row.public for row in rows])
@@ -226,7 +226,7 @@ async def ask_for_reports(svc: Fabric) -> None:
 # Waiting for a host
 
 
-@part.answers(PREPARE_NETWORKS)
+@part.leader_answers(PREPARE_NETWORKS)
 async def prepare(svc: Fabric, ask: PrepareNetworks, caller: Caller) -> PreparedNetworks:
     """Waits until the host has these networks. Raises Refused with the host's sentence, or when it takes too long."""
     checked_id("host", ask.host_id)
@@ -254,7 +254,8 @@ async def prepare(svc: Fabric, ask: PrepareNetworks, caller: Caller) -> Prepared
 
 async def _wait(event: asyncio.Event) -> None:
     try:
-        await asyncio.wait_for(event.wait(), LOOK_SECONDS)
+        async with asyncio.timeout(LOOK_SECONDS):
+            await event.wait()
     except TimeoutError:
         return
 

@@ -6,12 +6,13 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
+from functools import partial
 
 from msgspec.structs import replace
 
 from services.storage import disk_model, domain_model
 from services.storage.storage import Storage
-from services.storage.store import DISKS, DOMAINS, DiskPrivate, DomainPrivate
+from services.storage.store import DISKS, DOMAINS, DiskPrivate, DomainPrivate, Leftover
 from volery.contracts.agent import STORAGE_REPORTED, StorageDomainReport, StorageReported
 from volery.contracts.errors import Refused
 from volery.contracts.storage import Disk, DiskStatus, DomainStatus, StorageDomain
@@ -19,6 +20,7 @@ from volery.contracts.volume_orders import (
     CONNECT_STORAGE,
     DISCONNECT_STORAGE,
     ConnectStorage,
+    DirectoryLocation,
     DisconnectStorage,
 )
 from volery.runtime.service import Part
@@ -112,6 +114,19 @@ async def disconnect(
 
     await asyncio.gather(*(one(host_id) for host_id in host_ids))
     return problems
+
+
+async def clean(svc: Storage, left: Leftover, host_id: str) -> None:
+    """Have a host remove a deleted domain's own directory, unless something is in it. Raises Refused."""
+    order = partial(
+        svc.core.orders.carry_out,
+        host_id=host_id,
+        object_id=left.domain_id,
+        timeout_seconds=svc.config.connect_seconds,
+    )
+    where = DirectoryLocation(path=left.path)
+    await order(CONNECT_STORAGE, ConnectStorage(domain_id=left.domain_id, location=where))
+    await order(DISCONNECT_STORAGE, DisconnectStorage(domain_id=left.domain_id, remove=True))
 
 
 async def record(svc: Storage, domain_id: str, host_id: str, report: StorageDomainReport) -> None:

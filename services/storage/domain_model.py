@@ -271,13 +271,16 @@ def refuse_unusable(domain: StorageDomain) -> None:
         )
 
 
-def choose_host(host_ids: Iterable[str], disk_id: str) -> str:
-    """One of these hosts to work on the disk; different disks go to different hosts. "" when there is none."""
+def in_turn(host_ids: Iterable[str], object_id: str) -> list[str]:
+    """These hosts in the order to ask them about this object: others begin elsewhere, so that work is spread."""
     found = sorted(host_ids)
-    if not found:
-        return ""
-    spread = int(disk_id.replace("-", ""), 16) if is_id(disk_id) else 0
-    return found[spread % len(found)]
+    start = int(object_id.replace("-", ""), 16) % len(found) if found and is_id(object_id) else 0
+    return [*found[start:], *found[:start]]
+
+
+def choose_host(host_ids: Iterable[str], object_id: str) -> str:
+    """One of these hosts to work on the object. "" when there is none."""
+    return next(iter(in_turn(host_ids, object_id)), "")
 
 
 def _some(names: list[str]) -> str:

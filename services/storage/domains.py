@@ -52,10 +52,19 @@ part = Part()
 NOUN = "storage domain"
 
 
+PROBES = 3
+"""Hosts that are asked in turn to initialise a new domain, until one can."""
+
+
 class Probe(Message):
     """What the operation that makes a domain was asked; secrets are in the domain's private part."""
 
+    host_ids: tuple[str, ...]
+
+
+class Initialised(Message):
     host_id: str
+    report: StorageDomainReport
 
 
 def _taken(taken: Taken, domain: StorageDomain) -> Refused:
@@ -79,13 +88,13 @@ async def create(svc: Storage, ask: CreateStorageDomain, caller: Caller) -> Oper
         await svc.check_data_center(ask.data_center_id)
     hosts = await svc.connectable(ask.data_center_id, ask.host_id, f"making storage domain {ask.name}")
     domain = _new_domain(ask)
-    host_id = domain_model.choose_host([host.id for host in hosts], domain.id)
+    host_ids = domain_model.in_turn([host.id for host in hosts], domain.id)[:PROBES]
     op, begun = svc.core.operations.begin(
         "storage_domain.create",
         object_kind="storage_domain",
         object_id=domain.id,
         object_name=domain.name,
-        question=Probe(host_id=host_id),
+        question=Probe(host_ids=tuple(host_ids)),
         caller=caller,
     )
     private = DomainPrivate(chap_password=svc.vault.seal(ask.chap_password))
@@ -121,24 +130,36 @@ def _new_domain(ask: CreateStorageDomain) -> StorageDomain:
 
 @part.runs("storage_domain.create", deadline_seconds=300)
 async def creating(svc: Storage, run: Run) -> None:
-    domain_id, host_id = run.operation.object_id, run.input(Probe).host_id
-    run.undo("domain", partial(_remove, svc, domain_id, host_id))
-    report = await run.step(
-        "initialise",
-        "Initialise the storage",
-        partial(connections.look, svc, domain_id, host_id, initialise=True),
-        StorageDomainReport,
+    domain_id, host_ids = run.operation.object_id, run.input(Probe).host_ids
+    run.undo("domain", partial(_remove, svc, domain_id, host_ids))
+    made = await run.step(
+        "initialise", "Initialise the storage", partial(_initialise, svc, domain_id, host_ids), Initialised
     )
     domain = (await svc.domain(domain_id)).public
-    _refuse_empty(domain, report)
+    _refuse_empty(domain, made.report)
     if domain.data_center_id:
-        await connections.record(svc, domain_id, host_id, report)
+        await connections.record(svc, domain_id, made.host_id, made.report)
         await run.step(
             "connect", "Connect the hosts", partial(connections.connect_everywhere, svc, domain_id)
         )
     else:
-        await run.step("measure", "Record what is there", partial(_measure, svc, domain_id, report))
-        await run.step("leave", "Disconnect", partial(connections.disconnect, svc, domain_id, [host_id]))
+        await run.step("measure", "Record what is there", partial(_measure, svc, domain_id, made.report))
+        await run.step("leave", "Disconnect", partial(connections.disconnect, svc, domain_id, [made.host_id]))
+
+
+async def _initialise(svc: Storage, domain_id: str, host_ids: Sequence[str]) -> Initialised:
+    """On the first of these hosts that can. Raises Refused with what the first one said."""
+    first: Refused | None = None
+    for host_id in host_ids:
+        try:
+            report = await connections.look(svc, domain_id, host_id, initialise=True)
+            return Initialised(host_id=host_id, report=report)
+        except Refused as refused:
+            host = await svc.store.host(host_id)
+            name = host.name if host is not None else host_id
+            first = first or Refused(refused.kind, f"host {name}: {refused.message}", **refused.details)
+    assert first is not None
+    raise first
 
 
 def _refuse_empty(domain: StorageDomain, report: StorageDomainReport) -> None:
@@ -157,17 +178,16 @@ async def _measure(svc: Storage, domain_id: str, report: StorageDomainReport) ->
     await svc.edit(DOMAINS, domain_id, measured)
 
 
-async def _remove(svc: Storage, domain_id: str, host_id: str) -> None:
-    """Nothing of a domain that could not be made stays behind; its marker goes as soon as the host can."""
+async def _remove(svc: Storage, domain_id: str, probed: Sequence[str]) -> None:
+    """Nothing of a domain that could not be made stays behind; its marker goes as soon as a host can."""
     row = await DOMAINS.find(svc.core.pool, domain_id)
     if row is None:
         return
     directory = row.public.kind is DomainKind.DIRECTORY
-    connected = set(row.public.host_ids) - {host_id}
-    await connections.disconnect(svc, domain_id, sorted(connected))
-    problems = await connections.disconnect(svc, domain_id, [host_id], remove=directory)
+    await connections.disconnect(svc, domain_id, sorted(set(row.public.host_ids) - set(probed)))
+    problems = await connections.disconnect(svc, domain_id, probed, remove=directory)
     while (row := await DOMAINS.find(svc.core.pool, domain_id)) is not None:
-        leaving = [svc.store.leave_behind(row.public, host_id)] if problems and directory else []
+        leaving = [svc.store.leave_behind(row.public, row.public.host_id)] if problems and directory else []
         try:
             await svc.core.commit(DOMAINS.delete(row), *leaving)
         except Stale:

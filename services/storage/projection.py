@@ -17,10 +17,12 @@ from volery.contracts.cluster import (
     DATA_CENTER_DELETED,
     LIST_DATA_CENTERS,
     DataCenter,
+    GetById,
 )
+from volery.contracts.errors import Kind, Refused
 from volery.contracts.host import HOST_CHANGED, HOST_DELETED, LIST_HOSTS, Host
 from volery.contracts.operation import ListQuery
-from volery.contracts.vm import LIST_VMS, VM_CHANGED, VM_DELETED, Vm
+from volery.contracts.vm import GET_VM, LIST_VMS, VM_CHANGED, VM_DELETED, Vm
 from volery.runtime.service import Part
 from volery.runtime.tables import Change
 
@@ -78,6 +80,17 @@ async def released(svc: Storage, vm_id: str) -> list[Change]:
         )
         for row in await svc.store.disks_used_by(vm_id)
     ]
+
+
+@part.every(300.0)
+async def release_orphans(svc: Storage) -> None:
+    """Uses by VMs that inventory doesn't have, whose deletion was never heard."""
+    for vm_id in await svc.store.unknown_users():
+        try:
+            await svc.core.bus.ask(GET_VM, GetById(id=vm_id))
+        except Refused as refused:
+            if refused.kind is Kind.NOT_FOUND:
+                await svc.core.commit(*await released(svc, vm_id))
 
 
 def _then_wake(svc: Storage, change: Change, key: str) -> Change:

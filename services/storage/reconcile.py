@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Sequence
 
 from services.storage import connections, disk_work, domain_model
 from services.storage.storage import Storage
 from services.storage.store import DISKS, DOMAINS, DomainPrivate
-from volery.contracts.errors import Refused
+from volery.contracts.errors import Kind, Refused
 from volery.contracts.operation import ENDED
 from volery.contracts.storage import StorageDomain
 from volery.runtime.tables import Row
 
+log = logging.getLogger(__name__)
+
 
 async def reconcile(svc: Storage, key: str) -> None:
-    """Keys: `domain:{id}`, `check:{domain}:{host}`, `host:{id}`, `disk:{id}`."""
+    """Keys: `domain:{id}`, `check:{domain}:{host}`, `host:{id}`, `disk:{id}`, `leftover:{domain}`."""
     kind, _, rest = key.partition(":")
     await _KINDS[kind](svc, rest)
 
 
 async def reconcile_all(svc: Storage) -> Sequence[str]:
-    domains = [f"domain:{domain_id}" for domain_id in await svc.store.attached_domain_ids()]
-    return [*domains, *(f"disk:{disk_id}" for disk_id in await svc.store.unsettled_disks())]
+    return [
+        *(f"domain:{domain_id}" for domain_id in await svc.store.attached_domain_ids()),
+        *(f"disk:{disk_id}" for disk_id in await svc.store.unsettled_disks()),
+        *(f"leftover:{left.domain_id}" for left in await svc.store.leftovers()),
+    ]
 
 
 async def _domain(svc: Storage, domain_id: str) -> None:
@@ -78,16 +84,18 @@ async def _host(svc: Storage, host_id: str) -> None:
 
 
 async def _disk(svc: Storage, disk_id: str) -> None:
-    """Remove what a failed operation left, and free what an ended one still holds."""
+    """Remove what a failed operation left, as soon as its host can."""
     row = await DISKS.find(svc.core.pool, disk_id)
-    if row is None or await _held(svc, row.public.busy_with):
+    if row is None or not row.private.doomed or svc.core.quarantine.reason:
         return
-    if row.private.doomed:
-        try:
-            await disk_work.remove_volume(svc, row, svc.config.connect_seconds)
-        except Refused:
-            return
-        await disk_work.drop(svc, disk_id)
+    if await _held(svc, row.public.busy_with):
+        return
+    try:
+        await disk_work.remove_volume(svc, row, svc.config.connect_seconds)
+    except Refused as refused:
+        log.info("disk %s still can't be removed: %s", disk_id, refused.message)
+        return
+    await disk_work.drop(svc, disk_id)
 
 
 async def _held(svc: Storage, operation_id: str) -> bool:
@@ -98,4 +106,33 @@ async def _held(svc: Storage, operation_id: str) -> bool:
     return row is not None and (row.public.state not in ENDED or row.public.outcome_pending)
 
 
-_KINDS = {"domain": _domain, "check": _check, "host": _host, "disk": _disk}
+async def _leftover(svc: Storage, domain_id: str) -> None:
+    """Have a host remove the directory of a deleted domain, if nothing else is in it. Found nowhere, it is gone."""
+    left = next((one for one in await svc.store.leftovers() if one.domain_id == domain_id), None)
+    if left is None or svc.core.quarantine.reason:
+        return
+    nowhere = True
+    for host in await svc.store.hosts():
+        if left.host_id not in ("", host.id):
+            continue
+        if host.status not in domain_model.CAN_CONNECT:
+            nowhere = False
+            continue
+        try:
+            await connections.clean(svc, left, host.id)
+        except Refused as refused:
+            nowhere = nowhere and refused.kind is Kind.NOT_FOUND
+            continue
+        nowhere = True
+        break
+    if nowhere:
+        await svc.core.commit(svc.store.cleaned(domain_id))
+
+
+_KINDS = {
+    "domain": _domain,
+    "check": _check,
+    "host": _host,
+    "disk": _disk,
+    "leftover": _leftover,
+}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from services.storage import connections, disk_work, disks, domains, projection, uses
+from services.storage import connections, discovery, disk_work, disks, domains, projection, transfers, uses
 from services.storage.config import StorageConfig
 from services.storage.reconcile import reconcile, reconcile_all
 from services.storage.storage import Storage, open_storage
@@ -14,7 +14,7 @@ from volery.contracts.operation import Operation
 from volery.runtime.service import Service
 from volery.runtime.tables import Change
 
-RELEASES = {"storage_domain": domains.release, "disk": disk_work.release}
+RELEASES = {"storage_domain": domains.release, "disk": disk_work.release, "transfer": transfers.release}
 """What an operation is about → how its object is freed when it ended."""
 
 
@@ -34,6 +34,8 @@ def make_service() -> Service:
             disks.part,
             disk_work.part,
             uses.part,
+            transfers.part,
+            discovery.part,
             projection.part,
         ],
         report=STORAGE_REPORTED,

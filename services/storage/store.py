@@ -256,11 +256,13 @@ class Store:
     async def used_disks(self, domain_id: str) -> list[Row[Disk, DiskPrivate]]:
         return await DISKS.where(self.pool, "storage_domain_id = $1 and uses <> '[]'", domain_id)
 
-    async def users(self) -> list[str]:
-        """Ids of VMs that have a disk and that inventory's facts don't know."""
+    async def unknown_users(self) -> list[str]:
+        """VMs that have a disk and that inventory's facts don't know. One that is being made is not asked about."""
         rows = await self.pool.fetch(
             """select distinct u ->> 'vm_id' as vm_id from disk, json_array_elements(uses::json) u
-               where uses <> '[]' and not exists (select 1 from vm where vm.id = u ->> 'vm_id')"""
+               where uses <> '[]' and busy_with = ''
+               and (doc::json ->> 'updated_at')::timestamptz < now() - interval '10 minutes'
+               and not exists (select 1 from vm where vm.id = u ->> 'vm_id')"""
         )
         return [row["vm_id"] for row in rows]
 

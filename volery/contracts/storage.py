@@ -122,7 +122,7 @@ class DiskStatus(StrEnum):
     """An operation is making or changing it."""
     OK = "ok"
     ILLEGAL = "illegal"
-    """Its content can't be trusted: an upload or copy failed half-way. It can only be deleted."""
+    """Its content can't be trusted: an upload or copy failed half-way. Upload into it again, or delete it."""
     MISSING = "missing"
     """The storage says that it is gone."""
 
@@ -243,6 +243,13 @@ class FinishDiskTransfer(Message):
     sha256: str = ""
 
 
+class FindTransferEndpoint(Message):
+    """`again` when the host no longer knows the ticket (its agent was restarted): it is admitted once more first."""
+
+    id: str
+    again: bool = False
+
+
 class TransferEndpoint(Message):
     """Where the gateway sends the bytes; clients never see it."""
 
@@ -324,7 +331,9 @@ FINISH_DISK_TRANSFER = Call("storage.transfer.finish", FinishDiskTransfer, Opera
 CANCEL_TRANSFER = Call("storage.transfer.cancel", GetById, Operation, mutates=True)
 GET_TRANSFER = Call("storage.transfer.get", GetById, Transfer)
 LIST_TRANSFERS = Call("storage.transfer.list", ListQuery, Page)
-FIND_TRANSFER_ENDPOINT = Call("storage.transfer.endpoint", GetById, TransferEndpoint)
+FIND_TRANSFER_ENDPOINT = Call(
+    "storage.transfer.endpoint", FindTransferEndpoint, TransferEndpoint, timeout_seconds=30
+)
 TRANSFER_CHANGED = Fact("fact.storage.transfer.{id}.changed", Transfer)
 TRANSFER_DELETED = Fact("fact.storage.transfer.{id}.deleted", Transfer)
 
