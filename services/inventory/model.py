@@ -39,7 +39,7 @@ ALLOWED: dict[str, frozenset[VmStatus]] = {
     "unpause": frozenset({S.PAUSED}),
     "suspend": RUNNING | {S.PAUSED},
     "migrate": RUNNING | {S.PAUSED},
-    "delete": frozenset({S.DOWN}),
+    "delete": frozenset({S.DOWN, S.DELETING}),
     "attach_disk": RUNNING | {S.DOWN},
     "detach_disk": RUNNING | {S.DOWN},
     "attach_nic": RUNNING | {S.DOWN},

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 from msgspec.structs import replace
 
 from services.inventory.desk import Inventory
 from services.inventory.store import HOSTS, VMS
+from volery.contracts.base import Call, Message
 from volery.contracts.domain_orders import FORGET_DOMAIN, ForgetDomain
 from volery.contracts.errors import Refused
 from volery.contracts.ids import new_id
+from volery.contracts.operation import Operation
 from volery.contracts.scheduling import RELEASE_VM_CLAIMS, ReleaseVm
-from volery.contracts.vm import STOP_VM, DesiredState, StopVm, VmStatus
+from volery.contracts.vm import DELETE_VM, STOP_VM, DeleteVm, DesiredState, StopVm, VmStatus
 from volery.runtime.bus import Caller
 
 log = logging.getLogger(__name__)
@@ -42,11 +45,20 @@ async def _vm(inv: Inventory, vm_id: str) -> None:
         return
     vm = row.public
     placement = await inv.store.placement(vm_id)
-    if vm.desired is DesiredState.DOWN and placement.state == "running" and vm.status is not VmStatus.UNKNOWN:
-        try:
-            await inv.core.bus.ask(STOP_VM, StopVm(id=vm_id), Caller("service:inventory", new_id(), vm_id))
-        except Refused as refused:
-            log.info("stopping %s again: %s", vm_id, refused.message)
+    if vm.status is VmStatus.DELETING:
+        await _again(inv, DELETE_VM, DeleteVm(id=vm_id, delete_disks=row.private.delete_disks), vm_id)
+    elif (
+        vm.desired is DesiredState.DOWN and placement.state == "running" and vm.status is not VmStatus.UNKNOWN
+    ):
+        await _again(inv, STOP_VM, StopVm(id=vm_id), vm_id)
+
+
+async def _again(inv: Inventory, call: Call[Any, Operation], question: Message, vm_id: str) -> None:
+    """What was asked for once and did not come to its end."""
+    try:
+        await inv.core.bus.ask(call, question, Caller("service:inventory", new_id(), vm_id))
+    except Refused as refused:
+        log.info("%s of %s again: %s", call.subject, vm_id, refused.message)
 
 
 async def _claims(inv: Inventory, vm_id: str) -> None:

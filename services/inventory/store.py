@@ -56,6 +56,8 @@ class VmPrivate(Message):
     """A stop is under way: its ending is no crash."""
     run_once: RunOnce | None = None
     had_agent: bool = False
+    delete_disks: bool = True
+    """What the one who deletes it wants for its disks."""
 
 
 class UserPrivate(Message):
@@ -234,7 +236,8 @@ class Store:
         rows = await self.pool.fetch(
             """select id from vm where busy_with = '' and not external
                and ((desired = 'up' and status in ('down', 'suspended'))
-                    or (desired = 'down' and status in ('up', 'powering_up', 'paused')))"""
+                    or (desired = 'down' and status in ('up', 'powering_up', 'paused'))
+                    or status = 'deleting')"""
         )
         return [row["id"] for row in rows]
 

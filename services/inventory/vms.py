@@ -357,7 +357,8 @@ async def delete_vm(inv: Inventory, ask: DeleteVm, caller: Caller) -> Operation:
         )
         new = replace(vm, status=VmStatus.DELETING, busy_with=op.id, allowed_actions=())
         try:
-            await inv.core.commit(VMS.update(row, new), begun, caller=caller, answer=op)
+            private = replace(row.private, delete_disks=ask.delete_disks)
+            await inv.core.commit(VMS.update(row, new, private), begun, caller=caller, answer=op)
         except Stale:
             continue
         return op

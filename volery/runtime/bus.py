@@ -42,6 +42,8 @@ ERROR_CODE_HEADER = "Nats-Service-Error-Code"
 PRINCIPAL_HEADER = "Volery-Principal"
 REQUEST_HEADER = "Volery-Request"
 HASH_HEADER = "Volery-Request-Hash"
+LOST = "lost"
+"""Detail of a refusal that nobody spoke: the question or its answer got lost. Ask again with the same id."""
 MAX_ANSWER_BYTES = 900_000
 """NATS carries 1 MiB; lists are pages."""
 
@@ -151,6 +153,7 @@ class Bus:
                         Kind.UNAVAILABLE,
                         f"nobody answers {subject} right now: the {subject.split('.')[0]} service is down or "
                         "starting; try again in a few seconds",
+                        **{LOST: True},
                     ) from None
                 await asyncio.sleep(0.05)
                 continue
@@ -163,6 +166,7 @@ class Bus:
                     Kind.TIMEOUT,
                     f"{subject} did not answer within {timeout_seconds:g} s: the outcome is unknown, so ask again "
                     "with the same Idempotency-Key",
+                    **{LOST: True},
                 ) from None
             problem = _problem(message)
             if problem is not None:

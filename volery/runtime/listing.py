@@ -7,17 +7,17 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from volery.contracts.base import Call, Entity
+from volery.contracts.base import Call
 from volery.contracts.operation import ListQuery
 from volery.runtime.bus import Bus
 
-E = TypeVar("E", bound=Entity)
+E = TypeVar("E")
 
 PAGE = 200
 
 
 async def pages(bus: Bus, call: Call[ListQuery, Any], type_: type[E]) -> AsyncIterator[list[E]]:
-    """All objects of a noun, a page at a time. Raises Refused when its owner doesn't answer."""
+    """All objects of a noun, a page at a time, decoded as `type_` (msgspec.Raw: as they are). Raises Refused when its owner doesn't answer."""
     following = ""
     decoder = msgspec.json.Decoder(type_)
     while True:

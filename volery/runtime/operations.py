@@ -27,7 +27,7 @@ from volery.contracts.errors import Kind, Problem, Refused, conflict
 from volery.contracts.ids import new_id
 from volery.contracts.operation import ENDED, OPERATION_CHANGED, Operation, OperationState, Step
 from volery.runtime import telemetry
-from volery.runtime.bus import Caller
+from volery.runtime.bus import LOST, Caller
 from volery.runtime.orders import Orders
 from volery.runtime.quarantine import Quarantine
 from volery.runtime.tables import Change, Row, Stale, Table
@@ -146,9 +146,23 @@ class Run:
             return kept
         self.checkpoint()
         await self._begin(name, title, changes)
-        answer = await action()
+        answer = await self.surely(action)
         await self._end(name, answer if type_ is not None else None)
         return answer
+
+    async def surely(self, action: Callable[[], Awaitable[V]]) -> V:
+        """The action's answer; done again, under the same request ids, when a question or answer got lost."""
+        pause = 0.1
+        while True:
+            try:
+                return await action()
+            except Refused as refused:
+                if not refused.details.get(LOST):
+                    raise
+                log.info("asking again: %s", refused.message)
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, 2.0)
+            self.checkpoint()
 
     async def order(
         self,
@@ -460,7 +474,7 @@ class Operations:
         run.undoing = True
         for name, action in reversed(run.undos):
             try:
-                await action()
+                await run.surely(action)
             except Refused as refused:
                 log.warning("undoing %s of %s: %s", name, run.id, refused.message)
         by_person = by_person or run.row.private.cancelled
