@@ -165,6 +165,27 @@ def check_marker(path: str, root: str, domain_id: str, installation: str) -> Non
         )
 
 
+def abandon(request: dict[str, Any]) -> dict[str, Any]:
+    """Remove a domain's own directory when it holds nothing but the marker and empty folders; else leave it alone."""
+    root = request["root"]
+    if not os.path.lexists(root):
+        return {}
+    if os.path.lexists(os.path.join(root, MARKER)):
+        check_marker(os.path.dirname(root), root, request["domain_id"], request["installation"])
+    with folder(root) as top:
+        inside = set(os.listdir(top))
+        if inside - {MARKER, *FOLDERS} or any(
+            os.listdir(os.path.join(root, f)) for f in inside & set(FOLDERS)
+        ):
+            return {}
+        for name in inside & set(FOLDERS):
+            os.rmdir(name, dir_fd=top)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(MARKER, dir_fd=top)
+    os.rmdir(root)
+    return {}
+
+
 def check_writable(root: str) -> None:
     for name in FOLDERS:
         with folder(root, name) as directory:
@@ -436,6 +457,7 @@ def say(value: dict[str, Any]) -> None:
 VERBS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "connect": connect,
     "report": report,
+    "abandon": abandon,
     "look": look,
     "place": place,
     "remove": remove,

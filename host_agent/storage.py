@@ -99,8 +99,22 @@ def _report(domain_id: str, found: Contents) -> StorageDomainReport:
 
 
 async def disconnect(host: Host, order: DisconnectStorage, running: Running) -> Done:
+    """Forgets the domain; with `remove` also its own directory, if nothing but Volery's empty folders is in it."""
+    if order.remove:
+        await _remove(host, order)
     places.forget(host.config, order.domain_id)
     return Done()
+
+
+async def _remove(host: Host, order: DisconnectStorage) -> None:
+    if not is_id(order.domain_id):
+        raise invalid(f"{order.domain_id!r} isn't the id of a storage domain")
+    roots = [d.root for d in places.connected(host.config) if d.domain_id == order.domain_id and d.root]
+    if order.path and os.path.isabs(order.path) and ".." not in order.path.split("/"):
+        roots.append(os.path.join(os.path.normpath(order.path), order.domain_id))
+    for root in dict.fromkeys(roots):
+        request = _Domain(domain_id=order.domain_id, installation=host.config.installation, root=root)
+        await places.ask("abandon", request, Done, timeout_seconds=LOOK_SECONDS)
 
 
 async def discover(host: Host, order: DiscoverIscsi, running: Running) -> IscsiTargets:

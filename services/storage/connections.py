@@ -93,17 +93,16 @@ async def _each(svc: Storage, domain_id: str, host_ids: Sequence[str]) -> None:
     await asyncio.gather(*(one(host_id) for host_id in host_ids))
 
 
-async def disconnect(
-    svc: Storage, domain_id: str, host_ids: Sequence[str], *, remove: bool = False
-) -> list[str]:
-    """Have hosts forget the domain; what one of them couldn't do is returned, and does no harm."""
+async def disconnect(svc: Storage, domain_id: str, host_ids: Sequence[str], *, remove: str = "") -> list[str]:
+    """Have hosts forget the domain; what one of them couldn't do is returned, and does no harm. `remove` is the path
+    of a directory domain whose own directory goes, too, if nothing is in it."""
     problems: list[str] = []
 
     async def one(host_id: str) -> None:
         try:
             await svc.core.orders.carry_out(
                 DISCONNECT_STORAGE,
-                DisconnectStorage(domain_id=domain_id, remove=remove),
+                DisconnectStorage(domain_id=domain_id, remove=bool(remove), path=remove),
                 host_id=host_id,
                 object_id=domain_id,
                 timeout_seconds=svc.config.discard_seconds,
@@ -126,7 +125,8 @@ async def clean(svc: Storage, left: Leftover, host_id: str) -> None:
     )
     where = DirectoryLocation(path=left.path)
     await order(CONNECT_STORAGE, ConnectStorage(domain_id=left.domain_id, location=where))
-    await order(DISCONNECT_STORAGE, DisconnectStorage(domain_id=left.domain_id, remove=True))
+    gone = DisconnectStorage(domain_id=left.domain_id, remove=True, path=left.path)
+    await order(DISCONNECT_STORAGE, gone)
 
 
 async def record(svc: Storage, domain_id: str, host_id: str, report: StorageDomainReport) -> None:

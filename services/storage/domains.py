@@ -183,11 +183,11 @@ async def _remove(svc: Storage, domain_id: str, probed: Sequence[str]) -> None:
     row = await DOMAINS.find(svc.core.pool, domain_id)
     if row is None:
         return
-    directory = row.public.kind is DomainKind.DIRECTORY
+    path = row.public.path
     await connections.disconnect(svc, domain_id, sorted(set(row.public.host_ids) - set(probed)))
-    problems = await connections.disconnect(svc, domain_id, probed, remove=directory)
+    problems = await connections.disconnect(svc, domain_id, probed, remove=path)
     while (row := await DOMAINS.find(svc.core.pool, domain_id)) is not None:
-        leaving = [svc.store.leave_behind(row.public, row.public.host_id)] if problems and directory else []
+        leaving = [svc.store.leave_behind(row.public, row.public.host_id)] if problems and path else []
         try:
             await svc.core.commit(DOMAINS.delete(row), *leaving)
         except Stale:

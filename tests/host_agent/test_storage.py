@@ -244,3 +244,21 @@ def test_only_disks_count_as_luns() -> None:
     assert iscsi.parse_luns(output, "iqn.a:1") == [1]
     assert iscsi.parse_luns(output, "iqn.b:1") == [2]
     assert iscsi.parse_luns(output, "iqn.c:1") == []
+
+
+async def test_an_abandoned_domain_leaves_nothing_but_what_others_put_there(host: Host, shared: Path) -> None:
+    first, second = new_id(), new_id()
+    for domain_id in (first, second):
+        await connect(host, shared, domain_id, initialise=True)
+    (shared / second / "disks" / "stranger.raw").write_bytes(b"x")
+    for domain_id in (first, second, new_id()):
+        order = DisconnectStorage(domain_id=domain_id, remove=True, path=str(shared))
+        await storage.disconnect(host, order, running())
+    assert [path.name for path in shared.iterdir()] == [second]
+    assert (shared / second / "domain.json").exists()
+    assert places.connected(host.config) == ()
+    half = new_id()
+    (shared / half / "disks").mkdir(parents=True)
+    order = DisconnectStorage(domain_id=half, remove=True, path=str(shared))
+    await storage.disconnect(host, order, running())
+    assert not (shared / half).exists()

@@ -39,6 +39,8 @@ class DisconnectStorage(Message):
     domain_id: str
     remove: bool = False
     """Also remove the directory domain's own directory with its marker, unless there is a volume or a stranger in it."""
+    path: str = ""
+    """With `remove`: the domain's path, for a host on which connecting failed half-way."""
 
 
 class DiscoverIscsi(Message):
