@@ -40,14 +40,27 @@ class ListPage(msgspec.Struct, Generic[E], frozen=True):
     next: str = ""
 
 
-def body_of(message: Message | Mapping[str, Any] | None, *path_fields: str) -> bytes | None:
-    """The JSON body of a question, without the fields that the path or a header carries."""
-    if message is None:
+def body_of(question: Message | Mapping[str, Any] | None) -> bytes | None:
+    """The JSON body of a question: what differs from its defaults, without what path and headers carry."""
+    if question is None:
         return None
-    fields = msgspec.json.decode(encode(message), type=dict[str, Any])
-    for name in ("id", "if_revision", "dry_run", *path_fields):
-        fields.pop(name, None)
-    return encode(fields)
+    fields = question if isinstance(question, Mapping) else _given(question)
+    return encode({name: value for name, value in fields.items() if name not in CARRIED})
+
+
+CARRIED = frozenset({"id", "if_revision", "dry_run"})
+
+
+def _given(question: Message) -> dict[str, Any]:
+    found = {}
+    for field_ in msgspec.structs.fields(question):
+        value = getattr(question, field_.name)
+        default = field_.default
+        if default is msgspec.NODEFAULT and field_.default_factory is not msgspec.NODEFAULT:
+            default = field_.default_factory()
+        if value != default and value is not msgspec.UNSET:
+            found[field_.name] = value
+    return found
 
 
 @dataclass(frozen=True, slots=True)
