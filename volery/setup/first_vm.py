@@ -31,7 +31,6 @@ from volery.contracts.network import CreateNetwork, Network
 from volery.contracts.network_orders import NetworkKind
 from volery.contracts.operation import Operation
 from volery.contracts.storage import (
-    CreateDisk,
     CreateStorageDomain,
     Disk,
     DiskStatus,
@@ -59,7 +58,11 @@ TOKEN_SECONDS = 365 * 86400
 _TOKEN_LEFT_SECONDS = 30 * 86400
 """root's token is replaced when less is left of it."""
 
+NEEDED = frozenset({"inventory", "scheduler", "storage", "network"})
+"""Services without which no VM starts."""
+
 _READY_SECONDS = 60.0
+_GRACE_SECONDS = 10.0
 _HOST_SECONDS = 60.0
 _DOMAIN_SECONDS = 60.0
 _GUEST_SECONDS = 240.0
@@ -73,7 +76,7 @@ def finish(running: Running, output: Output) -> None:
     try:
         with processes.exclusive(home.run / "up.lock", timeout_seconds=LONGEST_UP_SECONDS):
             with output.step("Control plane answers"):
-                _wait_until_ready(running)
+                _wait_until_ready(running, output)
             with _log_in(running) as client:
                 vm = _local_host(client, running, output) if running.image is not None else None
     except (ProblemError, OperationFailed, NotOne, TimeoutError) as error:
@@ -83,21 +86,25 @@ def finish(running: Running, output: Output) -> None:
     _summary(running, vm, output)
 
 
-def _wait_until_ready(running: Running) -> None:
-    """Until every service answers through the gateway."""
+def _wait_until_ready(running: Running, output: Output) -> None:
+    """Until every service answers through the gateway; those that a VM can do without may be late."""
     home = running.home
-    said = "it doesn't listen yet"
-    deadline = time.monotonic() + _READY_SECONDS
+    silent, said = NEEDED, "it doesn't listen yet"
+    started = time.monotonic()
     with httpx.Client(base_url=running.gateway_url, verify=str(home.ca_certificate), timeout=5) as http:
-        while time.monotonic() < deadline:
+        while time.monotonic() - started < _READY_SECONDS:
             try:
-                answer = http.get("/readyz")
-            except httpx.TransportError as error:
+                answered = http.get("/readyz").json()["services"]
+            except (httpx.TransportError, ValueError, KeyError) as error:
                 said = str(error)
             else:
-                if answer.status_code == 200:
+                silent = frozenset(n for n, ready in answered.items() if not ready) or NEEDED - set(answered)
+                if not silent:
                     return
-                said = answer.text.strip()
+                said = f"{', '.join(sorted(silent))} don't answer"
+                if not silent & NEEDED and time.monotonic() - started > _GRACE_SECONDS:
+                    output.warn(f"{said} yet; going on without. {_last_words(home, programs.CONTROL_PLANE)}")
+                    return
             time.sleep(_POLL_SECONDS)
     raise SetupError(
         f"the control plane isn't ready after {_READY_SECONDS:.0f} s: {said}."
@@ -275,12 +282,12 @@ def _image_disk(client: Client, domain: StorageDomain, image: GuestImage, output
             found = None
         if found is None or not found.sha256:
             if found is None:
-                ask = CreateDisk(
-                    name=IMAGE_DISK,
-                    storage_domain_id=domain.id,
-                    size_bytes=_virtual_size(image.disk),
-                    description="A few megabytes of Linux with a guest agent",
-                )
+                ask = {
+                    "name": IMAGE_DISK,
+                    "storage_domain_id": domain.id,
+                    "size_bytes": _virtual_size(image.disk),
+                    "description": "A few megabytes of Linux with a guest agent",
+                }
                 client.wait(client.send(api.DISKS.create(ask, Operation)))
                 found = client.find(api.DISKS, IMAGE_DISK)
             send_image(client, found.id, image.disk)
