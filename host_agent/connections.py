@@ -123,7 +123,8 @@ class Connections:
         finally:
             stop()
 
-    def _emit(self, event: HypervisorEvent) -> None:
+    def emit(self, event: HypervisorEvent) -> None:
+        """Tell every listener."""
         for listener in tuple(self._listeners):
             listener(event)
 
@@ -144,7 +145,7 @@ class Connections:
                 continue
             pause = RETRY_SECONDS[0]
             self._connected.set()
-            self._emit(HypervisorEvent(EventName.CONNECTED))
+            self.emit(HypervisorEvent(EventName.CONNECTED))
             try:
                 await lost.wait()
             finally:
@@ -152,14 +153,14 @@ class Connections:
                 self._driver.close(connection)
             self._problem = "the connection was lost"
             log.warning("libvirt at %s went away", self.uri)
-            self._emit(HypervisorEvent(EventName.DISCONNECTED))
+            self.emit(HypervisorEvent(EventName.DISCONNECTED))
 
     def _listen(self, token: object, lost: asyncio.Event) -> Any:
         """In a thread. An attempt that was given up may still succeed: its events are not heard."""
 
         def forward(event: HypervisorEvent) -> None:
             if self._token is token:
-                self._emit(event)
+                self.emit(event)
 
         return self._driver.listen(
             lambda event: self._from_thread(functools.partial(forward, event)),
@@ -237,10 +238,10 @@ class Connections:
     def _became_late(self, vm_id: str) -> None:
         self._late[vm_id] = self._late.get(vm_id, 0) + 1
         if self._late[vm_id] == 1:
-            self._emit(HypervisorEvent(EventName.UNRESPONSIVE, vm_id))
+            self.emit(HypervisorEvent(EventName.UNRESPONSIVE, vm_id))
 
     def _came_back(self, vm_id: str) -> None:
         self._late[vm_id] -= 1
         if not self._late[vm_id]:
             del self._late[vm_id]
-            self._emit(HypervisorEvent(EventName.RESPONSIVE, vm_id))
+            self.emit(HypervisorEvent(EventName.RESPONSIVE, vm_id))

@@ -14,6 +14,7 @@ import libvirt
 import msgspec
 
 from host_agent import domxml, runningxml
+from host_agent.audit import audit
 from host_agent.config import AgentConfig
 from host_agent.connections import BULK_SECONDS, OPEN_SECONDS, RESCUE_SECONDS, START_SECONDS, Connections
 from host_agent.events import EVENTS, EventName, HypervisorEvent, state_of
@@ -118,11 +119,22 @@ class Hypervisor(Connections):
 
     def __init__(self, config: AgentConfig) -> None:
         super().__init__(config, LibvirtDriver(config.libvirt_uri))
+        self._audit: asyncio.Task[None] | None = None
         self._guests: dict[str, GuestInfo] = {}
         self.leaving: set[str] = set()
         """VMs that a migration is taking away from here."""
         self.domain_type = "test" if self.uri.startswith("test:") else config.hypervisor
         """kvm, qemu or test. `auto` becomes kvm or qemu by `capabilities.choose`; until then it counts as qemu."""
+
+    async def start(self) -> None:
+        await super().start()
+        self._audit = asyncio.create_task(audit(self), name="audit")
+
+    async def close(self) -> None:
+        if self._audit is not None:
+            self._audit.cancel()
+            await asyncio.gather(self._audit, return_exceptions=True)
+        await super().close()
 
     @property
     def machine(self) -> domxml.Machine:
@@ -389,7 +401,7 @@ class Hypervisor(Connections):
                 del self._guests[vm_id]
             else:
                 self._guests[vm_id] = info
-            self._emit(HypervisorEvent(EventName.GUEST_CHANGED, vm_id))
+            self.emit(HypervisorEvent(EventName.GUEST_CHANGED, vm_id))
 
     # Secrets and networks
 
@@ -424,9 +436,10 @@ class Hypervisor(Connections):
         def end(connection: Any) -> None:
             for network in connection.listAllNetworks(0):
                 if network.name() == name:
+                    persistent = network.isPersistent()
                     if network.isActive():
                         network.destroy()
-                    if network.isPersistent():
+                    if persistent:
                         network.undefine()
 
         await self._call(self._work, f"end the network {name}", end, RESCUE_SECONDS)

@@ -107,7 +107,21 @@ async def test_libvirtd_dies_and_comes_back_and_qemu_never_notices(
         assert (report.epoch, report.state) == (1, DomainState.RUNNING)
         since = len(host.heard)
         os.kill(process, signal.SIGKILL)
-        await host.until(lambda e: e.state is DomainState.GONE, 5, since=since)
+        await host.until(lambda e: e.state is DomainState.GONE, 20, since=since)
+
+
+async def test_a_vm_that_died_while_libvirtd_was_away_is_missed(daemon: LibvirtHost, tmp_path: Path) -> None:
+    async with vm_host(daemon.uri, tmp_path) as host:
+        spec = tiny_spec()
+        await host.run(spec, paused=True)
+        process = daemon.qemu(spec.vm_id)
+        daemon.kill_daemon()
+        os.kill(process, signal.SIGKILL)
+        since = len(host.heard)
+        await asyncio.to_thread(daemon.start_daemon)
+        event = await host.until(lambda e: e.state is DomainState.GONE, 20, since=since)
+        assert event.vm_id == spec.vm_id
+        assert event.changes_report
 
 
 async def test_a_stopped_qemu_stalls_nobody_else_and_can_be_ended(

@@ -149,7 +149,7 @@ async def test_a_cancelled_move_leaves_it_running_here_and_nothing_there(pair: P
     assert incoming.state is DomainState.INCOMING
     assert (await pair.there.hypervisor.domain(plain.vm_id)).state is DomainState.INCOMING
     async with asyncio.timeout(20):
-        while not pair.here.progress:
+        while not any(details["total_bytes"] for _, details in pair.here.progress):
             await asyncio.sleep(0.05)
     moving.cancel()
     with pytest.raises(asyncio.CancelledError):
