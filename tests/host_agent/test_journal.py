@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import sqlite3
 import tempfile
+import threading
 import uuid
 from pathlib import Path
 from typing import Any
@@ -216,11 +217,15 @@ async def test_a_work_that_fails_disturbs_no_other(tmp_path: Path) -> None:
 
 async def test_a_waiter_that_goes_away_does_not_take_its_write_back(tmp_path: Path) -> None:
     database = Database(tmp_path / "any.sqlite", "create table if not exists t (x integer);")
+    busy = threading.Event()
+    first = asyncio.create_task(database.do(lambda _: busy.wait(10)))
     task = asyncio.create_task(database.do(lambda db: db.execute("insert into t values (1)").rowcount))
     await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+    busy.set()
+    assert await first
     assert await database.do(values) == [1]
     await database.close()
 
