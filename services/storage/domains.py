@@ -437,6 +437,7 @@ async def delete(svc: Storage, ask: DeleteById, caller: Caller) -> Done:
             await svc.core.commit(DOMAINS.delete(row), *left, caller=caller, answer=done)
         except Stale:
             continue
+        svc.core.wake(f"leftover:{domain.id}")
         return done
 
 

@@ -79,8 +79,8 @@ async def _host(svc: Storage, host_id: str) -> None:
     """A host's status or data center changed: its word counts again or no more."""
     for key in [key for key in svc.tried if key[1] == host_id]:
         svc.tried.pop(key, None)
-    for row in await DOMAINS.where(svc.core.pool, "data_center_id <> ''"):
-        svc.core.wake(f"domain:{row.id}")
+    for key in await reconcile_all(svc):
+        svc.core.wake(key)
 
 
 async def _disk(svc: Storage, disk_id: str) -> None:

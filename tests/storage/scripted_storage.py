@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from services.storage.service import make_service
@@ -60,10 +63,11 @@ from volery.contracts.volume_orders import (
 )
 from volery.runtime.bus import Bus, Caller
 from volery.runtime.database import open_direct
-from volery.runtime.service import Settings
+from volery.runtime.service import Service, Settings
 
 GIB = 1024**3
 MIB = 1024**2
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass
@@ -304,23 +308,72 @@ def key(name: str) -> Caller:
     return Caller("user:1", name, "hash")
 
 
+@dataclass
+class StorageProcess:
+    """`python -m services.storage` against the test's servers, to be killed at will."""
+
+    configured: Settings
+    environment: dict[str, str] = field(default_factory=dict)
+    process: asyncio.subprocess.Process | None = None
+
+    async def start(self) -> None:
+        bus, database = self.configured.bus, self.configured.database
+        settings = {
+            "VOLERY_BUS_SERVERS": bus.servers,
+            "VOLERY_BUS_REQUIRE_SYNC_ALWAYS": "false",
+            "VOLERY_DATABASE_DSN": database.dsn,
+            "VOLERY_DATABASE_PASSWORDS_DIR": database.passwords_dir,
+            "VOLERY_DATABASE_POOL_MAX": "4",
+            "VOLERY_TELEMETRY_LOG_LEVEL": "WARNING",
+        }
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("VOLERY_")}
+        self.process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "services.storage", env=kept | settings | self.environment, cwd=ROOT
+        )
+
+    async def kill(self) -> None:
+        if self.process is not None and self.process.returncode is None:
+            self.process.kill()
+            await self.process.wait()
+
+    async def restart(self) -> None:
+        await self.kill()
+        await self.start()
+
+
 @asynccontextmanager
-async def site(configured: Settings, hosts: int = 2, **agent: Any) -> AsyncIterator[Site]:
-    """Storage and a stand-in for inventory, with a data center of so many hosts that are up."""
+async def storage_process(configured: Settings, **environment: str) -> AsyncIterator[StorageProcess]:
+    process = StorageProcess(configured, environment)
+    await process.start()
+    try:
+        yield process
+    finally:
+        await process.kill()
+
+
+@asynccontextmanager
+async def site(
+    configured: Settings, hosts: int = 2, service: Service | None = None, outside: bool = False
+) -> AsyncIterator[Site]:
+    """Storage and a stand-in for inventory, with a data center of so many hosts that are up.
+
+    `outside`: storage runs elsewhere (see StorageProcess).
+    """
     world, shelf = World(), Shelf()
     async with AsyncExitStack() as stack:
-        bus = await stack.enter_async_context(running(configured, make_service(), inventory(world)))
+        inside = () if outside else (service or make_service(),)
+        bus = await stack.enter_async_context(running(configured, *inside, inventory(world)))
         center = await world.data_center()
         made = []
         rows = []
         for number in range(hosts):
-            scripted_agent = ScriptedAgent(configured.bus.servers, owners=("storage",), **agent)
+            scripted_agent = ScriptedAgent(configured.bus.servers, owners=("storage",))
             made.append(StorageHost(shelf, scripted_agent))
             await stack.enter_async_context(scripted(scripted_agent))
             rows.append(await world.host(center, scripted_agent.host_id, f"h{number + 1}"))
         found = Site(bus, world, center, shelf, made, rows)
         for host in made:
-            await host.agent.until_committed("storage")
+            await host.agent.until_committed("storage", 30)
         await known(configured, [row.id for row in rows])
         yield found
 
