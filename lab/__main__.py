@@ -14,6 +14,7 @@ from pathlib import Path
 from lab.errors import LabError
 from lab.host import Host
 from lab.lab import DEFAULT_NETWORKS, Lab
+from volery.setup.errors import SetupError
 
 HOST_ACTIONS: dict[str, tuple[Callable[[Host], None], str]] = {
     "power-off": (Host.power_off, "pull the plug: every process on the host dies"),
@@ -38,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     verbs = root.add_subparsers(dest="verb", required=True, metavar="VERB")
     up = verbs.add_parser("up", parents=[shared], help="make the lab, or what is missing of it")
     up.add_argument("--hosts", type=int, default=3)
+    up.add_argument("--bare", action="store_true", help="hosts only, without a control plane")
     up.add_argument("--kvm", action="store_true", help="let hosts see /dev/kvm")
     up.add_argument("--agent-command", type=shlex.split, help="what runs as agent on every host")
     up.add_argument("--networks", default=DEFAULT_NETWORKS, help="where its /24 is taken from")
@@ -57,7 +59,7 @@ def main(arguments: list[str]) -> int:
     options = parser().parse_args(arguments)
     try:
         return act(Lab(options.state, options.name), options)
-    except LabError as error:
+    except (LabError, SetupError) as error:
         print(error, file=sys.stderr)
         return 1
 
@@ -70,8 +72,11 @@ def act(lab: Lab, options: argparse.Namespace) -> int:
             agent_command=options.agent_command,
             networks=options.networks,
         )
+        if not options.bare:
+            join_plane(lab)
         show(lab, "table")
     elif options.verb == "down":
+        leave_plane(lab)
         lab.down(keep=options.keep)
     elif options.verb == "status":
         show(lab, options.output)
@@ -81,6 +86,26 @@ def act(lab: Lab, options: argparse.Namespace) -> int:
     else:
         HOST_ACTIONS[options.verb][0](lab.host(options.host))
     return 0
+
+
+def join_plane(lab: Lab) -> None:
+    """The lab's control plane, and every host enrolled in it."""
+    from lab import plane
+    from volery.setup.console import Output
+
+    plane.connect(lab, Output()).http.close()
+    home = plane.home_of(lab).path
+    print(f"\nTry: VOLERY_HOME={home} bin/volery host list\n")
+
+
+def leave_plane(lab: Lab) -> None:
+    from lab import plane
+    from volery.setup.console import Output
+    from volery.setup.down import down
+
+    home = plane.home_of(lab)
+    if home.path.exists():
+        down(home, Output())
 
 
 def show(lab: Lab, output: str) -> None:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lab import cgroups, kernel
-from lab.layout import GATEWAY_OCTET, HostLayout, LabLayout, address
+from lab.layout import STORAGE_OCTET, HostLayout, LabLayout, address
 
 EXIT_ALREADY_ON = 3
 RESTART_DELAY_SECONDS = 0.5  # what systemd's RestartSec is usually set to
@@ -108,7 +108,10 @@ def boot(host: HostLayout, subnet: str, kvm: bool) -> None:
 
 def _plug_cable(host: HostLayout, subnet: str) -> None:
     """eth0 in here, its other end on the lab's switch; down there while the cable is cut."""
-    switch, gateway = host.lab.switch, address(subnet, GATEWAY_OCTET)
+    switch = host.lab.switch
+    # The default route leads to the switch, which forwards nothing. The machine might, whenever some
+    # libvirt on it has turned forwarding on, and then this lab would reach others.
+    router = address(subnet, STORAGE_OCTET)
     # What a killed predecessor left: the kernel removes a dead network namespace a little later.
     subprocess.run(["ip", "-n", switch, "link", "del", host.name], capture_output=True, check=False)
     for command in (
@@ -116,7 +119,7 @@ def _plug_cable(host: HostLayout, subnet: str) -> None:
         f"address add {address(subnet, host.number)}/24 dev eth0",
         "link set lo up",
         "link set eth0 up",
-        f"route add default via {gateway}",
+        f"route add default via {router}",
         f"-n {switch} link set {host.name} master br0",
         f"-n {switch} link set {host.name} {'down' if host.cut_mark.exists() else 'up'}",
     ):

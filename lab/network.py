@@ -51,6 +51,7 @@ def ensure_switch(lab: LabLayout, subnet: str | None, pool: str) -> str:
     ip("link", "set", UPLINK, "master", BRIDGE, namespace=lab.switch)
     gateway, storage = address(subnet, GATEWAY_OCTET), address(subnet, STORAGE_OCTET)
     ip("address", "replace", f"{storage}/24", "dev", BRIDGE, namespace=lab.switch)
+    run(["ip", "netns", "exec", lab.switch, "sysctl", "-qw", "net.ipv4.ip_forward=0"])
     for link in ("lo", BRIDGE, UPLINK):
         ip("link", "set", link, "up", namespace=lab.switch)
     ip("address", "replace", f"{gateway}/24", "dev", lab.switch)

@@ -41,7 +41,7 @@ class Format(StrEnum):
 
 def plain(value: Any) -> Any:
     """Built-in types only, as JSON has them."""
-    return msgspec.to_builtins(value)
+    return msgspec.json.decode(msgspec.json.encode(value))
 
 
 def show(value: Any, form: Format, columns: Sequence[str] = ()) -> None:
