@@ -22,6 +22,7 @@ from volery.contracts.domain import (
     DomainState,
     FileSource,
     ImageFormat,
+    IscsiSource,
     NicModel,
 )
 from volery.contracts.domain_orders import (
@@ -315,3 +316,36 @@ async def test_a_suspension_without_room_leaves_the_vm_running(
     with pytest.raises(Refused, match="storage domain"):
         await qemu.order(SAVE_DOMAIN, SaveDomain(vm_id=spec.vm_id, path="/no/such/place/memory"))
     libvirt_host.run("umount", str(small))
+
+
+async def test_iscsi_disks_with_chap_are_reached_by_qemu_alone(
+    qemu: VmHost, libvirt_host: LibvirtHost
+) -> None:
+    iqn, password = "iqn.2026-11.test.volery:chap", "chap-password-1"
+    portal = libvirt_host.iscsi_target(iqn, "volery", password, 32 << 20)
+
+    def disk(secret: str, target: str) -> DomainDisk:
+        source = IscsiSource(portal=portal, iqn=iqn, lun=1, chap_user="volery", chap_password=secret)
+        return DomainDisk(disk_id=new_uuid(), source=source, target=target, shared_storage=True)
+
+    wrong = tiny_spec(disks=(disk("not-the-password", "vda"),))
+    with pytest.raises(Refused) as refusal:
+        await qemu.run(wrong)
+    assert "not-the-password" not in refusal.value.message
+    assert (await qemu.hypervisor.domain(wrong.vm_id)).state is DomainState.GONE
+
+    spec = tiny_spec(disks=(disk(password, "vda"),))
+    await qemu.run(spec)
+    assert await qemu.hypervisor.block_size(spec.vm_id, "vda") == 32 << 20
+    assert password not in await qemu.hypervisor.domain_xml(spec.vm_id)
+    process = libvirt_host.qemu(spec.vm_id)
+    assert password not in Path(f"/proc/{process}/cmdline").read_text()
+    await qemu.power_off(spec.vm_id)
+
+    plugged = tiny_spec()
+    await qemu.run(plugged)
+    await qemu.agent_up(plugged.vm_id)
+    extra = disk(password, "vdb")
+    await qemu.order(ATTACH_DISK, AttachDisk(vm_id=plugged.vm_id, disk=extra))
+    assert (await qemu.hypervisor.domain(plugged.vm_id)).disk_ids == (extra.disk_id,)
+    await qemu.order(DETACH_DISK, DetachDisk(vm_id=plugged.vm_id, disk_id=extra.disk_id))

@@ -139,6 +139,25 @@ class LibvirtHost:
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
 
+    def iscsi_target(self, iqn: str, user: str, password: str, lun_bytes: int) -> str:
+        """A tgtd on this host with one target and one LUN (number 1); returns its portal. Ends with the host."""
+        image, control = self.path / "lun1.img", f"TGT_IPC_SOCKET={self.path}/tgtd.sock"
+        with image.open("wb") as file:
+            file.truncate(lun_bytes)
+        portal = "127.0.0.1:3260"
+        self.run("env", control, "tgtd", "--iscsi", f"portal={portal}")
+        wait_for(lambda: (self.path / "tgtd.sock.0").exists(), 10, "tgtd")
+
+        def admin(mode: str, op: str, *arguments: str) -> None:
+            self.run("env", control, "tgtadm", "--lld", "iscsi", "--mode", mode, "--op", op, *arguments)
+
+        admin("target", "new", "--tid", "1", "-T", iqn)
+        admin("logicalunit", "new", "--tid", "1", "--lun", "1", "-b", str(image))
+        admin("account", "new", "--user", user, "--password", password)
+        admin("account", "bind", "--tid", "1", "--user", user)
+        admin("target", "bind", "--tid", "1", "-I", "ALL")
+        return portal
+
     def stop(self) -> None:
         if self.init is not None:
             os.kill(self.init_pid, signal.SIGKILL)
@@ -165,7 +184,21 @@ def join_networks(first: LibvirtHost, second: LibvirtHost) -> tuple[str, str]:
     """A cable between two hosts; returns their addresses."""
     ends = (first.init_pid, second.init_pid)
     subprocess.run(
-        ["ip", "link", "add", "cable0", "netns", str(ends[0]), "type", "veth", "peer", "name", "cable0", "netns", str(ends[1])],
+        [
+            "ip",
+            "link",
+            "add",
+            "cable0",
+            "netns",
+            str(ends[0]),
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "cable0",
+            "netns",
+            str(ends[1]),
+        ],
         check=True,
     )
     addresses = ("192.168.66.1", "192.168.66.2")
