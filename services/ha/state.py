@@ -16,7 +16,7 @@ from services.ha.policies.evidence import UNKNOWN, Seen
 from volery.contracts.liveness import LivenessState
 from volery.contracts.metrics import BEAT_SUBJECT, Beat
 from volery.runtime.bus import connect
-from volery.runtime.connection import read_presence
+from volery.runtime.connection import read_presence, settle
 from volery.runtime.core import Core
 
 CONNECTIONS = ("$SYS.ACCOUNT.*.CONNECT", "$SYS.ACCOUNT.*.DISCONNECT")
@@ -100,6 +100,7 @@ async def open_ha(core: Core) -> AsyncIterator[Ha]:
     ha = Ha(core)
     core.beats.listeners.append(ha.hear_beat)
     await core.bus.client.subscribe(BEAT_SUBJECT.format(host_id="*"), cb=core.beats.hear)
+    await settle(core.bus.client)
     system = await _watch_connections(ha)
     try:
         yield ha

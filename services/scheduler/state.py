@@ -16,6 +16,7 @@ from services.scheduler.config import SchedulerConfig
 from services.scheduler.fleet import Fleet
 from services.scheduler.model import ClusterPolicy
 from volery.contracts.metrics import METRICS_SUBJECT, HostSample
+from volery.runtime.connection import settle
 from volery.runtime.core import Core
 
 log = logging.getLogger(__name__)
@@ -125,6 +126,7 @@ async def open_scheduler(core: Core) -> AsyncIterator[Scheduler]:
     scheduler = Scheduler(core)
     await scheduler.reload()
     await core.bus.client.subscribe(METRICS_SUBJECT.format(host_id="*"), cb=scheduler.hear_sample)
+    await settle(core.bus.client)
     following = asyncio.create_task(scheduler.follow())
     try:
         yield scheduler
