@@ -156,8 +156,9 @@ async def test_a_pid_file_that_survived_a_reboot_does_not_stop_postgres(home: Ho
     pid_file = home.postgres / "data" / "postmaster.pid"
     os.kill(server.pid, signal.SIGKILL)
     processes.wait_for_exit(server.process, 5)
-    lines = pid_file.read_text().splitlines()
-    pid_file.write_text("\n".join([str(os.getpid()), *lines[1:]]) + "\n")
+    for path in (pid_file, home.run / "postgres" / ".s.PGSQL.5432.lock"):
+        lines = path.read_text().splitlines()
+        path.write_text("\n".join([str(os.getpid()), *lines[1:]]) + "\n")
     assert embedded.start_postgres(home, QUICK).process.alive()
 
 

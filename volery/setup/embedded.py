@@ -111,6 +111,8 @@ class Launch:
     group: int | None
     changed: bool
     """The configuration differs from the last time: a live server must read it again."""
+    forget_predecessor: Callable[[], None]
+    """Removes what a killed server left behind; only to be called while nobody else can run."""
 
     @property
     def lock(self) -> Path:
@@ -128,6 +130,7 @@ class Launch:
             log=self.places.log,
             user=self.user,
             group=self.group,
+            when_alone=self.forget_predecessor,
         )
 
 
@@ -161,9 +164,15 @@ def _prepare_nats(home: Home, options: NatsOptions) -> tuple[Launch, int]:
     live = processes.running(places.lock, places.record) is not None
     port = _nats_port(home, options, taken_is_ours=live)
     changed = nats_server.write_configuration(home.nats, replace(options, port=port))
-    if not live:
-        nats_server.forget_ports(home.nats)
-    return Launch(nats_server.command(home.nats), places, None, None, changed), port
+    launch = Launch(
+        nats_server.command(home.nats),
+        places,
+        None,
+        None,
+        changed,
+        lambda: nats_server.forget_ports(home.nats),
+    )
+    return launch, port
 
 
 def _running(launch: Launch, program: str, ready: Callable[[ProcessId], bool]) -> tuple[ProcessId, bool]:
@@ -221,10 +230,15 @@ def _prepare_postgres(home: Home, options: PostgresOptions) -> tuple[Launch, pos
     places = _Places.of(home, "postgres")
     cluster = postgres_server.prepare(home.postgres, home.run, options)
     changed = postgres_server.write_configuration(cluster, options)
-    if processes.running(places.lock, places.record) is None:
-        postgres_server.forget_crashed_server(cluster)
-    arguments = postgres_server.command(cluster)
-    return Launch(arguments, places, cluster.user, cluster.group, changed), cluster
+    launch = Launch(
+        postgres_server.command(cluster),
+        places,
+        cluster.user,
+        cluster.group,
+        changed,
+        lambda: postgres_server.forget_crashed_server(cluster),
+    )
+    return launch, cluster
 
 
 def status(home: Home, name: Name) -> ProcessId | None:

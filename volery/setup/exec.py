@@ -26,6 +26,7 @@ def main(name: str, home: Home) -> None:
             record=launch.record,
             user=launch.user,
             group=launch.group,
+            when_alone=launch.forget_predecessor,
         )
     program = {p.name: p for p in PROGRAMS}.get(name)
     if program is None:

@@ -67,7 +67,7 @@ _UNITS = (
     ("libvirtd.socket", "virtlogd.socket"),
     ("libvirtd.service",),
 )
-_ANSWERING = (Path("/run/libvirt/libvirt-sock"), Path("/run/libvirt/virtqemud-sock"))
+ANSWERING = (Path("/run/libvirt/libvirt-sock"), Path("/run/libvirt/virtqemud-sock"))
 
 
 def ours_to_keep() -> bool:
@@ -77,7 +77,7 @@ def ours_to_keep() -> bool:
 
 def ensure() -> str:
     """libvirt answers afterwards; says what was done. SetupError says what is missing."""
-    if any(answers(path) for path in _ANSWERING):
+    if any(answers(path) for path in ANSWERING):
         return "already running"
     if ours_to_keep():
         daemons = [daemon for daemon in DAEMONS if daemon.available()]

@@ -266,12 +266,15 @@ def command(cluster: Cluster) -> list[str]:
 
 
 def forget_crashed_server(cluster: Cluster) -> None:
-    """Removes the pid file of a server that is known to have ended.
+    """Removes the pid files of a server that is known to have ended.
 
-    The caller holds the directory's lock, which every process of that server held; PostgreSQL
-    itself would only compare the pid, which after a reboot may be another program's.
+    The caller holds the directory's lock, which every process of that server held. PostgreSQL itself
+    would only look whether the pid exists: after a reboot it may be another program's, and a killed
+    server whose parent hasn't asked for its status yet exists as well.
     """
     (cluster.data / "postmaster.pid").unlink(missing_ok=True)
+    for name in (_SOCKET_NAME, f"{_SOCKET_NAME}.lock"):
+        (cluster.sockets / name).unlink(missing_ok=True)
 
 
 def accepts_connections(cluster: Cluster, pid: int) -> bool:

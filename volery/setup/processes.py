@@ -15,7 +15,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,8 +152,11 @@ def spawn(
     group: int | None = None,
     environment: Mapping[str, str] | None = None,
     lock_timeout_seconds: float = 10.0,
+    when_alone: Callable[[], None] = lambda: None,
 ) -> ProcessId:
     """Starts a program detached, in a session of its own, holding the lock while it lives.
+
+    `when_alone` is called with the lock held: nothing of a predecessor is left alive then.
 
     Waits for what a killed predecessor left behind to let go of the lock. Raises SetupError when
     it doesn't, or when the program can't be started.
@@ -164,6 +167,7 @@ def spawn(
                 f"{arguments[0]} isn't started: {lock} is still held by process"
                 f" {_holder_name(lock)}. End that process and try again."
             )
+        when_alone()
         try:
             child = subprocess.Popen(
                 list(arguments),
@@ -199,6 +203,7 @@ def become(
     group: int | None = None,
     environment: Mapping[str, str] | None = None,
     lock_timeout_seconds: float = 10.0,
+    when_alone: Callable[[], None] = lambda: None,
 ) -> NoReturn:
     """This process turns into the program, holding the lock: for a supervisor that isn't ours.
 
@@ -209,6 +214,7 @@ def become(
         raise SetupError(
             f"{arguments[0]} is already running here: {lock} is held by process {_holder_name(lock)}."
         )
+    when_alone()
     myself = ProcessId.of(os.getpid())
     assert myself is not None
     write_record(record, myself)

@@ -35,9 +35,7 @@ done
 
 # The name: what the administrator says for this boot, then what the manager says, then a default.
 from_smbios() {
-  case $(cat /sys/class/dmi/id/product_name 2>/dev/null) in
-    Volery*) cat /sys/class/dmi/id/product_family ;;
-  esac
+  [ "$(cat /sys/class/dmi/id/sys_vendor)" = Volery ] && cat /sys/class/dmi/id/product_family
 }
 from_disc() { sed -n 's/^local-hostname: *//p' /cidata/meta-data; }
 from_firmware() { cat /sys/firmware/qemu_fw_cfg/by_name/opt/volery/hostname/raw; }
