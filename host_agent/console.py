@@ -8,12 +8,15 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import msgspec
+
 from host_agent import runningxml
 from host_agent.action import Action, Host, Running
 from host_agent.tickets import Ticket
 from volery.contracts.base import Done
+from volery.contracts.domain import DomainState
 from volery.contracts.domain_orders import OPEN_CONSOLE, OpenConsole
-from volery.contracts.errors import Kind, Refused, conflict, invalid
+from volery.contracts.errors import STATUS, Kind, Refused, conflict, invalid
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -21,8 +24,7 @@ Send = Callable[[Message], Awaitable[None]]
 
 SERIAL, VNC = "serial", "vnc"
 CHUNK_BYTES = 64 * 1024
-CONNECT_SECONDS = 10.0
-CLOSED_NORMALLY, REFUSED, FAILED = 1000, 4404, 1011
+CLOSED_NORMALLY = 1000
 MIN_TICKET = 16
 SUBPROTOCOL = "binary"
 """What VNC clients in browsers ask for."""
@@ -44,8 +46,8 @@ class Stream(Protocol):
     async def close(self) -> None: ...
 
 
-class TcpStream:
-    """A VNC server's connection."""
+class VncStream:
+    """A connection to QEMU's VNC server."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
@@ -68,20 +70,17 @@ async def open_console(host: Host, order: OpenConsole, running: Running) -> Done
         raise invalid(f"{order.kind!r} isn't a kind of console: serial or vnc")
     if len(order.ticket) < MIN_TICKET:
         raise invalid(f"a console's ticket must have {MIN_TICKET} or more characters")
-    if order.kind == VNC:
-        await vnc_port(host, order.vm_id)
-    else:
-        await host.hypervisor.domain(order.vm_id)
+    if (await host.hypervisor.domain(order.vm_id)).state in (DomainState.GONE, DomainState.SHUTOFF):
+        raise conflict(f"VM {order.vm_id} doesn't run on this host: start it, then open its console")
+    if order.kind == VNC and not await has_vnc(host, order.vm_id):
+        raise conflict(f"VM {order.vm_id} has no VNC console: give it graphics and start it again")
     host.tickets.admit(order.ticket, order.kind, Console(order.vm_id, order.kind), order.expires_seconds)
     return Done()
 
 
-async def vnc_port(host: Host, vm_id: str) -> int:
-    """The VM's VNC port on this host's loopback. Raises Refused(conflict) when it has none."""
-    port = runningxml.graphics_port(runningxml.parsed(await host.hypervisor.domain_xml(vm_id)))
-    if not port:
-        raise conflict(f"VM {vm_id} has no VNC console: give it graphics and start it again")
-    return port
+async def has_vnc(host: Host, vm_id: str) -> bool:
+    root = runningxml.parsed(await host.hypervisor.domain_xml(vm_id))
+    return root.find("devices/graphics[@type='vnc']") is not None
 
 
 async def _open_serial(host: Host, vm_id: str) -> Stream:
@@ -89,12 +88,9 @@ async def _open_serial(host: Host, vm_id: str) -> Stream:
 
 
 async def _open_vnc(host: Host, vm_id: str) -> Stream:
-    port = await vnc_port(host, vm_id)
-    try:
-        async with asyncio.timeout(CONNECT_SECONDS):
-            return TcpStream(*await asyncio.open_connection("127.0.0.1", port))
-    except (OSError, TimeoutError) as error:
-        raise Refused(Kind.UNAVAILABLE, f"VM {vm_id}'s VNC server on port {port} doesn't answer") from error
+    connection = await host.hypervisor.open_graphics(vm_id)
+    connection.setblocking(False)
+    return VncStream(*await asyncio.open_connection(sock=connection))
 
 
 OPENERS: dict[str, Callable[[Host, str], Awaitable[Stream]]] = {SERIAL: _open_serial, VNC: _open_vnc}
@@ -115,14 +111,10 @@ async def serve(host: Host, secret: str, scope: Message, receive: Receive, send:
     ticket = find(host, secret)
     if (await receive())["type"] != "websocket.connect":
         return
-    if ticket is None:
-        await send({"type": "websocket.close", "code": REFUSED, "reason": "no such ticket"})
-        return
-    console: Console = ticket.target
     try:
-        stream = await OPENERS[console.kind](host, console.vm_id)
+        stream = await _opened(host, ticket)
     except Refused as refused:
-        await send({"type": "websocket.close", "code": FAILED, "reason": refused.message[:120]})
+        await _reject(send, refused)
         return
     offered = SUBPROTOCOL in scope.get("subprotocols", ())
     await send({"type": "websocket.accept", "subprotocol": SUBPROTOCOL if offered else None})
@@ -130,6 +122,23 @@ async def serve(host: Host, secret: str, scope: Message, receive: Receive, send:
         await _bridge(stream, receive, send)
     finally:
         await stream.close()
+
+
+async def _opened(host: Host, ticket: Ticket | None) -> Stream:
+    if ticket is None:
+        raise Refused(
+            Kind.NOT_FOUND, "there is no such console here: its ticket was used or has expired; open it again"
+        )
+    console: Console = ticket.target
+    return await OPENERS[console.kind](host, console.vm_id)
+
+
+async def _reject(send: Send, refused: Refused) -> None:
+    """Answers the handshake with a contracts.errors.Problem (ASGI's WebSocket denial response)."""
+    body = msgspec.json.encode(refused.problem())
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "websocket.http.response.start", "status": STATUS[refused.kind], "headers": headers})
+    await send({"type": "websocket.http.response.body", "body": body})
 
 
 async def _bridge(stream: Stream, receive: Receive, send: Send) -> None:

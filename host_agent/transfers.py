@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import logging
 import os
 import shutil
@@ -46,6 +45,7 @@ START_SECONDS = 20.0
 POLL_SECONDS = 0.01
 MIN_TICKET = 16
 PIPE_BYTES = 1024 * 1024
+"""Of an upload on its way to its receiver."""
 
 
 class Received(msgspec.Struct):
@@ -153,10 +153,7 @@ class Upload:
         """Passes the body on; returns why it stopped early, if it did."""
         pipe = process.stdin
         assert pipe is not None
-        transport: asyncio.WriteTransport = pipe.transport
-        with contextlib.suppress(OSError):
-            fcntl.fcntl(transport.get_extra_info("pipe").fileno(), fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-        transport.set_write_buffer_limits(high=PIPE_BYTES)
+        pipe.transport.set_write_buffer_limits(high=PIPE_BYTES)
         pipe.write(msgspec.json.encode(self._request(offset)) + b"\n")
         left = self.size_bytes - offset
         try:
