@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -76,7 +77,7 @@ def act(lab: Lab, options: argparse.Namespace) -> int:
             join_plane(lab)
         show(lab, "table")
     elif options.verb == "down":
-        leave_plane(lab)
+        leave_plane(lab, keep=options.keep)
         lab.down(keep=options.keep)
     elif options.verb == "status":
         show(lab, options.output)
@@ -98,7 +99,8 @@ def join_plane(lab: Lab) -> None:
     print(f"\nTry: VOLERY_HOME={home} bin/volery host list\n")
 
 
-def leave_plane(lab: Lab) -> None:
+def leave_plane(lab: Lab, *, keep: bool) -> None:
+    """Ends the control plane. Its data goes with the hosts that it knows, unless they are kept."""
     from lab import plane
     from volery.setup.console import Output
     from volery.setup.down import down
@@ -106,6 +108,8 @@ def leave_plane(lab: Lab) -> None:
     home = plane.home_of(lab)
     if home.path.exists():
         down(home, Output())
+        if not keep:
+            shutil.rmtree(home.path)
 
 
 def show(lab: Lab, output: str) -> None:

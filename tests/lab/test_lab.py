@@ -377,7 +377,8 @@ def test_two_labs_side_by_side_do_not_meet(lab: Lab, host: Host, tmp_path: Path)
         second.up(1)
         assert second.name != lab.name
         assert second.subnet != lab.subnet
-        assert not reaches(second.host(1), host.ip)
+        assert not reaches(second.host(1), host.ip)  # also while the machine forwards packets
+        assert not reaches(second.host(1), lab.gateway)
         assert second.host(1).pids("libvirtd") != host.pids("libvirtd")
         assert second.target.name not in host.exec(["iscsi-ls", lab.target.url()]).stdout
     finally:
@@ -406,7 +407,7 @@ def test_labs_never_share_a_network(tmp_path: Path) -> None:
 @pytest.mark.parametrize("moment", ["lab.json", "iscsi/tgtd.pid", "hosts/1/boot_id"])
 def test_a_lab_tool_killed_in_the_middle_is_resumed(tmp_path: Path, moment: str) -> None:
     state = tmp_path / ("long" * 30)  # longer than a socket's path may be
-    up = [sys.executable, "-m", "lab", "up", "--hosts", "1", "--state", str(state)]
+    up = [sys.executable, "-m", "lab", "up", "--bare", "--hosts", "1", "--state", str(state)]
     process = subprocess.Popen(up, cwd=ROOT, stdout=subprocess.DEVNULL)
     resumed = Lab(state)
     try:
