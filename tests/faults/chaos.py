@@ -58,7 +58,7 @@ from volery.runtime.tail import Broken, follow
 from volery.setup import embedded
 
 MIB = 1024 * 1024
-PROGRAMS = ("inventory", "scheduler", "storage")
+PROGRAMS = ("inventory", "scheduler", "storage", "network")
 
 
 @dataclass

@@ -291,9 +291,9 @@ class Service:
                     log.info("%s leads under token %d", self.name, token)
                     await self._lead(settings, core, made, connection)
             except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
-                log.warning("%s lost its leadership: %s", self.name, error)
-            except ExceptionGroup as group:
-                log.error("%s starts its background work again", self.name, exc_info=group)
+                log.warning("%s lost its leadership: %s", self.name, error or type(error).__name__)
+            except Exception:  # the runtime's own loop: whatever ends the background work, it begins again
+                log.exception("%s starts its background work again", self.name)
             await asyncio.sleep(0.2 + random.random() * 0.3)  # noqa: S311
 
     async def _lead(
@@ -478,6 +478,13 @@ async def run_programs(programs: Sequence[Program], settings: Settings, stop: as
             group.create_task(main(program), name=str(program.name))
 
 
+def _tell_tasks() -> None:
+    """SIGUSR1: where every task is, for whoever wonders why nothing moves."""
+    for task in asyncio.all_tasks():
+        places = [f"{frame.f_code.co_filename}:{frame.f_lineno}" for frame in task.get_stack(limit=8)]
+        log.warning("task %s waits at %s", task.get_name(), " < ".join(places))
+
+
 def run(*programs: Program) -> None:
     """The whole of a program's `__main__`: read the settings, run until SIGTERM or SIGINT, end cleanly."""
     try:
@@ -498,6 +505,7 @@ def run(*programs: Program) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(signal.SIGUSR1, _tell_tasks)
         running = asyncio.create_task(run_programs(programs, settings, stop))
         await stop.wait()
         await asyncio.wait([running], timeout=STOP_SECONDS)
