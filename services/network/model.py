@@ -180,7 +180,7 @@ def desired(
     for network in sorted(networks, key=lambda n: n.id):
         if not belongs(network, host):
             continue
-        nic = nics.get(network.id, "")
+        nic = nics.get(network.id, "") if network.kind is NetworkKind.BRIDGE else ""
         problem = _why_not(network, host, nic, carried)
         if problem:
             problems[network.id] = problem

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ import msgspec
 from services.network.service import make_service
 from tests.support.runtime import running
 from tests.support.scripted_agent import ScriptedAgent, scripted
+from tests.support.service_process import ServiceProcess, service_process
 from tests.support.stand_in import World, inventory
 from volery.contracts.agent import BridgeReport
 from volery.contracts.base import Owner
@@ -117,12 +118,20 @@ class Plant:
         return found
 
 
+def network_process(configured: Settings, **environment: str) -> AbstractAsyncContextManager[ServiceProcess]:
+    return service_process("network", configured, **environment)
+
+
 @asynccontextmanager
-async def plant(configured: Settings, hosts: int = 2) -> AsyncIterator[Plant]:
-    """Network and a stand-in for inventory, with a data center of so many hosts that are up."""
+async def plant(configured: Settings, hosts: int = 2, outside: bool = False) -> AsyncIterator[Plant]:
+    """Network and a stand-in for inventory, with a data center of so many hosts that are up.
+
+    `outside`: network runs elsewhere (see network_process).
+    """
     world = World()
     async with AsyncExitStack() as stack:
-        bus = await stack.enter_async_context(running(configured, make_service(), inventory(world)))
+        inside = () if outside else (make_service(),)
+        bus = await stack.enter_async_context(running(configured, *inside, inventory(world)))
         center = await world.data_center()
         cluster = await world.cluster(center)
         made, rows = [], []
@@ -141,7 +150,7 @@ async def plant(configured: Settings, hosts: int = 2) -> AsyncIterator[Plant]:
                 )
             )
         for host in made:
-            await host.agent.until_committed("network")
+            await host.agent.until_committed("network", 30)
         await _known(configured, [row.id for row in rows])
         yield Plant(bus, world, center, cluster, made, rows)
 

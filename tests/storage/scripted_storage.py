@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import sys
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from services.storage.service import make_service
 from tests.support.runtime import running
 from tests.support.scripted_agent import ScriptedAgent, scripted
+from tests.support.service_process import ServiceProcess, service_process
 from tests.support.stand_in import World, inventory
 from volery.contracts.agent import StorageDomainReport, VolumeReport
 from volery.contracts.base import Done, Owner
@@ -67,7 +65,6 @@ from volery.runtime.service import Service, Settings
 
 GIB = 1024**3
 MIB = 1024**2
-ROOT = Path(__file__).parents[2]
 
 
 @dataclass
@@ -308,47 +305,8 @@ def key(name: str) -> Caller:
     return Caller("user:1", name, "hash")
 
 
-@dataclass
-class StorageProcess:
-    """`python -m services.storage` against the test's servers, to be killed at will."""
-
-    configured: Settings
-    environment: dict[str, str] = field(default_factory=dict)
-    process: asyncio.subprocess.Process | None = None
-
-    async def start(self) -> None:
-        bus, database = self.configured.bus, self.configured.database
-        settings = {
-            "VOLERY_BUS_SERVERS": bus.servers,
-            "VOLERY_BUS_REQUIRE_SYNC_ALWAYS": "false",
-            "VOLERY_DATABASE_DSN": database.dsn,
-            "VOLERY_DATABASE_PASSWORDS_DIR": database.passwords_dir,
-            "VOLERY_DATABASE_POOL_MAX": "4",
-            "VOLERY_TELEMETRY_LOG_LEVEL": "WARNING",
-        }
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("VOLERY_")}
-        self.process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "services.storage", env=kept | settings | self.environment, cwd=ROOT
-        )
-
-    async def kill(self) -> None:
-        if self.process is not None and self.process.returncode is None:
-            self.process.kill()
-            await self.process.wait()
-
-    async def restart(self) -> None:
-        await self.kill()
-        await self.start()
-
-
-@asynccontextmanager
-async def storage_process(configured: Settings, **environment: str) -> AsyncIterator[StorageProcess]:
-    process = StorageProcess(configured, environment)
-    await process.start()
-    try:
-        yield process
-    finally:
-        await process.kill()
+def storage_process(configured: Settings, **environment: str) -> AbstractAsyncContextManager[ServiceProcess]:
+    return service_process("storage", configured, **environment)
 
 
 @asynccontextmanager
@@ -357,7 +315,7 @@ async def site(
 ) -> AsyncIterator[Site]:
     """Storage and a stand-in for inventory, with a data center of so many hosts that are up.
 
-    `outside`: storage runs elsewhere (see StorageProcess).
+    `outside`: storage runs elsewhere (see storage_process).
     """
     world, shelf = World(), Shelf()
     async with AsyncExitStack() as stack:
