@@ -378,7 +378,8 @@ class Operations:
         if row.id in self.runs:
             return
         run = Run(self, row)
-        if row.public.state is OperationState.CANCELLING:
+        if row.public.state is OperationState.CANCELLING or row.public.outcome_pending:
+            run.reason = row.public.problem
             run.cancelling.set()
         task = asyncio.create_task(self._drive(run))
         self.runs[row.id] = (run, task)
@@ -395,6 +396,14 @@ class Operations:
                 self._launch(row)
             elif row.public.state is OperationState.CANCELLING and not known[0].cancelling.is_set():
                 self._cancel_run(known[0], None)
+
+    async def resume_pending(self) -> None:
+        """Take up what ended by its deadline while a host was at work: its object is freed once the host says how
+        that ended. Looked for when leadership begins; later ones are still being driven."""
+        for row in await self.table.where(
+            self.pool, "state = 'failed' and position('\"outcome_pending\":true' in doc) > 0"
+        ):
+            self._launch(row)
 
     async def cancel(self, operation_id: str) -> Operation:
         """Ask an operation to stop; it ends as cancelled once nothing is left behind."""
@@ -449,6 +458,8 @@ class Operations:
                 watch.cancel()
 
     async def _watch_deadline(self, run: Run) -> None:
+        if run.operation.outcome_pending:
+            return
         left = (run.operation.deadline - datetime.now(UTC)).total_seconds()
         await asyncio.sleep(max(left, 0.0))
         op = run.operation

@@ -344,7 +344,11 @@ class Service:
         return hinted
 
     async def _operations(self, core: Core) -> None:
+        pending = True
         while True:
+            if pending and not core.quarantine.reason:
+                await core.operations.resume_pending()
+                pending = False
             await core.operations.resume()
             await asyncio.sleep(RESUME_SECONDS)
 
