@@ -82,6 +82,7 @@ async def creating(svc: Storage, run: Run) -> None:
     run.undo("disk", partial(discard, svc, ask.id))
     disk = (await svc.disk(ask.id)).public
     info = await _make(svc, run, ask, disk)
+    run.checkpoint()  # made after it was cancelled, or too late: then it goes again
 
     def made(row: Row[Disk, DiskPrivate]) -> tuple[Disk, DiskPrivate]:
         return _filled(row.public, info, ask.sha256), row.private

@@ -77,8 +77,8 @@ async def _check(svc: Storage, rest: str) -> None:
 
 async def _host(svc: Storage, host_id: str) -> None:
     """A host's status or data center changed: its word counts again or no more."""
-    for key in [key for key in svc.tried if key[1] == host_id]:
-        svc.tried.pop(key, None)
+    for tried in [tried for tried in svc.tried if tried[1] == host_id]:
+        svc.tried.pop(tried, None)
     for key in await reconcile_all(svc):
         svc.core.wake(key)
 

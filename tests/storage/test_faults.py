@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import random
 from typing import Any
 
 import msgspec
 import pytest
 
+from services.storage.service import make_service
 from tests.storage.scripted_storage import GIB, MIB, Site, key, site, storage_process
+from tests.support.runtime import running
 from volery.contracts.agent import VolumeReport
 from volery.contracts.base import Owner
 from volery.contracts.cluster import DeleteById, GetById
@@ -46,7 +49,7 @@ from volery.contracts.storage import (
     ResizeDisk,
 )
 from volery.contracts.volume_orders import CREATE_VOLUME
-from volery.runtime.service import Settings
+from volery.runtime.service import Service, Settings
 
 
 async def working(at: Site, disk_id: str) -> int:
@@ -339,3 +342,52 @@ async def test_random_kills_leave_no_orphan(configured: Settings) -> None:
         }
         print({state: ended.count(state) for state in sorted(set(ended))})
         assert "succeeded" in ended
+
+
+def hurried(kind: str, seconds: float) -> Service:
+    """The service with another deadline for one kind of operation."""
+    service = make_service()
+    for part in service.parts:
+        part.procedures_[:] = [
+            dataclasses.replace(p, deadline_seconds=seconds) if p.kind == kind else p
+            for p in part.procedures_
+        ]
+    return service
+
+
+async def test_a_deadline_ends_the_operation_and_keeps_the_disk_until_the_host_speaks(
+    configured: Settings,
+) -> None:
+    """Its host is away for good, as far as anybody knows: nobody else may get the volume, also after a restart."""
+    parts = {id(part): list(part.procedures_) for part in make_service().parts}
+    try:
+        async with site(configured, service=hurried("disk.create", 1.0)) as at:
+            domain = await at.new_domain()
+            held = asyncio.Event()
+            for host in at.hosts:
+                host.held[CREATE_VOLUME.kind] = held
+            ask = CreateDisk(name="d", storage_domain_id=domain.id, size_bytes=GIB)
+            op = await at.bus.ask(CREATE_DISK, ask)
+            first = at.hosts[await working(at, op.object_id)]
+            await first.agent.kill()
+            late = await at.ended(op, 30)
+            assert (late.state, late.outcome_pending) == ("failed", True)
+            assert late.problem is not None
+            assert "did not finish by its deadline" in late.problem.message
+            with pytest.raises(Refused, match="is busy with operation"):
+                await at.bus.ask(DELETE_DISK, DeleteById(id=op.object_id))
+    finally:
+        for part in make_service().parts:
+            part.procedures_[:] = parts[id(part)]
+    async with running(configured, make_service()) as bus:
+        with pytest.raises(Refused, match="is busy with operation"):
+            await bus.ask(DELETE_DISK, DeleteById(id=op.object_id))
+        await first.agent.start()
+        async with asyncio.timeout(20):
+            while (await bus.ask(LIST_DISKS, ListQuery())).items:
+                await asyncio.sleep(0.05)
+        freed = await bus.ask(GET_OPERATION[Owner.STORAGE], GetOperation(id=op.id))
+        assert (freed.state, freed.outcome_pending) == ("failed", False)
+        await first.agent.kill()
+    assert at.shelf.crowded == []
+    assert at.shelf.volumes == {}
