@@ -42,6 +42,7 @@ from volery.runtime.hear import FactHandler, Hearing, HostHearing, make_host_str
 from volery.runtime.operations import Operations, Procedure
 from volery.runtime.orders import Beats, Orders
 from volery.runtime.pages import page
+from volery.runtime.readiness import until_synced
 from volery.runtime.relay import Log, Relay, rebuild_stream, stream_name
 from volery.runtime.signing import Signer, parse_creds
 from volery.runtime.tables import Change, Stale
@@ -469,7 +470,7 @@ async def _sleep(stop: asyncio.Event, seconds: float) -> None:
 
 
 async def run_programs(programs: Sequence[Program], settings: Settings, stop: asyncio.Event) -> None:
-    """Run all until `stop`; if one crashes, all end with its exception."""
+    """Run all until `stop`, once the bus keeps what it acknowledges; if one crashes, all end with its exception."""
 
     async def main(program: Program) -> None:
         try:
@@ -477,6 +478,9 @@ async def run_programs(programs: Sequence[Program], settings: Settings, stop: as
         finally:
             stop.set()
 
+    await until_synced(settings.bus, stop)
+    if stop.is_set():
+        return
     async with asyncio.TaskGroup() as group:
         for program in programs:
             group.create_task(main(program), name=str(program.name))
