@@ -44,13 +44,13 @@ CHUNK_BYTES = 256 * 1024
 async def upload(desk: Desk, http: Exchange) -> None:
     """PUT /transfers/{id}/data?offset=N"""
     offset = _offset(http)
-    endpoint = await _endpoint(desk, http)
-    if endpoint.direction is not TransferDirection.UPLOAD:
-        raise conflict(f"transfer {http.parameters['id']} is a download: GET its data")
-    headers = {"content-type": "application/octet-stream"}
-    if length := http.header(b"content-length"):
-        headers["content-length"] = length
     async with _client(desk) as client:
+        endpoint, _ = await _looked(desk, http, client)
+        if endpoint.direction is not TransferDirection.UPLOAD:
+            raise conflict(f"transfer {http.parameters['id']} is a download: GET its data")
+        headers = {"content-type": "application/octet-stream"}
+        if length := http.header(b"content-length"):
+            headers["content-length"] = length
         url = _url(desk, endpoint)
         try:
             answer = await client.put(
@@ -66,28 +66,25 @@ async def upload(desk: Desk, http: Exchange) -> None:
 async def download(desk: Desk, http: Exchange) -> None:
     """GET /transfers/{id}/data, whole or a Range."""
     _refuse_query(http)
-    endpoint = await _endpoint(desk, http)
-    if endpoint.direction is not TransferDirection.DOWNLOAD:
-        raise conflict(
-            f"transfer {http.parameters['id']} is an upload: HEAD tells how far it came, PUT sends data"
-        )
-    async with _client(desk) as client, _stream(client, desk, http, endpoint) as answer:
-        await http.start(answer.status_code, [*_passed(answer), (b"cache-control", b"no-store")])
-        async for piece in answer.aiter_raw(CHUNK_BYTES):
-            desk.meters.transfer_bytes["download"] += len(piece)
-            await http.send({"type": "http.response.body", "body": piece, "more_body": True})
-        await http.send({"type": "http.response.body", "body": b""})
+    async with _client(desk) as client:
+        endpoint, _ = await _looked(desk, http, client)
+        if endpoint.direction is not TransferDirection.DOWNLOAD:
+            raise conflict(
+                f"transfer {http.parameters['id']} is an upload: HEAD tells how far it came, PUT sends data"
+            )
+        async with _stream(client, desk, http, endpoint) as answer:
+            await http.start(answer.status_code, [*_passed(answer), (b"cache-control", b"no-store")])
+            async for piece in answer.aiter_raw(CHUNK_BYTES):
+                desk.meters.transfer_bytes["download"] += len(piece)
+                await http.send({"type": "http.response.body", "body": piece, "more_body": True})
+            await http.send({"type": "http.response.body", "body": b""})
 
 
 async def progress(desk: Desk, http: Exchange) -> None:
     """HEAD /transfers/{id}/data"""
     _refuse_query(http)
-    endpoint = await _endpoint(desk, http)
     async with _client(desk) as client:
-        try:
-            answer = await client.head(_url(desk, endpoint))
-        except httpx.HTTPError as error:
-            raise _unreachable(http, endpoint, error) from None
+        _, answer = await _looked(desk, http, client)
     if answer.status_code >= 300:
         raise refusal(_what(http), answer.status_code, b"")
     await http.start(200, _passed(answer))
@@ -124,13 +121,31 @@ async def _client(desk: Desk) -> AsyncIterator[httpx.AsyncClient]:
         yield client
 
 
-async def _endpoint(desk: Desk, http: Exchange) -> TransferEndpoint:
+async def _looked(
+    desk: Desk, http: Exchange, client: httpx.AsyncClient
+) -> tuple[TransferEndpoint, httpx.Response]:
+    """Where the bytes go, and what the host has of them. A host whose agent was restarted has forgotten the ticket:
+    before a byte is read from the client it is admitted once more."""
+    for again in (False, True):
+        endpoint = await _endpoint(desk, http, again)
+        try:
+            answer = await client.head(_url(desk, endpoint))
+        except httpx.HTTPError as error:
+            if again:
+                raise _unreachable(http, endpoint, error) from None
+            continue
+        if answer.status_code != 404:
+            break
+    return endpoint, answer
+
+
+async def _endpoint(desk: Desk, http: Exchange, again: bool) -> TransferEndpoint:
     transfer_id = http.parameters["id"]
     if not SAFE_ID.fullmatch(transfer_id):
         raise not_found("transfer", transfer_id[:80])
     assert http.principal is not None
     answer = await desk.ask(
-        FIND_TRANSFER_ENDPOINT, encode({"id": transfer_id}), Caller(http.principal.principal)
+        FIND_TRANSFER_ENDPOINT, encode({"id": transfer_id, "again": again}), Caller(http.principal.principal)
     )
     return msgspec.json.decode(answer, type=TransferEndpoint)
 
