@@ -53,16 +53,18 @@ async def act(host: Host, verb: str) -> object:
 
 async def main() -> None:
     verb, state_dir, *more = sys.argv[1:]
-    uri = more[1] if len(more) > 1 else ""
     reachable = reachable_at(more[0]) if more and more[0] else None
-    host = make_host(Path(state_dir), reachable=reachable, **({"libvirt_uri": uri} if uri else {}))
-    if uri:
-        hypervisor = Hypervisor(host.config)
-        host = make_host(Path(state_dir), hypervisor, reachable, libvirt_uri=uri)
-        async with hypervisor:
-            await say(host, verb)
-    else:
-        await say(host, verb)
+    if len(more) < 2:
+        await say(make_host(Path(state_dir), reachable=reachable), verb)
+        return
+    host = make_host(Path(state_dir), libvirt_uri=more[1])
+    hypervisor = Hypervisor(host.config)
+    await hypervisor.start()
+    try:
+        await hypervisor.wait_connected(20)
+        await say(make_host(Path(state_dir), hypervisor, reachable, libvirt_uri=more[1]), verb)
+    finally:
+        await hypervisor.close()
 
 
 async def say(host: Host, verb: str) -> None:
