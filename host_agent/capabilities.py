@@ -26,6 +26,7 @@ log = logging.getLogger("volery.agent.capabilities")
 
 OLDEST_LIBVIRT = 8_000_000
 """8.0, of 2022: reports guests' interfaces, removes devices by alias, migrates as we ask it to."""
+LIBVIRT_GUESTS = Path("/etc/systemd/system/multi-user.target.wants/libvirt-guests.service")
 PROBE_SECONDS = 5.0
 _IN_NAMESPACE = ("unshare", "--net", "--")
 _PROBES: dict[str, tuple[str, ...]] = {
@@ -56,6 +57,11 @@ async def prepare(host: Host) -> None:
     log.info("domains run as type %s", hypervisor.domain_type)
     for name in await hypervisor.forbid_autostart(host.config.installation):
         log.warning("domain %s had autostart, which is off now: Volery decides where a VM runs", name)
+    if LIBVIRT_GUESTS.exists():
+        log.warning(
+            "libvirt-guests is enabled on this host and may suspend or start VMs beside Volery: run"
+            " `systemctl disable libvirt-guests`"
+        )
 
 
 async def _kvm_works(host: Host) -> bool:

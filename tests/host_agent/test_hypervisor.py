@@ -20,7 +20,7 @@ from host_agent.hypervisor import Hypervisor
 from host_agent.refusals import MEANINGS, Disconnected, LibvirtError, refused
 from tests.support.libvirt_host import LibvirtHost
 from tests.support.vms import VmHost, new_uuid, tiny_spec, vm_host
-from volery.contracts.domain import DomainState
+from volery.contracts.domain import DomainDisk, DomainState, FileSource, ImageFormat
 from volery.contracts.domain_orders import ACT_ON_DOMAIN, ActOnDomain, DomainAction
 from volery.contracts.errors import Kind, Refused
 
@@ -167,6 +167,33 @@ async def test_a_stopped_qemu_stalls_nobody_else_and_can_be_ended(
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGCONT)
+
+
+async def test_a_mount_that_hangs_stalls_only_the_vm_on_it(libvirt_host: LibvirtHost, tmp_path: Path) -> None:
+    path, server = libvirt_host.hanging_file(16 << 20)
+    source = FileSource(path=str(path), format=ImageFormat.RAW)
+    async with vm_host(libvirt_host.uri, tmp_path, domain_call_seconds=2.0) as host:
+        hanging = tiny_spec(disks=(DomainDisk(disk_id=new_uuid(), source=source, target="vda"),))
+        well = tiny_spec()
+        await asyncio.gather(host.run(hanging), host.run(well))
+        await host.agent_up(hanging.vm_id)
+        hypervisor = host.hypervisor
+        os.kill(server, signal.SIGSTOP)
+        try:
+            async with asyncio.timeout(15):
+                assert {hanging.vm_id, well.vm_id} <= set(await hypervisor.all_domain_stats())
+            with pytest.raises(Refused):
+                await hypervisor.pause(hanging.vm_id)
+            assert hypervisor.unresponsive == {hanging.vm_id}
+            async with asyncio.timeout(3):
+                assert {hanging.vm_id, well.vm_id} <= {d.vm_id for d in await hypervisor.list_domains()}
+                assert {hanging.vm_id, well.vm_id} <= set(await hypervisor.all_domain_stats())
+                await hypervisor.pause(well.vm_id)
+                await hypervisor.resume(well.vm_id)
+        finally:
+            os.kill(server, signal.SIGCONT)
+        await host.until(lambda e: e.name is EventName.RESPONSIVE, 20)
+        assert hypervisor.unresponsive == frozenset()
 
 
 async def test_a_stopped_libvirtd_is_noticed_by_keepalive(daemon: LibvirtHost, tmp_path: Path) -> None:

@@ -158,6 +158,22 @@ class LibvirtHost:
         admin("target", "bind", "--tid", "1", "-I", "ALL")
         return portal
 
+    def hanging_file(self, size_bytes: int) -> tuple[Path, int]:
+        """A raw image on a mount that hangs while the process, whose id is returned too, is stopped."""
+        backing, mounted = self.path / "backing.raw", self.path / "mounted.raw"
+        mounted.touch()
+        with backing.open("wb") as file:
+            file.truncate(size_bytes)
+        self.run(
+            "qemu-storage-daemon",
+            "--daemonize",
+            "--blockdev",
+            f"driver=file,node-name=image,filename={backing}",
+            "--export",
+            f"type=fuse,id=export,node-name=image,mountpoint={mounted},writable=on,allow-other=off",
+        )
+        return mounted, self.processes("qemu-storage-d")[0]
+
     def stop(self) -> None:
         if self.init is not None:
             os.kill(self.init_pid, signal.SIGKILL)
