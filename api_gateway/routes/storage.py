@@ -32,7 +32,7 @@ ROUTES = (
     Route("GET", "/storage-domains/{id}", s.GET_STORAGE_DOMAIN, DOMAINS, "Get a storage domain"),
     Route("PATCH", "/storage-domains/{id}", s.UPDATE_STORAGE_DOMAIN, DOMAINS, "Change a storage domain"),
     Route("DELETE", "/storage-domains/{id}", s.DELETE_STORAGE_DOMAIN, DOMAINS, "Forget a storage domain",
-          note="What is on the storage stays there."),
+          query=("destroy",), note="What is on the storage stays there. `destroy` forgets its disks, too."),
     Route("POST", "/storage-domains/{id}/attach", s.ATTACH_STORAGE_DOMAIN, DOMAINS, "Attach to a data center"),
     _act("activate", "activate", "Use a storage domain"),
     _act("maintenance", "maintain", "Put a storage domain in maintenance"),

@@ -26,6 +26,7 @@ from volery.contracts.host import HOST_CHANGED, HOST_DELETED, LIST_HOSTS, Host
 from volery.contracts.network import NETWORK_CHANGED, NETWORK_DELETED, Network
 from volery.contracts.operation import ListQuery
 from volery.contracts.vm import GET_VM, LIST_VMS, VM_CHANGED, VM_DELETED, Vm
+from volery.runtime.listing import pages
 from volery.runtime.service import Part
 from volery.runtime.tables import Change
 
@@ -177,11 +178,4 @@ async def list_again(svc: Fabric, stream: str) -> None:
 
 
 async def _all(svc: Fabric, call: Call[ListQuery, Any], type_: type[Any]) -> list[Any]:
-    found: list[Any] = []
-    token = ""
-    while True:
-        page = await svc.core.bus.ask(call, ListQuery(limit=1000, page=token))
-        found += [msgspec.json.decode(item, type=type_) for item in page.items]
-        token = page.next
-        if not token:
-            return found
+    return [one async for page in pages(svc.core.bus, call, type_) for one in page]

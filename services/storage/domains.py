@@ -10,12 +10,12 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-from services.storage import connections, domain_model
+from services.storage import connections, disk_model, domain_model
 from services.storage.storage import Storage
 from services.storage.store import DISKS, DOMAIN_IQN, DOMAIN_NAME, DOMAINS, DomainPrivate
 from volery.contracts.agent import StorageDomainReport
 from volery.contracts.base import Done, Message
-from volery.contracts.cluster import DeleteById, GetById
+from volery.contracts.cluster import GetById
 from volery.contracts.errors import Refused, conflict
 from volery.contracts.ids import new_id
 from volery.contracts.naming import (
@@ -37,6 +37,7 @@ from volery.contracts.storage import (
     ActOnStorageDomain,
     AttachStorageDomain,
     CreateStorageDomain,
+    DeleteStorageDomain,
     DomainKind,
     DomainStatus,
     StorageDomain,
@@ -416,29 +417,56 @@ async def refreshing(svc: Storage, run: Run) -> None:
 
 
 @part.answers(DELETE_STORAGE_DOMAIN)
-async def delete(svc: Storage, ask: DeleteById, caller: Caller) -> Done:
+async def delete(svc: Storage, ask: DeleteStorageDomain, caller: Caller) -> Done:
     """Only what nobody uses. What is on the storage stays there, but for Volery's own empty directory."""
     while True:
         row = await _free(svc, ask.id, ask.if_revision)
-        domain = row.public
-        if domain.status is not DomainStatus.UNATTACHED:
-            raise conflict(
-                f"storage domain {domain.name} is attached: put it into maintenance and detach it first",
-                data_center_id=domain.data_center_id,
-            )
-        if count := await svc.store.disks_in(domain.id):
-            raise conflict(
-                f"storage domain {domain.name} has {count} disks: attach it, delete or copy them, and detach it again",
-                disks=count,
-            )
-        left = [svc.store.leave_behind(domain, domain.host_id)] if domain.kind is DomainKind.DIRECTORY else []
+        if ask.destroy:
+            await _forget_disks(svc, row.public)
+        else:
+            await _refuse_deletion(svc, row.public)
+        leaving = row.public.kind is DomainKind.DIRECTORY and not ask.destroy
+        left = [svc.store.leave_behind(row.public, row.public.host_id)] if leaving else []
         done = Done()
         try:
             await svc.core.commit(DOMAINS.delete(row), *left, caller=caller, answer=done)
-        except Stale:
+        except (Stale, Taken):  # Taken: a disk came meanwhile, and refers to it
             continue
-        svc.core.wake(f"leftover:{domain.id}")
+        svc.core.wake(f"leftover:{row.id}")
         return done
+
+
+async def _refuse_deletion(svc: Storage, domain: StorageDomain) -> None:
+    if domain.status is not DomainStatus.UNATTACHED:
+        raise conflict(
+            f"storage domain {domain.name} is attached: put it into maintenance and detach it first",
+            data_center_id=domain.data_center_id,
+        )
+    if count := await svc.store.disks_in(domain.id):
+        raise conflict(
+            f"storage domain {domain.name} has {count} disks: attach it, delete or copy them, and detach it again; "
+            "or destroy it, if its storage is lost",
+            disks=count,
+        )
+
+
+async def _forget_disks(svc: Storage, domain: StorageDomain) -> None:
+    """The storage is lost: its disks end without an order. Raises Refused while anything uses them."""
+    if domain.status not in (DomainStatus.UNATTACHED, DomainStatus.MAINTENANCE):
+        raise conflict(
+            f"storage domain {domain.name} is {domain.status}: put it into maintenance before it is destroyed",
+            status=str(domain.status),
+        )
+    disks = await svc.store.disks_of(domain.id)
+    vms = await svc.store.vms({use.vm_id for disk in disks for use in disk.public.uses})
+    for disk in disks:
+        busy(disk.public, "disk", disk.public.busy_with)
+        disk_model.refuse_attached(disk.public, vms, "forgotten")
+    for disk in disks:
+        try:
+            await svc.core.commit(DISKS.delete(disk))
+        except Stale:  # the next turn of the loop finds what became of it
+            return
 
 
 @part.answers(GET_STORAGE_DOMAIN)

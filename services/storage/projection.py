@@ -6,7 +6,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import msgspec
 from msgspec.structs import replace as with_fields
 
 from services.storage.storage import Storage
@@ -23,6 +22,7 @@ from volery.contracts.errors import Kind, Refused
 from volery.contracts.host import HOST_CHANGED, HOST_DELETED, LIST_HOSTS, Host
 from volery.contracts.operation import ListQuery
 from volery.contracts.vm import GET_VM, LIST_VMS, VM_CHANGED, VM_DELETED, Vm
+from volery.runtime.listing import pages
 from volery.runtime.service import Part
 from volery.runtime.tables import Change
 
@@ -116,11 +116,4 @@ async def list_again(svc: Storage, stream: str) -> None:
 
 
 async def _all(svc: Storage, call: Call[ListQuery, Any], type_: type[Any]) -> list[Any]:
-    found: list[Any] = []
-    token = ""
-    while True:
-        page = await svc.core.bus.ask(call, ListQuery(limit=1000, page=token))
-        found += [msgspec.json.decode(item, type=type_) for item in page.items]
-        token = page.next
-        if not token:
-            return found
+    return [one async for page in pages(svc.core.bus, call, type_) for one in page]

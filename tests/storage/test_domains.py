@@ -5,21 +5,26 @@ from __future__ import annotations
 import pytest
 
 from tests.storage.scripted_storage import GIB, key, site
-from volery.contracts.cluster import DeleteById, GetById
+from volery.contracts.cluster import GetById
 from volery.contracts.errors import Kind, Refused
 from volery.contracts.host import HOST_CHANGED, HostStatus
 from volery.contracts.ids import new_id
 from volery.contracts.operation import ListQuery
 from volery.contracts.storage import (
     ACT_ON_STORAGE_DOMAIN,
+    ATTACH_DISK_TO,
     ATTACH_STORAGE_DOMAIN,
     CREATE_STORAGE_DOMAIN,
     DELETE_STORAGE_DOMAIN,
+    DETACH_DISK_FROM,
     GET_STORAGE_DOMAIN,
     LIST_STORAGE_DOMAINS,
     ActOnStorageDomain,
+    AttachDiskTo,
     AttachStorageDomain,
     CreateStorageDomain,
+    DeleteStorageDomain,
+    DetachDiskFrom,
     DomainKind,
     DomainStatus,
 )
@@ -66,7 +71,7 @@ async def test_an_unattached_domain_goes_through_its_whole_life(configured: Sett
         with pytest.raises(Refused, match="attached to data center"):
             await at.bus.ask(ATTACH_STORAGE_DOMAIN, attach)
         with pytest.raises(Refused, match="maintenance"):
-            await at.bus.ask(DELETE_STORAGE_DOMAIN, DeleteById(id=domain.id))
+            await at.bus.ask(DELETE_STORAGE_DOMAIN, DeleteStorageDomain(id=domain.id))
         for action, status in (
             ("maintain", DomainStatus.MAINTENANCE),
             ("activate", DomainStatus.ACTIVE),
@@ -77,9 +82,30 @@ async def test_an_unattached_domain_goes_through_its_whole_life(configured: Sett
             ask = ActOnStorageDomain(id=domain.id, action=action)
             await at.done(await at.bus.ask(ACT_ON_STORAGE_DOMAIN, ask))
             assert (await at.domain(domain.id)).status is status
-        await at.bus.ask(DELETE_STORAGE_DOMAIN, DeleteById(id=domain.id))
+        await at.bus.ask(DELETE_STORAGE_DOMAIN, DeleteStorageDomain(id=domain.id))
         with pytest.raises(Refused, match="there is no storage domain"):
             await at.domain(domain.id)
+
+
+async def test_a_lost_storage_can_be_forgotten_with_its_disks(configured: Settings) -> None:
+    async with site(configured, hosts=1) as at:
+        domain = await at.new_domain()
+        disk = await at.new_disk(domain)
+        vm_id = new_id()
+        await at.bus.ask(ATTACH_DISK_TO, AttachDiskTo(disk_id=disk.id, vm_id=vm_id))
+        at.hosts[0].unreachable.add("/srv/data")
+        destroy = DeleteStorageDomain(id=domain.id, destroy=True)
+        with pytest.raises(Refused, match="put it into maintenance before"):
+            await at.bus.ask(DELETE_STORAGE_DOMAIN, destroy)
+        maintain = ActOnStorageDomain(id=domain.id, action="maintain")
+        await at.done(await at.bus.ask(ACT_ON_STORAGE_DOMAIN, maintain))
+        with pytest.raises(Refused, match="is attached to VM"):
+            await at.bus.ask(DELETE_STORAGE_DOMAIN, destroy)
+        await at.bus.ask(DETACH_DISK_FROM, DetachDiskFrom(disk_id=disk.id, vm_id=vm_id))
+        await at.bus.ask(DELETE_STORAGE_DOMAIN, destroy)
+        with pytest.raises(Refused, match="there is no disk"):
+            await at.disk(disk.id)
+        assert len(at.shelf.volumes) == 1
 
 
 async def test_a_host_that_comes_up_gets_the_domains(configured: Settings) -> None:

@@ -42,6 +42,7 @@ from volery.contracts.storage import (
     ActOnStorageDomain,
     CopyDisk,
     CreateDisk,
+    DeleteStorageDomain,
     DiscoverTargets,
     Disk,
     DiskStatus,
@@ -216,7 +217,7 @@ async def test_directories_of_deleted_domains_are_cleaned(configured: Settings) 
             await at.done(
                 await at.bus.ask(ACT_ON_STORAGE_DOMAIN, ActOnStorageDomain(id=domain.id, action=action))
             )
-        await at.bus.ask(DELETE_STORAGE_DOMAIN, DeleteById(id=domain.id))
+        await at.bus.ask(DELETE_STORAGE_DOMAIN, DeleteStorageDomain(id=domain.id))
 
         async def clean() -> bool:
             return at.shelf.markers == set()

@@ -50,6 +50,7 @@ from volery.contracts.storage import (
     CopyDisk,
     CreateDisk,
     CreateStorageDomain,
+    DeleteStorageDomain,
     Disk,
     DiskStatus,
     DomainKind,
@@ -178,7 +179,7 @@ async def test_disks_on_a_real_directory(plane: Plane, tmp_path: Path) -> None:
         for action in ("maintain", "detach"):
             ask = ActOnStorageDomain(id=at.domain.id, action=action)
             await at.done(await at.bus.ask(ACT_ON_STORAGE_DOMAIN, ask))
-        await at.bus.ask(DELETE_STORAGE_DOMAIN, DeleteById(id=at.domain.id))
+        await at.bus.ask(DELETE_STORAGE_DOMAIN, DeleteStorageDomain(id=at.domain.id))
         async with asyncio.timeout(20):
             while list(at.path.iterdir()):
                 await asyncio.sleep(0.05)

@@ -104,6 +104,15 @@ class ActOnStorageDomain(Message):
     if_revision: int = 0
 
 
+class DeleteStorageDomain(Message):
+    """Only an unattached domain without disks; `destroy` forgets one in maintenance together with its disks and leaves
+    the storage alone: for a storage that is lost."""
+
+    id: str
+    if_revision: int = 0
+    destroy: bool = False
+
+
 class DiscoverTargets(Message):
     """What an iSCSI portal offers, as seen from a host ("" is any that is up)."""
 
@@ -309,7 +318,7 @@ CREATE_STORAGE_DOMAIN = Call("storage.domain.create", CreateStorageDomain, Opera
 UPDATE_STORAGE_DOMAIN = Call("storage.domain.update", UpdateStorageDomain, StorageDomain, mutates=True)
 ATTACH_STORAGE_DOMAIN = Call("storage.domain.attach", AttachStorageDomain, Operation, mutates=True)
 ACT_ON_STORAGE_DOMAIN = Call("storage.domain.act", ActOnStorageDomain, Operation, mutates=True)
-DELETE_STORAGE_DOMAIN = Call("storage.domain.delete", DeleteById, Done, mutates=True)
+DELETE_STORAGE_DOMAIN = Call("storage.domain.delete", DeleteStorageDomain, Done, mutates=True)
 GET_STORAGE_DOMAIN = Call("storage.domain.get", GetById, StorageDomain)
 LIST_STORAGE_DOMAINS = Call("storage.domain.list", ListQuery, Page)
 DISCOVER_TARGETS = Call("storage.iscsi.discover", DiscoverTargets, Targets, timeout_seconds=30)

@@ -311,7 +311,8 @@ class Orders:
                 future.set_result(result)
 
         return Change(
-            """update host_order set state = 'finished', outcome = {1}, problem = {2}, result = {3}
+            # The question isn't needed any more; it may hold secrets.
+            """update host_order set state = 'finished', outcome = {1}, problem = {2}, result = {3}, body = ''
                where order_id = {0} and state <> 'finished'""",
             (
                 order_id,
