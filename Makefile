@@ -7,7 +7,7 @@ YES ?=
 TESTS ?=
 export VOLERY_HOME YES
 
-.PHONY: help up down clean status test check lab lab-down bench fmt lock
+.PHONY: help up down clean status test check lab lab-down bench docs fmt lock
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +49,10 @@ lab-down: ## end the lab
 bench: ## measure; prints a table and writes bench/results.json
 	@VOLERY_TARGET=bench deploy/bootstrap.sh test
 	@$(PYTHON) -m bench
+
+docs: ## write the generated pages anew
+	@deploy/bootstrap.sh venv
+	@$(PYTHON) -m docs.generate
 
 fmt: ## put the source in shape
 	@deploy/bootstrap.sh venv

@@ -1,0 +1,234 @@
+"""Stories in the lab, told through REST alone: several hosts, shared storage, iSCSI, live migration, faults."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from lab import plane
+from lab.lab import Lab
+from volery.client import api
+from volery.client.request import Request, body_of
+from volery.client.transport import Client, OperationFailed, ProblemError
+from volery.contracts.cluster import Cluster
+from volery.contracts.operation import Operation, OperationState
+from volery.contracts.storage import CreateDisk
+from volery.contracts.vm import CreateVm, HighAvailability, NewDisk, NewNic, Vm, VmStatus
+from volery.setup.console import Output
+from volery.setup.down import down
+
+pytestmark = pytest.mark.timeout(420)
+MIB = 1024 * 1024
+
+
+@dataclass
+class Stage:
+    lab: Lab
+    client: Client
+
+    @property
+    def cluster(self) -> Cluster:
+        return self.client.find(api.CLUSTERS, plane.NAME)
+
+    def guest(self, name: str, **fields: Any) -> Vm:
+        """A running VM from the guest image, whose agent has answered."""
+        image = self.client.find(api.DISKS, plane.IMAGE)
+        network = self.client.find(api.NETWORKS, "lab")
+        ask = CreateVm(
+            name=name,
+            cluster_id=self.cluster.id,
+            memory_bytes=160 * MIB,
+            disks=(NewDisk(storage_domain_id=image.storage_domain_id, copy_of=image.id),),
+            nics=(NewNic(network_id=network.id),),
+            **fields,
+        )
+        vm_id = self.client.wait(self.client.send(api.VMS.create(ask, Operation))).object_id
+        self.act(vm_id, "start")
+        return self.until(vm_id, lambda vm: vm.guest.agent_connected and vm.guest.hostname == name, 120)
+
+    def act(self, vm_id: str, action: str, body: dict[str, Any] | None = None) -> Operation:
+        return self.client.wait(self.client.send(api.VMS.act(vm_id, action, Operation, body)))
+
+    def until(self, vm_id: str, holds: Callable[[Vm], bool], seconds: float = 30.0) -> Vm:
+        until = time.monotonic() + seconds
+        while True:
+            vm = self.client.send(api.VMS.get(vm_id))
+            if holds(vm):
+                return vm
+            assert time.monotonic() < until, vm
+            time.sleep(0.1)
+
+    def host_number(self, host_id: str) -> int:
+        return int(self.client.send(api.HOSTS.get(host_id)).name.removeprefix("h"))
+
+    def inside(self, vm: Vm, command: str) -> str:
+        """What a shell in the guest prints, by its agent on the host where it runs."""
+        import base64
+        import json
+
+        host = self.lab.host(self.host_number(vm.host_id))
+        name = next(n for n in self.domains(host) if n.endswith(vm.id[-12:]))
+
+        def agent(execute: str, **arguments: Any) -> Any:
+            question = json.dumps({"execute": execute, "arguments": arguments})
+            answer = subprocess.run(
+                host.enter(["virsh", "-q", "qemu-agent-command", name, question]),
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            return json.loads(answer.stdout)["return"]
+
+        pid = agent("guest-exec", path="/bin/sh", arg=["-c", command], **{"capture-output": True})["pid"]
+        until = time.monotonic() + 20
+        while not (done := agent("guest-exec-status", pid=pid))["exited"]:
+            assert time.monotonic() < until, command
+            time.sleep(0.1)
+        return base64.b64decode(done.get("out-data", "")).decode()
+
+    @staticmethod
+    def domains(host: Any) -> list[str]:
+        listing = subprocess.run(
+            host.enter(["virsh", "-q", "list", "--all", "--name"]), capture_output=True, text=True, check=True
+        )
+        return [line for line in listing.stdout.split() if line]
+
+    def remove(self, vm: Vm) -> None:
+        now = self.client.send(api.VMS.get(vm.id))
+        if now.status is not VmStatus.DOWN:
+            self.act(vm.id, "stop", {"force": True})
+        self.client.wait(self.client.send(api.VMS.delete(vm.id, Operation)))
+
+
+@pytest.fixture(scope="module")
+def stage() -> Iterator[Stage]:
+    state = Path(tempfile.mkdtemp(prefix="volery-stories-", dir="/tmp"))
+    state.chmod(0o755)  # PostgreSQL's own user passes through
+    lab = Lab(state)
+    try:
+        lab.up(2)
+        output = Output(Console(quiet=True))
+        client = plane.connect(lab, output)
+        yield Stage(lab, client)
+        client.http.close()
+    finally:
+        down(plane.home_of(lab), Output(Console(quiet=True)))
+        lab.down()
+        shutil.rmtree(state, ignore_errors=True)
+
+
+def test_a_guest_migrates_while_it_counts(stage: Stage) -> None:
+    vm = stage.guest("mover")
+    first = int(stage.inside(vm, "cat /run/tick"))
+    done = stage.act(vm.id, "migrate")
+    assert done.state is OperationState.SUCCEEDED
+    moved = stage.client.send(api.VMS.get(vm.id))
+    assert moved.host_id != vm.host_id
+    assert moved.status is VmStatus.UP
+    assert int(stage.inside(moved, "cat /run/tick")) >= first
+    boot = float(stage.inside(moved, "cut -d' ' -f1 /proc/uptime"))
+    assert boot > 3, "it was not restarted"
+    source = stage.lab.host(stage.host_number(vm.host_id))
+    assert not [name for name in stage.domains(source) if name.endswith(vm.id[-12:])]
+    stage.remove(moved)
+
+
+def test_a_migration_is_cancelled_and_the_guest_stays(stage: Stage) -> None:
+    vm = stage.guest("stayer")
+    # 1 MiB/s needs minutes for its memory, so there is time to change one's mind.
+    op = stage.client.send(
+        api.VMS.act(vm.id, "migrate", Operation, {"bandwidth_mib_per_second": 1, "auto_converge": False})
+    )
+    stage.until(vm.id, lambda now: now.status is VmStatus.MIGRATING)
+    until = time.monotonic() + 30
+    while not any(s.name == "migrate" for s in stage.client.poll(op, 1).steps):
+        assert time.monotonic() < until
+    time.sleep(0.5)  # let libvirt's job begin: what is tested is cancelling it, not preventing it
+    stage.client.send(Request("POST", f"operations/{op.id}/cancel", Operation, b"{}"))
+    with pytest.raises(OperationFailed):
+        stage.client.wait(op)
+    now = stage.until(vm.id, lambda v: v.status is VmStatus.UP and not v.busy_with)
+    assert now.host_id == vm.host_id
+    assert now.epoch > vm.epoch + 1, "the source's epoch is above the destination's"
+    assert stage.inside(now, "echo alive").strip() == "alive"
+    other = next(h for h in stage.lab.hosts if h.number != stage.host_number(vm.host_id))
+    assert not [name for name in stage.domains(other) if name.endswith(vm.id[-12:])]
+    stage.remove(now)
+
+
+def test_disks_grow_and_come_and_go_while_it_runs(stage: Stage) -> None:
+    vm = stage.guest("disks")
+    disk = vm.disks[0]
+    grow = api.DISKS.act(disk.disk_id, "resize", Operation, {"size_bytes": 256 * MIB})
+    stage.client.wait(stage.client.send(grow))
+    now = stage.client.send(api.VMS.get(vm.id))
+    assert int(stage.inside(now, "cat /sys/class/block/vda/size").strip()) * 512 == 256 * MIB
+    iscsi = stage.client.find(api.STORAGE_DOMAINS, "iscsi")
+    ask = CreateDisk(name="lun", storage_domain_id=iscsi.id, size_bytes=64 * MIB)
+    lun = stage.client.wait(stage.client.send(api.DISKS.create(ask, Operation))).object_id
+    attach = Request("POST", f"vms/{vm.id}/disks", Operation, body_of({"disk_id": lun}))
+    stage.client.wait(stage.client.send(attach))
+    assert stage.inside(now, "ls /sys/class/block | grep -c '^vd[b-z]$'").strip() == "1"
+    stage.inside(now, "echo written-by-guest > /dev/vdb; sync")
+    stage.act(vm.id, "migrate")
+    moved = stage.client.send(api.VMS.get(vm.id))
+    assert stage.inside(moved, "head -c 16 /dev/vdb").startswith("written-by-guest")
+    detach = Request("DELETE", f"vms/{vm.id}/disks/{lun}", Operation)
+    stage.client.wait(stage.client.send(detach))
+    assert stage.inside(moved, "ls /sys/class/block | grep -c '^vd[b-z]$'").strip() == "0"
+    stage.client.wait(stage.client.send(api.DISKS.delete(lun, Operation)))
+    stage.remove(moved)
+
+
+def test_a_crashed_highly_available_guest_comes_back(stage: Stage) -> None:
+    vm = stage.guest("survivor", high_availability=HighAvailability(enabled=True))
+    host = stage.lab.host(stage.host_number(vm.host_id))
+    (qemu,) = [pid for pid in host.pids("qemu-system-x86") if vm.id in Path(f"/proc/{pid}/cmdline").read_text()]
+    subprocess.run(["kill", "-9", str(qemu)], check=True)
+    crashed = time.monotonic()
+    stage.until(vm.id, lambda now: now.status is not VmStatus.UP, 5)
+    back = stage.until(vm.id, lambda now: now.status is VmStatus.UP and now.epoch > vm.epoch, 30)
+    print(f"up again after {time.monotonic() - crashed:.1f} s")
+    assert back.restarts == 1
+    stage.until(vm.id, lambda now: now.guest.agent_connected, 90)
+    stage.remove(back)
+
+
+def test_maintenance_moves_everything_away(stage: Stage) -> None:
+    vm = stage.guest("evacuee")
+    request = api.HOSTS.act(vm.host_id, "maintenance", Operation, {"reason": "new memory"})
+    stage.client.wait(stage.client.send(request))
+    moved = stage.client.send(api.VMS.get(vm.id))
+    assert moved.host_id != vm.host_id
+    host = stage.client.send(api.HOSTS.get(vm.host_id))
+    assert (host.status, host.maintenance_reason) == ("maintenance", "new memory")
+    with pytest.raises(ProblemError) as refused:
+        stage.client.send(api.VMS.act(vm.id, "migrate", Operation, {"host_id": moved.host_id}))
+    assert refused.value.status == 409
+    stage.client.wait(stage.client.send(api.HOSTS.act(vm.host_id, "activate", Operation)))
+    stage.remove(moved)
+
+
+def test_a_silent_host_is_noticed_and_nothing_of_it_is_started_elsewhere(stage: Stage) -> None:
+    vm = stage.guest("patient", high_availability=HighAvailability(enabled=True))
+    number = stage.host_number(vm.host_id)
+    host = stage.lab.host(number)
+    host.cut()
+    try:
+        stage.until(vm.id, lambda now: now.status is VmStatus.UNKNOWN, 40)
+        other = next(h for h in stage.lab.hosts if h.number != number)
+        assert not [name for name in stage.domains(other) if name.endswith(vm.id[-12:])]
+    finally:
+        host.join()
+    back = stage.until(vm.id, lambda now: now.status is VmStatus.UP, 60)
+    assert (back.host_id, back.epoch) == (vm.host_id, vm.epoch)
+    stage.remove(back)
