@@ -37,6 +37,7 @@ from volery.contracts.storage import (
     DELETE_STORAGE_DOMAIN,
     DISCOVER_TARGETS,
     GET_DISK,
+    GET_STORAGE_DOMAIN,
     LIST_DISKS,
     RESIZE_DISK,
     ActOnStorageDomain,
@@ -46,10 +47,12 @@ from volery.contracts.storage import (
     DiscoverTargets,
     Disk,
     DiskStatus,
+    DomainKind,
     DomainStatus,
     ResizeDisk,
 )
 from volery.contracts.volume_orders import CREATE_VOLUME
+from volery.runtime.database import open_direct
 from volery.runtime.service import Service, Settings
 
 
@@ -392,3 +395,45 @@ async def test_a_deadline_ends_the_operation_and_keeps_the_disk_until_the_host_s
         await first.agent.kill()
     assert at.shelf.crowded == []
     assert at.shelf.volumes == {}
+
+
+async def test_two_replicas_answer_as_one(configured: Settings) -> None:
+    """One leads and one follows; whoever is asked, each disk is made once and every LUN has one disk."""
+    async with storage_process(configured), site(configured, hosts=2) as at:
+        at.shelf.luns["iqn.2026-11.test:two"] = dict.fromkeys(range(30), GIB)
+        domain = await at.new_domain(
+            "san", kind=DomainKind.ISCSI, portal="192.0.2.9", iqn="iqn.2026-11.test:two"
+        )
+        disks = await asyncio.gather(*(at.new_disk(domain, f"d{n}") for n in range(30)))
+        assert sorted(disk.lun for disk in disks) == list(range(30))
+        ops = [await at.bus.ask(DELETE_DISK, DeleteById(id=disk.id)) for disk in disks]
+        await asyncio.gather(*(at.done(op) for op in ops))
+        assert (await at.bus.ask(LIST_DISKS, ListQuery())).items == ()
+
+
+async def test_facts_that_are_lost_for_good_are_made_up_by_lists(configured: Settings) -> None:
+    """Facts were trimmed while storage was away: what it knows of hosts, VMs and data centers is what inventory lists."""
+    async with storage_process(configured) as storage, site(configured, hosts=2, outside=True) as at:
+        domain = await at.new_domain()
+        vm = await at.world.vm(at.center, "gone")
+        await storage.kill()
+        await at.world.take(HOST_DELETED, at.rows[1])
+        await at.world.delete_vm(vm)
+        other = await at.world.data_center("unheard")
+        stream = at.bus.client.jetstream()
+
+        async def relayed() -> bool:
+            return (await stream.get_last_msg("FACTS_INVENTORY", "fact.inventory.data_center.>")).seq > 4
+
+        await at.until(relayed)
+        await stream.purge_stream("FACTS_INVENTORY")
+        await storage.start()
+
+        async def one() -> bool:
+            return (await insist(at, GET_STORAGE_DOMAIN, GetById(id=domain.id))).host_ids == (at.rows[0].id,)
+
+        await at.until(one)
+        async with open_direct(configured.database, Owner.STORAGE) as connection:
+            centers = {row["id"] for row in await connection.fetch("select id from data_center")}
+            assert centers == {at.center.id, other.id}
+            assert await connection.fetchval("select count(*) from vm") == 0
