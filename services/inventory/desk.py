@@ -12,7 +12,7 @@ from services.inventory.config import InventoryConfig
 from services.inventory.store import Store
 from volery.contracts.agent import DomainReport
 from volery.contracts.base import Message, Order, Owner
-from volery.contracts.errors import Refused
+from volery.contracts.errors import Kind, Refused
 from volery.contracts.ids import new_id
 from volery.contracts.operation import ENDED, GET_OPERATION, GetOperation, Operation
 from volery.runtime.bus import connect
@@ -22,6 +22,7 @@ from volery.runtime.identity import Realm
 
 Q = TypeVar("Q", bound=Message)
 A = TypeVar("A")
+HOST_SECONDS = 15.0
 
 
 @dataclass(slots=True)
@@ -92,7 +93,14 @@ class Inventory:
                 order, question, order_id=order_id, host_id=host_id, object_id=object_id, epoch=epoch
             )
         )
-        return (await asyncio.wait_for(orders.result(order_id), 15)).answer(order)
+        try:
+            return (await asyncio.wait_for(orders.result(order_id), HOST_SECONDS)).answer(order)
+        except TimeoutError:
+            raise Refused(
+                Kind.TIMEOUT,
+                f"host {host_id} has not carried out {order.kind} within {HOST_SECONDS:g} s; it may do so later. Look "
+                "whether the host is up, then ask again",
+            ) from None
 
     async def fresh_report(self, host_id: str) -> None:
         """Ask the host for its full state and wait until that was committed."""

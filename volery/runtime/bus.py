@@ -31,6 +31,7 @@ from volery.contracts.errors import STATUS, Kind, Problem, Refused
 from volery.runtime import telemetry
 from volery.runtime.config import BusConfig
 from volery.runtime.connection import connect_options
+from volery.runtime.database import AWAY
 
 log = logging.getLogger(__name__)
 
@@ -251,6 +252,10 @@ class Answers:
             except msgspec.DecodeError as error:
                 kind = Kind.INVALID
                 await _refuse(request, Refused(Kind.INVALID, f"the request is not JSON: {error}"))
+            except AWAY as error:
+                kind = Kind.UNAVAILABLE
+                log.warning("%s: the database is away: %s", call.subject, error or type(error).__name__)
+                await _refuse(request, _database_away(self.bus.name))
             except Exception as error:  # the runtime's own loop: a bug is logged, never sent
                 kind = Kind.INTERNAL
                 span.record_exception(error)
@@ -270,6 +275,15 @@ class Answers:
             await asyncio.wait(self.tasks, timeout=timeout_seconds)
         if self.micro is not None and self.bus.client.is_connected:
             await self.micro.stop()
+
+
+def _database_away(name: str) -> Refused:
+    return Refused(
+        Kind.UNAVAILABLE,
+        f"{name} can't reach its database right now; whether the request took effect is unknown, so ask again with the "
+        "same Idempotency-Key in a few seconds",
+        **{LOST: True},
+    )
 
 
 def _internal(span: Any) -> Refused:

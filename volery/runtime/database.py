@@ -19,6 +19,17 @@ CODE_LEVEL = 1
 """Grows when a migration stops working with older code; a schema whose min_code is higher refuses this code."""
 
 
+AWAY: tuple[type[BaseException], ...] = (
+    asyncpg.PostgresConnectionError,
+    asyncpg.OperatorInterventionError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    asyncpg.TooManyConnectionsError,
+    OSError,
+)
+"""PostgreSQL is not reachable, or was lost in the middle: what was asked may or may not have happened."""
+
+
 class SchemaTooNew(Exception):
     """The schema was migrated by newer code that this code can't work with."""
 
@@ -67,6 +78,7 @@ async def open_direct(
         "tcp_keepalives_interval": "1",
         "tcp_keepalives_count": "3",
     }
+    arguments["command_timeout"] = 60
     connection: asyncpg.Connection[asyncpg.Record] = await asyncpg.connect(**arguments)
     try:
         yield connection

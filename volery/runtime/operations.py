@@ -28,6 +28,7 @@ from volery.contracts.ids import new_id
 from volery.contracts.operation import ENDED, OPERATION_CHANGED, Operation, OperationState, Step
 from volery.runtime import telemetry
 from volery.runtime.bus import LOST, Caller
+from volery.runtime.database import AWAY
 from volery.runtime.orders import Orders
 from volery.runtime.quarantine import Quarantine
 from volery.runtime.tables import Change, Row, Stale, Table
@@ -40,6 +41,8 @@ V = TypeVar("V")
 
 CANCEL_GRACE_SECONDS = 15.0
 PROGRESS_SECONDS = 0.5
+LEFT_OPEN: tuple[type[BaseException], ...] = (Stale, *AWAY)
+"""An operation that meets one of these is taken up again later."""
 
 
 class OperationPrivate(Message):
@@ -430,7 +433,13 @@ class Operations:
         run.cancelling.set()
 
     async def _drive(self, run: Run) -> None:
-        """Run the procedure to its end; nothing but a lost leadership leaves it open."""
+        """Run the procedure to its end; what leaves it open is only a lost leadership, or a database that is away."""
+        try:
+            await self._run(run)
+        except LEFT_OPEN as error:
+            log.warning("operation %s will be taken up again: %s", run.id, error or type(error).__name__)
+
+    async def _run(self, run: Run) -> None:
         procedure = self.procedures.get(run.operation.kind)
         telemetry.service_name.set(self.owner)
         context = telemetry.extract({"traceparent": run.row.private.traceparent})
@@ -448,9 +457,9 @@ class Operations:
                 await self._fail(run, run.reason or _cancelled(run), by_person=run.reason is None)
             except Refused as refused:
                 await self._fail(run, refused.problem(), by_person=False)
-            except Stale:
-                # Somebody changed the object under an exclusive operation, or leadership was lost.
-                log.warning("operation %s will be taken up again", run.id)
+            except LEFT_OPEN:
+                # Somebody changed the object under an exclusive operation, leadership or the database was lost.
+                raise
             except Exception as error:  # the runtime's own loop: a bug ends the operation, never the service
                 log.exception("operation %s (%s) failed", run.id, run.operation.kind)
                 await self._fail(run, _bug(run, error), by_person=False)

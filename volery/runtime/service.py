@@ -55,6 +55,7 @@ RESUME_SECONDS = 1.0
 HOUSEKEEPING_SECONDS = 600.0
 STOP_SECONDS = 30.0
 EXIT_STUCK = 70
+FOR_EVER_SECONDS = 1e7
 
 
 @dataclass(slots=True)
@@ -285,7 +286,9 @@ class Service:
             try:
                 async with open_direct(settings.database, self.name) as connection:
                     await connection.execute(
-                        "select pg_advisory_lock(hashtext($1))", LEADER_LOCK + self.name, timeout=None
+                        "select pg_advisory_lock(hashtext($1))",
+                        LEADER_LOCK + self.name,
+                        timeout=FOR_EVER_SECONDS,
                     )
                     token = await connection.fetchval("update leader set token = token + 1 returning token")
                     core.orders.token = token
