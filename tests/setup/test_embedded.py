@@ -9,6 +9,8 @@ import os
 import signal
 import socket
 import ssl
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -351,6 +353,28 @@ def test_throw_away_servers_are_quick_and_leave_nothing() -> None:
     assert not bus.process.alive()
     assert not database.process.alive()
     assert took < 10
+
+
+ABANDON = """
+import os, signal
+from volery.setup.embedded import temporary_nats, temporary_postgres
+with temporary_nats() as bus, temporary_postgres() as database:
+    print(bus.pid, database.pid, bus.log.parent.parent, database.log.parent.parent, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_throw_away_servers_end_with_a_killed_test() -> None:
+    killed = subprocess.run([sys.executable, "-c", ABANDON], capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    bus, database, *places = killed.stdout.split()
+    for pid in (bus, database):
+        process = processes.ProcessId.of(int(pid))
+        assert process is None or processes.wait_for_exit(process, 10)
+    deadline = time.monotonic() + 10
+    while any(Path(place).exists() for place in places):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_cluster_paths_with_quotes_are_escaped() -> None:

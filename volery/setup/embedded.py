@@ -8,6 +8,8 @@ started them may end, and the next one finds them.
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +20,7 @@ from tempfile import mkdtemp
 from typing import Literal
 
 from volery.setup import nats_server, postgres_server, processes
+from volery.setup import undertaker as undertaker_script
 from volery.setup.errors import SetupError
 from volery.setup.home import Home
 from volery.setup.nats_server import NatsOperator, NatsOptions, NatsTls
@@ -289,6 +292,24 @@ def temporary_home(prefix: str = "volery-test-") -> Iterator[Home]:
 
 
 @contextmanager
+def _buried(server: Embedded, home: Home) -> Iterator[None]:
+    """Should this process be killed, the server ends and its directory goes."""
+    undertaker = subprocess.Popen(
+        [sys.executable, "-I", "-S", undertaker_script.__file__, str(server.pid), str(home.path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    assert undertaker.stdin is not None
+    try:
+        yield
+    finally:
+        undertaker.kill()  # we live, so the server is stopped in good order
+        undertaker.stdin.close()
+        undertaker.wait()
+
+
+@contextmanager
 def temporary_nats(options: NatsOptions | None = None) -> Iterator[Embedded]:
     """A NATS server with JetStream (every message synced) on a free loopback port, then gone.
 
@@ -296,7 +317,9 @@ def temporary_nats(options: NatsOptions | None = None) -> Iterator[Embedded]:
     """
     with temporary_home("volery-nats-") as home:
         try:
-            yield start_nats(home, options or NatsOptions(preferred_port=None))
+            server = start_nats(home, options or NatsOptions(preferred_port=None))
+            with _buried(server, home):
+                yield server
         finally:
             stop(home, "nats")
 
@@ -306,7 +329,9 @@ def temporary_postgres(options: PostgresOptions | None = None) -> Iterator[Embed
     """An empty PostgreSQL (fsync on) on a Unix socket, then gone."""
     with temporary_home("volery-pg-") as home:
         try:
-            yield start_postgres(home, options or PostgresOptions(sync_after_creation=False))
+            server = start_postgres(home, options or PostgresOptions(sync_after_creation=False))
+            with _buried(server, home):
+                yield server
         finally:
             # Nothing of it is kept, so it needs no last checkpoint.
             process = status(home, "postgres")
