@@ -151,7 +151,7 @@ async def test_a_guest_that_panics_is_crashed(qemu: VmHost) -> None:
 
 
 async def test_act_is_level_triggered_and_refuses_what_is_not_here(qemu: VmHost) -> None:
-    spec = tiny_spec()
+    spec = tiny_spec(cpu_model="qemu64", max_memory_bytes=1 << 30, machine="q35")
     await qemu.run(spec)
     for action, state in (
         (DomainAction.PAUSE, DomainState.PAUSED),
