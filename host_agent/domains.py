@@ -13,7 +13,7 @@ from host_agent import devices, domxml, migration, runningxml
 from host_agent.action import Action, Host, Running
 from host_agent.domain_waits import settled, wait_gone
 from host_agent.domxml import Placement
-from host_agent.suspension import restore, save_domain
+from host_agent.suspension import remove_file, restore, save_domain
 from volery.contracts.agent import DomainReport
 from volery.contracts.base import Done, Message
 from volery.contracts.domain import DomainSpec, DomainState
@@ -82,22 +82,24 @@ async def run_domain(host: Host, order: RunDomain, running: Running) -> DomainRu
         if now.state in ALIVE:
             if now.state is DomainState.PAUSED and now.reason == "starting_up":
                 await hypervisor.resume(order.vm_id)  # a start that was interrupted left it so
+            if order.restore_path:
+                await remove_file(order.restore_path)  # its memory is older than what the guest did since
             return await _running(host, order.vm_id, spec, placement)
         await hypervisor.destroy(order.vm_id)
         await wait_gone(hypervisor, order.vm_id, DESTROY_SECONDS)
     await devices.prepare_secrets(host, spec.disks, spec.installation)
     if order.restore_path:
         await restore(host, order, placement)
-    else:
-        await _create(host, order, placement)
-    return await _running(host, order.vm_id, spec, placement)
+        return await _running(host, order.vm_id, spec, placement)
+    return await _create(host, order, placement)
 
 
-async def _create(host: Host, order: RunDomain, placement: Placement) -> None:
+async def _create(host: Host, order: RunDomain, placement: Placement) -> DomainRunning:
     """Cancelled, it leaves nothing behind. (A cancelled restoration does: its memory can't be restored twice.)"""
     xml = domxml.domain_xml(order.spec, placement, host.hypervisor.machine)
     try:
         await host.hypervisor.create(xml, paused=order.paused)
+        return await _running(host, order.vm_id, order.spec, placement)
     except asyncio.CancelledError:
         now = await host.hypervisor.domain(order.vm_id)
         if now.state not in ENDED and (now.epoch, now.order_seq) == (placement.epoch, placement.order_seq):

@@ -133,6 +133,9 @@ async def test_save_and_restore(driver: VmHost, tmp_path: Path) -> None:
     await driver.run(vm, epoch=2, restore_path=str(path))
     assert (await driver.hypervisor.domain(vm.vm_id)).epoch == 2
     assert not path.exists()
+    path.write_text("left by an agent that died before it could remove it")
+    await driver.run(vm, epoch=2, restore_path=str(path))
+    assert not path.exists()
 
 
 async def test_stopping_and_forgetting_what_is_not_here_succeeds(driver: VmHost) -> None:
