@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
 from msgspec.structs import replace
@@ -55,19 +55,38 @@ async def look(
     )
 
 
-async def connect(svc: Storage, domain_id: str, host_id: str) -> StorageDomainReport:
-    """Connect the domain on a host and record what came of it; being unable to is an answer, too."""
+async def connect(svc: Storage, domain_id: str, host_ids: Iterable[str]) -> None:
+    """Connect the domain on these hosts and record what came of it; being unable to is an answer, too.
+
+    What several hosts said meanwhile is written at once: a thousand hosts make a few revisions, not a thousand.
+    """
     before = await svc.store.disks_of(domain_id)
+    gate = asyncio.Semaphore(AT_ONCE)
+    pending = {asyncio.create_task(_looked(svc, gate, domain_id, host_id)) for host_id in host_ids}
     try:
-        report = await look(svc, domain_id, host_id)
-        svc.tried.pop((domain_id, host_id), None)
-    except Refused as refused:
-        report = StorageDomainReport(domain_id=domain_id, reachable=False, problem=refused.message)
-        svc.tried[domain_id, host_id] = time.monotonic()
-    await record(svc, domain_id, host_id, report)
-    if report.reachable:
-        await _lose(svc, domain_id, before, report)
-    return report
+        while pending:
+            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            said = dict(task.result() for task in done)
+            await record(svc, domain_id, said)
+            for report in said.values():
+                if report.reachable:
+                    await _lose(svc, domain_id, before, report)
+    finally:
+        for task in pending:
+            task.cancel()
+
+
+async def _looked(
+    svc: Storage, gate: asyncio.Semaphore, domain_id: str, host_id: str
+) -> tuple[str, StorageDomainReport]:
+    async with gate:
+        try:
+            report = await look(svc, domain_id, host_id)
+        except Refused as refused:
+            svc.tried[domain_id, host_id] = time.monotonic()
+            return host_id, StorageDomainReport(domain_id=domain_id, reachable=False, problem=refused.message)
+    svc.tried.pop((domain_id, host_id), None)
+    return host_id, report
 
 
 async def connect_everywhere(svc: Storage, domain_id: str, *, again: bool = False) -> None:
@@ -77,20 +96,10 @@ async def connect_everywhere(svc: Storage, domain_id: str, *, again: bool = Fals
     """
     row = await svc.domain(domain_id)
     wanted = domain_model.wanted_hosts(row.public, row.private.maintenance, await svc.store.hosts())
-    await _each(svc, domain_id, [h for h in wanted if again or h not in row.public.host_ids])
+    await connect(svc, domain_id, [h for h in wanted if again or h not in row.public.host_ids])
     domain = (await svc.domain(domain_id)).public
     if not domain.host_ids:
         raise domain_model.unreached(domain)
-
-
-async def _each(svc: Storage, domain_id: str, host_ids: Sequence[str]) -> None:
-    gate = asyncio.Semaphore(AT_ONCE)
-
-    async def one(host_id: str) -> None:
-        async with gate:
-            await connect(svc, domain_id, host_id)
-
-    await asyncio.gather(*(one(host_id) for host_id in host_ids))
 
 
 async def disconnect(svc: Storage, domain_id: str, host_ids: Sequence[str], *, remove: str = "") -> list[str]:
@@ -129,31 +138,36 @@ async def clean(svc: Storage, left: Leftover, host_id: str) -> None:
     await order(DISCONNECT_STORAGE, gone)
 
 
-async def record(svc: Storage, domain_id: str, host_id: str, report: StorageDomainReport) -> None:
-    """Write what a host said just now."""
+async def record(svc: Storage, domain_id: str, said: Mapping[str, StorageDomainReport]) -> None:
+    """Write what hosts said just now."""
     while True:
         row = await DOMAINS.find(svc.core.pool, domain_id)
         if row is None:
             return
         try:
-            await svc.core.commit(*await _changes(svc, row, host_id, report))
+            await svc.core.commit(*await _changes(svc, row, said))
         except Stale:
             continue
         return
 
 
 async def _changes(
-    svc: Storage, row: Row[StorageDomain, DomainPrivate], host_id: str, report: StorageDomainReport
+    svc: Storage,
+    row: Row[StorageDomain, DomainPrivate],
+    said: Mapping[str, StorageDomainReport],
 ) -> list[Change]:
     disks = await svc.store.disks_of(row.id)
-    public = domain_model.with_report(row.public, host_id, report, [disk.public for disk in disks])
-    activating = bool(row.public.busy_with) and row.public.status is DomainStatus.ACTIVATING
+    idle = {disk.id: disk for disk in disks if not disk.public.busy_with}
+    public = row.public
+    seen: dict[str, Disk] = {}
+    for host_id, report in said.items():
+        public = domain_model.with_report(public, host_id, report, [disk.public for disk in disks])
+        if report.reachable:
+            seen |= {disk.id: new for disk, new in disk_model.seen(row.public, idle.values(), report)}
+    activating = bool(public.busy_with) and public.status is DomainStatus.ACTIVATING
     public = domain_model.with_status(public, row.private.maintenance, activating=activating)
     changes = [DOMAINS.update(row, public)] if public != row.public else []
-    if report.reachable:
-        idle = [disk for disk in disks if not disk.public.busy_with]
-        changes += [DISKS.update(disk, new) for disk, new in disk_model.seen(row.public, idle, report)]
-    return changes
+    return [*changes, *(DISKS.update(idle[disk_id], new) for disk_id, new in seen.items())]
 
 
 async def _lose(
@@ -186,7 +200,7 @@ async def reported(svc: Storage, fact: StorageReported) -> list[Change]:
         if report is None:
             svc.core.wake(f"check:{row.id}:{host.id}")
             continue
-        changes += await _changes(svc, row, host.id, report)
+        changes += await _changes(svc, row, {host.id: report})
         if report.reachable and disk_model.absent(row.public, await svc.store.disks_of(row.id), report):
             svc.core.wake(f"check:{row.id}:{host.id}")
     return changes

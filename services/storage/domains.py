@@ -139,7 +139,7 @@ async def creating(svc: Storage, run: Run) -> None:
     domain = (await svc.domain(domain_id)).public
     _refuse_empty(domain, made.report)
     if domain.data_center_id:
-        await connections.record(svc, domain_id, made.host_id, made.report)
+        await connections.record(svc, domain_id, {made.host_id: made.report})
         await run.step(
             "connect", "Connect the hosts", partial(connections.connect_everywhere, svc, domain_id)
         )

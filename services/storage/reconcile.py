@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections.abc import Sequence
 
 from services.storage import connections, disk_work, domain_model
 from services.storage.storage import Storage
-from services.storage.store import DISKS, DOMAINS, DomainPrivate
+from services.storage.store import DISKS, DOMAINS, DomainPrivate, HostRow
 from volery.contracts.errors import Kind, Refused
 from volery.contracts.operation import ENDED
 from volery.contracts.storage import StorageDomain
@@ -61,7 +60,8 @@ async def _domain(svc: Storage, domain_id: str) -> None:
         if host_id not in row.public.host_ids
         and now - svc.tried.get((domain_id, host_id), -1e9) >= svc.config.again_seconds
     ]
-    await asyncio.gather(*(connections.connect(svc, domain_id, host_id) for host_id in due))
+    if due:
+        await connections.connect(svc, domain_id, due)
 
 
 async def _check(svc: Storage, rest: str) -> None:
@@ -72,15 +72,20 @@ async def _check(svc: Storage, rest: str) -> None:
     if row is None or host is None or row.public.busy_with:
         return
     if host_id in domain_model.wanted_hosts(row.public, row.private.maintenance, [host]):
-        await connections.connect(svc, domain_id, host_id)
+        await connections.connect(svc, domain_id, [host_id])
 
 
 async def _host(svc: Storage, host_id: str) -> None:
     """A host's status or data center changed: its word counts again or no more."""
     for tried in [tried for tried in svc.tried if tried[1] == host_id]:
         svc.tried.pop(tried, None)
-    for key in await reconcile_all(svc):
-        svc.core.wake(key)
+    host = await svc.store.host(host_id) or HostRow(host_id, "", "", "", "")
+    for row in await svc.store.domains_of(host):
+        svc.core.wake(f"domain:{row.id}")
+    for disk_id in await svc.store.unsettled_disks():
+        svc.core.wake(f"disk:{disk_id}")
+    for left in await svc.store.leftovers():
+        svc.core.wake(f"leftover:{left.domain_id}")
 
 
 async def _disk(svc: Storage, disk_id: str) -> None:
