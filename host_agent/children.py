@@ -33,6 +33,13 @@ REAP_SECONDS = 5.0
 MAX_OUTPUT_BYTES = 64 * 1024 * 1024
 STDERR_BYTES = 2000
 LOCK_POLL_SECONDS = 0.05
+CONFINED = (
+    "--no-new-privs",
+    "--inh-caps=-all",
+    "--bounding-set=-all,+dac_override,+dac_read_search,+fowner,+chown",
+)
+"""A bounded child can touch files as root does, and nothing else of the host."""
+NOT_FOUND = 127
 PACKAGES = str(Path(__file__).resolve().parent.parent)
 
 
@@ -74,10 +81,7 @@ async def child(
     """A running child in a process group of its own, killed on leaving if it hasn't ended."""
     spawning = asyncio.ensure_future(
         asyncio.create_subprocess_exec(
-            "setpriv",
-            "--pdeathsig",
-            "KILL",
-            "--",
+            *("setpriv", "--pdeathsig", "KILL", *(CONFINED if limits is not None else ()), "--"),
             *arguments,
             stdin=stdin,
             stdout=stdout,
@@ -136,7 +140,8 @@ async def run(
 ) -> bytes:
     """What the child wrote to its standard output, once it ended with status 0.
 
-    `on_output` hears each piece as it comes (then nothing is collected). Raises ChildFailed, ChildTimedOut.
+    `on_output` hears each piece as it comes (then nothing is collected). Raises ChildFailed, ChildTimedOut;
+    Refused(unavailable) when this host doesn't have the program.
     """
     program = os.path.basename(arguments[0])
     collected = bytearray()
@@ -163,6 +168,10 @@ async def run(
             status = await process.wait()
     except TimeoutError as error:
         raise ChildTimedOut(program, timeout_seconds) from error
+    if status == NOT_FOUND and said.startswith("setpriv:"):
+        raise Refused(
+            Kind.UNAVAILABLE, f"this host has no program {program}: install it there", program=program
+        )
     if status:
         raise ChildFailed(program, status, said or _signal_name(status))
     return bytes(collected)

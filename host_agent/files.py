@@ -361,7 +361,6 @@ def wipe(directory: int, name: str) -> None:
             end = os.lseek(descriptor, offset, os.SEEK_HOLE)
             while offset < end:
                 offset += os.pwrite(descriptor, zeros[: end - offset], offset)
-                say({"progress": offset / size * 100})
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -13,7 +13,7 @@ from host_agent.action import Action, Host, Running
 from host_agent.children import ChildFailed, ChildTimedOut
 from host_agent.places import Place
 from volery.contracts.domain import FileSource, ImageFormat, VolumeSource
-from volery.contracts.errors import Kind, Refused, invalid
+from volery.contracts.errors import Kind, Refused, conflict, invalid
 from volery.contracts.volume_orders import IMPORT_VOLUME, ImportVolume, VolumeInfo
 
 FETCH_SECONDS = 24 * 3600.0
@@ -34,7 +34,8 @@ async def adopt(
 ) -> VolumeInfo:
     """Makes a staged image the content of a volume, replacing what it held, if the image is harmless and fits.
 
-    The volume keeps its size, or gets the image's. Raises Refused(invalid) with the rule that the image breaks.
+    The volume keeps its size, or gets the image's. Raises Refused(invalid) with the rule that the image breaks,
+    Refused(conflict) while a VM has the volume open.
     """
     file = await places.look(staged, pass_fds=(lock,))
     if not file.exists:
@@ -46,7 +47,12 @@ async def adopt(
     size = -(-info.virtual_size // volumes.SECTOR_BYTES) * volumes.SECTOR_BYTES
     if isinstance(target, FileSource):
         place = volumes.own_place(host.config, disk_id, target)
-        if (await places.look(place, pass_fds=(lock,))).exists:
+        present = await places.look(place, pass_fds=(lock,))
+        if present.in_use:
+            raise conflict(
+                f"disk {disk_id} is in use by a running VM: stop it before its content is replaced"
+            )
+        if present.exists:
             size = max(size, (await volumes.describe(target)).size_bytes)
         if info.format == target.format == ImageFormat.RAW and size == file.size_bytes:
             await places.put(place, staged.name, replace=True, pass_fds=(lock,))
