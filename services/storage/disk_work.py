@@ -236,6 +236,8 @@ async def deleting(svc: Storage, run: Run) -> None:
         return
     domain = await svc.domain(row.public.storage_domain_id)
     host_id = await writer(svc, run, disk_id, domain.id)
+    if row.public.wipe_after_delete:
+        run.undo("wipe", partial(_half_wiped, svc, disk_id))
     await run.order(
         "delete",
         "Delete the volume",
@@ -246,6 +248,15 @@ async def deleting(svc: Storage, run: Run) -> None:
         host_id=host_id,
     )
     await drop(svc, disk_id)
+
+
+async def _half_wiped(svc: Storage, disk_id: str) -> None:
+    """Wiping was cut short: what is left of the content is nobody's data any more."""
+
+    def illegal(row: Row[Disk, DiskPrivate]) -> tuple[Disk, DiskPrivate]:
+        return replace(row.public, status=DiskStatus.ILLEGAL), row.private
+
+    await svc.edit(DISKS, disk_id, illegal)
 
 
 async def release(svc: Storage, operation: Operation) -> Sequence[Change]:

@@ -322,3 +322,22 @@ async def test_bad_disks_are_refused_with_a_reason(configured: Settings) -> None
             await at.bus.ask(UPDATE_DISK, UpdateDisk(id=disk_id, name="m", if_revision=disk.revision + 1))
         assert refused.value.kind is Kind.STALE
         assert (await at.bus.ask(UPDATE_DISK, UpdateDisk(id=disk_id, name="m"))).name == "m"
+
+
+async def test_a_wipe_that_is_cut_short_leaves_no_good_disk(configured: Settings) -> None:
+    async with site(configured, hosts=1) as at:
+        domain = await at.new_domain()
+        disk = await at.new_disk(domain, wipe_after_delete=True)
+        held = at.hosts[0].held["volume.delete"] = asyncio.Event()
+        op = await at.bus.ask(DELETE_DISK, DeleteById(id=disk.id))
+
+        async def wiping() -> bool:
+            return bool(at.shelf.writers.get(disk.id))
+
+        await at.until(wiping)
+        await at.bus.ask(CANCEL_OPERATION[Owner.STORAGE], CancelOperation(id=op.id))
+        assert (await at.ended(op)).state == "cancelled"
+        assert (await at.disk(disk.id)).status is DiskStatus.ILLEGAL
+        held.set()
+        await at.done(await at.bus.ask(DELETE_DISK, DeleteById(id=disk.id)))
+        assert at.hosts[0].agent.begun("volume.delete")[-1].wipe
