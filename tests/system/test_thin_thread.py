@@ -17,8 +17,8 @@ from tests.support.libvirt_host import LibvirtHost
 from tests.support.plane import (
     Plane,
     default_cluster,
-    enrolled_agent,
     ended,
+    enrolled_agent,
     plane_servers,
     running_plane,
     succeeded,
