@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -22,12 +23,15 @@ from volery.contracts.scheduling import (
     GetDecision,
     Place,
     Placement,
+    Purpose,
 )
 from volery.runtime.bus import Caller
 from volery.runtime.service import Part
-from volery.runtime.tables import Change, Stale, Taken
+from volery.runtime.tables import Change, Row, Stale, Taken
 
 part = Part()
+
+Claims = Sequence[Row[Claim, store.ClaimPrivate]]
 
 TRIES = 50
 """Claims lost to others in a row before a placement gives up: each means that somebody else got one."""
@@ -39,9 +43,10 @@ async def place(scheduler: Scheduler, ask: Place, caller: Caller) -> Placement:
     model.check(ask)
     if ask.dry_run:
         return _trimmed(scheduler, _decided(scheduler, ask))
-    first = await _first_answer(scheduler, ask)
-    if first is not None:
+    claims = await store.claims_of(scheduler.core.pool, ask.need.vm_id)
+    if (first := await _first_answer(scheduler, ask, claims)) is not None:
         return first
+    await _make_way(scheduler, ask, claims)
     waited = False
     for _ in range(TRIES):
         placement = _decided(scheduler, ask)
@@ -56,9 +61,9 @@ async def place(scheduler: Scheduler, ask: Place, caller: Caller) -> Placement:
         except Taken as taken:
             if taken.constraint != store.CLAIM_TAKEN:
                 raise
-            found = await _first_answer(scheduler, ask)
-            if found is not None:
-                return found
+            claims = await store.claims_of(scheduler.core.pool, ask.need.vm_id)
+            if (first := await _first_answer(scheduler, ask, claims)) is not None:
+                return first
     raise Refused(
         Kind.EXHAUSTED,
         f"VM {ask.need.name or ask.need.vm_id} lost its place to others {TRIES} times; try again shortly",
@@ -94,9 +99,31 @@ async def _hear_more(scheduler: Scheduler) -> None:
         await scheduler.reload()
 
 
-async def _first_answer(scheduler: Scheduler, ask: Place) -> Placement | None:
-    """The placement that holds the claim of (vm_id, epoch), if there is one."""
-    row = await store.claim_of(scheduler.core.pool, ask.need.vm_id, ask.epoch)
+async def _make_way(scheduler: Scheduler, ask: Place, claims: Claims) -> None:
+    """Who starts a VM has made sure that it runs nowhere: what it held before is free, also for itself."""
+    if ask.purpose is Purpose.MIGRATE:
+        return
+    for row in claims:
+        try:
+            await scheduler.core.commit(*store.release(row))
+        except Stale:
+            continue
+        scheduler.fleet.use(row.public.host_id, -row.public.memory_bytes, -row.public.vcpus)
+
+
+async def _first_answer(scheduler: Scheduler, ask: Place, claims: Claims) -> Placement | None:
+    """The placement that holds the claim of (vm_id, epoch), if there is one.
+
+    Raises Refused(conflict) for a question from the past, and for a claim where this placement may not be.
+    """
+    newest = max((row.public.epoch for row in claims), default=0)
+    if newest > ask.epoch:
+        raise conflict(
+            f"VM {ask.need.name or ask.need.vm_id} was placed under epoch {newest} meanwhile; a placement under epoch "
+            f"{ask.epoch} comes too late",
+            epoch=newest,
+        )
+    row = next((row for row in claims if row.public.epoch == ask.epoch), None)
     if row is None:
         return None
     host_id = row.public.host_id

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -34,6 +35,9 @@ class Scheduler:
     """Set whenever the fleet followed a change; whoever waits for news clears it first."""
     listed: set[str] = field(default_factory=set)
     """Streams whose owners were listed since this process leads."""
+    _reading: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _read_at: float = 0.0
+    """When the last whole reading began."""
     _samples: msgspec.json.Decoder[HostSample] = field(
         default_factory=lambda: msgspec.json.Decoder(HostSample)
     )
@@ -48,7 +52,14 @@ class Scheduler:
         return self.fleet.clusters.get(cluster_id) or ClusterPolicy(cluster_id)
 
     async def reload(self) -> None:
-        """The whole fleet anew from the tables."""
+        """The whole fleet anew from the tables, as of now or later. Those who ask together share one reading."""
+        asked = time.monotonic()
+        async with self._reading:
+            if self._read_at <= asked:
+                self._read_at = time.monotonic()
+                await self._reload()
+
+    async def _reload(self) -> None:
         hosts = await store.hosts(self.core.pool)
         self.fleet.clusters = {c.id: c for c in await store.clusters(self.core.pool)}
         for network in (networks := await store.networks(self.core.pool)):

@@ -26,7 +26,13 @@ from volery.runtime.tables import Change, Row, Table
 
 Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
 
-LOST = (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError)
+LOST = (
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    OSError,
+    TimeoutError,
+)
 """What a lost connection to the database looks like."""
 
 FLEET_CHANNEL = "scheduler_fleet"

@@ -40,6 +40,7 @@ from volery.contracts.vm import (
     GET_VM,
     START_VM,
     STOP_VM,
+    Affinity,
     CreateVm,
     HighAvailability,
     StartVm,
@@ -96,12 +97,13 @@ async def hosted(plane: Plane, machines: list[LibvirtHost]) -> AsyncIterator[tup
                 agent.stop()
 
 
-async def highly_available(bus: Bus, cluster_id: str) -> Vm:
+async def highly_available(bus: Bus, cluster_id: str, prefers: str = "") -> Vm:
     ask = CreateVm(
         name="precious",
         cluster_id=cluster_id,
         memory_bytes=MEMORY,
         high_availability=HighAvailability(enabled=True),
+        affinity=Affinity(preferred_host_ids=(prefers,) if prefers else ()),
     )
     made = await succeeded(bus, await bus.ask(CREATE_VM, ask))
     await succeeded(bus, await bus.ask(START_VM, StartVm(id=made.object_id)))
@@ -162,6 +164,23 @@ async def test_a_vm_whose_qemu_is_killed_is_back_at_once_and_its_history_is_kept
         await succeeded(bus, await bus.ask(STOP_VM, StopVm(id=vm.id, force=True)))
         await asyncio.sleep(1.5)  # nobody starts what a person stopped
         assert (await bus.ask(GET_VM, GetById(id=vm.id))).status is VmStatus.DOWN
+
+
+async def test_a_host_that_refuses_is_passed_over_for_another(
+    plane: Plane, machines: list[LibvirtHost]
+) -> None:
+    async with hosted(plane, machines) as (bus, agents, cluster_id):
+        vm = await highly_available(bus, cluster_id, prefers=agents[0].host.id)
+        assert vm.host_id == agents[0].host.id
+        # From now on this host can't run QEMU.
+        machines[0].run("mount", "--bind", "/bin/false", "/usr/bin/qemu-system-x86_64")
+        os.kill(machines[0].qemu(vm.id), signal.SIGKILL)
+        again = await vm_that(bus, vm.id, VmStatus.UP, 3)
+        assert again.host_id == agents[1].host.id
+        assert [len(machine.processes("qemu")) for machine in machines] == [0, 1]
+        async with asyncio.timeout(10):
+            while await claims(bus) != [(again.host_id, again.epoch, "confirmed")]:
+                await asyncio.sleep(0.05)
 
 
 async def test_a_host_that_falls_silent_is_noticed_left_alone_and_welcomed_back(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import UTC, datetime
 
 import asyncpg
 import msgspec
@@ -25,9 +26,11 @@ from tests.scheduler.fleets import (
     until,
 )
 from tests.support.runtime import running
+from volery.contracts.base import encode
 from volery.contracts.cluster import CLUSTER_CHANGED
 from volery.contracts.errors import Kind, Refused
 from volery.contracts.host import HOST_CHANGED, HOST_DELETED, HostStatus
+from volery.contracts.metrics import HostSample
 from volery.contracts.network import NETWORK_CHANGED
 from volery.contracts.operation import ListQuery
 from volery.contracts.scheduling import (
@@ -40,6 +43,7 @@ from volery.contracts.scheduling import (
     Claim,
     ClaimKey,
     GetDecision,
+    Purpose,
     ReleaseVm,
 )
 from volery.runtime.bus import Bus, Caller
@@ -106,7 +110,7 @@ async def test_a_repeat_gets_the_first_answer_with_or_without_its_request_id(con
         assert all(a == first for a in answers)
         assert len(await claims(bus)) == 1
 
-        moved = replace(ask, epoch=2, excluded_host_ids=(first.host_id,))
+        moved = replace(ask, epoch=2, purpose=Purpose.MIGRATE, excluded_host_ids=(first.host_id,))
         second = await bus.ask(PLACE, moved)
         assert second.host_id not in ("", first.host_id)
         assert len(await claims(bus)) == 2
@@ -117,6 +121,49 @@ async def test_a_repeat_gets_the_first_answer_with_or_without_its_request_id(con
             await bus.ask(PLACE, replace(moved, excluded_host_ids=(second.host_id,)))
         assert refused.value.kind is Kind.CONFLICT
         assert "higher epoch" in refused.value.message
+
+
+async def test_a_restart_takes_over_what_its_vm_held_and_a_late_question_is_refused(
+    configured: Settings,
+) -> None:
+    """On a host that has room for the VM only once."""
+    owner, c = inventory(), cluster()
+    h1 = host(c.id, name="h1", memory_bytes=RESERVE + GIB + OVERHEAD + GIB // 2)
+    async with running(configured, owner.service(), scheduler()) as bus:
+        await owner.says(CLUSTER_CHANGED, c)
+        await owner.says(HOST_CHANGED, h1)
+        await hosts_known(bus, 1)
+        first = placing(c.id, epoch=1)
+        assert (await bus.ask(PLACE, first)).claimed
+        moving = replace(first, epoch=2, purpose=Purpose.MIGRATE)
+        assert not (await bus.ask(PLACE, moving)).claimed
+        again = await bus.ask(PLACE, replace(first, epoch=3, purpose=Purpose.RESTART))
+        assert again.claimed
+        assert [x.epoch for x in await claims(bus)] == [3]
+        assert (await capacities(bus))[h1.id].memory_used_bytes == GIB + OVERHEAD
+        with pytest.raises(Refused) as refused:
+            await bus.ask(PLACE, replace(first, epoch=2))
+        assert refused.value.kind is Kind.CONFLICT
+        assert "comes too late" in refused.value.message
+
+
+async def test_measured_load_decides_where_memory_does_not(configured: Settings) -> None:
+    owner, c = inventory(), cluster()
+    busy, idle = host(c.id, name="busy"), host(c.id, name="idle")
+    async with running(configured, owner.service(), scheduler()) as bus:
+        await owner.says(CLUSTER_CHANGED, c)
+        await owner.says(HOST_CHANGED, busy, idle)
+        await hosts_known(bus, 2)
+        measured = HostSample(host_id=busy.id, boot_id="b", at=datetime.now(UTC), cpu_percent=60.0)
+        await bus.client.publish(f"metrics.host.{busy.id}", encode(measured))
+
+        async def known() -> bool:
+            return (await capacities(bus))[busy.id].cpu_percent == 60.0
+
+        await until(known)
+        placed = await bus.ask(PLACE, placing(c.id))
+        assert placed.host_id == idle.id
+        assert placed.hosts[0].weights["cpu_even"] > placed.hosts[1].weights["cpu_even"]
 
 
 async def test_racing_placements_of_one_vm_claim_once(configured: Settings) -> None:
