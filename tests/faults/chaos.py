@@ -20,7 +20,7 @@ import msgspec
 from tests.support.libvirt_host import LibvirtHost
 from tests.support.plane import ROOT, Agent, Plane
 from volery.contracts.base import Call, Message, Owner
-from volery.contracts.cluster import Cluster, GetById
+from volery.contracts.cluster import Cluster
 from volery.contracts.errors import Kind, Refused
 from volery.contracts.ids import new_id
 from volery.contracts.operation import (

@@ -123,7 +123,12 @@ async def wind(box: ToyBox, ask: Wind, caller: Caller) -> Operation:
     row = await TOYS.get(box.core.pool, ask.id)
     busy(row.public, "toy", row.public.busy_with)
     op, begun = box.core.operations.begin(
-        "toy.wind", object_kind="toy", object_id=ask.id, object_name=row.public.name, question=ask, caller=caller
+        "toy.wind",
+        object_kind="toy",
+        object_id=ask.id,
+        object_name=row.public.name,
+        question=ask,
+        caller=caller,
     )
     await box.core.commit(
         TOYS.update(row, replace(row.public, busy_with=op.id)), begun, caller=caller, answer=op

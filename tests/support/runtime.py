@@ -40,7 +40,7 @@ class Databases:
 
     async def make_template(self) -> None:
         self.passwords.mkdir(exist_ok=True)
-        passwords = {owner: "secret" for owner in OWNERS}
+        passwords = dict.fromkeys(OWNERS, "secret")
         for owner, password in passwords.items():
             (self.passwords / f"{owner}.password").write_text(password)
         await bootstrap_database(self.server.dsn, OWNERS, passwords, database=TEMPLATE, connection_limit=60)
