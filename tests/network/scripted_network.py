@@ -32,7 +32,7 @@ from volery.contracts.network_orders import APPLY_NETWORKS, ApplyNetworks, HostN
 from volery.contracts.operation import GET_OPERATION, GetOperation, ListQuery, Operation
 from volery.runtime.bus import Bus
 from volery.runtime.database import open_direct
-from volery.runtime.service import Settings
+from volery.runtime.service import Service, Settings
 
 
 @dataclass
@@ -123,14 +123,16 @@ def network_process(configured: Settings, **environment: str) -> AbstractAsyncCo
 
 
 @asynccontextmanager
-async def plant(configured: Settings, hosts: int = 2, outside: bool = False) -> AsyncIterator[Plant]:
+async def plant(
+    configured: Settings, hosts: int = 2, service: Service | None = None, outside: bool = False
+) -> AsyncIterator[Plant]:
     """Network and a stand-in for inventory, with a data center of so many hosts that are up.
 
     `outside`: network runs elsewhere (see network_process).
     """
     world = World()
     async with AsyncExitStack() as stack:
-        inside = () if outside else (make_service(),)
+        inside = () if outside else (service or make_service(),)
         bus = await stack.enter_async_context(running(configured, *inside, inventory(world)))
         center = await world.data_center()
         cluster = await world.cluster(center)

@@ -9,8 +9,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from volery.runtime.service import Settings
+from volery.runtime.service import Service, Settings
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,3 +65,17 @@ async def service_process(
         yield process
     finally:
         await process.kill()
+
+
+def captured(service: Service, found: list[Any]) -> Service:
+    """The service, whose opened state is put into `found`: to run now what it does every few minutes."""
+    opening = service.open
+
+    @asynccontextmanager
+    async def opened(core: Any) -> AsyncIterator[Any]:
+        async with opening(core) as made:
+            found.append(made)
+            yield made
+
+    service.open = opened
+    return service
