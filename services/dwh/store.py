@@ -301,23 +301,27 @@ async def now(pool: Pool) -> datetime:
 # Views.
 
 
+_VIEWS = "select viewname from pg_views where schemaname = current_schema()"
+
+
 async def make_views(pool: Pool) -> None:
-    """The views of `sql/views`, made anew when their definition changed."""
+    """The views of `sql/views`, made anew when their definition changed. Views that others made are left alone."""
     folder = files("services.dwh") / "sql" / "views"
     texts = [f.read_text() for f in sorted(folder.iterdir(), key=lambda f: f.name) if f.name.endswith(".sql")]
     wanted = hashlib.sha256("\n".join(texts).encode()).hexdigest()
     async with pool.acquire() as connection, connection.transaction():
         await connection.execute("select pg_advisory_xact_lock(hashtext('volery-views-dwh'))")
-        if await connection.fetchval("select hash from views") == wanted:
+        made = await connection.fetchrow("select hash, names from views")
+        if made is not None and made["hash"] == wanted:
             return
-        for record in await connection.fetch(
-            "select viewname from pg_views where schemaname = current_schema()"
-        ):
-            await connection.execute(f"drop view if exists {record['viewname']} cascade")
+        if made is not None and made["names"]:
+            await connection.execute(f"drop view if exists {', '.join(made['names'])}")
+        others = {r["viewname"] for r in await connection.fetch(_VIEWS)}
         for text in texts:
             await connection.execute(text)
+        ours = {r["viewname"] for r in await connection.fetch(_VIEWS)} - others
         await connection.execute("delete from views")
-        await connection.execute("insert into views (hash) values ($1)", wanted)
+        await connection.execute("insert into views (hash, names) values ($1, $2)", wanted, sorted(ours))
 
 
 def moments(now: datetime, days: int) -> list[datetime]:

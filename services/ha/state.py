@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import nats.errors
 from nats.aio.client import Client
@@ -18,6 +20,8 @@ from volery.contracts.metrics import BEAT_SUBJECT, Beat
 from volery.runtime.bus import connect
 from volery.runtime.connection import read_presence, settle
 from volery.runtime.core import Core
+
+log = logging.getLogger(__name__)
 
 CONNECTIONS = ("$SYS.ACCOUNT.*.CONNECT", "$SYS.ACCOUNT.*.DISCONNECT")
 
@@ -110,8 +114,12 @@ async def open_ha(core: Core) -> AsyncIterator[Ha]:
 
 
 async def _watch_connections(ha: Ha) -> Client | None:
-    """The system account's events; a bus without identities (in tests) has none, and beats must do."""
-    if not ha.core.bus_config.credentials_dir:
+    """The system account's events; without the credentials for them beats must do."""
+    directory = ha.core.bus_config.credentials_dir
+    if not directory:
+        return None
+    if not Path(directory, "sys.creds").exists():
+        log.warning("no %s/sys.creds: a host that leaves is noticed by its silence only", directory)
         return None
     system = await connect(ha.core.bus_config, "sys")
     for subject in CONNECTIONS:

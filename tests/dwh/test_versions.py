@@ -221,3 +221,17 @@ async def test_views_answer_reports(configured: Settings, database: DatabaseConf
         for view in views:
             await connection.fetch(f"select * from {view['viewname']} limit 1")
         assert len(views) >= 15
+
+
+async def test_views_are_made_anew_when_they_changed_and_foreign_ones_stay(
+    configured: Settings, database: DatabaseConfig
+) -> None:
+    async with running(configured, dwh()):
+        pass
+    async with connected(database) as connection:
+        await connection.execute("create view mine as select 1 as one")
+        await connection.execute("update views set hash = 'another'")
+        await connection.execute("drop view host_uptime")
+    async with running(configured, dwh()), connected(database) as connection:
+        assert await connection.fetchval("select one from mine") == 1
+        assert await connection.fetch("select * from host_uptime") == []

@@ -167,5 +167,6 @@ create table dirty (
 -- Which definition of the views is in force.
 create table views (
     single boolean primary key default true check (single),
-    hash text not null
+    hash text not null,
+    names text[] not null
 );
