@@ -51,7 +51,7 @@ part = Part()
 MAX_HOSTS = 3
 """Hosts that are tried before a start fails (oVirt: NumberOfFailedRunsOnVds)."""
 HOPELESS = {Kind.INVALID, Kind.FORBIDDEN, Kind.INTERNAL}
-"""A refusal that no other host would answer otherwise."""
+"""A refusal that no other host would answer otherwise, unless it is the host's own: hosts differ in their QEMU."""
 
 
 class Starting(Message):
@@ -180,7 +180,8 @@ async def bring_up(inv: Inventory, run: Run) -> None:
             await _give_up_host(inv, run, ask.vm_id, attempt, epoch, placed.host_id)
             excluded.append(placed.host_id)
             reasons.append(f"{_host_name(placed)}: {refused.message}")
-            if refused.kind in HOPELESS or ask.host_id or attempt == MAX_HOSTS - 1:
+            hopeless = refused.kind in HOPELESS and "outcome" not in refused.details
+            if hopeless or ask.host_id or attempt == MAX_HOSTS - 1:
                 raise Refused(refused.kind, "; ".join(reasons), **refused.details) from None
             continue
         await _confirm(inv, run, ask.vm_id, epoch)
@@ -195,7 +196,7 @@ async def _raise_epoch(inv: Inventory, vm_id: str) -> int:
     while True:
         before = await inv.store.placement(vm_id)
         row = await VMS.get(inv.core.pool, vm_id)
-        epoch = before.epoch + 1
+        epoch = await inv.store.next_epoch(before)
         try:
             await inv.core.commit(
                 inv.store.place(before, epoch=epoch, host_id="", state="starting"),
