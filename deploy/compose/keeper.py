@@ -38,7 +38,7 @@ KEEP: Final = Path("/keep")
 HEALTHY: Final = Path("/tmp/healthy")  # noqa: S108 - the container's own
 USER: Final = 10001
 """`volery` in the image; deploy/Dockerfile says the same."""
-SUPERUSER: Final = KEEP / "database" / "superuser.password"
+SUPERUSER: Final = "database/superuser.password"
 
 NATS_NODES: Final = ("nats-1", "nats-2", "nats-3")
 NATS_DIRECTORY: Final = Path("/var/lib/volery/nats")
@@ -62,7 +62,7 @@ def take_volumes() -> None:
     """As root: every volume belongs to `volery`; then this process is `volery`, too."""
     for directory in sorted(KEEP.iterdir()):
         # PostgreSQL's own user reads its password; its volume holds nothing else and is mounted nowhere else.
-        directory.chmod(0o755 if directory == SUPERUSER.parent else 0o700)
+        directory.chmod(0o755 if directory == (KEEP / SUPERUSER).parent else 0o700)
         os.chown(directory, USER, USER)
     os.setgroups([])
     os.setgid(USER)
@@ -97,41 +97,38 @@ def certify(authority: Authority, server: str, directory: Path) -> None:
     authority.ensure(server, dns=dns, addresses=addresses, directory=directory)
 
 
-def identities(realm_directory: Path) -> tuple[Realm, dict[str, str]]:
+def identities(volumes: Path) -> tuple[Realm, dict[str, str]]:
     """Everything but the servers: (bus identities, each service's database password). Repeats change nothing."""
+    own = volumes / "realm"
     for folder in ("bus", "pki", "postgres"):
-        (realm_directory / folder).mkdir(mode=0o700, exist_ok=True)
-    realm = Realm.create(realm_directory / "bus")
-    authority = Authority.open(realm_directory / "pki")
-    certify(authority, "gateway", realm_directory / "pki")
-    kept(realm_directory / "admin.password", 15)
-    kept(realm_directory / "storage.key", 48)
-    kept(SUPERUSER, mode=0o644)
-    passwords = {owner: kept(realm_directory / "postgres" / f"{owner}.password") for owner in OWNERS}
+        (own / folder).mkdir(mode=0o700, exist_ok=True)
+    realm = Realm.create(own / "bus")
+    authority = Authority.open(own / "pki")
+    certify(authority, "gateway", own / "pki")
+    kept(own / "admin.password", 15)
+    kept(own / "storage.key", 48)
+    kept(volumes / SUPERUSER, mode=0o644)
+    routes_password = kept(own / "routes.password")
+    passwords = {owner: kept(own / "postgres" / f"{owner}.password") for owner in OWNERS}
     for node in NATS_NODES:
-        certify(authority, node, KEEP / node)
-        put(KEEP / node / "ca.pem", authority.pem)
-        put(
-            KEEP / node / "nats.conf",
-            nats_configuration(realm, node, kept(realm_directory / "routes.password")),
-        )
+        certify(authority, node, volumes / node)
+        put(volumes / node / "ca.pem", authority.pem)
+        put(volumes / node / "nats.conf", nats_configuration(realm, node, routes_password))
     for program in PROGRAMS:
-        _give(realm_directory, program, authority.pem)
+        _give(own, program, volumes / program)
     return realm, passwords
 
 
-def _give(realm_directory: Path, program: str, ca_pem: str) -> None:
-    volume = KEEP / program
-    put(volume / "ca.pem", ca_pem)
-    own = [f"bus/{program}.creds", *([f"postgres/{program}.password"] if program in OWNERS else [])]
-    for name in (*own, *ALSO.get(program, ())):
-        put(volume / Path(name).name, (realm_directory / name).read_bytes())
+def _give(own: Path, program: str, volume: Path) -> None:
+    password = [f"postgres/{program}.password"] if program in OWNERS else []
+    for name in ("pki/ca.pem", f"bus/{program}.creds", *password, *ALSO.get(program, ())):
+        put(volume / Path(name).name, (own / name).read_bytes())
 
 
-def complete() -> None:
+def complete(volumes: Path) -> None:
     """Lets the other containers begin."""
-    for volume in (*PROGRAMS, *NATS_NODES, SUPERUSER.parent.name):
-        (KEEP / volume / "complete").touch(0o644)
+    for volume in (*PROGRAMS, *NATS_NODES, str(Path(SUPERUSER).parent)):
+        (volumes / volume / "complete").touch(0o644)
 
 
 def nats_configuration(realm: Realm, node: str, routes_password: str) -> str:
@@ -176,7 +173,7 @@ async def database(passwords: dict[str, str]) -> None:
     said = ""
     dsn = os.environ["VOLERY_SETUP_DATABASE"]
     while True:
-        os.environ["PGPASSWORD"] = SUPERUSER.read_text().strip()
+        os.environ["PGPASSWORD"] = (KEEP / SUPERUSER).read_text().strip()
         try:
             await bootstrap_database(dsn, OWNERS, passwords, connection_limit=CONNECTIONS_OF_A_ROLE)
             return
@@ -200,31 +197,30 @@ async def watch(system: Client, replicas: int) -> bool:
     return True
 
 
-async def keep(realm_directory: Path) -> None:
+async def keep(volumes: Path) -> None:
     HEALTHY.unlink(missing_ok=True)
-    realm, passwords = identities(realm_directory)
-    complete()
+    realm, passwords = identities(volumes)
+    complete(volumes)
     log.info("identities are made; waiting for PostgreSQL and NATS")
     await database(passwords)
-    servers = ",".join(f"tls://{node}:4222" for node in NATS_NODES)
     bus = BusConfig(
-        servers=servers,
+        servers=",".join(f"tls://{node}:4222" for node in NATS_NODES),
         credentials_dir=str(realm.directory),
-        ca_file=str(realm_directory / "pki" / "ca.pem"),
+        ca_file=str(volumes / "realm" / "pki" / "ca.pem"),
         replicas=len(NATS_NODES),
     )
     system = await connect(bus, "sys")
     while True:
         right = await watch(system, bus.replicas)
         await asyncio.sleep(KEEP_SECONDS if right else AGAIN_SECONDS)
-        identities(realm_directory)
+        identities(volumes)
 
 
 def main() -> None:
     telemetry.configure("setup", read("VOLERY_TELEMETRY_", TelemetryConfig))
     try:
         take_volumes()
-        asyncio.run(keep(KEEP / "realm"))
+        asyncio.run(keep(KEEP))
     except SetupError as error:
         log.error("%s", error)
         sys.exit(1)

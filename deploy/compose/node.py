@@ -19,8 +19,8 @@ def stamp(directory: Path) -> list[int]:
     return [path.stat().st_mtime_ns for path in watched]
 
 
-async def run(directory: Path) -> int:
-    """Until the server ends; returns its exit code."""
+async def run(directory: Path, look_seconds: float = LOOK_SECONDS) -> int:
+    """Until the server ends, which SIGTERM makes it do; returns its exit code."""
     loaded = stamp(directory)
     server = await asyncio.create_subprocess_exec(*nats_server.command(directory))
     loop = asyncio.get_running_loop()
@@ -28,7 +28,7 @@ async def run(directory: Path) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, server.send_signal, signal.SIGTERM)
     ending = asyncio.create_task(server.wait())
-    while not (await asyncio.wait({ending}, timeout=LOOK_SECONDS))[0]:
+    while not (await asyncio.wait({ending}, timeout=look_seconds))[0]:
         if (now := stamp(directory)) != loaded:
             loaded = now
             server.send_signal(signal.SIGHUP)
