@@ -29,9 +29,8 @@ async def bridge(desk: Desk, socket: Socket) -> None:
     kind = _kind(socket)
     if not SAFE_ID.fullmatch(vm_id):
         raise not_found("VM", vm_id[:80])
-    assert socket.http.principal is not None
     question = encode({"id": vm_id, "kind": kind})
-    answer = await desk.ask(OPEN_VM_CONSOLE, question, Caller(socket.http.principal.principal))
+    answer = await desk.ask(OPEN_VM_CONSOLE, question, Caller(socket.http.who))
     ticket = msgspec.json.decode(answer, type=ConsoleTicket)
     scheme = "wss" if desk.config.ca else "ws"
     try:
@@ -51,10 +50,8 @@ async def bridge(desk: Desk, socket: Socket) -> None:
 
 
 def _kind(socket: Socket) -> str:
-    query = socket.http.query()
-    kind = query.pop("kind", "serial")
-    for name in query:
-        raise invalid(f"{name[:80]!r} is no parameter of this; its parameter is kind", parameter=name[:80])
+    socket.http.refuse_query("kind")
+    kind = socket.http.query().get("kind", "serial")
     if kind not in KINDS:
         raise invalid(f"kind is one of {', '.join(KINDS)}, not {kind[:80]!r}", parameter="kind")
     return kind

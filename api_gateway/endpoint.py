@@ -17,7 +17,6 @@ from volery.contracts.ids import new_id
 from volery.runtime.bus import Caller
 from volery.runtime.core import body_hash
 
-ANONYMOUS = "anonymous"
 _HEAD = re.compile(rb'\{"id":"([^"\\]{1,128})","revision":(\d{1,18})[,}]')
 """How the document of every entity begins: msgspec writes a struct's fields in their order."""
 _NEXT = re.compile(rb',"next":"([^"\\]+)"\}\Z')
@@ -43,12 +42,11 @@ async def serve(route: Route, desk: Desk, http: Exchange) -> None:
 
 def caller_of(http: Exchange, route: Route, body: bytes) -> Caller:
     """Who asks, under the client's Idempotency-Key or an id of our own, so that our retries are safe."""
-    who = ANONYMOUS if http.principal is None else http.principal.principal
     if not route.call.mutates:
-        return Caller(who)
+        return Caller(http.who)
     key = http.header(b"idempotency-key")
     request_id = new_id() if key is None else word("Idempotency-Key", key)
-    return Caller(who, request_id, body_hash(http.method.encode(), http.path.encode(), body))
+    return Caller(http.who, request_id, body_hash(http.method.encode(), http.path.encode(), body))
 
 
 def wait_seconds(http: Exchange, desk: Desk) -> float:

@@ -10,8 +10,7 @@ import hashlib
 import msgspec
 
 from api_gateway.desk import Desk
-from api_gateway.endpoint import ANONYMOUS
-from api_gateway.exchange import Exchange
+from api_gateway.exchange import ANONYMOUS, Exchange
 from api_gateway.question import decoded_body
 from volery.contracts.agent import SIGNATURE_HEADER
 from volery.contracts.enrolment import (

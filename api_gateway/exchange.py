@@ -22,6 +22,8 @@ NOSNIFF = (b"x-content-type-options", b"nosniff")
 PRIVATE = (b"cache-control", b"private, no-cache")
 """Kept by nobody without asking us again (with If-None-Match)."""
 _BASE = [JSON, NOSNIFF, PRIVATE]
+ANONYMOUS = "anonymous"
+"""The principal of who needs no token."""
 MAX_QUERY_BYTES = 16_384
 WORD = re.compile(r"[\x21-\x7e]{1,255}")
 """What may stand in a NATS header: printable ASCII without blanks."""
@@ -65,6 +67,19 @@ class Exchange:
             if key == name:
                 return str(value.decode("latin-1"))
         return None
+
+    @property
+    def who(self) -> str:
+        """The principal that every owner sees."""
+        return ANONYMOUS if self.principal is None else self.principal.principal
+
+    def refuse_query(self, *known: str) -> None:
+        """Raises Refused(invalid) for a query parameter that isn't one of those known."""
+        if not self.scope["query_string"]:
+            return
+        for name in self.query():
+            if name not in known:
+                raise unknown_parameter(name, known)
 
     def query(self) -> dict[str, str]:
         """The query parameters. Raises Refused for one that is given twice or isn't UTF-8."""
@@ -132,6 +147,11 @@ class Exchange:
         if kind == Kind.UNAUTHENTICATED:
             found.append((b"www-authenticate", b'Bearer realm="volery"'))
         await self.answer(status, body, found)
+
+
+def unknown_parameter(name: str, known: Iterable[str]) -> Refused:
+    names = ", ".join(known) or "none"
+    return invalid(f"{name[:80]!r} is no parameter of this; its parameters are: {names}", parameter=name[:80])
 
 
 def _too_large(limit: int) -> Refused:

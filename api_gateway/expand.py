@@ -25,8 +25,7 @@ class _Page(msgspec.Struct):
 async def expanded(route: Route, desk: Desk, http: Exchange, wanted: str, answer: bytes) -> bytes:
     """The page with `host` beside `host_id`, and so on; null where there is none. Raises Refused."""
     page = msgspec.json.decode(answer, type=_Page)
-    assert http.principal is not None
-    caller = Caller(http.principal.principal)
+    caller = Caller(http.who)
     for name in dict.fromkeys(wanted.split(",")):
         if name not in route.expands:
             known = ", ".join(route.expands)

@@ -10,12 +10,10 @@ import msgspec
 from api_gateway.desk import Desk
 from api_gateway.exchange import Exchange
 from api_gateway.meters import BUCKETS_SECONDS, Meters
+from api_gateway.upkeep import ask_health
 from volery.contracts.base import Owner, encode
-from volery.contracts.errors import Kind, Refused, not_found
-from volery.contracts.operation import LIST_OPERATIONS, ListQuery
-from volery.runtime.bus import Caller
+from volery.contracts.errors import not_found
 
-READY_SECONDS = 1.5
 TEXT = (b"content-type", b"text/plain; charset=utf-8")
 OPENMETRICS = (b"content-type", b"application/openmetrics-text; version=1.0.0; charset=utf-8")
 PEM = (b"content-type", b"application/x-pem-file")
@@ -26,6 +24,8 @@ class Readiness(msgspec.Struct):
     bus: bool
     services: dict[str, bool]
     """Whether each service answers a small question."""
+    quarantine: dict[str, str]
+    """Services that, after a restore of an older database, wait for hosts before they start anything: why."""
 
 
 async def live(desk: Desk, http: Exchange) -> None:
@@ -35,20 +35,14 @@ async def live(desk: Desk, http: Exchange) -> None:
 async def ready(desk: Desk, http: Exchange) -> None:
     """200 when every service answers, else 503; both say which do."""
     connected = desk.bus.client.is_connected
-    answers = await asyncio.gather(*(_answers(desk, owner) for owner in Owner)) if connected else []
-    services = {str(owner): ok for owner, ok in zip(Owner, answers, strict=False)}
+    found = await asyncio.gather(*(ask_health(desk, owner) for owner in Owner)) if connected else []
+    services = {str(one.service): one.answers for one in found}
+    quarantine = {
+        str(one.service): one.health.quarantine for one in found if one.health and one.health.quarantine
+    }
     everything = connected and all(services.values())
-    await http.answer(200 if everything else 503, encode(Readiness(everything, connected, services)))
-
-
-async def _answers(desk: Desk, owner: Owner) -> bool:
-    call = LIST_OPERATIONS[owner]
-    question = call.encode(ListQuery(limit=1))
-    try:
-        await desk.bus.ask_raw(call.subject, question, Caller("service:gateway"), READY_SECONDS, again=False)
-    except Refused as refused:
-        return refused.kind not in (Kind.UNAVAILABLE, Kind.TIMEOUT, Kind.INTERNAL)
-    return True
+    body = encode(Readiness(everything, connected, services, quarantine))
+    await http.answer(200 if everything else 503, body)
 
 
 async def ca(desk: Desk, http: Exchange) -> None:

@@ -47,10 +47,10 @@ class OperationPage(msgspec.Struct):
 
 async def get(desk: Desk, http: Exchange) -> None:
     """One operation; `Prefer: wait=N` answers at its end, or after N seconds."""
-    _refuse_query(http)
+    http.refuse_query()
     waits = wait_seconds(http, desk)
     before = desk.feed.next
-    answer = await _ask(desk, http, GET_OPERATION, Caller(_who(http)))
+    answer = await _ask(desk, http, GET_OPERATION, Caller(http.who))
     headers: list[tuple[bytes, bytes]] = []
     if waits:
         operation_id = http.parameters["id"]
@@ -65,23 +65,13 @@ async def get(desk: Desk, http: Exchange) -> None:
 
 async def cancel(desk: Desk, http: Exchange) -> None:
     """Asks the operation's owner to end it; what can't be undone may end as succeeded all the same."""
-    _refuse_query(http)
+    http.refuse_query()
     key = new_id()
-    caller = Caller(_who(http), key, body_hash(http.method.encode(), http.path.encode()))
+    caller = Caller(http.who, key, body_hash(http.method.encode(), http.path.encode()))
     answer = await _ask(desk, http, CANCEL_OPERATION, caller)
     http.operation_id = http.parameters["id"]
     location = (b"location", f"/api/v1/operations/{http.parameters['id']}".encode())
     await http.answer(202, answer, [location, *etag(answer)])
-
-
-def _who(http: Exchange) -> str:
-    assert http.principal is not None
-    return http.principal.principal
-
-
-def _refuse_query(http: Exchange) -> None:
-    for name in http.query():
-        raise invalid(f"{name[:80]!r} is no parameter of this; it has none", parameter=name[:80])
 
 
 async def _ask(desk: Desk, http: Exchange, calls: dict[Owner, Call[Any, Any]], caller: Caller) -> bytes:
@@ -123,7 +113,7 @@ async def _page(
         query = {**query, "page": keyset_token(last)}
     try:
         raw = await desk.bus.ask_raw(
-            LIST_OPERATIONS[owner].subject, encode(query), Caller(_who(http)), LIST_SECONDS, again=False
+            LIST_OPERATIONS[owner].subject, encode(query), Caller(http.who), LIST_SECONDS, again=False
         )
     except Refused as refused:
         if refused.kind in (Kind.UNAVAILABLE, Kind.TIMEOUT):

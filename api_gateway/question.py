@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from api_gateway.exchange import Exchange
+from api_gateway.exchange import Exchange, unknown_parameter
 from api_gateway.problems import HttpRefused, not_fitting
 from api_gateway.route import Route
 from volery.contracts.base import encode
@@ -65,10 +65,7 @@ def _path_filters(route: Route, parameters: dict[str, str]) -> dict[str, str]:
 def _refuse_unknown(route: Route, query: dict[str, str]) -> None:
     for name in query:
         if name not in route.parameters:
-            known = ", ".join(sorted(route.parameters)) or "none"
-            raise invalid(
-                f"{name[:80]!r} is no parameter of this; its parameters are: {known}", parameter=name[:80]
-            )
+            raise unknown_parameter(name, sorted(route.parameters))
 
 
 def _query_fields(route: Route, query: dict[str, str]) -> bytes:
@@ -94,10 +91,7 @@ def list_fields(query: dict[str, str], parameters: frozenset[str], fixed: dict[s
         elif name.startswith(_FILTER) and len(name) > len(_FILTER):
             filters[name[len(_FILTER) :]] = value
         elif name not in parameters:
-            known = ", ".join([*sorted(parameters), "filter.<column>"])
-            raise invalid(
-                f"{name[:80]!r} is no parameter of this; its parameters are: {known}", parameter=name[:80]
-            )
+            raise unknown_parameter(name, [*sorted(parameters), "filter.<column>"])
     if filters or fixed:
         found["filter"] = filters | fixed
     return found

@@ -5,8 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from api_gateway.desk import Desk
-from api_gateway.endpoint import ANONYMOUS
-from api_gateway.exchange import Exchange
+from api_gateway.exchange import ANONYMOUS, Exchange
 from api_gateway.question import decoded_body
 from api_gateway.strict import strict_struct
 from volery.contracts.account import DELETE_TOKEN, LOGIN, IssuedToken, Login

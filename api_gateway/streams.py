@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from api_gateway.auth import RANK, rank
 from api_gateway.cursor import Cursor, not_one, parse
 from api_gateway.desk import Desk
-from api_gateway.exchange import Exchange
+from api_gateway.exchange import Exchange, unknown_parameter
 from api_gateway.feed import Event, sse_frame
 from api_gateway.question import SAFE_ID
 from api_gateway.reader import Lost, Reader, Wants
@@ -35,10 +35,7 @@ def wanted(query: dict[str, str], principal: Principal) -> Wants | None:
     """The filter of a client; None when it sees everything. Raises Refused(invalid)."""
     for name in query:
         if name not in PARAMETERS:
-            known = ", ".join(PARAMETERS)
-            raise invalid(
-                f"{name[:80]!r} is no parameter of this; its parameters are: {known}", parameter=name[:80]
-            )
+            raise unknown_parameter(name, PARAMETERS)
     types = _patterns("types", query.get("types", ""))
     abouts = _patterns("subject", query.get("subject", ""), "/")
     types = [t if t.startswith("dev.volery.") else f"dev.volery.{t}" for t in types]

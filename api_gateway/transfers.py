@@ -15,6 +15,7 @@ import msgspec
 from api_gateway.data import refusal, tls, unreachable
 from api_gateway.desk import Desk
 from api_gateway.exchange import Exchange, Gone
+from api_gateway.openapi_parts import answer_of
 from api_gateway.question import SAFE_ID
 from volery.contracts.account import Scope
 from volery.contracts.base import encode
@@ -41,6 +42,18 @@ RECEIVED_HEADER: dict[str, Any] = {
 CHUNK_BYTES = 256 * 1024
 
 
+class ReceivedBytes(msgspec.Struct):
+    """How far an upload came."""
+
+    received_bytes: int
+    size_bytes: int
+
+
+RECEIVED = answer_of(ReceivedBytes, "Every byte of this request is at the host") | {
+    "headers": RECEIVED_HEADER
+}
+
+
 async def upload(desk: Desk, http: Exchange) -> None:
     """PUT /transfers/{id}/data?offset=N"""
     offset = _offset(http)
@@ -65,7 +78,7 @@ async def upload(desk: Desk, http: Exchange) -> None:
 
 async def download(desk: Desk, http: Exchange) -> None:
     """GET /transfers/{id}/data, whole or a Range."""
-    _refuse_query(http)
+    http.refuse_query()
     async with _client(desk) as client:
         endpoint, _ = await _looked(desk, http, client)
         if endpoint.direction is not TransferDirection.DOWNLOAD:
@@ -82,7 +95,7 @@ async def download(desk: Desk, http: Exchange) -> None:
 
 async def progress(desk: Desk, http: Exchange) -> None:
     """HEAD /transfers/{id}/data"""
-    _refuse_query(http)
+    http.refuse_query()
     async with _client(desk) as client:
         _, answer = await _looked(desk, http, client)
     if answer.status_code >= 300:
@@ -143,9 +156,8 @@ async def _endpoint(desk: Desk, http: Exchange, again: bool) -> TransferEndpoint
     transfer_id = http.parameters["id"]
     if not SAFE_ID.fullmatch(transfer_id):
         raise not_found("transfer", transfer_id[:80])
-    assert http.principal is not None
     answer = await desk.ask(
-        FIND_TRANSFER_ENDPOINT, encode({"id": transfer_id, "again": again}), Caller(http.principal.principal)
+        FIND_TRANSFER_ENDPOINT, encode({"id": transfer_id, "again": again}), Caller(http.who)
     )
     return msgspec.json.decode(answer, type=TransferEndpoint)
 
@@ -170,18 +182,11 @@ async def _body(desk: Desk, http: Exchange) -> AsyncIterator[bytes]:
 
 
 def _offset(http: Exchange) -> int:
-    query = http.query()
-    text = query.pop("offset", "0")
-    for name in query:
-        raise invalid(f"{name[:80]!r} is no parameter of this; its parameter is offset", parameter=name[:80])
+    http.refuse_query("offset")
+    text = http.query().get("offset", "0")
     if not (text.isascii() and text.isdigit() and len(text) < 19):
         raise invalid(f"offset {text[:80]!r} isn't a number of bytes", parameter="offset")
     return int(text)
-
-
-def _refuse_query(http: Exchange) -> None:
-    for name in http.query():
-        raise invalid(f"{name[:80]!r} is no parameter of this; it has none", parameter=name[:80])
 
 
 def _passed(answer: httpx.Response) -> list[tuple[bytes, bytes]]:

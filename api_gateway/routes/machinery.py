@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from api_gateway import enrolment, health, index, operations, sockets, streams
+from api_gateway import enrolment, health, index, operations, sockets, streams, upkeep
 from api_gateway.openapi_parts import answer_of, body_of, page_of, parameter, text_of
 from api_gateway.route import Special
 from api_gateway.sockets import SocketRoute
@@ -64,6 +64,17 @@ ROUTES = (
             responses={200: answer_of(e.CertificateRenewed, "Everything that may have changed")}),
     Special("GET", "/ca.pem", health.ca, ENROLMENT, "The certificate authority", scope=None, prefix="",
             refuses=(404,), responses={200: text_of("application/x-pem-file", "A PEM certificate")}),
+    Special("GET", "/health", upkeep.health, HEALTH, "How every service is", refuses=(400,),
+            responses={200: answer_of(upkeep.Healths, "Each service, whether it answers, and why it waits if it does")}),
+    Special("POST", "/streams/{owner}/rebuild", upkeep.rebuild, HEALTH, "Make a service's event stream anew",
+            scope=Scope.ADMIN, mutates=True, refuses=(400, 404),
+            note="Nothing is lost: it is published again from the database, and clients go on at their cursors.",
+            responses={204: {"description": "Deleted; it comes back within a second"}}),
+    Special("POST", "/hosts/{id}/excuse", upkeep.excuse, HEALTH, "Declare a host dead that a restore waits for",
+            scope=Scope.ADMIN, mutates=True, refuses=(400, 404, 409, 413, 415), request_body=body_of(upkeep.Excuse),
+            note="After a restore of an older database nothing is started until every host has reported. Only say "
+                 "this of a host that is switched off for good: what it ran may be started elsewhere.",
+            responses={204: {"description": "No service waits for it any more"}}),
     Special("GET", "/livez", health.live, HEALTH, "Whether this process answers", scope=None, prefix="",
             responses={200: text_of("text/plain", "ok")}),
     Special("GET", "/readyz", health.ready, HEALTH, "Whether every service answers", scope=None, prefix="",

@@ -23,7 +23,7 @@ def _act(name: str, action: str, summary: str) -> Route:
 BYTES = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
 OFFSET = {
     "name": "offset", "in": "query", "schema": {"type": "integer", "minimum": 0, "default": 0},
-    "description": "Where these bytes begin. Resume an upload at the `volery-received` of a HEAD.",
+    "description": "Where these bytes begin. Resume an upload at the `upload-offset` of a HEAD.",
 }  # fmt: skip
 
 ROUTES = (
@@ -58,7 +58,7 @@ ROUTES = (
     Special("PUT", "/transfers/{id}/data", transfers.upload, TRANSFERS, "Send bytes of an upload", mutates=True,
             scope=transfers.WRITE, parameters=(OFFSET,), request_body={"required": True, "content": BYTES},
             note="Any size, streamed to the host. After an interruption ask with HEAD how far it came.",
-            responses={204: {"description": "Every byte is at the host", "headers": transfers.RECEIVED_HEADER}},
+            responses={200: transfers.RECEIVED},
             refuses=(400, 404, 409, 503, 504)),
     Special("GET", "/transfers/{id}/data", transfers.download, TRANSFERS, "Fetch the bytes of a download",
             note="Resume with `Range: bytes=N-`.",
@@ -67,7 +67,7 @@ ROUTES = (
                        416: {"description": "The range is outside the image"}},
             refuses=(400, 404, 409, 503, 504)),
     Special("HEAD", "/transfers/{id}/data", transfers.progress, TRANSFERS, "How far a transfer came",
-            responses={200: {"description": "In `volery-received` and `content-length`",
+            responses={200: {"description": "In `upload-offset` and `content-length`",
                              "headers": transfers.RECEIVED_HEADER}},
             refuses=(400, 404, 409, 503, 504)),
 )  # fmt: skip

@@ -26,6 +26,7 @@ from volery.contracts.account import (
 )
 from volery.contracts.base import Call, Owner
 from volery.contracts.errors import Kind, Refused
+from volery.contracts.health import GET_HEALTH, Health
 from volery.contracts.ids import new_id
 from volery.contracts.operation import GET_OPERATION, LIST_OPERATIONS, Operation, Page
 from volery.contracts.vm import Vm
@@ -58,6 +59,8 @@ class Script:
     asked: list[tuple[str, Any, Caller]] = field(default_factory=list)
     scopes: tuple[Scope, ...] = (Scope.READ, Scope.WRITE, Scope.ADMIN)
     tokens: dict[str, Principal] = field(default_factory=dict)
+    silent: set[Owner] = field(default_factory=set)
+    """Services that aren't there."""
 
     def on(self, call: Call[Any, Any], answer: Any) -> None:
         self.answers[call.subject] = answer
@@ -135,13 +138,14 @@ async def scripted_services(nats_url: str, script: Script) -> AsyncIterator[Bus]
     script.answers.setdefault(LOGIN.subject, script.log_in)
     for owner in Owner:
         script.answers.setdefault(LIST_OPERATIONS[owner].subject, Page(items=()))
+        script.answers.setdefault(GET_HEALTH[owner].subject, Health(owner=owner, leader=True))
         script.answers.setdefault(GET_OPERATION[owner].subject, None)
     async with AsyncExitStack() as stack:
         buses = []
         for owner in Owner:
             bus = await stack.enter_async_context(open_bus(settings(nats_url).bus, str(owner)))
             answers = Answers(bus)
-            calls = [call for call in all_calls() if call.owner == owner]
+            calls = [call for call in all_calls() if call.owner == owner and owner not in script.silent]
             await answers.open({call.subject: (call, _handler(script, call)) for call in calls})
             stack.push_async_callback(answers.close)
             buses.append(bus)

@@ -32,7 +32,9 @@ class Follower:
     async def events(self) -> AsyncIterator[Received | None]:
         """Events; None for a heartbeat and for the beginning. Raises Ended, httpx.HTTPStatusError."""
         headers = {"last-event-id": self.cursor} if self.cursor else {}
-        async with self.http.stream("GET", "/events", params=self.query, headers=headers, timeout=30) as answer:
+        async with self.http.stream(
+            "GET", "/events", params=self.query, headers=headers, timeout=30
+        ) as answer:
             if answer.status_code != 200:
                 await answer.aread()
                 answer.raise_for_status()

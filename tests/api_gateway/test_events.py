@@ -39,7 +39,9 @@ async def client(port: int, bearer: str) -> AsyncIterator[httpx.AsyncClient]:
         yield http
 
 
-async def follow_until(follower: Follower, seen: list[dict], count: int, choose: random.Random | None) -> None:
+async def follow_until(
+    follower: Follower, seen: list[dict], count: int, choose: random.Random | None
+) -> None:
     """Collect events until there are `count`; with `choose`, hang up at random moments and come back."""
     while len(seen) < count:
         leave_after = choose.randint(1, 40) if choose else 10**9
@@ -71,9 +73,14 @@ async def bump_all(bus: Bus, made: list[Toy], bumps: int) -> None:
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
-async def test_random_reconnects_see_every_revision_once_and_in_order(configured: Settings, seed: int) -> None:
+async def test_random_reconnects_see_every_revision_once_and_in_order(
+    configured: Settings, seed: int
+) -> None:
     script = Script()
-    async with toys(configured, script) as bus, running_gateway(configured.bus.servers, SMALL_RING) as gateway:
+    async with (
+        toys(configured, script) as bus,
+        running_gateway(configured.bus.servers, SMALL_RING) as gateway,
+    ):
         async with client(gateway.port, script.token()) as http:
             followers = [Follower(http) for _ in range(4)]
             for follower in followers:
@@ -93,7 +100,10 @@ async def test_random_reconnects_see_every_revision_once_and_in_order(configured
 
 async def test_also_while_the_stream_is_deleted_and_made_anew(configured: Settings) -> None:
     script = Script()
-    async with toys(configured, script) as bus, running_gateway(configured.bus.servers, SMALL_RING) as gateway:
+    async with (
+        toys(configured, script) as bus,
+        running_gateway(configured.bus.servers, SMALL_RING) as gateway,
+    ):
         async with client(gateway.port, script.token()) as http:
             follower, other = Follower(http), Follower(http)
             for one in (follower, other):
@@ -139,7 +149,10 @@ async def test_a_restarted_gateway_goes_on_where_the_cursor_is(configured: Setti
 
 async def test_a_cursor_of_another_history_is_gone(configured: Settings) -> None:
     script = Script()
-    async with toys(configured, script) as bus, running_gateway(configured.bus.servers, SMALL_RING) as gateway:
+    async with (
+        toys(configured, script) as bus,
+        running_gateway(configured.bus.servers, SMALL_RING) as gateway,
+    ):
         await bus.ask(CREATE_TOY, CreateToy(name="t"))
         async with client(gateway.port, script.token()) as http:
             follower = Follower(http)
