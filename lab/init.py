@@ -286,11 +286,18 @@ def _agent_environment(host: HostLayout) -> dict[str, str]:
 
 
 def _spawn(command: list[str], environment: dict[str, str], log: str) -> int:
-    """Starts a program in a session of its own, at `/`, its output appended to `log`."""
+    """Starts a program in a session of its own, at `/`, its output appended to `log`.
+
+    Returns when the pid is the program's, or has failed to become it: until exec it is a copy of us.
+    """
+    executed, waiting = os.pipe2(os.O_CLOEXEC)  # exec closes the fork's end
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     pid = os.fork()
     if pid:
         os.close(output)
+        os.close(waiting)
+        os.read(executed, 1)
+        os.close(executed)
         return pid
     try:
         os.setsid()
