@@ -31,6 +31,7 @@ async def restarts(bus: Bus) -> list[VmRestart]:
 
 
 async def test_a_crash_is_answered_at_once_and_once(configured: Settings) -> None:
+    """With two replicas, of which one leads."""
     owner, h1 = Inventory(), host("h1")
     async with running(
         hurried(
@@ -39,6 +40,7 @@ async def test_a_crash_is_answered_at_once_and_once(configured: Settings) -> Non
             VOLERY_HA_RESTART_FIRST_DELAY_SECONDS="20",
         ),
         owner.service(),
+        ha(),
         ha(),
     ) as bus:
         await owner.says(HOST_CHANGED, h1)
