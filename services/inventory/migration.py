@@ -129,7 +129,7 @@ async def _begin_move(inv: Inventory, vm_id: str) -> Moving:
         if before.state != "running":
             raise conflict(f"this VM is not settled on a host ({before.state}); try again when it runs")
         row = await VMS.get(inv.core.pool, vm_id)
-        epoch = before.epoch + 1
+        epoch = await inv.store.next_epoch(before)
         try:
             await inv.core.commit(
                 inv.store.place(before, epoch=epoch, host_id=before.host_id, state="moving"),

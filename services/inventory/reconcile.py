@@ -66,7 +66,7 @@ async def _claims(inv: Inventory, vm_id: str) -> None:
     placement = await inv.store.placement(vm_id)
     kept: tuple[int, ...] = (placement.epoch,) if placement.state != "none" else ()
     if placement.state == "moving":
-        kept = (placement.epoch - 1, placement.epoch)
+        return
     question = ReleaseVm(vm_id=vm_id, keep_epochs=kept)
     try:
         await inv.core.bus.ask(RELEASE_VM_CLAIMS, question, Caller("service:inventory", new_id(), vm_id))

@@ -177,6 +177,11 @@ class Store:
             return PlacementRow(vm_id, 0, "", "none", "")
         return PlacementRow(**dict(row))
 
+    async def next_epoch(self, before: PlacementRow) -> int:
+        """Above every epoch that a host can have seen, also by a database that was since restored."""
+        base = await self.pool.fetchval("select base from restore_base")
+        return int(max(before.epoch, base)) + 1
+
     async def placements_on(self, host_id: str) -> list[PlacementRow]:
         rows = await self.pool.fetch(
             """select vm_id, epoch, host_id, state, destination_id from placement

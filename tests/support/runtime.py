@@ -86,4 +86,9 @@ async def running(configured: Settings, *programs: Program) -> AsyncIterator[Bus
             yield bus
     finally:
         stop.set()
-        await asyncio.wait_for(task, 20)
+        done, _ = await asyncio.wait([task], timeout=20)
+        if not done:
+            for each in asyncio.all_tasks():
+                each.print_stack()
+            raise AssertionError("the programs do not end")
+        await task

@@ -25,6 +25,7 @@ from volery.runtime import telemetry
 from volery.runtime.bus import Bus
 from volery.runtime.tables import Change, Stale, commit
 from volery.runtime.tail import Broken, Heard, Tail, follow
+from volery.runtime.tasks import end
 
 log = logging.getLogger(__name__)
 
@@ -181,7 +182,7 @@ class HostHearing:
                 async for heard in tail:
                     await self._take(heard)
             finally:
-                telling.cancel()
+                await end([telling])
 
     async def _take(self, heard: Heard) -> None:
         found = next((v for p, v in self.handlers.items() if _matches(p, heard.subject)), None)

@@ -32,6 +32,7 @@ from volery.runtime.database import AWAY
 from volery.runtime.orders import Orders
 from volery.runtime.quarantine import Quarantine
 from volery.runtime.tables import Change, Row, Stale, Table
+from volery.runtime.tasks import end
 
 log = logging.getLogger(__name__)
 
@@ -523,10 +524,7 @@ class Operations:
     async def stop(self) -> None:
         """Leave everything as it is; whoever leads next takes it up."""
         self.leading = False
-        tasks = [task for _, task in self.runs.values()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end([*(task for _, task in self.runs.values()), *self.tasks])
 
     async def trim(self, days: int = 30) -> None:
         await self.pool.execute(

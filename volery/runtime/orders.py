@@ -129,8 +129,9 @@ class Orders:
     ) -> list[Change]:
         """The changes that write an order; it is sent by `result`. Its sequence counts per object."""
         count = Change(
-            """insert into order_seq (object_id, seq) values ({0}, 1)
-               on conflict (object_id) do update set seq = order_seq.seq + 1 returning seq""",
+            """insert into order_seq (object_id, seq) select {0}, base + 1 from restore_base
+               on conflict (object_id) do update set seq = greatest(order_seq.seq + 1, excluded.seq)
+               returning seq""",
             (object_id,),
         )
         write = Change(

@@ -16,6 +16,9 @@ from volery.contracts.errors import Kind, Refused, invalid
 
 log = logging.getLogger(__name__)
 
+RAISE = 1_000_000
+"""More orders for one object, and more placements of one VM, than there are between a backup and its restore."""
+
 
 @dataclass(slots=True)
 class Quarantine:
@@ -35,9 +38,12 @@ class Quarantine:
         """Durable before anything else happens. Waits for every host that was ever heard."""
         await self.pool.execute(
             """with begun as (
-                   insert into quarantine (reason) values ($1) on conflict (single) do nothing
+                   insert into quarantine (reason) values ($1) on conflict (single) do nothing returning 1
+               ), raised as (
+                   update restore_base set base = base + $2 where exists (select 1 from begun)
                ) insert into quarantine_host select host_id from heard_host on conflict do nothing""",
             reason,
+            RAISE,
         )
         await self.load()
         log.error("%s is in quarantine: %s; waits for %d hosts", self.owner, reason, len(self.pending))

@@ -11,7 +11,7 @@ import logging
 import os
 import random
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -46,6 +46,7 @@ from volery.runtime.readiness import until_synced
 from volery.runtime.relay import Log, Relay, rebuild_stream, stream_name
 from volery.runtime.signing import Signer, parse_creds
 from volery.runtime.tables import Change, Stale
+from volery.runtime.tasks import end, together
 
 log = logging.getLogger(__name__)
 
@@ -232,8 +233,7 @@ class Service:
         finally:
             self.ready = False
             await answers.close()
-            leading.cancel()
-            await asyncio.gather(leading, return_exceptions=True)
+            await end([leading])
 
     def _table(
         self, core: Core, made: Any, rows: list[tuple[Call[Any, Any], Any]]
@@ -319,26 +319,32 @@ class Service:
             if self.on_lead is not None:
                 await self.on_lead(made)
             await answers.open(self._table(core, made, self.rows("leader_answers_")))
-            async with asyncio.TaskGroup() as group:
-                group.create_task(relay.run())
-                group.create_task(self._operations(core))
-                group.create_task(self._housekeeping(core, relay))
-                self._hear(group, core, made)
-                if self.report is not None:
-                    if self.name is Owner.INVENTORY:
-                        group.create_task(_keep_host_stream(core.bus, settings.bus.replicas))
-                    self._hear_hosts(group, core, made)
-                if self.reconcile is not None:
-                    group.create_task(self._reconcile(core, made))
-                    group.create_task(self._reconcile_all(core, made))
-                for seconds, work in self.rows("every_"):
-                    group.create_task(_every(seconds, work, made))
+            await together(self._background(settings, core, made, relay))
         finally:
             core.operations.leading = False
             if core.bus.client.is_connected:
                 await answers.close(1.0)
                 await hints.unsubscribe()
             await core.operations.stop()
+
+    def _background(
+        self, settings: Settings, core: Core, made: Any, relay: Relay
+    ) -> list[Coroutine[Any, Any, Any]]:
+        """What the leader does all the time."""
+        works: list[Coroutine[Any, Any, Any]] = [
+            relay.run(),
+            self._operations(core),
+            self._housekeeping(core, relay),
+            *self._hear(core, made),
+        ]
+        if self.report is not None:
+            if self.name is Owner.INVENTORY:
+                works.append(_keep_host_stream(core.bus, settings.bus.replicas))
+            works.append(self._hear_hosts(core, made))
+        if self.reconcile is not None:
+            works += [self._reconcile(core, made), self._reconcile_all(core, made)]
+        works += [_every(seconds, work, made) for seconds, work in self.rows("every_")]
+        return works
 
     def _hinted(self, core: Core) -> Callable[[Any], Awaitable[None]]:
         async def hinted(_: Any) -> None:
@@ -364,20 +370,22 @@ class Service:
             await core.operations.trim()
             await relay.trim()
 
-    def _hear(self, group: asyncio.TaskGroup, core: Core, made: Any) -> None:
+    def _hear(self, core: Core, made: Any) -> list[Coroutine[Any, Any, Any]]:
         by_stream: dict[str, list[tuple[Fact[Any], FactHandler]]] = {}
         for fact, handler in self.rows("hears_"):
             by_stream.setdefault(stream_name(fact.owner), []).append((fact, _bound(made, handler)))
+        works: list[Coroutine[Any, Any, Any]] = []
         for stream, facts in by_stream.items():
             hearing = Hearing(core.bus, core.pool, stream, table_of(facts), self._gap(made, stream))
             hearing.committed = core.relay_wake.set
-            group.create_task(hearing.run())
+            works.append(hearing.run())
+        return works
 
     def _gap(self, made: Any, stream: str) -> Callable[[], Awaitable[None]] | None:
         on_gap = self.on_gap
         return None if on_gap is None else lambda: on_gap(made, stream)
 
-    def _hear_hosts(self, group: asyncio.TaskGroup, core: Core, made: Any) -> None:
+    def _hear_hosts(self, core: Core, made: Any) -> Coroutine[Any, Any, Any]:
         facts = [(fact, _bound(made, handler)) for fact, handler in self.rows("hears_hosts_")]
         if self.order_finished is not None:
             facts.append((self.order_finished, core.orders.on_finished))
@@ -386,7 +394,7 @@ class Service:
         core.hosts.handlers = table_of(facts)
         core.hosts.committed = core.relay_wake.set
         core.hosts.reported = core.quarantine.reported
-        group.create_task(core.hosts.run())
+        return core.hosts.run()
 
     async def _reconcile(self, core: Core, made: Any) -> None:
         """One call per key at a time; a key woken while it is looked at is looked at again."""
@@ -410,14 +418,19 @@ class Service:
                     again.discard(key)
                     core.wake(key)
 
-        async with asyncio.TaskGroup() as group:
+        looks: set[asyncio.Task[None]] = set()
+        try:
             while True:
                 for key in await core.reconcile_keys.take():
                     if key in at_work:
                         again.add(key)
                     else:
                         at_work.add(key)
-                        group.create_task(look(key))
+                        task = asyncio.create_task(look(key))
+                        looks.add(task)
+                        task.add_done_callback(looks.discard)
+        finally:
+            await end(looks)
 
     async def _reconcile_all(self, core: Core, made: Any) -> None:
         while True:

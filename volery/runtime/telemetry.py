@@ -55,6 +55,7 @@ class JsonFormatter(logging.Formatter):
         span = trace.get_current_span().get_span_context()
         if span.is_valid:
             line["trace"] = trace.format_trace_id(span.trace_id)
+        line |= getattr(record, "fields", {})  # `extra={"fields": …}`: who did what, in the audit
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line)
