@@ -263,10 +263,9 @@ async def release(svc: Storage, operation: Operation) -> Sequence[Change]:
     """What frees the disk of an ended operation, and the disk that it read."""
     row = await DISKS.find(svc.core.pool, operation.object_id)
     changes: list[Change] = []
-    if row is not None:
-        svc.core.wake(f"domain:{row.public.storage_domain_id}")
-        if row.public.busy_with == operation.id:
-            changes.append(DISKS.update(row, replace(row.public, busy_with="")))
+    if row is not None and row.public.busy_with == operation.id:
+        free = DISKS.update(row, replace(row.public, busy_with=""))
+        changes.append(svc.then_wake(free, f"domain:{row.public.storage_domain_id}", f"disk:{row.id}"))
     changes += await let_go(svc, operation)
     return changes
 

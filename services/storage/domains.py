@@ -480,9 +480,9 @@ async def listed(svc: Storage, ask: ListQuery, caller: Caller) -> Any:
 
 
 async def release(svc: Storage, operation: Operation) -> Sequence[Change]:
-    """What frees the domain of an ended operation."""
+    """What frees the domain of an ended operation. Whatever came while it was busy is looked at afterwards."""
     row = await DOMAINS.find(svc.core.pool, operation.object_id)
     if row is None or row.public.busy_with != operation.id:
         return ()
     free = domain_model.with_status(replace(row.public, busy_with=""), row.private.maintenance)
-    return [DOMAINS.update(row, free)]
+    return [svc.then_wake(DOMAINS.update(row, free), f"domain:{row.id}")]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import partial
 from typing import Any
 
-from msgspec.structs import replace as with_fields
+from msgspec.structs import replace
 
 from services.storage.storage import Storage
 from services.storage.store import DISKS
@@ -49,12 +47,12 @@ async def host_changed(svc: Storage, host: Host) -> list[Change]:
         and (known.name, known.data_address) == (host.name, host.capabilities.data_address)
     ):
         return []
-    return [_then_wake(svc, svc.store.know_host(host), f"host:{host.id}")]
+    return [svc.then_wake(svc.store.know_host(host), f"host:{host.id}")]
 
 
 @part.hears(HOST_DELETED)
 async def host_deleted(svc: Storage, host: Host) -> list[Change]:
-    return [_then_wake(svc, svc.store.forget("host", host.id), f"host:{host.id}")]
+    return [svc.then_wake(svc.store.forget("host", host.id), f"host:{host.id}")]
 
 
 @part.hears(VM_CHANGED)
@@ -76,7 +74,7 @@ async def released(svc: Storage, vm_id: str) -> list[Change]:
     return [
         DISKS.update(
             row,
-            with_fields(row.public, uses=tuple(use for use in row.public.uses if use.vm_id != vm_id)),
+            replace(row.public, uses=tuple(use for use in row.public.uses if use.vm_id != vm_id)),
         )
         for row in await svc.store.disks_used_by(vm_id)
     ]
@@ -91,10 +89,6 @@ async def release_orphans(svc: Storage) -> None:
         except Refused as refused:
             if refused.kind is Kind.NOT_FOUND:
                 await svc.core.commit(*await released(svc, vm_id))
-
-
-def _then_wake(svc: Storage, change: Change, key: str) -> Change:
-    return replace(change, then=partial(svc.core.wake, key))
 
 
 async def list_again(svc: Storage, stream: str) -> None:

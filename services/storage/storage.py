@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -53,6 +54,15 @@ class Storage:
             except Stale:
                 continue
             return Row(*decided)
+
+    def then_wake(self, change: Change, *keys: str) -> Change:
+        """The change, after whose commit the reconcile loop looks at these keys."""
+
+        def wake() -> None:
+            for key in keys:
+                self.core.wake(key)
+
+        return dataclasses.replace(change, then=wake)
 
     async def domain(self, domain_id: str) -> Row[StorageDomain, DomainPrivate]:
         return await DOMAINS.get(self.core.pool, domain_id)
