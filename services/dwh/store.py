@@ -151,16 +151,24 @@ async def forget_gaps(pool: Pool, days: int) -> None:
 
 async def make_partitions(pool: Pool, moments: Sequence[datetime], made: set[str]) -> None:
     """Room for rows of these moments. `made` remembers what was made."""
-    for noun in SAMPLED:
-        for interval in PARTITIONED:
-            for at in moments:
-                part = partition_of(table(noun, interval), interval, at)
-                if part.name not in made:
-                    await pool.execute(
-                        f"""create table if not exists {part.name} partition of {table(noun, interval)}
-                            for values from ('{part.begin:%Y-%m-%d}+00') to ('{part.end:%Y-%m-%d}+00')"""
-                    )
-                    made.add(part.name)
+    wanted = {
+        part.name: (table(noun, interval), part)
+        for noun in SAMPLED
+        for interval in PARTITIONED
+        for part in (partition_of(table(noun, interval), interval, at) for at in moments)
+        if part.name not in made
+    }
+    if not wanted:
+        return
+    async with pool.acquire() as connection, connection.transaction():
+        # "if not exists" alone fails when two make the same one at once.
+        await connection.execute("select pg_advisory_xact_lock(hashtext('volery-partitions-dwh'))")
+        for name, (parent, part) in wanted.items():
+            await connection.execute(
+                f"""create table if not exists {name} partition of {parent}
+                    for values from ('{part.begin:%Y-%m-%d}+00') to ('{part.end:%Y-%m-%d}+00')"""
+            )
+    made.update(wanted)
 
 
 async def drop_partitions(pool: Pool, interval: Interval, before: datetime) -> list[str]:
