@@ -177,7 +177,7 @@ async def database(passwords: dict[str, str]) -> None:
         try:
             await bootstrap_database(dsn, OWNERS, passwords, connection_limit=CONNECTIONS_OF_A_ROLE)
             return
-        except (OSError, asyncpg.PostgresError) as error:
+        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
             if said != str(error):
                 said = str(error)
                 log.info("PostgreSQL isn't ready yet: %s", said)
