@@ -1,0 +1,1 @@
+"""How fast Volery is against the raw parts it stands on, measured in one run: `make bench`."""
