@@ -136,6 +136,8 @@ def removals(seen: Seen, desired: Sequence[HostNetwork]) -> list[Step]:
     for link in sorted(going, key=lambda one: one.kind != "bridge"):
         if link.kind == "bridge":
             steps += _empty(seen, link)
+        elif link.master and link.master not in {bridge.name for bridge in going}:
+            steps.append(Enslave(link.name, "", link.master))
         if link.up:  # so that undoing it brings it up before its routes come back
             steps.append(SetUp(link.name, False, True))
         steps.append(Drop(link))
