@@ -158,17 +158,16 @@ async def make_partitions(pool: Pool, moments: Sequence[datetime], made: set[str
         for part in (partition_of(table(noun, interval), interval, at) for at in moments)
         if part.name not in made
     }
-    if not wanted:
-        return
-    async with pool.acquire() as connection, connection.transaction():
-        # "if not exists" alone fails when two make the same one at once.
-        await connection.execute("select pg_advisory_xact_lock(hashtext('volery-partitions-dwh'))")
-        for name, (parent, part) in wanted.items():
+    for name, (parent, part) in wanted.items():
+        # A transaction each: making one locks its whole table, and two such locks could wait for a reader that
+        # waits for them. "if not exists" alone fails when two make the same one at once.
+        async with pool.acquire() as connection, connection.transaction():
+            await connection.execute("select pg_advisory_xact_lock(hashtext('volery-partitions-dwh'))")
             await connection.execute(
                 f"""create table if not exists {name} partition of {parent}
                     for values from ('{part.begin:%Y-%m-%d}+00') to ('{part.end:%Y-%m-%d}+00')"""
             )
-    made.update(wanted)
+        made.add(name)
 
 
 async def drop_partitions(pool: Pool, interval: Interval, before: datetime) -> list[str]:
