@@ -13,7 +13,7 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
-from bench import calls, reads, writes
+from bench import calls, memory, reads, streams, writes
 from bench.rows import PAIRS, Line
 from bench.world import World
 
@@ -25,6 +25,8 @@ ROWS: dict[str, Row] = {
     "get": reads.get_one,
     "accepted": writes.accepted,
     "walk": reads.walk,
+    "fan-out": streams.fan_out,
+    "idle": memory.idle,
 }
 RESULTS = Path(__file__).with_name("results.json")
 

@@ -100,7 +100,7 @@ async def connect(url: str, tls: ssl.SSLContext | None) -> Http:
     parts = urlsplit(url)
     loop = asyncio.get_running_loop()
     _, made = await loop.create_connection(
-        Http, parts.hostname, parts.port, ssl=tls, server_hostname="localhost" if tls else None
+        Http, parts.hostname or "", parts.port or 0, ssl=tls, server_hostname="localhost" if tls else None
     )
     return made
 

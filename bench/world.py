@@ -39,6 +39,8 @@ from volery.setup.up import up
 
 VMS_SEEDED = 10_000
 SEED_BATCH = 200
+QUIET_SHARE = 0.1
+"""Of one processor: below it, the control plane does nothing but keep time."""
 QUIET = Output(Console(quiet=True))
 
 Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
@@ -72,6 +74,21 @@ class Installation:
         found = CONTROL_PLANE.process(self.home)
         assert found is not None, "the control plane does not run"
         return found.pid
+
+    async def quiet(self) -> None:
+        """Until the control plane has done what former rows left it to do."""
+        async with asyncio.timeout(180):
+            while await self._cpu_share() > QUIET_SHARE:
+                continue
+
+    async def _cpu_share(self) -> float:
+        def used_seconds() -> float:
+            fields = Path(f"/proc/{self.process}/stat").read_text().rsplit(")", 1)[1].split()
+            return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+        before = used_seconds()
+        await asyncio.sleep(1.0)
+        return used_seconds() - before
 
     @contextmanager
     def peer(self, module: str, **environ: str) -> Iterator[str]:
@@ -156,6 +173,7 @@ class World:
             self.made["pool"] = pool
             self.made["vms"] = await seed(pool, VMS_SEEDED)
             await drained(pool)
+            await there.quiet()
         found: list[Vm] = self.made["vms"]
         return found
 

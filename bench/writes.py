@@ -77,6 +77,7 @@ async def accepted(world: World) -> list[Line]:
         await pool.execute("update one_commit set value = value + 1 where id = 1")
 
     async def ours() -> float:
+        await there.quiet()
         return await median_ms(start, STARTS, PAUSE_SECONDS)
 
     async def theirs() -> float:
