@@ -189,7 +189,7 @@ def abandon(request: dict[str, Any]) -> dict[str, Any]:
 def check_writable(root: str) -> None:
     for name in FOLDERS:
         with folder(root, name) as directory:
-            probe = f".probe-{os.getpid()}"
+            probe = f".probe-{os.urandom(6).hex()}"  # several hosts may try at once
             try:
                 os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=directory))
             except OSError as error:

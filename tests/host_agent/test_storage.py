@@ -150,6 +150,31 @@ async def test_the_report_lists_volumes_and_strangers_also_after_a_restart(host:
     assert await storage.report(host) == ()
 
 
+async def test_a_removed_domain_takes_only_its_empty_directory_along(host: Host, shared: Path) -> None:
+    (shared / "somebody's").touch()
+    for stranger in ("", "disks/notes.txt", "staging/x", "lost+found"):
+        domain_id = new_id()
+        await connect(host, shared, domain_id, initialise=True)
+        if stranger:
+            (shared / domain_id / stranger).touch()
+        order = DisconnectStorage(domain_id=domain_id, remove=True, path=str(shared))
+        await storage.disconnect(host, order, running())
+        await storage.disconnect(host, order, running())
+        assert (shared / domain_id).exists() is bool(stranger)
+    assert (shared / "somebody's").exists()
+
+
+async def test_another_installations_directory_is_not_removed(host: Host, shared: Path) -> None:
+    domain_id = new_id()
+    await connect(host, shared, domain_id, initialise=True)
+    marker = shared / domain_id / "domain.json"
+    marker.write_text(json.dumps({"domain_id": domain_id, "installation": "other", "version": 1}))
+    order = DisconnectStorage(domain_id=domain_id, remove=True, path=str(shared))
+    with pytest.raises(Refused, match="another Volery"):
+        await storage.disconnect(host, order, running())
+    assert marker.exists()
+
+
 async def test_a_look_that_hangs_is_reported_and_not_repeated(host: Host, shared: Path) -> None:
     domain_id = new_id()
     await connect(host, shared, domain_id, initialise=True)
