@@ -386,6 +386,21 @@ async def test_hostile_uploads_never_reach_the_volume(made: Transfers, tmp_path:
         assert made.domain.leftovers() == []
 
 
+async def test_vmdks_that_name_other_files_are_refused(made: Transfers, tmp_path: Path) -> None:
+    qemu_img("create", "-q", "-f", "vmdk", tmp_path / "base.vmdk", "64M")
+    delta, flat, lying = (tmp_path / name for name in ("delta.vmdk", "flat.vmdk", "lying.vmdk"))
+    qemu_img("create", "-q", "-f", "vmdk", "-b", tmp_path / "base.vmdk", "-F", "vmdk", delta)
+    qemu_img("create", "-q", "-f", "vmdk", "-o", "subformat=monolithicFlat", flat, "64M")
+    header = bytearray((tmp_path / "base.vmdk").read_bytes())
+    header[12:20] = bytes(8)  # a capacity of 0: QEMU would open the extents that the descriptor names
+    lying.write_bytes(header)
+    for image, reason in ((delta, "backing file"), (flat, "vmdk-descriptor"), (lying, "in other files")):
+        order = await made.upload(made.domain.source(new_id()), image.read_bytes())
+        with pytest.raises(Refused, match=reason):
+            await made.finish(order)
+        assert made.domain.leftovers() == os.listdir(made.domain.disks) == []
+
+
 async def test_a_small_image_that_claims_a_huge_disk_is_refused(made: Transfers, tmp_path: Path) -> None:
     """A qcow2 of some hundred kilobytes whose tables claim 4 TiB of data."""
     bomb = tmp_path / "bomb.qcow2"
