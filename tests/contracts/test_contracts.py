@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from docs.generate import PAGES, declared, public_facts
 from docs.generate import HERE as PAGES_DIR
+from docs.generate import PAGES, declared, public_facts
 from volery.contracts.agent import CommittedWord
 from volery.contracts.base import PLACEHOLDER, Call, Fact, Order, Owner, fill
 from volery.contracts.ids import is_id, new_id
@@ -38,7 +38,9 @@ def test_facts_are_past_tense_and_named_by_their_owner() -> None:
     for what in DECLARED.values():
         if isinstance(what, Fact):
             assert what.subject.startswith("fact.")
-            assert what.subject.rsplit(".", 1)[-1].removeprefix("order_").removeprefix("domain_").endswith(PAST)
+            assert (
+                what.subject.rsplit(".", 1)[-1].removeprefix("order_").removeprefix("domain_").endswith(PAST)
+            )
             assert what.owner in {*Owner, "host"}
 
 

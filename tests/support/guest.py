@@ -16,7 +16,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CACHE = Path("/var/cache/volery-tests")
-MODULES = ["virtio_pci", "virtio_console", "virtio_blk", "virtio_net", "virtio_balloon", "virtio-rng", "virtio_scsi", "sd_mod", "sr_mod", "isofs", "button", "evdev", "pvpanic-pci", "pvpanic-mmio", "qemu_fw_cfg"]
+MODULES = [
+    "virtio_pci",
+    "virtio_console",
+    "virtio_blk",
+    "virtio_net",
+    "virtio_balloon",
+    "virtio-rng",
+    "virtio_scsi",
+    "sd_mod",
+    "sr_mod",
+    "isofs",
+    "button",
+    "evdev",
+    "pvpanic-pci",
+    "pvpanic-mmio",
+    "qemu_fw_cfg",
+]
 
 INIT = """#!/bin/busybox sh
 export PATH=/bin:/sbin
