@@ -13,7 +13,7 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
-from bench import calls, memory, reads, streams, writes
+from bench import calls, machines, memory, reads, streams, writes
 from bench.rows import PAIRS, Line
 from bench.world import World
 
@@ -26,6 +26,9 @@ ROWS: dict[str, Row] = {
     "accepted": writes.accepted,
     "walk": reads.walk,
     "fan-out": streams.fan_out,
+    "event": machines.event,
+    "start": machines.start,
+    "migrate": machines.migrate,
     "idle": memory.idle,
 }
 RESULTS = Path(__file__).with_name("results.json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import asyncpg
@@ -21,6 +22,7 @@ class Chain:
 
     def __init__(self) -> None:
         self.client: Client | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def _open(self) -> Client:
         self._pool = open_pool(read("VOLERY_DATABASE_", DatabaseConfig), "inventory")
@@ -28,9 +30,15 @@ class Chain:
         config = read("VOLERY_BUS_", BusConfig)
         server = await connect(config, "inventory")
 
-        async def answer(message: Msg) -> None:
+        async def select(message: Msg) -> None:
             doc = await pool.fetchval("select doc from vm where id = $1", message.data.decode())
             await message.respond(doc.encode())
+
+        async def answer(message: Msg) -> None:
+            # A callback that awaited the select would answer one request at a time.
+            task = asyncio.create_task(select(message))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
         await server.subscribe(SUBJECT, cb=answer)
         await server.flush()

@@ -76,7 +76,7 @@ class Listener(asyncio.Protocol):
 
 
 @asynccontextmanager
-async def crowd(url: str, tls: ssl.SSLContext, head: bytes) -> AsyncIterator[Crowd]:
+async def crowd(url: str, tls: ssl.SSLContext, head: bytes, clients: int = CLIENTS) -> AsyncIterator[Crowd]:
     found = Crowd()
     loop = asyncio.get_running_loop()
     parts = urlsplit(url)
@@ -85,13 +85,17 @@ async def crowd(url: str, tls: ssl.SSLContext, head: bytes) -> AsyncIterator[Cro
     async def join() -> None:
         async with turns:
             _, member = await loop.create_connection(
-                lambda: Listener(found, head), "127.0.0.1", parts.port, ssl=tls, server_hostname="localhost"
+                lambda: Listener(found, head),
+                "127.0.0.1",
+                parts.port or 0,
+                ssl=tls,
+                server_hostname="localhost",
             )
             found.members.append(member)
             await member.begun
 
     try:
-        await asyncio.gather(*(join() for _ in range(CLIENTS)))
+        await asyncio.gather(*(join() for _ in range(clients)))
         yield found
     finally:
         for member in found.members:

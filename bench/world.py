@@ -8,8 +8,8 @@ import ssl
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import AsyncExitStack, ExitStack, contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -136,6 +136,18 @@ def installed() -> Iterator[Installation]:
         rmtree(home.path, ignore_errors=True)
 
 
+@asynccontextmanager
+async def bare_pool(there: Installation) -> AsyncIterator[Pool]:
+    """inventory's schema in a database that no program uses."""
+    server = await asyncio.to_thread(servers.start_postgres, there.home)  # it runs: this only says where
+    passwords = servers.service_passwords(there.home)
+    await bootstrap_database(server.dsn, OWNERS, passwords, database="bench", connection_limit=80)
+    config = there.database("bench", 32)
+    await migrate(config, "inventory")
+    async with open_pool(config, "inventory") as pool:
+        yield pool
+
+
 @dataclass
 class World:
     """Given to every row."""
@@ -153,15 +165,9 @@ class World:
         return found
 
     async def bare_pool(self) -> Pool:
-        """inventory's schema in a database that no program uses."""
         if "bare_pool" not in self.made:
-            there = await self.installation()
-            server = servers.start_postgres(there.home)  # it runs: this only says where
-            passwords = servers.service_passwords(there.home)
-            await bootstrap_database(server.dsn, OWNERS, passwords, database="bench", connection_limit=80)
-            config = there.database("bench", 32)
-            await migrate(config, "inventory")
-            self.made["bare_pool"] = await self.stack.enter_async_context(open_pool(config, "inventory"))
+            opening = bare_pool(await self.installation())
+            self.made["bare_pool"] = await self.stack.enter_async_context(opening)
         found: Pool = self.made["bare_pool"]
         return found
 

@@ -24,7 +24,6 @@ from nats.micro import add_service
 from nats.micro.request import Request
 from nats.micro.service import EndpointConfig
 from nats.micro.service import Service as MicroService
-from opentelemetry.trace import SpanKind
 
 from volery.contracts.base import Call, Message
 from volery.contracts.errors import STATUS, Kind, Problem, Refused
@@ -229,11 +228,8 @@ class Answers:
     async def _answer(self, call: Call[Any, Any], handler: Handler, request: Request) -> None:
         started = time.perf_counter()
         telemetry.service_name.set(self.bus.name)
-        context = telemetry.extract(request.headers)
         kind = "ok"
-        with telemetry.tracer.start_as_current_span(
-            call.subject, context=context, kind=SpanKind.SERVER
-        ) as span:
+        with telemetry.answering(call.subject, request.headers) as span:
             try:
                 question = self.bus.decoder(call.question).decode(request.data)
                 answer = await handler(question, caller_of(request.headers))

@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from datetime import UTC, datetime
 
@@ -24,6 +24,9 @@ operation_id: ContextVar[str] = ContextVar("operation_id", default="")
 service_name: ContextVar[str] = ContextVar("service_name", default="")
 
 tracer = trace.get_tracer("volery")
+_no_span = nullcontext(trace.INVALID_SPAN)
+_exporting = False
+"""Whether `configure` was given a collector."""
 meter = metrics.get_meter("volery")
 
 calls_total = meter.create_counter(
@@ -63,6 +66,7 @@ class JsonFormatter(logging.Formatter):
 
 def configure(program: str, config: TelemetryConfig) -> None:
     """Set up logging for the process and, when an endpoint is given, exporters for traces and metrics."""
+    global _exporting
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=config.log_level.upper(), handlers=[handler], force=True)
@@ -73,6 +77,7 @@ def configure(program: str, config: TelemetryConfig) -> None:
     from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
+    _exporting = True
     resource = Resource.create({"service.name": f"volery-{program}"})
     provider = TracerProvider(resource=resource)
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(f"{config.otlp_endpoint}/v1/traces")))
@@ -93,6 +98,15 @@ def extract(headers: Mapping[str, str] | None) -> Context | None:
     if not headers or "traceparent" not in headers:
         return None
     return propagate.extract(headers)
+
+
+def answering(subject: str, headers: Mapping[str, str] | None) -> AbstractContextManager[trace.Span]:
+    """The span of a call that is answered. None is made, since it costs more than the call's JSON, where nobody
+    collects spans and the caller has no trace that log lines could name."""
+    context = extract(headers)
+    if context is None and not _exporting:
+        return _no_span
+    return tracer.start_as_current_span(subject, context=context, kind=trace.SpanKind.SERVER)
 
 
 @contextmanager
