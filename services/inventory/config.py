@@ -20,7 +20,3 @@ class InventoryConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """The first administrator's password, read once when there is no user yet."""
     minimum_libvirt_version: int = 7_000_000
     """libvirt's number; an older host is non-operational (Oracle Linux 8 has 7, Debian 12 has 9)."""
-    guest_overhead_bytes: int = 128 * 1024 * 1024
-    """Memory of QEMU itself, counted beside the guest's."""
-    lost_host_seconds: float = 1.0
-    """How long a domain may be missing from reports before it counts as ended."""
