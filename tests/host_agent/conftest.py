@@ -6,9 +6,15 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+import uvloop
 
 from tests.support.libvirt_host import LibvirtHost, new_host
 from tests.support.vms import VmHost, vm_host
+
+
+def pytest_asyncio_loop_factories() -> dict[str, object]:
+    """The agent runs on uvloop, whose pipes and children differ from asyncio's: so do its tests."""
+    return {"uvloop": uvloop.new_event_loop}
 
 
 @pytest.fixture(scope="session")
