@@ -69,9 +69,10 @@ async def start_vm(inv: Inventory, ask: StartVm, caller: Caller) -> Operation:
         row = await VMS.get(inv.core.pool, ask.id)
         vm = row.public
         checks.revision(vm, ask.if_revision, "VM")
-        model.check_action(vm, "start")
         if ask.host_id:
             checks.object_id(ask.host_id, "host")
+        if not ask.dry_run:  # where it could run may be asked of a running one too
+            model.check_action(vm, "start")
         op, begun = inv.core.operations.begin(
             "vm.start",
             object_kind="vm",
@@ -147,17 +148,16 @@ async def restart_vm(inv: Inventory, ask: RestartVm, caller: Caller) -> Operatio
 
 @part.runs("vm.start", deadline_seconds=600)
 async def start(inv: Inventory, run: Run) -> None:
-    await bring_up(inv, run)
+    await bring_up(inv, run, run.input(Starting))
 
 
 @part.runs("vm.restart", deadline_seconds=600)
 async def restart(inv: Inventory, run: Run) -> None:
-    await bring_up(inv, run)
+    await bring_up(inv, run, run.input(Starting))
 
 
-async def bring_up(inv: Inventory, run: Run) -> None:
+async def bring_up(inv: Inventory, run: Run, ask: Starting) -> None:
     """Try hosts until one runs the VM. Raises Refused with every host's reason."""
-    ask = run.input(Starting)
 
     async def down() -> None:
         await _stay_down(inv, run, ask)

@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from services.inventory import model
 from services.inventory.clusters import name_taken
 from services.inventory.desk import Inventory
+from services.inventory.starting import Starting, bring_up
 from services.inventory.store import CLUSTERS, TEMPLATES, VMS, VmPrivate
 from volery.contracts.base import Done
 from volery.contracts.cluster import Cluster, DeleteById, GetById
@@ -44,15 +45,14 @@ from volery.contracts.vm import (
     DELETE_VM,
     GET_VM,
     LIST_VMS,
-    START_VM,
     UPDATE_VM,
     CreateVm,
     DeleteVm,
+    DesiredState,
     DiskAttachment,
     NewDisk,
     NewNic,
     Nic,
-    StartVm,
     UpdateVm,
     Vm,
     VmStatus,
@@ -210,22 +210,25 @@ async def create(inv: Inventory, run: Run) -> None:
     disks = []
     for number, (attachment, wanted) in enumerate(zip(vm.disks, ask.disks, strict=True)):
         disks.append(await _provide(inv, run, vm, attachment, wanted, number))
+    await run.step("ready", "Writing it down", lambda: _ready(inv, vm.id, nics, disks, start=ask.start))
+    run.undos.clear()  # it exists now, also if it can't be started
+    if ask.start:
+        await bring_up(inv, run, Starting(vm_id=vm.id))
+
+
+async def _ready(
+    inv: Inventory, vm_id: str, nics: list[Nic], disks: list[DiskAttachment], *, start: bool
+) -> None:
     while True:
-        row = await VMS.get(inv.core.pool, vm.id)
+        row = await VMS.get(inv.core.pool, vm_id)
         new = replace(row.public, nics=tuple(nics), disks=tuple(disks), status=VmStatus.DOWN)
+        if start:
+            new = replace(new, status=VmStatus.WAIT_FOR_LAUNCH, desired=DesiredState.UP)
         try:
-            await run.commit(VMS.update(row, model.with_actions(new)))
+            await inv.core.commit(VMS.update(row, model.with_actions(new)))
         except Stale:
             continue
-        break
-    if ask.start:
-        inv.core.operations.spawn(_start_when_free(inv, run, vm.id))
-
-
-async def _start_when_free(inv: Inventory, run: Run, vm_id: str) -> None:
-    """Create with `start`: its own operation, once this one has let go of the VM."""
-    await inv.operation_ended(run.id)
-    await inv.core.bus.ask(START_VM, StartVm(id=vm_id), run.caller_for("start"))
+        return
 
 
 async def _allocate(inv: Inventory, run: Run, vm_id: str, nic: Nic) -> str:
