@@ -30,6 +30,7 @@ ROWS: dict[str, Row] = {
     "start": machines.start,
     "migrate": machines.migrate,
     "idle": memory.idle,
+    "fleet": memory.under_load,
 }
 RESULTS = Path(__file__).with_name("results.json")
 

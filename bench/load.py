@@ -83,11 +83,12 @@ class Http(asyncio.Protocol):
             self.waiting.set_exception(exc or ConnectionError("the server closed the connection"))
 
     async def ask(self, request: bytes, expected: int = 200) -> bytes:
+        """The body. `expected` 0: any status that isn't an error. Raises RuntimeError for another status."""
         assert self.transport is not None
         self.waiting = asyncio.get_running_loop().create_future()
         self.transport.write(request)
         answer = await self.waiting
-        if answer.status != expected:
+        if answer.status != expected and (expected or answer.status >= 400):
             raise RuntimeError(f"{request.split(b' HTTP', 1)[0]!r}: {answer.status} {answer.body[:500]!r}")
         return answer.body
 
