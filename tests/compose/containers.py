@@ -8,6 +8,7 @@ cgroup1 for an error, so podman runs in a mount namespace without it.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -217,8 +218,11 @@ class Stack:
 
     def down(self) -> None:
         self._compose("down", "-v")
-        # podman-compose 1.0.3 leaves the network.
-        self.podman("network", "rm", "--force", f"{self.name}_default")
+        # podman-compose 1.0.3 leaves the network, and netavark 1.4 the empty chain of its published ports.
+        network = f"{self.name}_default"
+        self.podman("network", "rm", "--force", network)
+        chain = f"NETAVARK-DN-{hashlib.sha512(network.encode()).hexdigest()[:13].upper()}"
+        subprocess.run(["iptables", "-t", "nat", "-X", chain], check=False, capture_output=True)
 
     def start_agent(self, state: Path, **environment: str) -> None:
         """The service `agent`, as the file says, but with its state in a directory of the test's own."""

@@ -24,7 +24,7 @@ OF_THREE = ServerState("n1", "2.15.1", jetstream=True, sync_always=True, cluster
 
 
 def changed(state: ServerState, **fields: object) -> ServerState:
-    return ServerState(**{**{name: getattr(state, name) for name in state.__slots__}, **fields})  # type: ignore[arg-type]
+    return ServerState(**{**{name: getattr(state, name) for name in state.__slots__}, **fields})
 
 
 @pytest.mark.parametrize(
