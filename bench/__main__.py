@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+import traceback
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -48,6 +49,7 @@ async def measure(names: list[str], full: bool) -> tuple[list[Line], list[str]]:
                 lines += await ROWS[name](world)
             except Exception as error:  # one row's trouble must not lose the others' figures
                 print(f"{name} broke: {error!r}", file=sys.stderr)
+                traceback.print_exc()
                 broken.append(name)
             print(f"  {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
     finally:

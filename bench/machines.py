@@ -33,7 +33,7 @@ from services.inventory.store import VMS, VmPrivate
 from tests.support.nats_realm import witness_creds
 from volery.client import api
 from volery.contracts.operation import Operation
-from volery.contracts.vm import CreateVm
+from volery.contracts.vm import CreateVm, VmStatus
 from volery.runtime.connection import connect_options
 from volery.runtime.database import open_direct
 from volery.runtime.identity import Realm
@@ -88,6 +88,11 @@ class Stage:
     host_ids: list[str]
     libvirt: Libvirt
     vm_id: str
+
+    def stopped(self) -> None:
+        """Whatever a row before left."""
+        if self.there.client.send(api.VMS.get(self.vm_id)).status is not VmStatus.DOWN:
+            self.act("stop", {"force": True})
 
     def act(self, action: str, body: dict[str, Any] | None = None) -> Operation:
         client = self.there.client
@@ -155,6 +160,7 @@ async def stage_of(world: World) -> Stage:
     if "stage" not in world.made:
         world.made["stage"] = await asyncio.to_thread(world.sync.enter_context, staged())
     found: Stage = world.made["stage"]
+    await asyncio.to_thread(found.stopped)
     return found
 
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import partial
+from functools import cache, lru_cache, partial
 from typing import Any, Generic, TypeVar
 
 import asyncpg
@@ -23,6 +23,7 @@ from volery.contracts.errors import Kind, Refused
 
 T = TypeVar("T", bound=Entity)
 S = TypeVar("S", bound=Message)
+STATEMENTS_KEPT = 256
 ENTITY_COLUMNS = ("id", "revision", "doc", "private")
 
 
@@ -111,9 +112,7 @@ class Table(Generic[T, S]):
             updated_at=datetime.now(UTC) if announced else row.public.updated_at,
         )
         values = self._values(new, private if private is not None else row.private)
-        names = (*ENTITY_COLUMNS, *self.columns)
-        pairs = ", ".join(f"{name} = {{{i}}}" for i, name in enumerate(names) if name != "id")
-        sql = f"update {self.name} set {pairs} where id = {{0}} and revision = {{{len(names)}}} returning 1"
+        sql = _update_sql(self.name, (*ENTITY_COLUMNS, *self.columns))
         told = self._announce(self.changed, new)
         return Change(sql, (*values, row.public.revision), (*told, *facts), document=new)
 
@@ -163,6 +162,12 @@ class Table(Generic[T, S]):
         return [self.row(record) for record in records]
 
 
+@cache
+def _update_sql(table: str, names: tuple[str, ...]) -> str:
+    pairs = ", ".join(f"{name} = {{{i}}}" for i, name in enumerate(names) if name != "id")
+    return f"update {table} set {pairs} where id = {{0}} and revision = {{{len(names)}}} returning 1"
+
+
 def not_there(noun: str, object_id: str) -> Refused:
     return Refused(
         Kind.NOT_FOUND,
@@ -206,30 +211,36 @@ def _numbered(base: int, slot: re.Match[str]) -> str:
 def compose(changes: Sequence[Change]) -> tuple[str, list[Any]]:
     """One statement for all changes and facts. Its value is the number of guards that held; the facts are
     written only when all did, and a division by zero undoes everything when one did not."""
+    shapes = tuple((change.sql, len(change.arguments), change.guarded) for change in changes)
+    facts = [fact for change in changes for fact in change.facts]
+    arguments: list[Any] = [argument for change in changes for argument in change.arguments]
+    if facts:
+        arguments += [[subject for subject, _ in facts], [body for _, body in facts]]
+    return _statement(shapes, bool(facts)), arguments
+
+
+@lru_cache(maxsize=STATEMENTS_KEPT)
+def _statement(shapes: tuple[tuple[str, int, bool], ...], with_facts: bool) -> str:
+    """The text for changes of these (sql, number of arguments, guarded): a service has few of them."""
     parts: list[str] = []
-    arguments: list[Any] = []
     guards: list[str] = []
-    for number, change in enumerate(changes):
-        base = len(arguments)
-        sql = _SLOT.sub(partial(_numbered, base), change.sql).replace("{prev}", f"c{number - 1}")
-        arguments += change.arguments
+    base = 0
+    for number, (text, count, guarded) in enumerate(shapes):
+        sql = _SLOT.sub(partial(_numbered, base), text).replace("{prev}", f"c{number - 1}")
         parts.append(f"c{number} as ({sql})")
-        if change.guarded:
+        if guarded:
             guards.append(f"(select count(*) from c{number})")
+        base += count
     wanted = len(guards)
     held = " + ".join(guards) or "0"
     parts.append(f"held as materialized (select {held} as n)")
-    facts = [fact for change in changes for fact in change.facts]
-    if facts:
-        at = len(arguments)
-        arguments += [[subject for subject, _ in facts], [body for _, body in facts]]
+    if with_facts:
         parts.append(
             f"told as (insert into outbox (subject, body) select f.subject, f.body from held, "
-            f"unnest(${at + 1}::text[], ${at + 2}::bytea[]) with ordinality as f(subject, body, n) "
+            f"unnest(${base + 1}::text[], ${base + 2}::bytea[]) with ordinality as f(subject, body, n) "
             f"where held.n = {wanted} order by f.n)"
         )
-    sql = f"with {', '.join(parts)} select 1 / (case when n = {wanted} then 1 else 0 end) from held"
-    return sql, arguments
+    return f"with {', '.join(parts)} select 1 / (case when n = {wanted} then 1 else 0 end) from held"
 
 
 async def commit(pool: asyncpg.Pool[asyncpg.Record], changes: Sequence[Change]) -> None:
