@@ -94,6 +94,8 @@ def main() -> None:
     unknown = [name for name in asked.rows if name not in ROWS]
     if unknown:
         parser.error(f"no such row: {', '.join(unknown)}; rows are {', '.join(ROWS)}")
+    # An installation and a lab may be standing: also whoever is told to end takes them down.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     lines, broken = uvloop.run(measure(asked.rows or list(ROWS), asked.full))
     print_table(lines)
     asked.output.write_bytes(msgspec.json.format(msgspec.json.encode(lines), indent=2) + b"\n")

@@ -303,7 +303,7 @@ class Hops:
         await self.stream.publish("bench.hop", self.body)
 
     async def change(self) -> None:
-        change = VMS.update(self.row, None, None, ("fact.inventory.vm.x.changed", b',"data":{}}'))
+        change = VMS.update(self.row)
         await commit(self.pool, [change])
         self.row = Row(change.document, self.row.private)
 
