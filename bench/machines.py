@@ -25,7 +25,7 @@ from nats.js.api import StreamConfig
 from bench.load import connect, request
 from bench.rows import PAIRS, Line, at_most, below, in_turn, percentile
 from bench.streams import Crowd, crowd
-from bench.world import QUIET, Installation, Pool, World, bare_pool, seed
+from bench.world import QUIET, Installation, Pool, World, bare_pool, free_port, seed
 from lab import plane
 from lab.host import Host
 from lab.lab import Lab
@@ -134,6 +134,7 @@ def staged() -> Iterator[Stage]:
             "VOLERY_SETUP_LOCAL_HOST": "no",
             "VOLERY_SETUP_PUBLIC_ADDRESS": lab.gateway,
             "VOLERY_SETUP_NAMES": f"{lab.gateway} localhost",
+            "VOLERY_SETUP_GATEWAY_PORT": str(free_port()),
         }
         home.change_settings(chosen)
         running = up(home, QUIET)

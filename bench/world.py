@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import ssl
 import subprocess
 import sys
@@ -114,6 +115,14 @@ class Installation:
             process.wait(10)
 
 
+def free_port() -> int:
+    """Not 8443 and its neighbours, for which installations that begin at the same time would compete."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
 @contextmanager
 def installed() -> Iterator[Installation]:
     """`make up` in a throw-away directory; everything of it is gone afterwards."""
@@ -126,6 +135,7 @@ def installed() -> Iterator[Installation]:
                 "VOLERY_SETUP_LOCAL_HOST": "no",
                 "VOLERY_SETUP_BUS_ADDRESS": "127.0.0.1",
                 "VOLERY_SETUP_NAMES": "localhost",
+                "VOLERY_SETUP_GATEWAY_PORT": str(free_port()),
             }
         )
         running = up(home, QUIET)
