@@ -19,6 +19,7 @@ from api_gateway.cursor import COUNT, NO_HISTORY, OWNERS, Cursor, short
 from volery.contracts.base import Owner
 from volery.runtime.relay import stream_name
 from volery.runtime.tail import Broken, Tail, follow
+from volery.runtime.tasks import together
 
 log = logging.getLogger(__name__)
 
@@ -102,13 +103,13 @@ class Feed:
 
     async def run(self, heartbeat_seconds: float) -> None:
         """Until cancelled."""
-        async with asyncio.TaskGroup() as group:
-            for source in self.sources:
-                group.create_task(self._follow_for_ever(source))
-            while True:
-                await asyncio.sleep(heartbeat_seconds)
-                self.ticks += 1
-                self.wake()
+        await together([*map(self._follow_for_ever, self.sources), self._beat(heartbeat_seconds)])
+
+    async def _beat(self, seconds: float) -> None:
+        while True:
+            await asyncio.sleep(seconds)
+            self.ticks += 1
+            self.wake()
 
     def cursor(self) -> Cursor:
         """Of a client that has read everything so far."""

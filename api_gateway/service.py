@@ -21,6 +21,7 @@ from volery.runtime import telemetry
 from volery.runtime.bus import open_bus
 from volery.runtime.config import ConfigError, read
 from volery.runtime.service import Settings
+from volery.runtime.tasks import end
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ class Gateway:
         self.port = 0
         """The port that was bound, once it is `ready`."""
         self.ready = asyncio.Event()
+        self.desk: Desk | None = None
 
     async def main(self, settings: Settings, stop: asyncio.Event) -> None:
         """Until `stop`. Raises ConfigError, OSError when it can't listen."""
@@ -55,15 +57,16 @@ class Gateway:
         config = self.config or read("VOLERY_GATEWAY_", GatewayConfig)
         traced = settings.telemetry.read_sample_ratio if settings.telemetry.otlp_endpoint else 0.0
         async with open_bus(settings.bus, NAME) as bus:
-            desk = make_desk(config, bus, traced)
+            desk = self.desk = make_desk(config, bus, traced)
             following = asyncio.create_task(desk.feed.run(config.heartbeat_seconds))
             try:
-                await self._serve(config, desk, stop)
+                await self._serve(config, desk, stop, following)
             finally:
-                following.cancel()
-                await asyncio.gather(following, return_exceptions=True)
+                await end([following])
 
-    async def _serve(self, config: GatewayConfig, desk: Desk, stop: asyncio.Event) -> None:
+    async def _serve(
+        self, config: GatewayConfig, desk: Desk, stop: asyncio.Event, following: asyncio.Task[None]
+    ) -> None:
         listener = bind(config)
         self.port = listener.getsockname()[1]
         server = Server(uvicorn_config(config, make_app(desk)))
@@ -76,7 +79,7 @@ class Gateway:
                 _write(Path(config.port_file), f"{self.port}\n")
             self.ready.set()
             log.info("the gateway listens on %s", listener.getsockname())
-            await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([serving, stopping, following], return_when=asyncio.FIRST_COMPLETED)
         finally:
             self.ready.clear()
             renewing.cancel()
@@ -85,7 +88,9 @@ class Gateway:
             server.should_exit = True
             await asyncio.wait({serving}, timeout=config.shutdown_seconds + 5)
             listener.close()
-        serving.result()
+        for task in (serving, following):
+            if task.done():
+                task.result()
 
 
 def make_app(desk: Desk) -> GatewayApp:

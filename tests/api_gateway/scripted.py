@@ -13,6 +13,7 @@ import httpx
 import msgspec
 
 from api_gateway.config import GatewayConfig
+from api_gateway.feed import Feed
 from api_gateway.service import Gateway
 from volery.contracts.account import (
     CHECK_TOKEN,
@@ -107,6 +108,11 @@ class Deployed:
     """Of the services: publishes what they would."""
     gateway: Gateway
     url: str
+
+    @property
+    def feed(self) -> Feed:
+        assert self.gateway.desk is not None
+        return self.gateway.desk.feed
 
     async def get(self, path: str, **options: Any) -> httpx.Response:
         return await self.http.get(path, **options)
