@@ -11,7 +11,7 @@ import logging
 import os
 import random
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -505,8 +505,16 @@ async def run_programs(programs: Sequence[Program], settings: Settings, stop: as
 def _tell_tasks() -> None:
     """SIGUSR1: where every task is, for whoever wonders why nothing moves."""
     for task in asyncio.all_tasks():
-        places = [f"{frame.f_code.co_filename}:{frame.f_lineno}" for frame in task.get_stack(limit=8)]
-        log.warning("task %s waits at %s", task.get_name(), " < ".join(places))
+        log.warning("task %s waits at %s", task.get_name(), " > ".join(_awaits(task.get_coro())))
+
+
+def _awaits(waiter: Any) -> Iterator[str]:
+    """From the outermost coroutine to what it waits for in the end."""
+    while waiter is not None:
+        frame = getattr(waiter, "cr_frame", None) or getattr(waiter, "gi_frame", None)
+        if frame is not None:
+            yield f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        waiter = getattr(waiter, "cr_await", None) or getattr(waiter, "gi_yieldfrom", None)
 
 
 def run(*programs: Program) -> None:
