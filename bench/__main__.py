@@ -47,7 +47,10 @@ async def measure(names: list[str], full: bool) -> tuple[list[Line], list[str]]:
             started = time.perf_counter()
             print(f"measuring {name} …", file=sys.stderr, flush=True)
             try:
-                lines += await ROWS[name](world)
+                found = await ROWS[name](world)
+                for line in found:  # a run that is cut short has still said what it measured
+                    print(f"  {line.name}: {shown(line.ours)} / {shown(line.theirs)}", file=sys.stderr)
+                lines += found
             except Exception as error:  # one row's trouble must not lose the others' figures
                 print(f"{name} broke: {error!r}", file=sys.stderr)
                 traceback.print_exc()
