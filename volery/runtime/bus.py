@@ -68,11 +68,18 @@ class Caller:
 Handler = Callable[[Any, Caller], Awaitable[Any]]
 
 
-async def connect(config: BusConfig, user: str, *, never_queue: bool = False) -> Client:
+async def connect(
+    config: BusConfig,
+    user: str,
+    *,
+    never_queue: bool = False,
+    on_closed: Callable[[], Awaitable[None]] | None = None,
+) -> Client:
     """A connection with the user's own credentials and inbox.
 
     `never_queue`: publishing while disconnected fails at once instead of being sent after the reconnect, which
-    is what orders and beats need.
+    is what orders and beats need. `on_closed` is called when the connection ends for ever: nats-py gives up on most
+    errors that a server speaks, whatever it was told about reconnecting.
     """
     servers = config.servers.split(",")
     if config.credentials_dir:
@@ -88,6 +95,8 @@ async def connect(config: BusConfig, user: str, *, never_queue: bool = False) ->
         options |= {"max_reconnect_attempts": -1, "reconnect_time_wait": 0.1}
         options |= {"pending_size": 0} if never_queue else {}
     options["error_cb"] = _note_error
+    if on_closed is not None:
+        options["closed_cb"] = on_closed
     while True:
         try:
             return await nats.connect(**options)
@@ -115,6 +124,8 @@ class Bus:
 
     client: Client
     name: str
+    lost: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when the connection is closed and will not come back."""
     decoders: dict[Any, msgspec.json.Decoder[Any]] = field(default_factory=dict)
 
     def decoder(self, type_: Any) -> msgspec.json.Decoder[Any]:
@@ -301,8 +312,13 @@ async def _refuse(request: Request, refused: Refused) -> None:
 
 @asynccontextmanager
 async def open_bus(config: BusConfig, name: str) -> AsyncIterator[Bus]:
-    client = await connect(config, name)
+    lost = asyncio.Event()
+
+    async def closed() -> None:
+        lost.set()
+
+    client = await connect(config, name, on_closed=closed)
     try:
-        yield Bus(client, name)
+        yield Bus(client, name, lost)
     finally:
         await client.close()

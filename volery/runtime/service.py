@@ -212,7 +212,7 @@ class Service:
         client = bus.client
         sign: Callable[[str, bytes], str] = lambda subject, payload: ""  # noqa: E731
         if self.report is not None:
-            client = await connect(settings.bus, self.name, never_queue=True)
+            client = await connect(settings.bus, self.name, never_queue=True, on_closed=_set(bus.lost))
             stack.push_async_callback(client.close)
             await bus.client.subscribe("beat.host.*", cb=beats.hear)
             if settings.bus.credentials_dir:
@@ -229,7 +229,7 @@ class Service:
             await answers.open(table)
             self.ready = True
             log.info("%s is ready", self.name)
-            await stop.wait()
+            await _stopped(stop, core.bus.lost)
         finally:
             self.ready = False
             await answers.close()
@@ -476,6 +476,24 @@ async def _keep_host_stream(bus: Bus, replicas: int) -> None:
         except (nats.errors.Error, TimeoutError) as error:
             log.info("the hosts' stream: %s", error or type(error).__name__)
         await asyncio.sleep(1.0)
+
+
+def _set(event: asyncio.Event) -> Callable[[], Awaitable[None]]:
+    async def closed() -> None:
+        event.set()
+
+    return closed
+
+
+async def _stopped(stop: asyncio.Event, lost: asyncio.Event) -> None:
+    """Until `stop`. Raises ConnectionError when the bus closed us for good: a new process begins anew."""
+    waits = [asyncio.create_task(stop.wait()), asyncio.create_task(lost.wait())]
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        await end(waits)
+    if lost.is_set() and not stop.is_set():
+        raise ConnectionError("the bus closed our connection for good")
 
 
 async def _sleep(stop: asyncio.Event, seconds: float) -> None:
