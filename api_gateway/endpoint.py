@@ -59,12 +59,12 @@ async def _answer_operation(
     route: Route, desk: Desk, http: Exchange, answer: bytes, waits: float, before: int
 ) -> None:
     """202 while it runs, 200 when it ended within `Prefer: wait`, and for a plan (dry_run)."""
+    if route.plans or http.query().get("dry_run") in ("true", "1"):
+        await http.answer(200, answer)  # nothing was begun: it has no id
+        return
     head = _HEAD.match(answer)
     if head is None:
         raise Refused(Kind.INTERNAL, "the owner's answer is not an operation")
-    if route.plans or http.query().get("dry_run") in ("true", "1"):
-        await http.answer(200, answer)
-        return
     operation_id = http.operation_id = head[1].decode()
     headers = [(b"location", f"{PREFIX}/operations/{operation_id}".encode())]
     ended = False
