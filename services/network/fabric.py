@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -64,6 +65,15 @@ class Fabric:
             except Stale:
                 continue
             return
+
+    def then_wake(self, change: Change, *keys: str) -> Change:
+        """The change, after whose commit the reconcile loop looks at these keys: earlier it would see what was."""
+
+        def wake() -> None:
+            for key in keys:
+                self.core.wake(key)
+
+        return dataclasses.replace(change, then=wake)
 
     async def check_data_center(self, data_center_id: str) -> None:
         """Raises Refused(not_found). Inventory is asked when its fact has not been heard (yet)."""

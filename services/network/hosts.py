@@ -208,8 +208,8 @@ async def reported(svc: Fabric, fact: NetworksReported) -> list[Change]:
         return []
     ready = tuple(i for i in state.ready if said.get(i))
     svc.tried.pop(fact.host_id, None)
-    svc.core.wake(f"host:{fact.host_id}")
-    return [svc.store.remember(fact.host_id, replace(state, dirty=True, ready=ready))]
+    told = svc.store.remember(fact.host_id, replace(state, dirty=True, ready=ready))
+    return [svc.then_wake(told, f"host:{fact.host_id}")]
 
 
 @part.every(5.0)

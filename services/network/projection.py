@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -65,7 +64,7 @@ async def host_changed(svc: Fabric, host: Host) -> list[Change]:
         host.data_center_id,
     )
     key = f"everybody:{host.data_center_id}" if tunnels else f"host:{host.id}"
-    return [_then_wake(svc, svc.store.know_host(host), key, f"shown:{host.data_center_id}")]
+    return [svc.then_wake(svc.store.know_host(host), key, f"shown:{host.data_center_id}")]
 
 
 def _row(host: Host) -> HostRow:
@@ -85,8 +84,7 @@ def _row(host: Host) -> HostRow:
 async def host_deleted(svc: Fabric, host: Host) -> list[Change]:
     """Its attachments go with it; the others stop tunnelling to it."""
     going = [ATTACHMENTS.delete(row) for row in await svc.store.attachments_of(host.id)]
-    gone = _then_wake(
-        svc,
+    gone = svc.then_wake(
         svc.store.forget("host", host.id),
         f"everybody:{host.data_center_id}",
         f"shown:{host.data_center_id}",
@@ -106,7 +104,7 @@ async def vm_deleted(svc: Fabric, vm: Vm) -> list[Change]:
     pools = {nic.mac_pool_id for nic in await svc.store.nics_of(vm.id)}
     return [
         svc.store.forget("vm", vm.id),
-        _then_wake(svc, svc.store.take_back_all(vm.id), *(f"pool:{pool_id}" for pool_id in pools)),
+        svc.then_wake(svc.store.take_back_all(vm.id), *(f"pool:{pool_id}" for pool_id in pools)),
     ]
 
 
@@ -133,14 +131,6 @@ async def network_deleted(svc: Fabric, network: Network) -> list[Change]:
     svc.shapes.pop(network.id, None)
     svc.core.wake(f"everybody:{network.data_center_id}")
     return []
-
-
-def _then_wake(svc: Fabric, change: Change, *keys: str) -> Change:
-    def wake() -> None:
-        for key in keys:
-            svc.core.wake(key)
-
-    return replace(change, then=wake)
 
 
 @part.every(300.0)

@@ -199,7 +199,7 @@ async def test_an_upload_goes_on_after_the_agent_was_killed(plane: Plane, tmp_pa
         assert first.status_code == 200, first.text
         at.agent.kill()
         at.agent.start()
-        async with asyncio.timeout(40):
+        async with asyncio.timeout(70):
             while (head := await at.http.head(data)).status_code != 200:
                 await asyncio.sleep(0.1)
         received = int(head.headers["upload-offset"])
