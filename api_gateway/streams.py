@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -13,12 +14,15 @@ from api_gateway.cursor import Cursor, not_one, parse
 from api_gateway.desk import Desk
 from api_gateway.exchange import Exchange, unknown_parameter
 from api_gateway.feed import Event, sse_frame
-from api_gateway.question import SAFE_ID
 from api_gateway.reader import Lost, Reader, Wants
 from volery.contracts.account import Principal, Scope
 from volery.contracts.errors import invalid
 
 PARAMETERS = ("after", "types", "subject")
+PATTERNS = {
+    "types": re.compile(r"[a-z][a-z_.]*\*?"),
+    "subject": re.compile(r"[a-z][a-z_]*(/[0-9A-Za-z_-]*)?\*?"),
+}
 ACCOUNT_NOUNS = ("user/", "token/", "reader/")
 """Facts about accounts are shown to those who may read accounts."""
 SSE_HEADERS = (
@@ -37,7 +41,7 @@ def wanted(query: dict[str, str], principal: Principal) -> Wants | None:
         if name not in PARAMETERS:
             raise unknown_parameter(name, PARAMETERS)
     types = _patterns("types", query.get("types", ""))
-    abouts = _patterns("subject", query.get("subject", ""), "/")
+    abouts = _patterns("subject", query.get("subject", ""))
     types = [t if t.startswith("dev.volery.") else f"dev.volery.{t}" for t in types]
     sees_accounts = rank(principal) >= RANK[Scope.ADMIN]
     if not types and not abouts and sees_accounts:
@@ -53,12 +57,10 @@ def wanted(query: dict[str, str], principal: Principal) -> Wants | None:
     return wants
 
 
-def _patterns(name: str, text: str, also: str = "") -> list[str]:
+def _patterns(name: str, text: str) -> list[str]:
     found = [part for part in text.split(",") if part]
     for part in found:
-        if not SAFE_ID.fullmatch(
-            part.removesuffix("*").replace(also, "") if also else part.removesuffix("*") or "x"
-        ):
+        if not PATTERNS[name].fullmatch(part):
             raise invalid(
                 f"{part[:80]!r} is no pattern for {name}: give names as events have them, with * at the end for "
                 "any that begins so",
