@@ -104,12 +104,13 @@ class Table(Generic[T, S]):
     def update(
         self, row: Row[T, S], public: T | None = None, private: S | None = None, *facts: tuple[str, bytes]
     ) -> Change:
-        """The next revision of `row`. Announces it when the public part changed."""
-        announced = public is not None and public != row.public
+        """The next revision of `row`. Every revision is announced, so that readers can count them; `updated_at` moves
+        only when the public part changed."""
+        changed = public is not None and public != row.public
         new = msgspec.structs.replace(
             public if public is not None else row.public,
             revision=row.public.revision + 1,
-            updated_at=datetime.now(UTC) if announced else row.public.updated_at,
+            updated_at=datetime.now(UTC) if changed else row.public.updated_at,
         )
         values = self._values(new, private if private is not None else row.private)
         sql = _update_sql(self.name, (*ENTITY_COLUMNS, *self.columns))
