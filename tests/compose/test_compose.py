@@ -35,6 +35,9 @@ from volery.contracts.vm import CreateVm, StartVm, StopVm, Vm, VmStatus
 
 T = TypeVar("T")
 
+pytestmark = pytest.mark.timeout(1200)
+"""The first run makes its base images, which takes minutes."""
+
 READY_SECONDS = 90.0
 HOST_SECONDS = 60.0
 ACTION_SECONDS = 60.0
