@@ -25,6 +25,8 @@ from volery.contracts.account import Scope
 from volery.contracts.errors import Kind, Refused
 
 PROTOCOL = "volery.v1"
+BINARY_PROTOCOL = "binary"
+"""What VNC clients in browsers ask for."""
 BEARER_PROTOCOL = "bearer."
 WEBSOCKET = "WEBSOCKET"
 """Stands for the method in the table."""
@@ -51,8 +53,10 @@ class Socket:
 
     async def accept(self) -> None:
         message: dict[str, Any] = {"type": "websocket.accept"}
-        if PROTOCOL in self.protocols:
-            message["subprotocol"] = PROTOCOL
+        for known in (PROTOCOL, BINARY_PROTOCOL):
+            if known in self.protocols:
+                message["subprotocol"] = known
+                break
         await self.http.send(message)
         self.accepted = True
 
@@ -126,7 +130,7 @@ async def _admit(desk: Desk, socket: Socket, scope: Scope) -> None:
     if socket.http.header(b"authorization") is not None:
         await desk.door.admit(socket.http, scope)
         return
-    if len(bearers) != 1 or PROTOCOL not in socket.protocols:
+    if len(bearers) != 1:
         raise unauthenticated(
             f"a WebSocket needs the header Authorization, or the subprotocols {PROTOCOL} and bearer.{{token}}"
         )
