@@ -18,6 +18,8 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     ca: str = ""
     """PEM file of Volery's certificate authority: served at /ca.pem, and what hosts' data servers must prove.
     Empty: data servers are reached without TLS (tests only)."""
+    certificate_check_seconds: float = 30.0
+    """How often the certificate's file is looked at for a renewed one."""
     port_file: str = ""
     """Where the port that was bound is written, for port 0; empty: nowhere."""
     body_limit_bytes: int = 1024 * 1024
@@ -48,3 +50,14 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Clients that read old events from the streams at the same time; others wait."""
     shutdown_seconds: float = 10.0
     """How long requests at work may take to end when the gateway stops."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, which `read` turns into a ConfigError."""
+        self.address()
+
+    def address(self) -> tuple[str, int]:
+        """Host, without an IPv6 address's brackets, and port to listen on."""
+        host, _, port = self.listen.rpartition(":")
+        if not host or not port.isdigit() or int(port) > 65535:
+            raise ValueError(f"VOLERY_GATEWAY_LISTEN must be host:port, not {self.listen!r}")
+        return host.strip("[]"), int(port)

@@ -19,7 +19,7 @@ from api_gateway.desk import Desk, make_desk
 from api_gateway.routes import SOCKETS, TABLE
 from volery.runtime import telemetry
 from volery.runtime.bus import open_bus
-from volery.runtime.config import ConfigError, read
+from volery.runtime.config import read
 from volery.runtime.service import Settings
 from volery.runtime.tasks import end
 
@@ -27,7 +27,6 @@ log = logging.getLogger(__name__)
 
 NAME = "gateway"
 BACKLOG = 2048
-RELOAD_SECONDS = 30.0
 KEEP_ALIVE_SECONDS = 75
 
 
@@ -43,9 +42,11 @@ class Gateway:
     """Run it with `volery.runtime.service.run`, alone or beside the services."""
 
     name = NAME
+    config = GatewayConfig
 
-    def __init__(self, config: GatewayConfig | None = None) -> None:
-        self.config = config
+    def __init__(self, given: GatewayConfig | None = None) -> None:
+        """`given` settings stand for those of the environment."""
+        self.given = given
         self.port = 0
         """The port that was bound, once it is `ready`."""
         self.ready = asyncio.Event()
@@ -54,7 +55,7 @@ class Gateway:
     async def main(self, settings: Settings, stop: asyncio.Event) -> None:
         """Until `stop`. Raises ConfigError, OSError when it can't listen."""
         telemetry.service_name.set(NAME)
-        config = self.config or read("VOLERY_GATEWAY_", GatewayConfig)
+        config = self.given or read("VOLERY_GATEWAY_", GatewayConfig)
         traced = settings.telemetry.read_sample_ratio if settings.telemetry.otlp_endpoint else 0.0
         async with open_bus(settings.bus, NAME) as bus:
             desk = self.desk = make_desk(config, bus, traced)
@@ -99,10 +100,7 @@ def make_app(desk: Desk) -> GatewayApp:
 
 def bind(config: GatewayConfig) -> socket.socket:
     """A listening socket. A peer that takes no bytes for long is cut by the kernel, whatever it is sent."""
-    host, _, port = config.listen.rpartition(":")
-    if not host or not port.isdigit():
-        raise ConfigError(f"VOLERY_GATEWAY_LISTEN must be host:port, not {config.listen!r}")
-    host = host.strip("[]")
+    host, port = config.address()
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -110,7 +108,7 @@ def bind(config: GatewayConfig) -> socket.socket:
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(config.stuck_client_seconds * 1000))
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     try:
-        listener.bind((host, int(port)))
+        listener.bind((host, port))
         listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
@@ -152,7 +150,7 @@ async def _reload(server: uvicorn.Config, config: GatewayConfig) -> None:
         return
     loaded = _changed_at(config)
     while True:
-        await asyncio.sleep(RELOAD_SECONDS)
+        await asyncio.sleep(config.certificate_check_seconds)
         try:
             now = _changed_at(config)
             if now != loaded:

@@ -125,6 +125,10 @@ class Program(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def config(self) -> type[Any]:
+        """Its section of the settings, VOLERY_{NAME}_."""
+
     async def main(self, settings: Settings, stop: asyncio.Event) -> None: ...
 
 
@@ -544,8 +548,7 @@ def run(*programs: Program) -> None:
             read("VOLERY_TELEMETRY_", TelemetryConfig),
         )
         for program in programs:
-            if isinstance(program, Service):
-                read(f"VOLERY_{program.name.upper()}_", program.config)
+            read(f"VOLERY_{program.name.upper()}_", program.config)
     except ConfigError as error:
         raise SystemExit(f"volery: {error}") from None
     telemetry.configure("-".join(str(p.name) for p in programs)[:60], settings.telemetry)
