@@ -116,8 +116,6 @@ def connect_options(
         options["pending_size"] = 0
     if ca is not None:
         options["tls"] = ssl.create_default_context(cafile=str(ca))
-        # Before the server's greeting, so that nobody in between can talk us out of it.
-        options["tls_handshake_first"] = True
     return options
 
 
