@@ -186,7 +186,7 @@ async def _copy_out(process: Process, take: Callable[[bytes], None]) -> None:
 async def _feed(process: Process, data: bytes | None) -> None:
     if process.stdin is None or data is None:
         return
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError, RuntimeError):  # the last is uvloop's
         process.stdin.write(data)
         await process.stdin.drain()
     process.stdin.close()

@@ -167,7 +167,7 @@ class Upload:
                     )
                 pipe.write(piece)
                 await pipe.drain()
-        except (BrokenPipeError, ConnectionResetError):
+        except (BrokenPipeError, ConnectionResetError, RuntimeError):  # uvloop's word for a closed pipe
             return None  # the receiver ended early; its answer says why
         return None
 
