@@ -76,6 +76,14 @@ async def test_create_get_list_and_facts_in_order(configured: Settings) -> None:
         assert events[-1]["data"]["count"] == 1
 
 
+@pytest.mark.parametrize("token", ["x", "\xe4", "W10", "WyJcdTAwMDAiXQ", "eyJhIjoxfQ", "WzFd"])
+async def test_a_page_token_that_no_list_answered_is_refused(configured: Settings, token: str) -> None:
+    async with running(configured, toy_service()) as bus:
+        with pytest.raises(Refused) as refused:
+            await bus.ask(LIST_TOYS, ListQuery(page=token))
+        assert refused.value.kind is Kind.INVALID
+
+
 async def test_a_request_id_is_answered_once(configured: Settings) -> None:
     async with running(configured, toy_service()) as bus:
         caller = Caller("user:1", "key-1", "hash")

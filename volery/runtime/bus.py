@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -266,8 +267,9 @@ class Answers:
             except Exception as error:  # the runtime's own loop: a bug is logged, never sent
                 kind = Kind.INTERNAL
                 span.record_exception(error)
-                log.exception("%s failed", call.subject)
-                await _refuse(request, _internal(span))
+                refused = _internal(span)
+                log.exception("%s failed, told as %s", call.subject, refused.details["trace_id"])
+                await _refuse(request, refused)
         labels = {"subject": call.subject, "outcome": str(kind)}
         telemetry.calls_total.add(1, labels)
         telemetry.call_seconds.record(time.perf_counter() - started, labels)
@@ -294,7 +296,8 @@ def _database_away(name: str) -> Refused:
 
 
 def _internal(span: Any) -> Refused:
-    trace_id = format(span.get_span_context().trace_id, "032x")
+    """What the caller is told instead. A call that isn't traced gets an id all the same, to be found in the log."""
+    trace_id = format(span.get_span_context().trace_id or secrets.randbits(128), "032x")
     return Refused(
         Kind.INTERNAL,
         f"something went wrong inside Volery; the log has it under trace {trace_id}",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 from typing import Any
 
 import asyncpg
@@ -26,9 +25,9 @@ def _read_token(token: str) -> list[Any]:
     try:
         padded = token + "=" * (-len(token) % 4)
         values = msgspec.json.decode(base64.urlsafe_b64decode(padded), type=list[str | int | float | None])
-    except (binascii.Error, msgspec.DecodeError, UnicodeError):
+    except (ValueError, msgspec.DecodeError):
         raise invalid("the page token is not one that a list answered; start without `page`") from None
-    if len(values) not in (1, 2) or not isinstance(values[-1], str):
+    if len(values) not in (1, 2) or not isinstance(values[-1], str) or any("\0" in str(v) for v in values):
         raise invalid("the page token does not belong to this list; start without `page`")
     return values
 
