@@ -217,7 +217,8 @@ async def ask_for_reports(svc: Fabric) -> None:
     """Every host says now and then how its networks are, spread over the time between."""
     now = time.monotonic()
     for host in await svc.store.hosts():
-        due = now - svc.asked.get(host.id, 0.0) >= svc.config.report_seconds
+        unheard = host.id not in svc.core.hosts.positions  # no order can be given before its first report
+        due = unheard or now - svc.asked.get(host.id, 0.0) >= svc.config.report_seconds
         if host.status in model.CAN_APPLY and due:
             svc.asked[host.id] = now
             await svc.core.hosts.ask_report(host.id)

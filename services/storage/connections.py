@@ -212,6 +212,7 @@ async def ask_for_reports(svc: Storage) -> None:
     hosts = [h for h in await svc.store.hosts() if h.status in domain_model.STAYS_CONNECTED]
     now = time.monotonic()
     for host in hosts:
-        if now - svc.asked.get(host.id, 0.0) >= svc.config.report_seconds:
+        unheard = host.id not in svc.core.hosts.positions  # no order can be given before its first report
+        if unheard or now - svc.asked.get(host.id, 0.0) >= svc.config.report_seconds:
             svc.asked[host.id] = now
             await svc.core.hosts.ask_report(host.id)
