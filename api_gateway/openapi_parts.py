@@ -9,6 +9,9 @@ from typing import Any
 ETAG_HEADER = {"ETag": {"schema": {"type": "string"}, "description": "The revision: send it as If-Match"}}
 
 
+PARTIAL = {"type": "object", "description": "Only what `fields` named"}
+
+
 @dataclass(frozen=True, slots=True)
 class Ref:
     """A schema of the components."""
@@ -31,7 +34,7 @@ def page_schema(items: Any) -> dict[str, Any]:
         "type": "object",
         "required": ["items", "next"],
         "properties": {
-            "items": {"type": "array", "items": Ref(items)},
+            "items": {"type": "array", "items": {"anyOf": [Ref(items), PARTIAL]}},
             "next": {"type": "string", "description": "Send it as `page` for what follows; empty at the end"},
         },
     }
