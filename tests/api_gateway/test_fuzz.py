@@ -37,6 +37,7 @@ SUICIDAL = ("delete_tokens_id", "delete_users_id", "post_users_id_password", "de
 """They end the fuzzer's own token, and everything after them would only be answered 401."""
 WITHOUT_IDENTITIES = ("post_event_readers",)
 """This test's bus has no identities to give: documented, and answered 503."""
+SEED = os.environ.get("VOLERY_TEST_FUZZ_SEED", "1")
 PHASES = os.environ.get("VOLERY_TEST_FUZZ_PHASES", "examples,coverage,fuzzing")
 EXAMPLES = os.environ.get("VOLERY_TEST_FUZZ_EXAMPLES", "10")
 COUNTED = re.compile(r'volery_http_requests_total\{method="(\w+)",path="([^"]*)",status="(\d+)"\} (\d+)')
@@ -81,7 +82,7 @@ async def fuzz(http: httpx.AsyncClient, directory: Path, *selection: str) -> Non
     process = await asyncio.create_subprocess_exec(
         Path(sys.executable).with_name("st"), "run", f"{url}/openapi.json", "--url", url,
         "--header", f"Authorization: {http.headers['authorization']}",
-        "--checks", CHECKS, "--phases", PHASES, "--max-examples", EXAMPLES, "--seed", "1", *selection,
+        "--checks", CHECKS, "--phases", PHASES, "--max-examples", EXAMPLES, "--seed", SEED, *selection,
         # Not more workers: hypothesis trips over CPython 3.11's parser in threads.
         "--workers", "1", "--request-timeout", "60", "--continue-on-failure", "--no-shrink",
         "--suppress-health-check", "all", "--warnings", "off", "--no-color",

@@ -267,9 +267,9 @@ class Answers:
             except Exception as error:  # the runtime's own loop: a bug is logged, never sent
                 kind = Kind.INTERNAL
                 span.record_exception(error)
-                refused = _internal(span)
-                log.exception("%s failed, told as %s", call.subject, refused.details["trace_id"])
-                await _refuse(request, refused)
+                hidden = _internal(span)
+                log.exception("%s failed, told as %s", call.subject, hidden.details["trace_id"])
+                await _refuse(request, hidden)
         labels = {"subject": call.subject, "outcome": str(kind)}
         telemetry.calls_total.add(1, labels)
         telemetry.call_seconds.record(time.perf_counter() - started, labels)
