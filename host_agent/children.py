@@ -16,14 +16,15 @@ import resource
 import signal
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
 from volery.contracts.errors import Kind, Refused
+from volery.runtime.tasks import end
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -118,13 +119,16 @@ def _bound(pid: int, limits: Limits) -> None:
 
 
 async def _end(process: Process) -> None:
-    if process.returncode is not None:
-        return
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    try:
-        await asyncio.wait_for(asyncio.shield(asyncio.ensure_future(process.wait())), REAP_SECONDS)
-    except TimeoutError:
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    # To the end of its pipes, too: a pipe that is closed later keeps the event loop from closing.
+    gone = asyncio.ensure_future(process.communicate())
+    await asyncio.wait({gone}, timeout=REAP_SECONDS)
+    if gone.done():
+        gone.result()
+    else:
+        gone.cancel()
         log.warning("child %d does not end after SIGKILL: its storage hangs", process.pid)
 
 
@@ -162,9 +166,9 @@ async def run(
                 pass_fds=pass_fds,
             ) as process,
         ):
-            _, said, _ = await asyncio.gather(
-                _copy_out(process, on_output or keep), last_words(process), _feed(process, stdin)
-            )
+            copying, feeding = _copy_out(process, on_output or keep), _feed(process, stdin)
+            async with works(last_words(process), copying, feeding) as flows:
+                said, _, _ = await asyncio.gather(*flows)
             status = await process.wait()
     except TimeoutError as error:
         raise ChildTimedOut(program, timeout_seconds) from error
@@ -175,6 +179,16 @@ async def run(
     if status:
         raise ChildFailed(program, status, said or _signal_name(status))
     return bytes(collected)
+
+
+@contextlib.asynccontextmanager
+async def works(*coroutines: Coroutine[Any, Any, Any]) -> AsyncIterator[list[asyncio.Task[Any]]]:
+    """Tasks beside a child's pipes; they have ended when the child is."""
+    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
+    try:
+        yield tasks
+    finally:
+        await end(tasks)
 
 
 async def _copy_out(process: Process, take: Callable[[bytes], None]) -> None:

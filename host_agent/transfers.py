@@ -103,10 +103,10 @@ class Upload:
         async with self._alone() as mine, self._held() as lock:
             arguments = children.python_arguments("host_agent.receive", "write")
             environment = children.PYTHON_ENVIRONMENT
-            async with children.child(
-                arguments, stdin=PIPE, environment=environment, pass_fds=(lock,)
-            ) as process:
-                said = asyncio.create_task(children.last_words(process))
+            async with (
+                children.child(arguments, stdin=PIPE, environment=environment, pass_fds=(lock,)) as process,
+                children.works(children.last_words(process)) as (said,),
+            ):
                 self._feeding = asyncio.create_task(self._feed(process, offset, body))
                 if mine != self._requests:  # somebody came while the receiver started
                     self._feeding.cancel()

@@ -168,7 +168,6 @@ def _ended(
         stopped_at=datetime.now(UTC),
         guest=replace(vm.guest, agent_connected=False, ip_addresses=()),
     )
-    inv.core.wake(f"claims/{vm.id}")
     return [
         VMS.update(row, model.with_actions(new), replace(row.private, stop_asked=False)),
         inv.store.place(placement, epoch=placement.epoch, host_id="", state="none"),
@@ -227,11 +226,15 @@ def _external(
             vcpus=max(report.vcpus, 1),
             external=True,
         )
-        return [VMS.insert(vm, VmPrivate())]
+        return [_recount(inv, host.id, VMS.insert(vm, VmPrivate()))]
     if report.state in ENDED_STATES:
-        return [VMS.delete(row)] if row.public.host_id == host.id else []
+        return [_recount(inv, host.id, VMS.delete(row))] if row.public.host_id == host.id else []
     new = replace(row.public, status=model.STATUS_OF[report.state], host_id=host.id)
     return [VMS.update(row, new)] if new != row.public else []
+
+
+def _recount(inv: Inventory, host_id: str, change: Change) -> Change:
+    return dataclasses.replace(change, then=lambda: inv.core.wake(f"host/{host_id}"))
 
 
 @part.hears_hosts(DOMAIN_EVENT_HAPPENED)

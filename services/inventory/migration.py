@@ -260,7 +260,6 @@ async def _arrived(inv: Inventory, vm_id: str, moving: Moving, target_id: str) -
             )
         except Stale:
             continue
-        inv.core.wake(f"claims/{vm_id}")
         await inv.core.hosts.ask_report(target_id)
         return
 
@@ -315,7 +314,6 @@ async def _give_back(inv: Inventory, run: Run, vm_id: str, moving: Moving) -> No
             host_id=moving.source_id,
             epoch=epoch,
         )
-    inv.core.wake(f"claims/{vm_id}")
 
 
 async def _status(inv: Inventory, vm_id: str, status: VmStatus) -> None:

@@ -35,7 +35,7 @@ from volery.runtime.tables import Change
 
 @asynccontextmanager
 async def open_inventory(core: Core) -> AsyncIterator[Inventory]:
-    yield Inventory(core, Store(core.pool), core.config)
+    yield Inventory(core, Store(core.pool, core.wake), core.config)
 
 
 async def on_follow(inv: Inventory) -> None:

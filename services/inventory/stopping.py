@@ -139,7 +139,6 @@ async def mark_down(inv: Inventory, vm_id: str, epoch: int, reason: str) -> None
             )
         except Stale:
             continue
-        inv.core.wake(f"claims/{vm_id}")
         return
 
 
@@ -290,7 +289,6 @@ async def suspend(inv: Inventory, run: Run) -> None:
             )
         except Stale:
             continue
-        inv.core.wake(f"claims/{ask.id}")
         return
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -168,6 +169,8 @@ class Store:
     """What Table does not say by itself."""
 
     pool: asyncpg.Pool[asyncpg.Record]
+    wake: Callable[[str], None]
+    """Has the reconcile loop look at a key, once what concerns it is committed."""
 
     async def placement(self, vm_id: str) -> PlacementRow:
         row = await self.pool.fetchrow(
@@ -195,6 +198,13 @@ class Store:
     ) -> Change:
         """The next placement, if it still stands as `before` says. Epochs never go down."""
         assert epoch >= before.epoch
+
+        def wake() -> None:
+            for host in {before.host_id, host_id} - {""}:
+                self.wake(f"host/{host}")
+            if state == "none" or before.state == "moving":
+                self.wake(f"claims/{before.vm_id}")
+
         return Change(
             """insert into placement (vm_id, epoch, host_id, state, destination_id)
                select {0}, {1}::bigint, {2}, {3}, {4}
@@ -203,6 +213,7 @@ class Store:
                where placement.epoch = {5}::bigint and placement.state = {6} and placement.host_id = {7}
                returning 1""",
             (before.vm_id, epoch, host_id, state, destination_id, before.epoch, before.state, before.host_id),
+            then=wake,
         )
 
     def forget_placement(self, vm_id: str) -> Change:
