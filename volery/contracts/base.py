@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
+from functools import cache
 from typing import Any, Generic, TypeVar, dataclass_transform
 
 import msgspec
@@ -79,13 +80,20 @@ def fill(subject: str, payload: Message) -> str:
     Raises ValueError if a value could change the subject's shape (a dot, a wildcard, nothing).
     """
 
-    def token(match: re.Match[str]) -> str:
-        value = str(getattr(payload, match[1]))
+    parts = _parts(subject)
+    filled = [parts[0]]
+    for name, literal in zip(parts[1::2], parts[2::2], strict=True):
+        value = str(getattr(payload, name))
         if not value or UNSAFE_TOKEN.search(value):
-            raise ValueError(f"{match[1]}={value!r} can't stand in the subject {subject}")
-        return value
+            raise ValueError(f"{name}={value!r} can't stand in the subject {subject}")
+        filled += (value, literal)
+    return "".join(filled)
 
-    return PLACEHOLDER.sub(token, subject)
+
+@cache
+def _parts(subject: str) -> list[str]:
+    """Literal, name, literal, name, …, literal."""
+    return PLACEHOLDER.split(subject)
 
 
 def wildcard(subject: str) -> str:

@@ -26,9 +26,10 @@ from nats.micro.request import Request
 from nats.micro.service import EndpointConfig
 from nats.micro.service import Service as MicroService
 
-from volery.contracts.base import Call, Message
+from volery.contracts.base import Call, Message, encode
 from volery.contracts.errors import STATUS, Kind, Problem, Refused
 from volery.runtime import telemetry
+from volery.runtime.bus_client import open_client
 from volery.runtime.config import BusConfig
 from volery.runtime.connection import connect_options
 from volery.runtime.database import AWAY
@@ -79,8 +80,8 @@ async def connect(
     """A connection with the user's own credentials and inbox.
 
     `never_queue`: publishing while disconnected fails at once instead of being sent after the reconnect, which
-    is what orders and beats need. `on_closed` is called when the connection ends for ever: nats-py gives up on most
-    errors that a server speaks, whatever it was told about reconnecting.
+    is what orders and beats need. `on_closed` is called when the connection ends for ever, which only `close` should
+    make it do.
     """
     servers = config.servers.split(",")
     if config.credentials_dir:
@@ -100,7 +101,7 @@ async def connect(
         options["closed_cb"] = on_closed
     while True:
         try:
-            return await nats.connect(**options)
+            return await open_client(options)
         except (OSError, nats.errors.NoServersError, nats.errors.TimeoutError) as error:
             log.warning("the bus is not reachable yet: %s", error)
             await asyncio.sleep(0.5)
@@ -137,6 +138,8 @@ class Bus:
 
     async def ask(self, call: Call[Q, A], question: Q, caller: Caller | None = None, **options: Any) -> A:
         """The answer, decoded. Raises Refused; a timeout means: outcome unknown, ask again with the same id."""
+        if caller is None and call.mutates:
+            caller = Caller(f"service:{self.name}")
         body = await self.ask_raw(
             call.subject, call.encode(question), caller, call.timeout_seconds, **options
         )
@@ -152,8 +155,11 @@ class Bus:
         *,
         again: bool = True,
     ) -> bytes:
-        """The answer's bytes. No responders are tried again until the time is up (services restart)."""
-        headers = telemetry.inject((caller or Caller(f"service:{self.name}")).headers())
+        """The answer's bytes. No responders are tried again until the time is up (services restart).
+
+        Without a caller a service asks for itself, which needs no headers: they are a fifth of a call's cost.
+        """
+        headers = telemetry.inject(caller.headers() if caller else {}) or None
         until = time.monotonic() + timeout_seconds
         while True:
             left = until - time.monotonic()
@@ -186,10 +192,15 @@ class Bus:
             return message.data
 
 
+SOME_SERVICE = Caller("service")
+"""Who asks without saying who: one of our own, reading."""
+
+
 def caller_of(headers: dict[str, str] | None) -> Caller:
-    headers = headers or {}
+    if not headers:
+        return SOME_SERVICE
     return Caller(
-        headers.get(PRINCIPAL_HEADER, "unknown"),
+        headers.get(PRINCIPAL_HEADER, SOME_SERVICE.principal),
         headers.get(REQUEST_HEADER, ""),
         headers.get(HASH_HEADER, ""),
     )
@@ -227,52 +238,46 @@ class Answers:
             if len(self.tasks) >= self.limit + self.queue_limit:
                 await _refuse(request, Refused(Kind.EXHAUSTED, f"{self.bus.name} is busy; try again shortly"))
                 return
-            task = asyncio.create_task(self._in_turn(call, handler, request))
+            task = asyncio.create_task(self._answer(call, handler, request))
             self.tasks.add(task)
             task.add_done_callback(self.tasks.discard)
 
         return take
 
-    async def _in_turn(self, call: Call[Any, Any], handler: Handler, request: Request) -> None:
-        async with self.turns:
-            await self._answer(call, handler, request)
-
     async def _answer(self, call: Call[Any, Any], handler: Handler, request: Request) -> None:
-        started = time.perf_counter()
         telemetry.service_name.set(self.bus.name)
-        kind = "ok"
-        with telemetry.answering(call.subject, request.headers) as span:
-            try:
-                question = self.bus.decoder(call.question).decode(request.data)
-                answer = await handler(question, caller_of(request.headers))
-                body = (
-                    bytes(answer) if isinstance(answer, msgspec.Raw | bytes) else msgspec.json.encode(answer)
-                )
-                if len(body) > MAX_ANSWER_BYTES:
-                    raise Refused(Kind.TOO_LARGE, f"the answer has {len(body)} bytes; ask for a smaller page")
-                await request.respond(body)
-            except Refused as refused:
-                kind = refused.kind
-                await _refuse(request, refused)
-            except msgspec.ValidationError as error:
-                kind = Kind.INVALID
-                await _refuse(request, Refused(Kind.INVALID, f"the request is not as expected: {error}"))
-            except msgspec.DecodeError as error:
-                kind = Kind.INVALID
-                await _refuse(request, Refused(Kind.INVALID, f"the request is not JSON: {error}"))
-            except AWAY as error:
-                kind = Kind.UNAVAILABLE
-                log.warning("%s: the database is away: %s", call.subject, error or type(error).__name__)
-                await _refuse(request, _database_away(self.bus.name))
-            except Exception as error:  # the runtime's own loop: a bug is logged, never sent
-                kind = Kind.INTERNAL
-                span.record_exception(error)
-                hidden = _internal(span)
-                log.exception("%s failed, told as %s", call.subject, hidden.details["trace_id"])
-                await _refuse(request, hidden)
-        labels = {"subject": call.subject, "outcome": str(kind)}
+        outcome = "ok"
+        async with self.turns:
+            started = time.perf_counter()
+            with telemetry.answering(call.subject, request.headers) as span:
+                try:
+                    question = self.bus.decoder(call.question).decode(request.data)
+                    answer = await handler(question, caller_of(request.headers))
+                    await request.respond(_body(answer))
+                except Exception as error:  # the runtime's own loop: a bug is logged, never sent
+                    refused = self._refusal(call.subject, error, span)
+                    outcome = refused.kind.value
+                    await _refuse(request, refused)
+        labels = {"subject": call.subject, "outcome": outcome}
         telemetry.calls_total.add(1, labels)
         telemetry.call_seconds.record(time.perf_counter() - started, labels)
+
+    def _refusal(self, subject: str, error: Exception, span: Any) -> Refused:
+        """What the caller is told of an error."""
+        match error:
+            case Refused():
+                return error
+            case msgspec.ValidationError():
+                return Refused(Kind.INVALID, f"the request is not as expected: {error}")
+            case msgspec.DecodeError():
+                return Refused(Kind.INVALID, f"the request is not JSON: {error}")
+            case _ if isinstance(error, AWAY):
+                log.warning("%s: the database is away: %s", subject, error or type(error).__name__)
+                return _database_away(self.bus.name)
+        span.record_exception(error)
+        hidden = _internal(span)
+        log.error("%s failed, told as %s", subject, hidden.details["trace_id"], exc_info=error)
+        return hidden
 
     async def close(self, timeout_seconds: float = 10.0) -> None:
         """Take no more calls, let those at work finish."""
@@ -284,6 +289,13 @@ class Answers:
             await asyncio.wait(self.tasks, timeout=timeout_seconds)
         if self.micro is not None and self.bus.client.is_connected:
             await self.micro.stop()
+
+
+def _body(answer: Any) -> bytes:
+    body = bytes(answer) if isinstance(answer, (msgspec.Raw, bytes)) else encode(answer)
+    if len(body) > MAX_ANSWER_BYTES:
+        raise Refused(Kind.TOO_LARGE, f"the answer has {len(body)} bytes; ask for a smaller page")
+    return body
 
 
 def _database_away(name: str) -> Refused:

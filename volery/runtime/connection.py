@@ -92,7 +92,7 @@ def connect_options(
     at_once: bool = False,
     name: str | None = None,
 ) -> dict[str, Any]:
-    """Keyword arguments for `nats.connect` that make it one user's connection, kept for ever.
+    """Keyword arguments for `BusClient.connect` that make it one user's connection, kept for ever.
 
     `user` is the service's name, `sys`, `claims`, the host's id or `reader-{system}`: it names the only inbox
     this user may listen to. `ca` is the certificate authority of the servers (TLS); all servers are
@@ -116,6 +116,8 @@ def connect_options(
         options["pending_size"] = 0
     if ca is not None:
         options["tls"] = ssl.create_default_context(cafile=str(ca))
+        # Servers say nothing before it, and nobody in between can talk us out of it.
+        options["tls_handshake_first"] = True
     return options
 
 

@@ -32,8 +32,6 @@ class NatsTls:
     certificate: Path
     key: Path
     ca: Path
-    plain_allowed: bool = False
-    """Also take clients without TLS. A client gets TLS then only if it begins with the handshake."""
 
 
 @dataclass(frozen=True)
@@ -101,12 +99,10 @@ def render(directory: Path, options: NatsOptions) -> str:
             f"  ca_file: {quote(str(options.tls.ca))}",
             '  min_version: "1.2"',
             "  timeout: 5",
-            # nats-py follows a server that says TLS isn't needed, so whoever sits in between could
-            # take it away. A client that begins with the handshake can't be talked out of it; others
-            # are greeted after 50 ms and must then begin it.
-            '  handshake_first: "auto"',
+            # A greeting in clear text could be changed by whoever sits in between, so there is none.
+            # "auto" greets after 50 ms, which a handshake on a busy machine meets halfway.
+            "  handshake_first: true",
             "}",
-            *(["allow_non_tls: true"] if options.tls.plain_allowed else []),
         ]
     if options.operator is not None:
         lines += [
