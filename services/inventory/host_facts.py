@@ -60,7 +60,7 @@ async def host_reported(inv: Inventory, fact: HostReported) -> Sequence[Change]:
             state=DomainState.GONE,
             reason="crashed" if new_boot else "",
         )
-        changes += await _domain(inv, fact.host_id, host, named.get(vm_id, gone), full=True)
+        changes += await _domain(inv, fact.host_id, named.get(vm_id, gone), full=True)
     event = inv.reports.get(fact.host_id)
     if event is not None:
         changes[0] = dataclasses.replace(changes[0], then=event.set)
@@ -92,20 +92,17 @@ def _host_change(inv: Inventory, row: Row[Host, HostPrivate], fact: HostReported
 
 @part.hears_hosts(DOMAIN_CHANGED)
 async def domain_changed(inv: Inventory, fact: DomainChanged) -> Sequence[Change]:
-    row = await HOSTS.find(inv.core.pool, fact.host_id)
-    if row is None:
-        return ()
     inv.seen[(fact.host_id, fact.domain.vm_id)] = fact.domain
-    return await _domain(inv, fact.host_id, row.public, fact.domain, full=False)
+    return await _domain(inv, fact.host_id, fact.domain, full=False)
 
 
-async def _domain(
-    inv: Inventory, host_id: str, host: Host, report: DomainReport, *, full: bool
-) -> list[Change]:
-    row = await VMS.find(inv.core.pool, report.vm_id)
+async def _domain(inv: Inventory, host_id: str, report: DomainReport, *, full: bool) -> list[Change]:
+    known = await inv.store.domain_on(host_id, report.vm_id)
+    if known is None:
+        return []  # the host was deleted
+    row, placement = known
     if row is None or row.public.external:
-        return _external(inv, host, row, report)
-    placement = await inv.store.placement(report.vm_id)
+        return await _external(inv, host_id, row, report)
     if inv.core.quarantine.reason and report.epoch > placement.epoch and report.state in ALIVE_STATES:
         return _adopted(inv, row, placement, host_id, report)
     if placement.host_id == host_id and placement.state in ("running", "starting"):
@@ -202,15 +199,18 @@ def _alive(
     return [VMS.update(row, new, private)]
 
 
-def _external(
-    inv: Inventory, host: Host, row: Row[Vm, VmPrivate] | None, report: DomainReport
+async def _external(
+    inv: Inventory, host_id: str, row: Row[Vm, VmPrivate] | None, report: DomainReport
 ) -> list[Change]:
     """A domain that isn't ours, or that a restored database has forgotten: shown, left alone, and gone from the
     list when it ends."""
     if row is None:
         if report.state in ENDED_STATES:
             return []
-        now = datetime.now(UTC)
+        found = await HOSTS.find(inv.core.pool, host_id)
+        if found is None:
+            return []
+        host, now = found.public, datetime.now(UTC)
         vm = Vm(
             id=report.vm_id,
             revision=1,
@@ -221,15 +221,15 @@ def _external(
             data_center_id=host.data_center_id,
             status=model.STATUS_OF[report.state],
             desired=DesiredState.UP,
-            host_id=host.id,
+            host_id=host_id,
             memory_bytes=report.memory_bytes,
             vcpus=max(report.vcpus, 1),
             external=True,
         )
-        return [_recount(inv, host.id, VMS.insert(vm, VmPrivate()))]
+        return [_recount(inv, host_id, VMS.insert(vm, VmPrivate()))]
     if report.state in ENDED_STATES:
-        return [_recount(inv, host.id, VMS.delete(row))] if row.public.host_id == host.id else []
-    new = replace(row.public, status=model.STATUS_OF[report.state], host_id=host.id)
+        return [_recount(inv, host_id, VMS.delete(row))] if row.public.host_id == host_id else []
+    new = replace(row.public, status=model.STATUS_OF[report.state], host_id=host_id)
     return [VMS.update(row, new)] if new != row.public else []
 
 

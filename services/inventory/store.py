@@ -164,6 +164,11 @@ class PlacementRow:
     destination_id: str
 
 
+def nowhere(vm_id: str) -> PlacementRow:
+    """The placement of what was never placed."""
+    return PlacementRow(vm_id, 0, "", "none", "")
+
+
 @dataclass(frozen=True, slots=True)
 class Store:
     """What Table does not say by itself."""
@@ -177,8 +182,28 @@ class Store:
             "select vm_id, epoch, host_id, state, destination_id from placement where vm_id = $1", vm_id
         )
         if row is None:
-            return PlacementRow(vm_id, 0, "", "none", "")
+            return nowhere(vm_id)
         return PlacementRow(**dict(row))
+
+    async def domain_on(
+        self, host_id: str, vm_id: str
+    ) -> tuple[Row[Vm, VmPrivate] | None, PlacementRow] | None:
+        """What is known of a domain that a host speaks of: its VM, if it is one, and where that may run. None: there is
+        no such host. One round trip, since every event of every domain asks it."""
+        found = await self.pool.fetchrow(
+            """select v.doc, v.private, p.epoch, p.host_id, p.state, p.destination_id
+               from host h left join vm v on v.id = $2 left join placement p on p.vm_id = $2 where h.id = $1""",
+            host_id,
+            vm_id,
+        )
+        if found is None:
+            return None
+        row = VMS.row(found) if found["doc"] is not None else None
+        if found["epoch"] is None:
+            return row, nowhere(vm_id)
+        return row, PlacementRow(
+            vm_id, found["epoch"], found["host_id"], found["state"], found["destination_id"]
+        )
 
     async def next_epoch(self, before: PlacementRow) -> int:
         """Above every epoch that a host can have seen, also by a database that was since restored."""
