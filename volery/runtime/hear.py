@@ -7,6 +7,7 @@ told to the agent, which then forgets it; a new journal is admitted only with it
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -23,6 +24,7 @@ from volery.contracts.agent import COMMITTED_SUBJECT, REPORT_SUBJECT, CommittedW
 from volery.contracts.base import Fact, encode, fill, wildcard
 from volery.runtime import telemetry
 from volery.runtime.bus import Bus
+from volery.runtime.database import AWAY
 from volery.runtime.tables import Change, Stale, commit
 from volery.runtime.tail import Broken, Heard, Tail, follow
 from volery.runtime.tasks import end
@@ -30,7 +32,8 @@ from volery.runtime.tasks import end
 log = logging.getLogger(__name__)
 
 HOST_STREAM = "FACTS_HOST"
-CURSOR_EVERY = 200
+CURSOR_SECONDS = 1.0
+"""How often a position is written that came without an effect: one that is lost only means hearing facts again."""
 REPLAY = 20_000
 """Facts of hosts that are read again at a start."""
 COMMIT_WORD_SECONDS = 1.0
@@ -54,6 +57,9 @@ def _matches(pattern: str, subject: str) -> bool:
     return len(wanted) == len(given) and all(w in ("*", g) for w, g in zip(wanted, given, strict=True))
 
 
+_FORWARD = "where heard.history = excluded.history and heard.position < excluded.position"
+
+
 @dataclass(slots=True)
 class Hearing:
     """One service listening to one stream."""
@@ -69,7 +75,8 @@ class Hearing:
     """Told after an effect was committed, which may have said facts."""
     position: int = 0
     history: str = ""
-    uncommitted: int = 0
+    written: int = 0
+    """The position in the database."""
 
     async def run(self) -> None:
         while True:
@@ -86,6 +93,7 @@ class Hearing:
     async def _load(self) -> None:
         row = await self.pool.fetchrow("select history, position from heard where stream = $1", self.stream)
         self.history, self.position = (row["history"], row["position"]) if row else ("", 0)
+        self.written = self.position
 
     async def _follow(self, tail: Tail) -> None:
         if self.history != tail.standing.history or self.position + 1 < tail.standing.first:
@@ -96,31 +104,43 @@ class Hearing:
             await commit(self.pool, [self._cursor(tail.standing.first - 1)])
             if self.position != 0:
                 raise Broken("the stream begins anew")
-        async for heard in tail:
-            await self._take(heard, tail.waiting())
+        self.written = self.position
+        writing = asyncio.create_task(self._write_positions())
+        try:
+            async for heard in tail:
+                await self._take(heard)
+        finally:
+            await end([writing])
 
-    def _cursor(self, position: int) -> Change:
+    async def _write_positions(self) -> None:
+        """Of facts that had no effect: seldom, since every fact has a dozen hearers and most of them don't mind it."""
+        while True:
+            await asyncio.sleep(CURSOR_SECONDS)
+            if (position := self.position) > self.written:
+                with contextlib.suppress(Stale, *AWAY):
+                    await commit(self.pool, [self._cursor(position, _FORWARD)])
+                    self.written = max(self.written, position)
+
+    def _cursor(self, position: int, guard: str = "") -> Change:
         return Change(
-            """insert into heard (stream, history, position) values ({0}, {1}, {2})
-               on conflict (stream) do update set history = excluded.history, position = excluded.position""",
+            f"""insert into heard (stream, history, position) values ({{0}}, {{1}}, {{2}})
+               on conflict (stream) do update set history = excluded.history, position = excluded.position
+               {guard}""",
             (self.stream, self.history, position),
             guarded=False,
         )
 
-    async def _take(self, heard: Heard, more: bool) -> None:
+    async def _take(self, heard: Heard) -> None:
         if heard.position <= self.position:
             return
-        changes = await self._decide(heard)
-        self.uncommitted += 1
-        if changes or not more or self.uncommitted >= CURSOR_EVERY:
-            while True:
-                try:
-                    await commit(self.pool, [*changes, self._cursor(heard.position)])
-                    break
-                except Stale:
-                    changes = await self._decide(heard)
-            self.uncommitted = 0
+        while changes := await self._decide(heard):
+            try:
+                await commit(self.pool, [*changes, self._cursor(heard.position)])
+            except Stale:
+                continue
+            self.written = heard.position
             self.committed()
+            break
         self.position = heard.position
 
     async def _decide(self, heard: Heard) -> Sequence[Change]:
