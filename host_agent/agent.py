@@ -47,6 +47,7 @@ from volery.contracts.errors import STATUS, Refused
 from volery.contracts.metrics import BEAT_SUBJECT, METRICS_SUBJECT, Beat, HostSample
 from volery.runtime import connection
 from volery.runtime.bus import ERROR_CODE_HEADER, ERROR_HEADER
+from volery.runtime.bus_client import BusClient
 from volery.runtime.signing import Verifier
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,11 @@ GAP_SECONDS: Final = 10.0
 RENEW_CHECK_SECONDS: Final = 3600.0
 RENEW_BELOW_SECONDS: Final = 30 * 86_400.0
 """A third of a certificate's 90 days."""
+ENROL_AGAIN: Final = (
+    "this host was removed or given a new token. To enrol it again end the agent, remove {state_dir}/identity, make a"
+    " token with `volery host token` (or `volery host create`), and run `python -m host_agent enrol` with it in"
+    " VOLERY_AGENT_ENROLMENT_TOKEN"
+)
 EXIT_STUCK: Final = 75
 """sysexits' EX_TEMPFAIL: the supervisor starts the agent again."""
 
@@ -161,10 +167,14 @@ class Agent:
     config: AgentConfig
     identity: Identity
     parts: Parts
-    client: Client = field(default_factory=Client)
-    beats: Client = field(default_factory=Client)
+    client: Client = field(init=False)
+    beats: Client = field(init=False)
     _closed: asyncio.Event = field(default_factory=asyncio.Event)
     _handling: set[asyncio.Task[None]] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        advice = ENROL_AGAIN.format(state_dir=self.config.state_dir)
+        self.client, self.beats = BusClient(advice), BusClient(advice)
 
     async def run(self, stop: asyncio.Event) -> int:
         """Until `stop` is set, or something says that only a new process helps.

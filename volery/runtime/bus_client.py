@@ -92,9 +92,7 @@ async def _reach(host: str, port: int, timeout_seconds: float) -> socket.socket:
     """A TCP connection to any of the host's addresses. Raises OSError or TimeoutError."""
     loop = asyncio.get_running_loop()
     failed: OSError | TimeoutError = OSError(f"{host} has no address")
-    found = await asyncio.wait_for(
-        loop.getaddrinfo(host, port, type=socket.SOCK_STREAM), timeout_seconds
-    )
+    found = await asyncio.wait_for(loop.getaddrinfo(host, port, type=socket.SOCK_STREAM), timeout_seconds)
     for family, kind, protocol, _, address in found:
         attempt = socket.socket(family, kind, protocol)
         try:
