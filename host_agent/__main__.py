@@ -20,6 +20,7 @@ from host_agent import (
     domains,
     enrolment,
     intake,
+    luns,
     network,
     storage,
     transfers,
@@ -52,6 +53,7 @@ ACTIONS = (
     *domains.ACTIONS,
     *storage.ACTIONS,
     *volumes.ACTIONS,
+    *luns.ACTIONS,
     *transfers.ACTIONS,
     *intake.ACTIONS,
     *console.ACTIONS,
@@ -70,7 +72,7 @@ async def serve_data(host: Host) -> None:
 
 PARTS = Parts(
     actions=ACTIONS,
-    senses=Senses(Describer().describe, storage.report, network.report),
+    senses=Senses(Describer().describe, storage.report, network.report, luns.open_now),
     sample=Sampler().sample,
     background=(watch_guests, serve_data),
     restore=network.restore,

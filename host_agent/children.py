@@ -34,6 +34,7 @@ REAP_SECONDS = 5.0
 MAX_OUTPUT_BYTES = 64 * 1024 * 1024
 STDERR_BYTES = 2000
 LOCK_POLL_SECONDS = 0.05
+NOTE_BYTES = 4096
 CONFINED = (
     "--no-new-privs",
     "--inh-caps=-all",
@@ -311,6 +312,21 @@ def _lock(path: Path) -> int | None:
         pass
     os.close(descriptor)
     return None
+
+
+def note_of(path: Path) -> bytes:
+    """What the holder of a lock wrote into its file; nothing when nobody holds it."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return b""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return os.pread(descriptor, NOTE_BYTES, 0)
+    finally:
+        os.close(descriptor)
+    return b""
 
 
 def _tidy(path: Path) -> None:

@@ -7,7 +7,7 @@ import contextlib
 import functools
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -22,7 +22,7 @@ from host_agent.events import EVENTS, EventName, HypervisorEvent, state_of
 from host_agent.findings import GuestInfo, NetworkState, NodeInfo, Versions, guest_of
 from host_agent.migration_parameters import MigrationParameters, MigrationStats, migration_stats
 from host_agent.serial_console import ConsoleStream
-from volery.contracts.agent import DomainReport
+from volery.contracts.agent import DomainReport, OpenLun
 from volery.contracts.domain import DomainState
 from volery.contracts.domain_orders import StopMethod
 from volery.contracts.errors import Kind, Refused
@@ -110,6 +110,16 @@ class LibvirtDriver:
         return connection
 
 
+@contextlib.contextmanager
+def _unless_gone() -> Iterator[None]:
+    """A domain that ends meanwhile is left out of a list."""
+    try:
+        yield
+    except libvirt.libvirtError as error:
+        if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
+            raise
+
+
 def _close_quietly(connection: Any) -> None:
     with contextlib.suppress(libvirt.libvirtError):
         connection.close()
@@ -169,6 +179,18 @@ class Hypervisor(Connections):
         doing = f"read the configuration of VM {vm_id}"
         return await self._listing(doing, lambda c: str(c.lookupByUUIDString(vm_id).XMLDesc(flags)))
 
+    async def open_luns(self) -> list[OpenLun]:
+        """The iSCSI LUNs of every domain that has a QEMU process, also of those that Volery did not make."""
+
+        def look(connection: Any) -> list[OpenLun]:
+            found: list[OpenLun] = []
+            for domain in connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE):
+                with _unless_gone():
+                    found += runningxml.luns_of(runningxml.parsed(domain.XMLDesc(0)), domain.UUIDString())
+            return found
+
+        return await self._listing("see which LUNs are open", look)
+
     async def all_domain_stats(self) -> dict[str, dict[str, Any]]:
         """libvirt's statistics by vm_id; of a domain that hangs only what is known without it."""
         flags = (
@@ -194,22 +216,19 @@ class Hypervisor(Connections):
         """In a thread. A domain that ends meanwhile is left out."""
         found = []
         for domain in domains:
-            try:
+            with _unless_gone():
                 vm_id, (state, reason) = domain.UUIDString(), domain.state()
                 root = runningxml.parsed(domain.XMLDesc(0))
-            except libvirt.libvirtError as error:
-                if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
-                    raise
-                continue
-            now, why = state_of(state, reason, leaving=vm_id in self.leaving)
-            report = runningxml.report(root, vm_id, now, why, responsive=vm_id not in self._late)
-            guest = self._guests.get(vm_id)
-            if guest is not None and report.agent_connected:
-                report = msgspec.structs.replace(
-                    report, hostname=guest.hostname, ip_addresses=guest.ip_addresses, guest_os=guest.os
-                )
-            found.append(report)
+                now, why = state_of(state, reason, leaving=vm_id in self.leaving)
+                report = runningxml.report(root, vm_id, now, why, responsive=vm_id not in self._late)
+                found.append(self._with_guest(report))
         return found
+
+    def _with_guest(self, report: DomainReport) -> DomainReport:
+        if (guest := self._guests.get(report.vm_id)) is None or not report.agent_connected:
+            return report
+        seen = {"hostname": guest.hostname, "ip_addresses": guest.ip_addresses, "guest_os": guest.os}
+        return msgspec.structs.replace(report, **seen)
 
     async def capabilities_xml(self) -> str:
         doing = "read the host's capabilities"

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from host_agent import children, images, iscsi, places, volumes
+from host_agent import children, images, iscsi, luns, places, volumes
 from host_agent.action import Action, Host, Running
 from host_agent.children import ChildFailed, ChildTimedOut
 from host_agent.places import Place
@@ -96,7 +96,7 @@ async def import_volume(host: Host, order: ImportVolume, running: Running) -> Vo
         len(order.sha256) != SHA256_LENGTH or not set(order.sha256.lower()) <= set("0123456789abcdef")
     ):
         raise invalid(f"{order.sha256[:80]!r} isn't a SHA-256: write its 64 hexadecimal digits")
-    async with places.volume_lock(host.config, order.disk_id) as lock:
+    async with luns.writing(host, order.disk_id, order.target) as lock:
         root = places.home(host.config, order.target)
         if isinstance(order.target, FileSource):
             volumes.own_place(host.config, order.disk_id, order.target)

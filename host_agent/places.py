@@ -17,6 +17,7 @@ from host_agent import children
 from host_agent.children import ChildFailed
 from host_agent.config import AgentConfig
 from host_agent.files import VOLUME_NAME
+from volery.contracts.agent import OpenLun
 from volery.contracts.base import Done
 from volery.contracts.domain import FileSource, IscsiSource, VolumeSource
 from volery.contracts.errors import Kind, Refused, invalid
@@ -25,6 +26,7 @@ from volery.contracts.volume_orders import DirectoryLocation, IscsiLocation, Sto
 FILE_SECONDS = 30.0
 """For one look, rename or removal on a storage domain; beyond it its mount hangs."""
 LOCK_WAIT_SECONDS = 10.0
+VOLUME_LOCK = "volume-"
 
 
 class ConnectedDomain(msgspec.Struct, frozen=True, kw_only=True):
@@ -142,15 +144,33 @@ def home(config: AgentConfig, source: VolumeSource) -> str:
 
 
 @contextlib.asynccontextmanager
-async def volume_lock(config: AgentConfig, disk_id: str) -> AsyncIterator[int]:
-    """One writer per volume on this host: also a child that outlived its order, or the agent, counts."""
+async def volume_lock(
+    config: AgentConfig, disk_id: str, target: VolumeSource | None = None
+) -> AsyncIterator[int]:
+    """One writer per volume on this host: also a child that outlived its order, or the agent, counts.
+
+    A LUN is noted in the lock's file, since nothing else says which one is being written.
+    """
     async with children.held(
-        Path(config.state_dir) / "locks" / f"volume-{disk_id}",
+        Path(config.state_dir) / "locks" / f"{VOLUME_LOCK}{disk_id}",
         wait_seconds=LOCK_WAIT_SECONDS,
         otherwise=f"volume {disk_id} is still being worked on by a former order that has not ended: "
         "its storage may hang; try again when that order has ended",
     ) as descriptor:
+        os.ftruncate(descriptor, 0)
+        if isinstance(target, IscsiSource):
+            note = OpenLun(iqn=target.iqn, lun=target.lun, disk_id=disk_id)
+            os.pwrite(descriptor, msgspec.json.encode(note), 0)
         yield descriptor
+
+
+def luns_at_work(config: AgentConfig) -> list[OpenLun]:
+    """LUNs that an order of this host is working on now, or a child that such an order left behind."""
+    found = []
+    for path in sorted((Path(config.state_dir) / "locks").glob(f"{VOLUME_LOCK}*")):
+        if note := children.note_of(path):
+            found.append(msgspec.json.decode(note, type=OpenLun))
+    return found
 
 
 # Requests to host_agent.files

@@ -1,7 +1,8 @@
 """Says what is on this host: full reports to each owner, and every change of a domain in between.
 
 A report gets its number before anything is looked at, so that whatever happens meanwhile is told after it and an
-older look never hides a newer event. A host whose hypervisor can't be asked doesn't report that it has no domains.
+older look never hides a newer event. A host whose hypervisor can't be asked doesn't report that it has no domains, or
+no LUN open.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from volery.contracts.agent import (
     HostCapabilities,
     HostReported,
     NetworksReported,
+    OpenLun,
     StorageDomainReport,
     StorageReported,
 )
@@ -57,6 +59,7 @@ class Senses:
     describe: Callable[[Host], Awaitable[HostCapabilities]]
     storage: Callable[[Host], Awaitable[tuple[StorageDomainReport, ...]]]
     networks: Callable[[Host], Awaitable[tuple[BridgeReport, ...]]]
+    open_luns: Callable[[Host], Awaitable[tuple[OpenLun, ...]]]
 
 
 class Reporter:
@@ -157,6 +160,7 @@ class Reporter:
         return StorageReported(
             **self._from_host(),
             domains=await self._senses.storage(self._host),
+            open_luns=await self._senses.open_luns(self._host),
             orders=await self._journal.orders_of(Owner.STORAGE),
             gap=reservation.gap,
         )

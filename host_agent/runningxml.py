@@ -5,13 +5,17 @@ Pure. What libvirt added (addresses, backing chains) stays as it is, because it 
 
 from __future__ import annotations
 
+import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from host_agent.domxml import ALIAS, NAMESPACE, Placement, disk_element, nic_element, written
-from volery.contracts.agent import DomainReport
+from volery.contracts.agent import DomainReport, OpenLun
 from volery.contracts.domain import DomainDisk, DomainNic, DomainState
+
+BY_PATH = re.compile(r"-iscsi-([^/]+)-lun-(\d+)")
+"""udev's name for a LUN that the host's kernel is logged in to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +65,29 @@ def disks_of(root: ET.Element) -> dict[str, Device]:
 def nics_of(root: ET.Element) -> dict[str, Device]:
     """The domain's NICs that carry our alias, by nic_id."""
     return {d.ident: d for d in _aliased(root, "devices/interface")}
+
+
+def luns_of(root: ET.Element, vm_id: str) -> list[OpenLun]:
+    """The iSCSI LUNs that a running domain has open: by QEMU itself, or as a block device of the host's kernel;
+    mirrors and backing files count as well."""
+    found = {}
+    for device in root.iterfind("devices/*"):
+        alias = device.find("alias")
+        name = alias.get("name", "") if alias is not None else ""
+        disk_id = name.removeprefix(ALIAS) if name.startswith(ALIAS) else ""
+        for source in device.iter("source"):
+            if (place := _lun(source)) is not None:
+                found[place] = OpenLun(iqn=place[0], lun=place[1], vm_id=vm_id, disk_id=disk_id)
+    return list(found.values())
+
+
+def _lun(source: ET.Element) -> tuple[str, int] | None:
+    """(target, LUN) of a device's source."""
+    if source.get("protocol") == "iscsi":
+        iqn, _, number = source.get("name", "").rpartition("/")
+        return (iqn, int(number)) if iqn and number.isdecimal() else (source.get("name", ""), 0)
+    by_path = BY_PATH.search(source.get("dev", ""))
+    return (by_path[1], int(by_path[2])) if by_path else None
 
 
 def graphics_port(root: ET.Element) -> int:

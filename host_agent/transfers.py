@@ -18,7 +18,7 @@ from pathlib import Path
 
 import msgspec
 
-from host_agent import children, images, intake, listening, nbd, places, volumes
+from host_agent import children, images, intake, listening, luns, nbd, places, volumes
 from host_agent.action import Action, Host, Running
 from host_agent.children import ChildFailed
 from host_agent.config import AgentConfig
@@ -405,7 +405,7 @@ async def finish_transfer(host: Host, order: FinishTransfer, running: Running) -
 
 async def _adopted(host: Host, order: FinishTransfer, staged: Place, running: Running) -> VolumeInfo:
     staging = _Staging(staged.root, staged.name, _boot_id(host.config))
-    async with places.volume_lock(host.config, order.disk_id) as lock:
+    async with luns.writing(host, order.disk_id, order.target) as lock:
         try:
             found = await _ask("look", staging)
             sha256 = await intake.check_sum(staged, order.sha256, found.sha256, lock)

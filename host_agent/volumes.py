@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from host_agent import images, iscsi, places
+from host_agent import images, luns, places
 from host_agent.action import Action, Host, Running
 from host_agent.config import AgentConfig
 from host_agent.places import Place
@@ -32,7 +32,7 @@ from volery.contracts.volume_orders import (
 
 SECTOR_BYTES = 512
 CREATE_SECONDS = 3600.0
-WIPE_SECONDS = 6 * 3600.0
+WIPE_SECONDS = 24 * 3600.0
 CONVERT_SECONDS = 24 * 3600.0
 CHECK_SECONDS = 600.0
 
@@ -43,9 +43,9 @@ async def create(host: Host, order: CreateVolume, running: Running) -> VolumeInf
     Raises Refused: another size there (conflict), a LUN that is too small, the storage full (exhausted).
     """
     check_size(order.size_bytes)
-    async with places.volume_lock(host.config, order.disk_id) as lock:
+    async with luns.writing(host, order.disk_id, order.source) as lock:
         if isinstance(order.source, IscsiSource):
-            return await _existing_lun(host.config, order.source, order.size_bytes)
+            return await luns.existing(host.config, order.source, order.size_bytes)
         place = own_place(host.config, order.disk_id, order.source)
         if (await places.look(place, pass_fds=(lock,))).exists:
             return _same(await describe(order.source), place, order.size_bytes)
@@ -89,18 +89,6 @@ def _same(found: VolumeInfo, place: Place, size_bytes: int) -> VolumeInfo:
     return found
 
 
-async def _existing_lun(config: AgentConfig, source: IscsiSource, size_bytes: int) -> VolumeInfo:
-    places.check_lun(config, source)
-    size = await iscsi.size(source)
-    if size < size_bytes:
-        raise invalid(
-            f"LUN {source.lun} of {source.iqn} has {size} bytes, fewer than the {size_bytes} asked for: "
-            "make the LUN larger on the target, or ask for a smaller disk",
-            size_bytes=size,
-        )
-    return VolumeInfo(size_bytes=size, used_bytes=size, format=ImageFormat.RAW)
-
-
 async def make_file(
     place: Place, format: ImageFormat, size_bytes: int, preallocate: bool, pass_fds: Sequence[int]
 ) -> None:
@@ -131,7 +119,7 @@ async def resize(host: Host, order: ResizeVolume, running: Running) -> VolumeInf
     check_size(order.size_bytes)
     async with places.volume_lock(host.config, order.disk_id) as lock:
         if isinstance(order.source, IscsiSource):
-            return await _existing_lun(host.config, order.source, order.size_bytes)
+            return await luns.existing(host.config, order.source, order.size_bytes)
         place = own_place(host.config, order.disk_id, order.source)
         if not (await places.look(place, pass_fds=(lock,))).exists:
             raise not_found("volume", place.path)
@@ -151,36 +139,19 @@ async def resize(host: Host, order: ResizeVolume, running: Running) -> VolumeInf
 
 
 async def delete(host: Host, order: DeleteVolume, running: Running) -> Done:
-    """Removes the volume and whatever of it still waits in staging; absent is a success. `wipe` zeroes it first.
+    """Removes the volume and whatever of it still waits in staging; absent is a success. `wipe` zeroes it first; a LUN
+    always ends up blank.
 
     Raises Refused(conflict) while a running VM has it open.
     """
-    async with places.volume_lock(host.config, order.disk_id) as lock:
+    async with luns.writing(host, order.disk_id, order.source) as lock:
         if isinstance(order.source, IscsiSource):
-            places.check_lun(host.config, order.source)
-            if order.wipe:
-                size = await iscsi.size(order.source)
-                await zero(order.source, 0, size, lock)
+            await luns.blank(host, order.source, wipe=order.wipe, running=running, lock=lock)
             return Done()
         place = own_place(host.config, order.disk_id, order.source)
         await places.remove(place, wipe=order.wipe, timeout_seconds=WIPE_SECONDS, pass_fds=(lock,))
         await places.remove(Place(place.root, "staging", f"{place.name}.new"), pass_fds=(lock,))
         return Done()
-
-
-async def zero(lun: IscsiSource, start: int, end: int, lock: int) -> None:
-    """Zeros over a part of a LUN."""
-    target = images.source_node(lun)
-    part = {"driver": "raw", "offset": start, "size": end - start, "file": target["file"]}
-    zeros = {"driver": "null-co", "size": end - start, "read-zeroes": True}
-    with images.secrets(lun) as (arguments, descriptors):
-        await images.qemu_img(
-            "convert",
-            ["-n", "-t", "writeback", *arguments, images.address(zeros), images.address(part)],
-            timeout_seconds=WIPE_SECONDS,
-            limits=images.CONVERT_LIMITS,
-            pass_fds=(*descriptors, lock),
-        )
 
 
 async def copy(host: Host, order: CopyVolume, running: Running) -> VolumeInfo:
@@ -189,7 +160,7 @@ async def copy(host: Host, order: CopyVolume, running: Running) -> VolumeInfo:
     Raises Refused: source in use or absent, target there with another size, LUN too small, storage full.
     """
     check_size(order.size_bytes)
-    async with places.volume_lock(host.config, order.disk_id) as lock:
+    async with luns.writing(host, order.disk_id, order.target) as lock:
         if isinstance(order.source, FileSource):
             place = places.locate(host.config, order.source)
             if not (await places.look(place, pass_fds=(lock,))).exists:
@@ -251,13 +222,13 @@ async def _fill_lun(
     running: Running,
     lock: int,
 ) -> VolumeInfo:
-    found = await _existing_lun(config, target, size_bytes)
+    found = await luns.existing(config, target, size_bytes)
     source_size = (await images.info(node, login)).virtual_size
     if source_size > found.size_bytes:
         raise invalid(f"the image holds {source_size} bytes, more than LUN {target.lun}'s {found.size_bytes}")
     await _convert(node, login, images.source_node(target), target, running, lock, [])
     if source_size < found.size_bytes:  # what an earlier user of the LUN left there is nobody's to read
-        await zero(target, source_size, found.size_bytes, lock)
+        await luns.zero(target, source_size, found.size_bytes, lock, lambda percent: None)
     return await describe(target)
 
 
@@ -302,7 +273,7 @@ async def _convert(
 async def inspect(host: Host, order: InspectVolume, running: Running) -> VolumeInfo:
     """Checks a volume's image as if a stranger had made it. Raises Refused(invalid) with the rule that it breaks."""
     if isinstance(order.source, IscsiSource):
-        found = await _existing_lun(host.config, order.source, SECTOR_BYTES)
+        found = await luns.existing(host.config, order.source, SECTOR_BYTES)
         if order.max_bytes and found.size_bytes > order.max_bytes:
             raise invalid(
                 f"LUN {order.source.lun} has {found.size_bytes} bytes; at most {order.max_bytes} are allowed"

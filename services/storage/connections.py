@@ -10,9 +10,9 @@ from functools import partial
 
 from msgspec.structs import replace
 
-from services.storage import disk_model, domain_model
+from services.storage import disk_model, domain_model, lun_model
 from services.storage.storage import Storage
-from services.storage.store import DISKS, DOMAINS, DiskPrivate, DomainPrivate, Leftover
+from services.storage.store import DISKS, DOMAINS, DiskPrivate, DomainPrivate, HostLuns, Leftover
 from volery.contracts.agent import STORAGE_REPORTED, StorageDomainReport, StorageReported
 from volery.contracts.errors import Refused
 from volery.contracts.storage import Disk, DiskStatus, DomainStatus, StorageDomain
@@ -145,7 +145,7 @@ async def record(svc: Storage, domain_id: str, said: Mapping[str, StorageDomainR
         if row is None:
             return
         try:
-            await svc.core.commit(*await _changes(svc, row, said))
+            await svc.core.commit(*await _changes(svc, row, said, await svc.store.open_luns()))
         except Stale:
             continue
         return
@@ -155,13 +155,16 @@ async def _changes(
     svc: Storage,
     row: Row[StorageDomain, DomainPrivate],
     said: Mapping[str, StorageDomainReport],
+    open_luns: Sequence[HostLuns],
 ) -> list[Change]:
     disks = await svc.store.disks_of(row.id)
     idle = {disk.id: disk for disk in disks if not disk.public.busy_with}
+    all_disks = [disk.public for disk in disks]
     public = row.public
+    withheld = lun_model.withheld(public, row.private.stained, open_luns, all_disks)
     seen: dict[str, Disk] = {}
     for host_id, report in said.items():
-        public = domain_model.with_report(public, host_id, report, [disk.public for disk in disks])
+        public = domain_model.with_report(public, host_id, report, all_disks, withheld)
         if report.reachable:
             seen |= {disk.id: new for disk, new in disk_model.seen(row.public, idle.values(), report)}
     activating = bool(public.busy_with) and public.status is DomainStatus.ACTIVATING
@@ -187,11 +190,12 @@ async def _lose(
 @part.hears_hosts(STORAGE_REPORTED)
 async def reported(svc: Storage, fact: StorageReported) -> list[Change]:
     """A host's own report. It may be older than the last order, so what it doesn't show is looked at again."""
+    changes = await _opened(svc, fact)
     host = await svc.store.host(fact.host_id)
     if host is None:
-        return []
+        return changes
     said = {report.domain_id: report for report in fact.domains}
-    changes: list[Change] = []
+    open_luns = await svc.store.open_luns()
     for row in await svc.store.domains_of(host):
         kept = domain_model.kept_hosts(row.public, row.private.maintenance, [host])
         if host.id not in kept or row.public.busy_with:
@@ -200,19 +204,34 @@ async def reported(svc: Storage, fact: StorageReported) -> list[Change]:
         if report is None:
             svc.core.wake(f"check:{row.id}:{host.id}")
             continue
-        changes += await _changes(svc, row, {host.id: report})
+        changes += await _changes(svc, row, {host.id: report}, open_luns)
         if report.reachable and disk_model.absent(row.public, await svc.store.disks_of(row.id), report):
             svc.core.wake(f"check:{row.id}:{host.id}")
     return changes
 
 
+async def _opened(svc: Storage, fact: StorageReported) -> list[Change]:
+    """What a host has open counts whether inventory knows the host or not: a restored database may have forgotten it."""
+    before = await svc.store.luns_of(fact.host_id)
+    if not before and not fact.open_luns:
+        return []
+    keep = svc.store.keep_luns(fact.host_id, fact.open_luns)
+    if before == fact.open_luns:
+        return [keep]
+    touched = {one.iqn for one in (*before, *fact.open_luns)}
+    return [
+        svc.then_wake(keep, *(f"domain:{domain_id}" for domain_id in await svc.store.domains_on(touched)))
+    ]
+
+
 @part.every(5.0)
 async def ask_for_reports(svc: Storage) -> None:
-    """Every host says now and then what is on its storage, spread over the time between."""
-    hosts = [h for h in await svc.store.hosts() if h.status in domain_model.STAYS_CONNECTED]
+    """Every host says now and then what is on its storage, spread over the time between. One that beats and that
+    inventory doesn't have is asked as well: it may have VMs that a restored database has forgotten."""
+    hosts = {h.id for h in await svc.store.hosts() if h.status in domain_model.STAYS_CONNECTED}
     now = time.monotonic()
-    for host in hosts:
-        unheard = host.id not in svc.core.hosts.positions  # no order can be given before its first report
-        if unheard or now - svc.asked.get(host.id, 0.0) >= svc.config.report_seconds:
-            svc.asked[host.id] = now
-            await svc.core.hosts.ask_report(host.id)
+    for host_id in hosts | set(svc.core.beats.newest):
+        unheard = host_id not in svc.core.hosts.positions  # no order can be given before its first report
+        if unheard or now - svc.asked.get(host_id, 0.0) >= svc.config.report_seconds:
+            svc.asked[host_id] = now
+            await svc.core.hosts.ask_report(host_id)

@@ -6,19 +6,22 @@ the volume until that one has ended, which the operation's hold on the disk (`bu
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import uuid
 from collections.abc import Sequence
 from functools import partial
 
 import msgspec
 from msgspec.structs import replace
 
-from services.storage import disk_model, domain_model
+from services.storage import disk_model, domain_model, luns
 from services.storage.storage import Storage
 from services.storage.store import DISKS, DiskPrivate
+from volery.contracts.agent import Outcome
 from volery.contracts.base import Message
 from volery.contracts.domain import VolumeSource
-from volery.contracts.errors import Refused, unavailable
+from volery.contracts.errors import Kind, Refused, unavailable
 from volery.contracts.operation import Operation
 from volery.contracts.storage import CreateDisk, Disk, DiskStatus, ResizeDisk
 from volery.contracts.vm import RESIZE_VM_DISK, ResizeVmDisk
@@ -97,10 +100,12 @@ part.runs("disk.copy", deadline_seconds=86400)(creating)
 async def _make(svc: Storage, run: Run, ask: CreateDisk, disk: Disk) -> VolumeInfo:
     """Order the volume made, empty or with content. A source is read where it can be reached, too."""
     domain = await svc.domain(disk.storage_domain_id)
+    source = (await svc.disk(ask.copy_of)).public if ask.copy_of else None
+    reached = [domain.id] if source is None else [domain.id, source.storage_domain_id]
+    host_id = await writer(svc, run, disk.id, *reached)
+    disk = await luns.claim(svc, run, ask, host_id)
     target = svc.source(domain, disk)
-    if ask.copy_of:
-        source = (await svc.disk(ask.copy_of)).public
-        host_id = await writer(svc, run, disk.id, domain.id, source.storage_domain_id)
+    if source is not None:
         return await run.order(
             "copy",
             "Copy the disk",
@@ -113,7 +118,6 @@ async def _make(svc: Storage, run: Run, ask: CreateDisk, disk: Disk) -> VolumeIn
             ),
             host_id=host_id,
         )
-    host_id = await writer(svc, run, disk.id, domain.id)
     if ask.import_url:
         return await _import(svc, run, ask, disk, target, host_id)
     return await run.order(
@@ -175,24 +179,54 @@ async def discard(svc: Storage, disk_id: str) -> None:
 
 async def remove_volume(svc: Storage, row: Row[Disk, DiskPrivate], timeout_seconds: float) -> None:
     """Have the host that wrote the volume remove it. Raises Refused."""
-    host_id = row.private.writer_host_id
-    if not host_id:
+    if not row.private.writer_host_id or is_foreign(row):
         return
-    domain = await svc.domain(row.public.storage_domain_id)
-    await svc.core.orders.carry_out(
-        DELETE_VOLUME,
-        DeleteVolume(disk_id=row.id, source=svc.source(domain, row.public)),
-        host_id=host_id,
-        object_id=row.id,
-        timeout_seconds=timeout_seconds,
-    )
+    order_id = await _removal(svc, row)
+    try:
+        async with asyncio.timeout(timeout_seconds):
+            result = await svc.core.orders.result(order_id)
+    except TimeoutError:
+        raise Refused(Kind.TIMEOUT, "the host that wrote its volume has not removed it yet") from None
+    if result.outcome is not Outcome.SUCCEEDED:
+        await svc.edit(DISKS, row.id, lambda row: (row.public, replace(row.private, removal="")))
+    result.answer(DELETE_VOLUME)
+
+
+async def _removal(svc: Storage, row: Row[Disk, DiskPrivate]) -> str:
+    """The order that removes the volume: given once, since it may take longer than anybody waits for it."""
+    while not (row.private.removal and await svc.core.orders.exists(row.private.removal)):
+        domain = await svc.domain(row.public.storage_domain_id)
+        order_id = str(uuid.uuid4())
+        given = svc.core.orders.give(
+            DELETE_VOLUME,
+            DeleteVolume(disk_id=row.id, source=svc.source(domain, row.public)),
+            order_id=order_id,
+            host_id=row.private.writer_host_id,
+            object_id=row.id,
+        )
+        try:
+            noted = DISKS.update(row, private=replace(row.private, removal=order_id))
+            await svc.core.commit(*given, noted)
+        except Stale:
+            fresh = await svc.disk(row.id)
+            if fresh.public.revision == row.public.revision:  # another replica leads by now
+                raise
+            row = fresh
+            continue
+        return order_id
+    return row.private.removal
+
+
+def is_foreign(row: Row[Disk, DiskPrivate]) -> bool:
+    """Whether the disk has a LUN that was never proven its own: what is on it may be somebody else's."""
+    return row.public.lun >= 0 and not row.private.claimed
 
 
 async def drop(svc: Storage, disk_id: str) -> None:
     """The disk's row ends, with its tombstone."""
     while (row := await DISKS.find(svc.core.pool, disk_id)) is not None:
         try:
-            await svc.core.commit(DISKS.delete(row))
+            await svc.core.commit(DISKS.delete(row), *await luns.closed(svc, row.public))
         except Stale:
             continue
         svc.core.wake(f"domain:{row.public.storage_domain_id}")
@@ -234,9 +268,12 @@ async def deleting(svc: Storage, run: Run) -> None:
     row = await DISKS.find(svc.core.pool, disk_id)
     if row is None:  # the row went, and then the process
         return
+    if is_foreign(row):
+        await drop(svc, disk_id)
+        return
     domain = await svc.domain(row.public.storage_domain_id)
     host_id = await writer(svc, run, disk_id, domain.id)
-    if row.public.wipe_after_delete:
+    if row.public.wipe_after_delete or row.public.lun >= 0:
         run.undo("wipe", partial(_half_wiped, svc, disk_id))
     await run.order(
         "delete",

@@ -8,7 +8,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from services.storage import disk_model, domain_model
+from services.storage import disk_model, domain_model, lun_model, luns
 from services.storage.storage import Storage
 from services.storage.store import DISK_ID, DISK_LUN, DISKS, DiskPrivate, DomainPrivate, VmRow
 from volery.contracts.cluster import DeleteById, GetById
@@ -69,8 +69,9 @@ async def begin(svc: Storage, ask: CreateDisk, caller: Caller, kind: str) -> Ope
         domain_model.refuse_unusable(domain.public)
         source = await _source(svc, ask)
         fit = disk_model.fitted(_sized(ask, source), domain.public)
+        lun_model.checked(fit, domain.public)
         await _reachable(svc, domain.public, source)
-        disk = await _new_disk(svc, fit, domain.public)
+        disk = await _new_disk(svc, fit, domain)
         op, begun = svc.core.operations.begin(
             kind,
             object_kind="disk",
@@ -140,15 +141,9 @@ async def _reachable(svc: Storage, domain: StorageDomain, source: Row[Disk, Disk
         )
 
 
-async def _new_disk(svc: Storage, ask: CreateDisk, domain: StorageDomain) -> Disk:
+async def _new_disk(svc: Storage, ask: CreateDisk, domain: Row[StorageDomain, DomainPrivate]) -> Disk:
     preallocated = ask.preallocate
-    lun = domain_model.BACKENDS[domain.kind].place(
-        domain,
-        ask.size_bytes,
-        preallocated,
-        await svc.store.taken_luns(domain.id),
-        svc.config.reserve_bytes,
-    )
+    lun = await luns.place(svc, domain, ask)
     now = datetime.now(UTC)
     return Disk(
         id=ask.id or new_id(),
@@ -157,7 +152,7 @@ async def _new_disk(svc: Storage, ask: CreateDisk, domain: StorageDomain) -> Dis
         updated_at=now,
         name=ask.name,
         storage_domain_id=domain.id,
-        data_center_id=domain.data_center_id,
+        data_center_id=domain.public.data_center_id,
         status=DiskStatus.LOCKED,
         description=ask.description,
         tags=ask.tags,
@@ -227,6 +222,7 @@ async def resize(svc: Storage, ask: ResizeDisk, caller: Caller) -> Operation:
                 ask.size_bytes,
                 False,
                 frozenset(),
+                {},
                 svc.config.reserve_bytes,
             )
         op, begun = svc.core.operations.begin(

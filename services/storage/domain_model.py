@@ -51,6 +51,7 @@ class Backend(Protocol):
         size_bytes: int,
         preallocated: bool,
         taken: frozenset[int],
+        withheld: Mapping[int, str],
         reserve_bytes: int,
     ) -> int: ...
 
@@ -135,7 +136,11 @@ def with_status(domain: StorageDomain, maintenance: bool, *, activating: bool = 
 
 
 def with_report(
-    domain: StorageDomain, host_id: str, report: StorageDomainReport, disks: Iterable[Disk]
+    domain: StorageDomain,
+    host_id: str,
+    report: StorageDomainReport,
+    disks: Iterable[Disk],
+    withheld: Mapping[int, str],
 ) -> StorageDomain:
     """What the domain is after a host said what it sees. Small changes of free space are not worth telling."""
     hosts = set(domain.host_ids) - {host_id}
@@ -160,7 +165,7 @@ def with_report(
         strangers=strangers(domain, report, disks),
         luns=_luns(domain, report),
     )
-    return with_disks(seen, disks)
+    return with_disks(seen, disks, withheld)
 
 
 def _luns(domain: StorageDomain, report: StorageDomainReport) -> tuple[Lun, ...]:
@@ -169,25 +174,32 @@ def _luns(domain: StorageDomain, report: StorageDomainReport) -> tuple[Lun, ...]
     return tuple(Lun(lun=int(v.path), size_bytes=v.size_bytes) for v in report.volumes if v.path.isdecimal())
 
 
-def with_disks(domain: StorageDomain, disks: Iterable[Disk]) -> StorageDomain:
+def with_disks(domain: StorageDomain, disks: Iterable[Disk], withheld: Mapping[int, str]) -> StorageDomain:
     """The domain with what its disks take of it."""
     disks = list(disks)
+    domain = replace(domain, committed_bytes=sum(disk.size_bytes for disk in disks))
+    if domain.kind is not DomainKind.ISCSI:
+        return domain
     owners = {disk.lun: disk.id for disk in disks if disk.lun >= 0}
-    luns = tuple(replace(lun, disk_id=owners.get(lun.lun, "")) for lun in domain.luns)
-    domain = replace(domain, luns=luns, committed_bytes=sum(disk.size_bytes for disk in disks))
-    if domain.kind is DomainKind.ISCSI:
-        domain = replace(domain, available_bytes=sum(lun.size_bytes for lun in luns if not lun.disk_id))
-    return domain
+    luns = tuple(
+        replace(lun, disk_id=owners.get(lun.lun, ""), withheld=withheld.get(lun.lun, ""))
+        for lun in domain.luns
+    )
+    return replace(
+        domain,
+        luns=luns,
+        available_bytes=sum(lun.size_bytes for lun in luns if not lun.disk_id and not lun.withheld),
+        strangers=tuple(f"lun {lun.lun}" for lun in luns if lun.withheld),
+    )
 
 
 def strangers(domain: StorageDomain, report: StorageDomainReport, disks: Iterable[Disk]) -> tuple[str, ...]:
-    """What is there and no disk of ours explains. A free LUN is no stranger."""
-    found = set(report.strangers)
-    if domain.kind is DomainKind.DIRECTORY:
-        known = {directory.volume_name(disk) for disk in disks}
-        found |= {v.path for v in report.volumes}
-        found = {path for path in found if directory.reported_name(path) not in known}
-    return tuple(sorted(found))[:1000]
+    """Files there that no disk of ours explains. Of LUNs `lun_model` says which are withheld."""
+    if domain.kind is not DomainKind.DIRECTORY:
+        return ()
+    known = {directory.volume_name(disk) for disk in disks}
+    found = set(report.strangers) | {v.path for v in report.volumes}
+    return tuple(sorted(path for path in found if directory.reported_name(path) not in known))[:1000]
 
 
 def known_names(domain: StorageDomain, disks: Iterable[Disk]) -> tuple[str, ...]:

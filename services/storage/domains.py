@@ -173,7 +173,7 @@ def _refuse_empty(domain: StorageDomain, report: StorageDomainReport) -> None:
 
 async def _measure(svc: Storage, domain_id: str, report: StorageDomainReport) -> None:
     def measured(row: Row[StorageDomain, DomainPrivate]) -> tuple[StorageDomain, DomainPrivate]:
-        seen = domain_model.with_report(row.public, "", report, [])
+        seen = domain_model.with_report(row.public, "", report, [], {})
         return replace(seen, host_ids=()), row.private
 
     await svc.edit(DOMAINS, domain_id, measured)
@@ -363,7 +363,8 @@ async def _detach(
 async def _refresh(
     svc: Storage, row: Row[StorageDomain, DomainPrivate]
 ) -> tuple[StorageDomain, DomainPrivate]:
-    return row.public, row.private
+    """Also at LUNs that were found to hold something: they may have been cleared since."""
+    return row.public, replace(row.private, stained={})
 
 
 _BEGINNINGS = {"activate": _activate, "maintain": _maintain, "detach": _detach, "refresh": _refresh}

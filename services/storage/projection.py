@@ -52,7 +52,10 @@ async def host_changed(svc: Storage, host: Host) -> list[Change]:
 
 @part.hears(HOST_DELETED)
 async def host_deleted(svc: Storage, host: Host) -> list[Change]:
-    return [svc.then_wake(svc.store.forget("host", host.id), f"host:{host.id}")]
+    return [
+        svc.then_wake(svc.store.forget("host", host.id), f"host:{host.id}"),
+        svc.store.forget_luns(host.id),
+    ]
 
 
 @part.hears(VM_CHANGED)

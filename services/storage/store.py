@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import asyncpg
+import msgspec
 
-from volery.contracts.base import Message
+from volery.contracts.agent import OpenLun
+from volery.contracts.base import Message, encode
 from volery.contracts.host import Host
 from volery.contracts.storage import (
     DISK_CHANGED,
@@ -31,6 +33,8 @@ class DomainPrivate(Message):
     """Sealed."""
     maintenance: bool = False
     """What a person wants; otherwise an attached domain is to be active."""
+    stained: dict[str, str] = {}
+    """LUN → what was found on it that no disk explains."""
 
 
 class DiskPrivate(Message):
@@ -42,6 +46,10 @@ class DiskPrivate(Message):
     """The upload it waits for."""
     before: DiskStatus = DiskStatus.OK
     """Its status before that upload."""
+    claimed: bool = False
+    """Its LUN was proven blank, or made so: what is on it now is this disk's. Without it the LUN is never written."""
+    removal: str = ""
+    """The order by which a failed operation's volume is removed."""
     doomed: bool = False
     """Its operation failed and its volume is to be removed, as soon as its host can."""
 
@@ -126,6 +134,18 @@ class VmRow:
     name: str
     host_id: str
     status: str
+
+
+@dataclass(frozen=True, slots=True)
+class HostLuns:
+    """What a host said it has open."""
+
+    host_id: str
+    luns: tuple[OpenLun, ...]
+    known: bool
+    """Inventory has the host."""
+    fresh: bool
+    """It said so within the last ten minutes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,6 +260,47 @@ class Store:
 
     def cleaned(self, domain_id: str) -> Change:
         return Change("delete from leftover where domain_id = {0}", (domain_id,), guarded=False)
+
+    # Open LUNs
+
+    def keep_luns(self, host_id: str, luns: Iterable[OpenLun]) -> Change:
+        return Change(
+            """insert into host_lun (host_id, luns) values ({0}, {1})
+               on conflict (host_id) do update set luns = excluded.luns, seen_at = now()
+               where host_lun.luns <> excluded.luns or host_lun.seen_at < now() - interval '1 minute'""",
+            (host_id, encode(tuple(luns)).decode()),
+            guarded=False,
+        )
+
+    async def luns_of(self, host_id: str) -> tuple[OpenLun, ...]:
+        found = await self.pool.fetchval("select luns from host_lun where host_id = $1", host_id)
+        return msgspec.json.decode(found, type=tuple[OpenLun, ...]) if found else ()
+
+    async def open_luns(self) -> list[HostLuns]:
+        rows = await self.pool.fetch(
+            """select l.host_id, l.luns, h.id is not null as known,
+                      l.seen_at > now() - interval '10 minutes' as fresh
+               from host_lun l left join host h on h.id = l.host_id where l.luns <> '[]' order by l.host_id"""
+        )
+        return [
+            HostLuns(
+                row["host_id"],
+                msgspec.json.decode(row["luns"], type=tuple[OpenLun, ...]),
+                row["known"],
+                row["fresh"],
+            )
+            for row in rows
+        ]
+
+    def forget_luns(self, host_id: str) -> Change:
+        """Of a host that was deleted."""
+        return Change("delete from host_lun where host_id = {0}", (host_id,), guarded=False)
+
+    async def domains_on(self, iqns: Iterable[str]) -> list[str]:
+        rows = await self.pool.fetch(
+            "select id from storage_domain where kind = 'iscsi' and iqn = any($1::text[])", list(iqns)
+        )
+        return [row["id"] for row in rows]
 
     # Disks
 

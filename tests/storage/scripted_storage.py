@@ -13,7 +13,7 @@ from tests.support.runtime import running
 from tests.support.scripted_agent import ScriptedAgent, scripted
 from tests.support.service_process import ServiceProcess, service_process
 from tests.support.stand_in import World, inventory
-from volery.contracts.agent import StorageDomainReport, VolumeReport
+from volery.contracts.agent import OpenLun, StorageDomainReport, VolumeReport
 from volery.contracts.base import Done, Owner
 from volery.contracts.cluster import DataCenter, GetById
 from volery.contracts.domain import FileSource, ImageFormat, IscsiSource, VolumeSource
@@ -32,6 +32,7 @@ from volery.contracts.storage import (
     StorageDomain,
 )
 from volery.contracts.volume_orders import (
+    CLAIM_LUN,
     CONNECT_STORAGE,
     COPY_VOLUME,
     CREATE_VOLUME,
@@ -42,6 +43,7 @@ from volery.contracts.volume_orders import (
     IMPORT_VOLUME,
     OPEN_TRANSFER,
     RESIZE_VOLUME,
+    ClaimLun,
     ConnectStorage,
     CopyVolume,
     CreateVolume,
@@ -79,6 +81,8 @@ class Shelf:
     """Path → volume."""
     luns: dict[str, dict[int, int]] = field(default_factory=dict)
     """Target → LUN → size."""
+    contents: dict[tuple[str, int], str] = field(default_factory=dict)
+    """(target, LUN) → whose bytes are on it; absent is blank."""
     passwords: dict[str, str] = field(default_factory=dict)
     strangers: tuple[str, ...] = ()
     writers: dict[str, set[str]] = field(default_factory=dict)
@@ -98,12 +102,14 @@ class StorageHost:
     held: dict[str, asyncio.Event] = field(default_factory=dict)
     connected: dict[str, Any] = field(default_factory=dict)
     opened: dict[str, OpenTransfer] = field(default_factory=dict)
+    open_luns: list[OpenLun] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         acts: tuple[tuple[Any, Any], ...] = (
             (CONNECT_STORAGE, self.connect),
             (DISCONNECT_STORAGE, self.disconnect),
             (DISCOVER_ISCSI, self.discover),
+            (CLAIM_LUN, self.claim),
             (CREATE_VOLUME, self.create),
             (RESIZE_VOLUME, self.resize),
             (DELETE_VOLUME, self.delete),
@@ -115,7 +121,8 @@ class StorageHost:
         for order, act in acts:
             self.agent.does(order, self._guarded(order.kind, act))
         self.agent.reports["storage"] = lambda: {
-            "domains": tuple(self.look(domain_id) for domain_id in self.connected)
+            "domains": tuple(self.look(domain_id) for domain_id in self.connected),
+            "open_luns": tuple(self.open_luns),
         }
 
     def _guarded(self, kind: str, act: Any) -> Any:
@@ -205,8 +212,19 @@ class StorageHost:
             )
             return VolumeInfo(size_bytes=size_bytes, used_bytes=used_bytes, format=source.format)
         assert isinstance(source, IscsiSource)
+        return self._lun(source)
+
+    def _lun(self, source: IscsiSource) -> VolumeInfo:
         size = self.shelf.luns[source.iqn][source.lun]
         return VolumeInfo(size_bytes=size, used_bytes=size, format=ImageFormat.RAW)
+
+    def claim(self, ask: ClaimLun) -> VolumeInfo:
+        place = (ask.source.iqn, ask.source.lun)
+        if ask.overwrite:
+            self.shelf.contents.pop(place, None)
+        if place in self.shelf.contents:
+            raise Refused(Kind.CONFLICT, f"LUN {ask.source.lun} isn't blank", rule="lun_content", offset=0)
+        return self._lun(ask.source)
 
     def create(self, ask: CreateVolume) -> VolumeInfo:
         return self._put(ask.source, ask.size_bytes)
@@ -217,6 +235,8 @@ class StorageHost:
     def copy(self, ask: CopyVolume) -> VolumeInfo:
         if isinstance(ask.source, FileSource) and ask.source.path not in self.shelf.volumes:
             raise Refused(Kind.NOT_FOUND, f"there is no volume {ask.source.path}")
+        if isinstance(ask.target, IscsiSource):
+            self.shelf.contents[ask.target.iqn, ask.target.lun] = ask.disk_id
         return self._put(ask.target, ask.size_bytes, 2 * MIB)
 
     def import_(self, ask: ImportVolume) -> VolumeInfo:
@@ -225,6 +245,8 @@ class StorageHost:
     def delete(self, ask: DeleteVolume) -> Done:
         if isinstance(ask.source, FileSource):
             self.shelf.volumes.pop(ask.source.path, None)
+        else:
+            self.shelf.contents.pop((ask.source.iqn, ask.source.lun), None)
         return Done()
 
     def open(self, ask: OpenTransfer) -> TransferOpened:

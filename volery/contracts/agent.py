@@ -262,10 +262,23 @@ class StorageDomainReport(Message):
     """Files or LUNs found there that no disk of ours explains."""
 
 
+class OpenLun(Message):
+    """A LUN that a process of the host has open, or is about to write."""
+
+    iqn: str
+    lun: int
+    vm_id: str = ""
+    """The domain's UUID, also of one that Volery did not make; "" is an order at work."""
+    disk_id: str = ""
+    """What it is by the domain's alias or the order; "" for what Volery did not make."""
+
+
 class StorageReported(FromHost):
     domains: tuple[StorageDomainReport, ...]
     orders: tuple[JournalOrder, ...] = ()
     gap: bool = False
+    open_luns: tuple[OpenLun, ...] = ()
+    """Of any target, connected here or not, whoever opened them."""
 
 
 class BridgeReport(Message):

@@ -35,7 +35,9 @@ class Lun(Message):
     lun: int
     size_bytes: int
     disk_id: str = ""
-    """The disk that has it; "" is free."""
+    """The disk that has it."""
+    withheld: str = ""
+    """Why no disk gets it though none has it: somebody has it open, or there is something on it. Both "": free."""
 
 
 class StorageDomain(Entity):
@@ -63,7 +65,7 @@ class StorageDomain(Entity):
     unreachable: dict[str, str] = {}
     """Host → why it doesn't."""
     strangers: tuple[str, ...] = ()
-    """Found there, explained by no disk of ours; never deleted."""
+    """Found there, explained by no disk of ours; never deleted. LUNs as `lun 7`; `luns` says why."""
     busy_with: str = ""
 
 
@@ -187,6 +189,10 @@ class CreateDisk(Message):
     import_url: str = ""
     sha256: str = ""
     """Expected, with import_url."""
+    lun: int = -1
+    """This LUN of an iSCSI domain; -1 is the smallest free one that is large enough."""
+    overwrite: bool = False
+    """With `lun`: destroy what is on it, though no disk explains it. Never while somebody has it open."""
     id: str = ""
     """Chosen by a service that must name it beforehand; people leave it empty."""
     attach_to: str = ""

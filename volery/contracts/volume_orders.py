@@ -6,7 +6,7 @@ from enum import StrEnum
 
 from volery.contracts.agent import StorageDomainReport
 from volery.contracts.base import Done, Message, Order
-from volery.contracts.domain import ImageFormat, VolumeSource
+from volery.contracts.domain import ImageFormat, IscsiSource, VolumeSource
 
 
 class DirectoryLocation(Message, tag="directory"):
@@ -67,6 +67,18 @@ class IscsiTargets(Message):
     targets: tuple[DiscoveredTarget, ...] = ()
 
 
+class ClaimLun(Message):
+    """Prove that a LUN may become this disk's: nobody on the host has it open, and it reads as zeros from end to end.
+
+    Refused(conflict) with rule `lun_open` or `lun_content`. `overwrite` makes it blank instead of looking.
+    """
+
+    disk_id: str
+    source: IscsiSource
+    size_bytes: int
+    overwrite: bool = False
+
+
 class CreateVolume(Message):
     disk_id: str
     source: VolumeSource
@@ -82,7 +94,10 @@ class ResizeVolume(Message):
 
 
 class DeleteVolume(Message):
-    """A volume that isn't there is a success. `wipe` overwrites it with zeros first."""
+    """A volume that isn't there is a success. `wipe` overwrites its blocks with zeros first.
+
+    A LUN always ends up blank: without `wipe` its blocks are given back to the target (unmap) where that means zeros.
+    """
 
     disk_id: str
     source: VolumeSource
@@ -168,9 +183,10 @@ class FinishTransfer(Message):
 CONNECT_STORAGE = Order("storage.connect", ConnectStorage, StorageDomainReport)
 DISCONNECT_STORAGE = Order("storage.disconnect", DisconnectStorage, Done)
 DISCOVER_ISCSI = Order("storage.discover_iscsi", DiscoverIscsi, IscsiTargets)
+CLAIM_LUN = Order("volume.claim_lun", ClaimLun, VolumeInfo, deadline_seconds=86400)
 CREATE_VOLUME = Order("volume.create", CreateVolume, VolumeInfo, deadline_seconds=3600)
 RESIZE_VOLUME = Order("volume.resize", ResizeVolume, VolumeInfo)
-DELETE_VOLUME = Order("volume.delete", DeleteVolume, Done, deadline_seconds=3600)
+DELETE_VOLUME = Order("volume.delete", DeleteVolume, Done, deadline_seconds=86400)
 COPY_VOLUME = Order("volume.copy", CopyVolume, VolumeInfo, deadline_seconds=86400)
 IMPORT_VOLUME = Order("volume.import", ImportVolume, VolumeInfo, deadline_seconds=86400)
 INSPECT_VOLUME = Order("volume.inspect", InspectVolume, VolumeInfo)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import posixpath
+from collections.abc import Mapping
 
 from volery.contracts.domain import FileSource
 from volery.contracts.errors import Kind, Refused, invalid
@@ -46,7 +47,12 @@ def reported_name(path: str) -> str:
 
 
 def place(
-    domain: StorageDomain, size_bytes: int, preallocated: bool, taken: frozenset[int], reserve_bytes: int
+    domain: StorageDomain,
+    size_bytes: int,
+    preallocated: bool,
+    taken: frozenset[int],
+    withheld: Mapping[int, str],
+    reserve_bytes: int,
 ) -> int:
     """Whether a volume of this size fits; files have no LUN (-1). Raises Refused(exhausted)."""
     if size_bytes > domain.capacity_bytes:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from volery.contracts.domain import IscsiSource
-from volery.contracts.errors import Kind, Refused, invalid
+from volery.contracts.errors import Kind, Refused, conflict, invalid
 from volery.contracts.storage import Disk, StorageDomain
 from volery.contracts.volume_orders import IscsiLocation
 
@@ -75,18 +76,58 @@ def reported_name(path: str) -> str:
 
 
 def place(
-    domain: StorageDomain, size_bytes: int, preallocated: bool, taken: frozenset[int], reserve_bytes: int
+    domain: StorageDomain,
+    size_bytes: int,
+    preallocated: bool,
+    taken: frozenset[int],
+    withheld: Mapping[int, str],
+    reserve_bytes: int,
 ) -> int:
     """The smallest free LUN that is large enough. Raises Refused(exhausted)."""
-    free = sorted((lun.size_bytes, lun.lun) for lun in domain.luns if lun.lun not in taken)
+    free = sorted(
+        (lun.size_bytes, lun.lun) for lun in domain.luns if lun.lun not in taken and lun.lun not in withheld
+    )
     for size, lun in free:
         if size >= size_bytes:
             return lun
     largest = free[-1][0] if free else 0
+    kept = "; ".join(f"LUN {lun} is not given away: {why}" for lun, why in sorted(withheld.items())[:5])
     raise Refused(
         Kind.EXHAUSTED,
         f"target {domain.iqn} of storage domain {domain.name} has no free LUN of at least {size_bytes} bytes "
-        f"(the largest free one has {largest}): add a LUN on the target and refresh the domain, or make a smaller disk",
+        f"(the largest free one has {largest}): add a LUN on the target and refresh the domain, or make a smaller disk"
+        + (f" ({kept})" if kept else ""),
         rule="lun",
         largest_free_bytes=largest,
+        withheld={str(lun): why for lun, why in sorted(withheld.items())[:100]},
     )
+
+
+def named(
+    domain: StorageDomain, lun: int, size_bytes: int, taken: frozenset[int], withheld: Mapping[int, str]
+) -> int:
+    """The LUN that was asked for by its number. Raises Refused."""
+    found = next((one for one in domain.luns if one.lun == lun), None)
+    if found is None:
+        raise invalid(
+            f"target {domain.iqn} of storage domain {domain.name} has no LUN {lun}: refresh the domain, or name "
+            f"one of {', '.join(str(one.lun) for one in domain.luns[:20])}",
+            field="lun",
+        )
+    if lun in taken:
+        raise conflict(f"LUN {lun} of storage domain {domain.name} has a disk already", lun=lun)
+    if size_bytes > found.size_bytes:
+        raise Refused(
+            Kind.EXHAUSTED,
+            f"LUN {lun} of storage domain {domain.name} has {found.size_bytes} bytes, fewer than {size_bytes}: "
+            "make the LUN larger on the target and refresh the domain, or make a smaller disk",
+            rule="lun",
+            lun_bytes=found.size_bytes,
+        )
+    if lun in withheld:
+        raise conflict(
+            f"LUN {lun} of storage domain {domain.name} is not given away: {withheld[lun]}",
+            rule="lun_withheld",
+            lun=lun,
+        )
+    return lun
