@@ -18,10 +18,12 @@ import asyncpg
 import nats
 import nats.errors
 import pytest
+from nats.aio.client import Client
+from nats.aio.transport import TcpTransport
 
 from volery.runtime.connection import connect_options
 from volery.runtime.identity import Realm
-from volery.setup import embedded, postgres_server, processes
+from volery.setup import embedded, nats_server, postgres_server, processes
 from volery.setup.database import bootstrap_database, scram_verifier, verifies
 from volery.setup.embedded import Embedded, NatsOperator, NatsOptions, NatsTls, PostgresOptions
 from volery.setup.errors import SetupError
@@ -265,21 +267,20 @@ def test_the_verifier_tells_its_password_from_others() -> None:
     assert not verifies("md5abcdef", "right")
 
 
-def encrypted(client: nats.NATS) -> bool:
+def encrypted(client: Client) -> bool:
+    assert isinstance(client._transport, TcpTransport)
     writer = client._transport._io_writer
+    assert writer is not None
     return writer.get_extra_info("ssl_object") is not None
 
 
-async def test_clients_of_a_tls_server_are_encrypted_however_they_begin(home: Home) -> None:
+async def test_a_tls_server_takes_only_clients_that_begin_with_it(home: Home) -> None:
     server = embedded.start_nats(home, tls_options(home))
     trust = ssl.create_default_context(cafile=str(home.ca_certificate))
-    for first in (True, False):
-        client = await nats.connect(server.url, tls=trust, tls_handshake_first=first)
+    for url in (server.url, server.url.replace("tls:", "nats:")):
+        client = await nats.connect(url, tls=trust, tls_handshake_first=True)
         assert encrypted(client)
         await client.close()
-    client = await nats.connect(server.url.replace("tls:", "nats:"), tls=trust)
-    assert encrypted(client)
-    await client.close()
     with pytest.raises(ssl.SSLCertVerificationError):
         await nats.connect(
             server.url,
@@ -288,21 +289,47 @@ async def test_clients_of_a_tls_server_are_encrypted_however_they_begin(home: Ho
             allow_reconnect=False,
             error_cb=_quiet,
         )
+    with pytest.raises(TimeoutError):  # it waits for a greeting, and there is none
+        await nats.connect(server.url, tls=trust, connect_timeout=0.5, allow_reconnect=False, error_cb=_quiet)
 
 
 async def _quiet(_: Exception) -> None:
     return
 
 
-async def test_where_plain_is_allowed_a_client_that_begins_with_tls_keeps_it(home: Home) -> None:
-    server = embedded.start_nats(home, tls_options(home, plain_allowed=True))
+async def test_a_server_that_used_to_greet_stops_it_without_a_restart(home: Home) -> None:
+    """As an installation of before: its server reads the new configuration, its connections stay."""
+    path = home.nats / "nats.conf"
+    embedded.start_nats(home, tls_options(home))
+    embedded.stop(home, "nats")
+    path.write_text(path.read_text().replace("handshake_first: true", "handshake_first: false"))
+    process = processes.spawn(nats_server.command(home.nats), lock=home.nats / "server.lock",
+                              record=home.run / "nats.json", log=home.log / "nats.log")  # fmt: skip
     trust = ssl.create_default_context(cafile=str(home.ca_certificate))
-    client = await nats.connect(server.url, tls=trust, tls_handshake_first=True)
-    assert encrypted(client)
-    await client.close()
-    client = await nats.connect(server.url.replace("tls:", "nats:"))
-    assert not encrypted(client)
-    await client.close()
+    port = int(home.settings()["VOLERY_SETUP_NATS_PORT"])
+    while not nats_server.ports_file(home.nats, process.pid).exists():
+        await asyncio.sleep(0.01)
+    old = await nats.connect(f"tls://127.0.0.1:{port}", tls=trust)
+    assert await greets(port)
+    server = embedded.start_nats(home, tls_options(home))
+    assert server.process == process
+    deadline = time.monotonic() + 10
+    while await greets(port):
+        assert time.monotonic() < deadline
+    await old.flush()
+    assert old.stats["reconnects"] == 0
+    await old.close()
+
+
+async def greets(port: int) -> bool:
+    """Whether the server speaks first, in clear text."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        return bool(await asyncio.wait_for(reader.read(1), 0.3))
+    except TimeoutError:
+        return False
+    finally:
+        writer.close()
 
 
 async def test_a_renewed_certificate_is_served_without_a_restart(home: Home) -> None:
@@ -325,9 +352,9 @@ async def served_certificate(server: Embedded) -> bytes | None:
     return certificate
 
 
-def tls_options(home: Home, *, plain_allowed: bool = False) -> NatsOptions:
+def tls_options(home: Home) -> NatsOptions:
     issued = Authority.open(home.pki).ensure("nats", addresses=["127.0.0.1"])
-    tls = NatsTls(issued.certificate, issued.key, home.ca_certificate, plain_allowed)
+    tls = NatsTls(issued.certificate, issued.key, home.ca_certificate)
     return NatsOptions(preferred_port=None, tls=tls)
 
 

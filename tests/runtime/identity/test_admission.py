@@ -141,7 +141,8 @@ def certificate(directory: Path, name: str, issuer: tuple[Any, Any] | None = Non
 async def test_a_connection_trusts_only_servers_of_its_authority(own: Server, tmp_path: Path) -> None:
     ours, _ = certificate(tmp_path, "ca"), certificate(tmp_path, "stranger")
     certificate(tmp_path, "server", ours)
-    own.write_config(f'tls: {{ cert_file: "{tmp_path}/server.pem", key_file: "{tmp_path}/server.key" }}')
+    files = f'cert_file: "{tmp_path}/server.pem", key_file: "{tmp_path}/server.key"'
+    own.write_config(f"tls: {{ {files}, handshake_first: true }}")
     own.start()
     url = own.url.replace("nats://", "tls://")
     creds = own.realm.creds_path("ha")
