@@ -72,7 +72,7 @@ async def serve_data(host: Host) -> None:
 
 PARTS = Parts(
     actions=ACTIONS,
-    senses=Senses(Describer().describe, storage.report, network.report, luns.open_now),
+    senses=Senses(Describer().describe, storage.report, network.report, luns.open_now, luns.claims),
     sample=Sampler().sample,
     background=(watch_guests, serve_data),
     restore=network.restore,

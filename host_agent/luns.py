@@ -13,7 +13,7 @@ from host_agent import children, images, iscsi, places
 from host_agent.action import Action, Host, Running
 from host_agent.children import ChildFailed
 from host_agent.config import AgentConfig
-from volery.contracts.agent import OpenLun
+from volery.contracts.agent import LunClaim, OpenLun
 from volery.contracts.domain import ImageFormat, IscsiSource, VolumeSource
 from volery.contracts.errors import conflict, invalid
 from volery.contracts.volume_orders import CLAIM_LUN, ClaimLun, VolumeInfo
@@ -74,12 +74,37 @@ async def existing(config: AgentConfig, lun: IscsiSource, size_bytes: int) -> Vo
 async def claim(host: Host, order: ClaimLun, running: Running) -> VolumeInfo:
     """Proves that nothing is lost when the LUN becomes this disk's, and that its reader sees nobody's former data."""
     async with writing(host, order.disk_id, order.source) as lock:
+        _refuse_former(host, order)
         found = await existing(host.config, order.source, order.size_bytes)
         if order.overwrite:
             await zero(order.source, 0, found.size_bytes, lock, _teller(running))
         else:
             await _refuse_content(order.source, found.size_bytes, lock, _teller(running))
+        places.note_claim(host.config, _claim_of(order))
         return found
+
+
+def _claim_of(order: ClaimLun) -> LunClaim:
+    return LunClaim(iqn=order.source.iqn, lun=order.source.lun, claim=order.claim, disk_id=order.disk_id)
+
+
+def _refuse_former(host: Host, order: ClaimLun) -> None:
+    mine = _claim_of(order)
+    for known in places.claims(host.config):
+        same = (known.iqn, known.lun) == (mine.iqn, mine.lun)
+        if same and known.claim >= mine.claim and known != mine:
+            raise conflict(
+                f"LUN {known.lun} of {known.iqn} was given to disk {known.disk_id} under claim {known.claim}, and this "
+                f"is claim {mine.claim}: the order comes from an older database",
+                rule="lun_claimed",
+                claim=known.claim,
+                disk_id=known.disk_id,
+            )
+
+
+async def claims(host: Host) -> tuple[LunClaim, ...]:
+    """The newest claim of each LUN that this host carried out; they outlive the disks."""
+    return places.claims(host.config)
 
 
 async def blank(host: Host, lun: IscsiSource, *, wipe: bool, running: Running, lock: int) -> None:

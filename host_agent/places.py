@@ -17,7 +17,7 @@ from host_agent import children
 from host_agent.children import ChildFailed
 from host_agent.config import AgentConfig
 from host_agent.files import VOLUME_NAME
-from volery.contracts.agent import OpenLun
+from volery.contracts.agent import LunClaim, OpenLun
 from volery.contracts.base import Done
 from volery.contracts.domain import FileSource, IscsiSource, VolumeSource
 from volery.contracts.errors import Kind, Refused, invalid
@@ -75,6 +75,30 @@ def remember(config: AgentConfig, domain: ConnectedDomain) -> None:
 def forget(config: AgentConfig, domain_id: str) -> None:
     left = tuple(d for d in connected(config) if d.domain_id != domain_id)
     write_state(_state_file(config), Connected(domains=left))
+
+
+class Claims(msgspec.Struct, frozen=True, kw_only=True):
+    """The file `claims.json` in the agent's state directory."""
+
+    luns: tuple[LunClaim, ...] = ()
+
+
+def _claims_file(config: AgentConfig) -> Path:
+    return Path(config.state_dir) / "claims.json"
+
+
+def claims(config: AgentConfig) -> tuple[LunClaim, ...]:
+    """Which LUN became which disk's, by this host's work."""
+    try:
+        return msgspec.json.decode(_claims_file(config).read_bytes(), type=Claims).luns
+    except FileNotFoundError:
+        return ()
+
+
+def note_claim(config: AgentConfig, claim: LunClaim) -> None:
+    """Durable before the disk's first byte: a database that is restored doesn't know its disks, the hosts do."""
+    others = [one for one in claims(config) if (one.iqn, one.lun) != (claim.iqn, claim.lun)]
+    write_state(_claims_file(config), Claims(luns=(*others, claim)))
 
 
 def write_state(path: Path, state: msgspec.Struct) -> None:

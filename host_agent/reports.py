@@ -37,6 +37,7 @@ from volery.contracts.agent import (
     FromHost,
     HostCapabilities,
     HostReported,
+    LunClaim,
     NetworksReported,
     OpenLun,
     StorageDomainReport,
@@ -60,6 +61,7 @@ class Senses:
     storage: Callable[[Host], Awaitable[tuple[StorageDomainReport, ...]]]
     networks: Callable[[Host], Awaitable[tuple[BridgeReport, ...]]]
     open_luns: Callable[[Host], Awaitable[tuple[OpenLun, ...]]]
+    lun_claims: Callable[[Host], Awaitable[tuple[LunClaim, ...]]]
 
 
 class Reporter:
@@ -74,6 +76,8 @@ class Reporter:
         self._wanted: dict[str, bool] = {}
         self._wake = {owner: asyncio.Event() for owner in REPORTED_TO}
         self._dirty: dict[str, HypervisorEvent] = {}
+        self._unread: set[str] = set()
+        """Domains of which more than the state may have changed since they were looked at."""
         self._looks: dict[str, asyncio.Task[None]] = {}
         self._telling: set[asyncio.Task[Any]] = set()
         self._seen: dict[str, DomainReport] = {}
@@ -101,6 +105,8 @@ class Reporter:
             self.ask(Owner.NETWORK)
         if event.changes_report:
             self._dirty[event.vm_id] = event
+            if not event.changes_state_only:
+                self._unread.add(event.vm_id)
             if event.vm_id not in self._looks:
                 self._looks[event.vm_id] = asyncio.create_task(self._look(event.vm_id))
         if event.happened and event.vm_id:
@@ -161,6 +167,7 @@ class Reporter:
             **self._from_host(),
             domains=await self._senses.storage(self._host),
             open_luns=await self._senses.open_luns(self._host),
+            lun_claims=await self._senses.lun_claims(self._host),
             orders=await self._journal.orders_of(Owner.STORAGE),
             gap=reservation.gap,
         )
@@ -179,24 +186,28 @@ class Reporter:
         """One look per change, one at a time per domain: the last look is later than the last change."""
         try:
             while (event := self._dirty.pop(vm_id, None)) is not None:
+                whole = vm_id in self._unread
+                self._unread.discard(vm_id)
                 try:
-                    domain = await self._domain(event)
+                    domain = await self._domain(event, whole)
                     if not _is_known(event, domain, self._seen.get(vm_id)):
                         await self._tell_domain(domain)
                 except (Refused, sqlite3.Error) as problem:
                     # libvirtd went away or hangs, or the disk is full: then everything is listed.
                     log.warning("VM %s changed and could not be looked at: %s", vm_id, problem)
+                    self._unread.add(vm_id)
                     self.ask(Owner.INVENTORY)
         finally:
             del self._looks[vm_id]
 
-    async def _domain(self, event: HypervisorEvent) -> DomainReport:
+    async def _domain(self, event: HypervisorEvent, whole: bool) -> DomainReport:
+        """`whole`: all of it is looked at, not its state alone."""
         vm_id = event.vm_id
         before = self._seen.get(vm_id)
         if event.name is EventName.UNRESPONSIVE and before is not None:
             # Not asked: it would hang as well.
             return msgspec.structs.replace(before, responsive=False)
-        now = await self._host.hypervisor.domain(vm_id)
+        now = await self._host.hypervisor.domain(vm_id, None if whole else before)
         if now.state is DomainState.GONE and before is not None:
             # libvirt has forgotten it; its owner wants to know which placement has ended, and how.
             now = msgspec.structs.replace(

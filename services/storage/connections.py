@@ -10,7 +10,7 @@ from functools import partial
 
 from msgspec.structs import replace
 
-from services.storage import disk_model, domain_model, lun_model
+from services.storage import disk_model, domain_model, lun_model, luns
 from services.storage.storage import Storage
 from services.storage.store import DISKS, DOMAINS, DiskPrivate, DomainPrivate, HostLuns, Leftover
 from volery.contracts.agent import STORAGE_REPORTED, StorageDomainReport, StorageReported
@@ -145,7 +145,7 @@ async def record(svc: Storage, domain_id: str, said: Mapping[str, StorageDomainR
         if row is None:
             return
         try:
-            await svc.core.commit(*await _changes(svc, row, said, await svc.store.open_luns()))
+            await svc.core.commit(*await _changes(svc, row, said, await luns.seen(svc, row.public)))
         except Stale:
             continue
         return
@@ -155,13 +155,13 @@ async def _changes(
     svc: Storage,
     row: Row[StorageDomain, DomainPrivate],
     said: Mapping[str, StorageDomainReport],
-    open_luns: Sequence[HostLuns],
+    about: lun_model.Seen,
 ) -> list[Change]:
     disks = await svc.store.disks_of(row.id)
     idle = {disk.id: disk for disk in disks if not disk.public.busy_with}
     all_disks = [disk.public for disk in disks]
     public = row.public
-    withheld = lun_model.withheld(public, row.private.stained, open_luns, all_disks)
+    withheld = lun_model.withheld(public, row.private.stained, about, all_disks)
     seen: dict[str, Disk] = {}
     for host_id, report in said.items():
         public = domain_model.with_report(public, host_id, report, all_disks, withheld)
@@ -190,12 +190,12 @@ async def _lose(
 @part.hears_hosts(STORAGE_REPORTED)
 async def reported(svc: Storage, fact: StorageReported) -> list[Change]:
     """A host's own report. It may be older than the last order, so what it doesn't show is looked at again."""
-    changes = await _opened(svc, fact)
+    mine = HostLuns(fact.host_id, fact.open_luns, fact.lun_claims)
+    changes = await _opened(svc, mine)
     host = await svc.store.host(fact.host_id)
     if host is None:
         return changes
     said = {report.domain_id: report for report in fact.domains}
-    open_luns = await svc.store.open_luns()
     for row in await svc.store.domains_of(host):
         kept = domain_model.kept_hosts(row.public, row.private.maintenance, [host])
         if host.id not in kept or row.public.busy_with:
@@ -204,21 +204,21 @@ async def reported(svc: Storage, fact: StorageReported) -> list[Change]:
         if report is None:
             svc.core.wake(f"check:{row.id}:{host.id}")
             continue
-        changes += await _changes(svc, row, {host.id: report}, open_luns)
+        changes += await _changes(
+            svc, row, {host.id: report}, (await luns.seen(svc, row.public)).with_host(mine)
+        )
         if report.reachable and disk_model.absent(row.public, await svc.store.disks_of(row.id), report):
             svc.core.wake(f"check:{row.id}:{host.id}")
     return changes
 
 
-async def _opened(svc: Storage, fact: StorageReported) -> list[Change]:
+async def _opened(svc: Storage, mine: HostLuns) -> list[Change]:
     """What a host has open counts whether inventory knows the host or not: a restored database may have forgotten it."""
-    before = await svc.store.luns_of(fact.host_id)
-    if not before and not fact.open_luns:
-        return []
-    keep = svc.store.keep_luns(fact.host_id, fact.open_luns)
-    if before == fact.open_luns:
+    before = await svc.store.luns_of(mine.host_id) or HostLuns(mine.host_id, ())
+    keep = svc.store.keep_luns(mine)
+    if (before.luns, before.claims) == (mine.luns, mine.claims):
         return [keep]
-    touched = {one.iqn for one in (*before, *fact.open_luns)}
+    touched = {one.iqn for host in (before, mine) for said in (host.luns, host.claims) for one in said}
     return [
         svc.then_wake(keep, *(f"domain:{domain_id}" for domain_id in await svc.store.domains_on(touched)))
     ]

@@ -179,7 +179,7 @@ async def discard(svc: Storage, disk_id: str) -> None:
 
 async def remove_volume(svc: Storage, row: Row[Disk, DiskPrivate], timeout_seconds: float) -> None:
     """Have the host that wrote the volume remove it. Raises Refused."""
-    if not row.private.writer_host_id or is_foreign(row):
+    if not row.private.writer_host_id or await _is_foreign(svc, row):
         return
     order_id = await _removal(svc, row)
     try:
@@ -217,9 +217,17 @@ async def _removal(svc: Storage, row: Row[Disk, DiskPrivate]) -> str:
     return row.private.removal
 
 
-def is_foreign(row: Row[Disk, DiskPrivate]) -> bool:
-    """Whether the disk has a LUN that was never proven its own: what is on it may be somebody else's."""
-    return row.public.lun >= 0 and not row.private.claimed
+async def _is_foreign(svc: Storage, row: Row[Disk, DiskPrivate]) -> bool:
+    """Whether the disk has a LUN that was never proven its own, or that hosts know as another disk's by now: then the
+    disk goes and what is on the LUN stays."""
+    if row.public.lun < 0 or not row.private.claimed:
+        return row.public.lun >= 0
+    try:
+        await luns.refuse_foreign(svc, row.public, (await svc.domain(row.public.storage_domain_id)).public)
+    except Refused as refused:
+        log.warning("disk %s goes, its LUN is left alone: %s", row.id, refused.message)
+        return True
+    return False
 
 
 async def drop(svc: Storage, disk_id: str) -> None:
@@ -268,7 +276,7 @@ async def deleting(svc: Storage, run: Run) -> None:
     row = await DISKS.find(svc.core.pool, disk_id)
     if row is None:  # the row went, and then the process
         return
-    if is_foreign(row):
+    if await _is_foreign(svc, row):
         await drop(svc, disk_id)
         return
     domain = await svc.domain(row.public.storage_domain_id)

@@ -212,6 +212,7 @@ async def resize(svc: Storage, ask: ResizeDisk, caller: Caller) -> Operation:
         row, domain = await free(svc, ask.id, ask.if_revision)
         disk = row.public
         disk_model.refuse_unready(disk)
+        await luns.refuse_foreign(svc, disk, domain.public)
         disk_model.refuse_shrinking(disk, ask.size_bytes)
         disk_model.refuse_readers(disk, row.private.readers, "resized")
         disk_model.refuse_beyond_lun(disk, domain.public, ask.size_bytes)

@@ -6,7 +6,8 @@ no host has it open, and when it reads as zeros; what says otherwise is a strang
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from services.storage.store import HostLuns
 from volery.contracts.agent import OpenLun
@@ -17,13 +18,45 @@ RULE_CONTENT = "lun_content"
 """What a host's refusal is called that found something on a LUN."""
 
 
-def opened(domain: StorageDomain, hosts: Iterable[HostLuns], disks: Iterable[Disk]) -> dict[int, str]:
-    """LUN → who has it open, of those that are not open as the disk that has them."""
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What hosts said about a target's LUNs, and how often this database gave each of them to a disk."""
+
+    hosts: Sequence[HostLuns] = ()
+    claims: Mapping[int, int] = field(default_factory=dict)
+
+    def with_host(self, said: HostLuns) -> Seen:
+        others = [host for host in self.hosts if host.host_id != said.host_id]
+        return Seen([*others, said], self.claims)
+
+    def believed(self) -> Seen:
+        """Without what an administrator overrules who names a LUN and has it overwritten: later claims, and hosts that
+        inventory doesn't have and that have said nothing for long."""
+        living = [host for host in self.hosts if host.known or host.fresh]
+        return Seen([replace(host, claims=()) for host in living])
+
+    def newest(self, iqn: str, lun: int) -> int:
+        """The highest claim that a host carried out."""
+        found = (c.claim for h in self.hosts for c in h.claims if (c.iqn, c.lun) == (iqn, lun))
+        return max(found, default=0)
+
+
+def foreign(domain: StorageDomain, seen: Seen, disks: Iterable[Disk]) -> dict[int, str]:
+    """LUN → whose it is, of those that are not (only) what this database believes."""
     if domain.kind is not DomainKind.ISCSI:
         return {}
     owners = {disk.lun: disk.id for disk in disks if disk.lun >= 0}
     found: dict[int, str] = {}
-    for host in hosts:
+    for host in seen.hosts:
+        for claim in host.claims:
+            if (
+                claim.iqn == domain.iqn
+                and claim.claim > seen.claims.get(claim.lun, 0)
+                and owners.get(claim.lun) != claim.disk_id
+            ):
+                found[claim.lun] = (
+                    f"host {host.host_id} says that disk {claim.disk_id} got it later than this database knows"
+                )
         for one in host.luns:
             if one.iqn == domain.iqn and not (one.disk_id and owners.get(one.lun) == one.disk_id):
                 found[one.lun] = f"{_opener(one)} on host {host.host_id} has it open" + (
@@ -38,22 +71,13 @@ def _opener(one: OpenLun) -> str:
 
 
 def withheld(
-    domain: StorageDomain,
-    stained: Mapping[str, str],
-    hosts: Iterable[HostLuns],
-    disks: Iterable[Disk],
+    domain: StorageDomain, stained: Mapping[str, str], seen: Seen, disks: Iterable[Disk]
 ) -> dict[int, str]:
-    """LUN → why no disk gets it. Of one that has a disk: why its disk isn't the only one to use it."""
+    """LUN → why no disk gets it. Of one that has a disk: why that disk may not use it."""
     disks = list(disks)
     owned = {disk.lun for disk in disks}
     found = {int(lun): why for lun, why in stained.items() if int(lun) not in owned}
-    return found | opened(domain, hosts, disks)
-
-
-def believed(hosts: Iterable[HostLuns]) -> list[HostLuns]:
-    """Without hosts that inventory doesn't have and that have said nothing for long: an administrator who names a
-    LUN and has it overwritten vouches that they are gone."""
-    return [host for host in hosts if host.known or host.fresh]
+    return found | foreign(domain, seen, disks)
 
 
 def checked(ask: CreateDisk, domain: StorageDomain) -> None:
@@ -66,11 +90,12 @@ def checked(ask: CreateDisk, domain: StorageDomain) -> None:
         )
 
 
-def refuse_open(domain: StorageDomain, lun: int, hosts: Iterable[HostLuns], disks: Iterable[Disk]) -> None:
-    """Raises Refused(conflict) while somebody has the LUN open."""
-    if why := opened(domain, hosts, disks).get(lun):
+def refuse_foreign(domain: StorageDomain, disk: Disk, seen: Seen, disks: Iterable[Disk]) -> None:
+    """Raises Refused(conflict) unless the disk's LUN is this disk's, and nobody else has it open."""
+    if why := foreign(domain, seen, disks).get(disk.lun):
         raise conflict(
-            f"LUN {lun} of storage domain {domain.name} can't become a disk's: {why}; stop it first",
-            rule="lun_open",
-            lun=lun,
+            f"disk {disk.name} may not use LUN {disk.lun} of storage domain {domain.name}: {why}; stop what has it "
+            "open, or, if this database was restored, delete this disk, which leaves the LUN alone",
+            rule="lun_foreign",
+            lun=disk.lun,
         )

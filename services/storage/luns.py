@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace as replaced
 from functools import partial
 
 from msgspec.structs import replace
 
 from services.storage import domain_model, lun_model
 from services.storage.backends import iscsi
+from services.storage.lun_model import Seen
 from services.storage.storage import Storage
 from services.storage.store import DISKS, DOMAINS, DiskPrivate, DomainPrivate
 from volery.contracts.domain import IscsiSource
 from volery.contracts.errors import Refused, unavailable
 from volery.contracts.operation import Operation, OperationState
-from volery.contracts.storage import CreateDisk, Disk, StorageDomain
+from volery.contracts.storage import CreateDisk, Disk, DomainKind, StorageDomain
 from volery.contracts.volume_orders import CLAIM_LUN, ClaimLun
 from volery.runtime.operations import Run
 from volery.runtime.tables import Change, Row, Taken
@@ -26,21 +28,35 @@ BEATS_SECONDS = 10.0
 """A host whose last beat is no older than this lives, and can say what it has open."""
 
 
+async def seen(svc: Storage, domain: StorageDomain) -> Seen:
+    """What is known about the LUNs of this domain; nothing for one that has none."""
+    if domain.kind is not DomainKind.ISCSI:
+        return Seen()
+    return Seen(await svc.store.host_luns(domain.iqn), await svc.store.claims_of(domain.iqn))
+
+
+async def refuse_foreign(svc: Storage, disk: Disk, domain: StorageDomain) -> None:
+    """Raises Refused(conflict) while the disk's LUN may be another one's."""
+    if disk.lun >= 0:
+        disks = [row.public for row in await svc.store.disks_of(domain.id)]
+        lun_model.refuse_foreign(domain, disk, await seen(svc, domain), disks)
+
+
 async def place(svc: Storage, row: Row[StorageDomain, DomainPrivate], ask: CreateDisk) -> int:
     """The LUN for a disk, or -1 where the storage has none. Raises Refused."""
+    domain, stained, known = row.public, row.private.stained, await seen(svc, row.public)
     disks = [disk.public for disk in await svc.store.disks_of(row.id)]
     taken = frozenset(disk.lun for disk in disks if disk.lun >= 0)
-    hosts = await svc.store.open_luns()
-    if ask.lun >= 0:
-        stained = {} if ask.overwrite else row.private.stained
-        hosts = lun_model.believed(hosts) if ask.overwrite else hosts
-        withheld = lun_model.withheld(row.public, stained, hosts, disks)
-        return iscsi.named(row.public, ask.lun, ask.size_bytes, taken, withheld)
-    backend = domain_model.BACKENDS[row.public.kind]
-    withheld = lun_model.withheld(row.public, row.private.stained, hosts, disks)
-    return backend.place(
-        row.public, ask.size_bytes, ask.preallocate, taken, withheld, svc.config.reserve_bytes
-    )
+    if ask.lun < 0:
+        withheld = lun_model.withheld(domain, stained, known, disks)
+        backend = domain_model.BACKENDS[domain.kind]
+        return backend.place(
+            domain, ask.size_bytes, ask.preallocate, taken, withheld, svc.config.reserve_bytes
+        )
+    if ask.overwrite:
+        stained, known = {}, known.believed()
+    withheld = lun_model.withheld(domain, stained, known, disks)
+    return iscsi.named(domain, ask.lun, ask.size_bytes, taken, withheld)
 
 
 async def claim(svc: Storage, run: Run, ask: CreateDisk, host_id: str) -> Disk:
@@ -78,35 +94,45 @@ def _failed(name: str, op: Operation) -> Operation:
 
 
 async def _prove(svc: Storage, run: Run, ask: CreateDisk, disk: Disk, host_id: str) -> None:
-    await _refuse_open(svc, disk, overwrite=ask.overwrite)
-    source = svc.source(await svc.domain(disk.storage_domain_id), disk)
+    domain = await svc.domain(disk.storage_domain_id)
+    known = await seen(svc, domain.public)
+    number = partial(
+        svc.store.next_claim, domain.public.iqn, disk.lun, known.newest(domain.public.iqn, disk.lun)
+    )
+    _refuse_unheard(svc)
+    disks = [row.public for row in await svc.store.disks_of(domain.id)]
+    believed = known.believed() if ask.overwrite else known
+    lun_model.refuse_foreign(domain.public, disk, believed, disks)
+    source = svc.source(domain, disk)
     assert isinstance(source, IscsiSource)
     await run.order(
         step(disk.lun),
         f"Overwrite LUN {disk.lun}" if ask.overwrite else f"See that LUN {disk.lun} is blank",
         CLAIM_LUN,
-        ClaimLun(disk_id=disk.id, source=source, size_bytes=disk.size_bytes, overwrite=ask.overwrite),
+        ClaimLun(
+            disk_id=disk.id,
+            source=source,
+            size_bytes=disk.size_bytes,
+            claim=await run.step(f"number-{disk.lun}", f"Note that LUN {disk.lun} is claimed", number, int),
+            overwrite=ask.overwrite,
+        ),
         host_id=host_id,
     )
 
 
-async def _refuse_open(svc: Storage, disk: Disk, *, overwrite: bool) -> None:
-    """Raises Refused while a host has the LUN open, or lives and hasn't said what it has open."""
+def _refuse_unheard(svc: Storage) -> None:
+    """Raises Refused(unavailable) while a host lives that hasn't said what it has open."""
     now = time.monotonic()
-    silent = [
+    unheard = sorted(
         host_id
         for host_id, (_, at) in svc.core.beats.newest.items()
         if now - at < BEATS_SECONDS and host_id not in svc.core.hosts.positions
-    ]
-    if silent:
+    )
+    if unheard:
         raise unavailable(
-            f"host {', '.join(sorted(silent)[:5])} has not said yet which LUNs it has open: try again in some seconds",
-            hosts=sorted(silent)[:100],
+            f"host {', '.join(unheard[:5])} has not said yet which LUNs it has open: try again in some seconds",
+            hosts=unheard[:100],
         )
-    domain = (await svc.domain(disk.storage_domain_id)).public
-    hosts = await svc.store.open_luns()
-    disks = [row.public for row in await svc.store.disks_of(domain.id)]
-    lun_model.refuse_open(domain, disk.lun, lun_model.believed(hosts) if overwrite else hosts, disks)
 
 
 def _told(refused: Refused, disk: Disk) -> Refused:
@@ -160,7 +186,7 @@ async def closed(svc: Storage, disk: Disk) -> list[Change]:
     if disk.lun < 0:
         return []
     return [
-        svc.store.keep_luns(host.host_id, [one for one in host.luns if one.disk_id != disk.id])
-        for host in await svc.store.open_luns()
+        svc.store.keep_luns(replaced(host, luns=tuple(one for one in host.luns if one.disk_id != disk.id)))
+        for host in await svc.store.host_luns(disk.id)
         if any(one.disk_id == disk.id for one in host.luns)
     ]

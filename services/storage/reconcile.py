@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Sequence
 
-from services.storage import connections, disk_work, domain_model, lun_model
+from services.storage import connections, disk_work, domain_model, lun_model, luns
 from services.storage.storage import Storage
 from services.storage.store import DISKS, DOMAINS, DomainPrivate, HostRow
 from volery.contracts.errors import Kind, Refused
@@ -38,7 +38,7 @@ async def _domain(svc: Storage, domain_id: str) -> None:
         return
     hosts = await svc.store.hosts()
     disks = [disk.public for disk in await svc.store.disks_of(domain_id)]
-    open_luns = await svc.store.open_luns()
+    seen = await luns.seen(svc, row.public)
 
     def settled(
         row: Row[StorageDomain, DomainPrivate],
@@ -46,7 +46,7 @@ async def _domain(svc: Storage, domain_id: str) -> None:
         if row.public.busy_with:
             return None
         kept = domain_model.kept_hosts(row.public, row.private.maintenance, hosts)
-        withheld = lun_model.withheld(row.public, row.private.stained, open_luns, disks)
+        withheld = lun_model.withheld(row.public, row.private.stained, seen, disks)
         public = domain_model.with_disks(domain_model.only_hosts(row.public, kept), disks, withheld)
         return domain_model.with_status(public, row.private.maintenance), row.private
 

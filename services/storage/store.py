@@ -9,7 +9,7 @@ from typing import TypeAlias
 import asyncpg
 import msgspec
 
-from volery.contracts.agent import OpenLun
+from volery.contracts.agent import LunClaim, OpenLun
 from volery.contracts.base import Message, encode
 from volery.contracts.host import Host
 from volery.contracts.storage import (
@@ -138,13 +138,14 @@ class VmRow:
 
 @dataclass(frozen=True, slots=True)
 class HostLuns:
-    """What a host said it has open."""
+    """What a host said it has open, and which LUNs it made a disk's."""
 
     host_id: str
     luns: tuple[OpenLun, ...]
-    known: bool
+    claims: tuple[LunClaim, ...] = ()
+    known: bool = True
     """Inventory has the host."""
-    fresh: bool
+    fresh: bool = True
     """It said so within the last ten minutes."""
 
 
@@ -263,34 +264,58 @@ class Store:
 
     # Open LUNs
 
-    def keep_luns(self, host_id: str, luns: Iterable[OpenLun]) -> Change:
+    def keep_luns(self, host: HostLuns) -> Change:
         return Change(
-            """insert into host_lun (host_id, luns) values ({0}, {1})
-               on conflict (host_id) do update set luns = excluded.luns, seen_at = now()
-               where host_lun.luns <> excluded.luns or host_lun.seen_at < now() - interval '1 minute'""",
-            (host_id, encode(tuple(luns)).decode()),
+            """insert into host_lun (host_id, luns, claims) values ({0}, {1}, {2})
+               on conflict (host_id) do update
+               set luns = excluded.luns, claims = excluded.claims, seen_at = now()
+               where host_lun.luns <> excluded.luns or host_lun.claims <> excluded.claims
+               or host_lun.seen_at < now() - interval '1 minute'""",
+            (host.host_id, encode(host.luns).decode(), encode(host.claims).decode()),
             guarded=False,
         )
 
-    async def luns_of(self, host_id: str) -> tuple[OpenLun, ...]:
-        found = await self.pool.fetchval("select luns from host_lun where host_id = $1", host_id)
-        return msgspec.json.decode(found, type=tuple[OpenLun, ...]) if found else ()
-
-    async def open_luns(self) -> list[HostLuns]:
+    async def host_luns(self, about: str) -> list[HostLuns]:
+        """Of the hosts that said something about this target, or disk."""
         rows = await self.pool.fetch(
-            """select l.host_id, l.luns, h.id is not null as known,
+            """select l.host_id, l.luns, l.claims, h.id is not null as known,
                       l.seen_at > now() - interval '10 minutes' as fresh
-               from host_lun l left join host h on h.id = l.host_id where l.luns <> '[]' order by l.host_id"""
+               from host_lun l left join host h on h.id = l.host_id
+               where position($1 in l.luns) > 0 or position($1 in l.claims) > 0 order by l.host_id""",
+            about,
         )
         return [
             HostLuns(
                 row["host_id"],
                 msgspec.json.decode(row["luns"], type=tuple[OpenLun, ...]),
+                msgspec.json.decode(row["claims"], type=tuple[LunClaim, ...]),
                 row["known"],
                 row["fresh"],
             )
             for row in rows
         ]
+
+    async def luns_of(self, host_id: str) -> HostLuns | None:
+        """What this host said last."""
+        row = await self.pool.fetchrow("select luns, claims from host_lun where host_id = $1", host_id)
+        if row is None:
+            return None
+        return HostLuns(
+            host_id,
+            msgspec.json.decode(row["luns"], type=tuple[OpenLun, ...]),
+            msgspec.json.decode(row["claims"], type=tuple[LunClaim, ...]),
+        )
+
+    async def claims_of(self, iqn: str) -> dict[int, int]:
+        rows = await self.pool.fetch("select lun, claim from lun_claim where iqn = $1", iqn)
+        return {row["lun"]: row["claim"] for row in rows}
+
+    async def next_claim(self, iqn: str, lun: int, above: int) -> int:
+        """A number for a claim, higher than every former one and than `above`."""
+        sql = """insert into lun_claim (iqn, lun, claim) values ($1, $2, $3 + 1)
+                 on conflict (iqn, lun) do update set claim = greatest(lun_claim.claim + 1, excluded.claim)
+                 returning claim"""
+        return int(await self.pool.fetchval(sql, iqn, lun, above))
 
     def forget_luns(self, host_id: str) -> Change:
         """Of a host that was deleted."""

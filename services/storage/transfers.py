@@ -15,7 +15,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from services.storage import disk_model, domain_model, transfer_model
+from services.storage import disk_model, domain_model, luns, transfer_model
 from services.storage.storage import Storage
 from services.storage.store import (
     DISKS,
@@ -80,6 +80,7 @@ async def create(svc: Storage, ask: CreateTransfer, caller: Caller) -> Operation
         row = await svc.disk(ask.disk_id)
         domain = (await svc.domain(row.public.storage_domain_id)).public
         domain_model.refuse_unusable(domain)
+        await luns.refuse_foreign(svc, row.public, domain)
         vms = await svc.store.vms([use.vm_id for use in row.public.uses])
         transfer = _new(svc, ask, domain)
         op, begun = _begin(svc, "create", transfer, row.public, caller)

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 from msgspec.structs import replace
 
-from services.storage import disk_model, domain_model
+from services.storage import disk_model, domain_model, luns
 from services.storage.disks import users
 from services.storage.storage import Storage
 from services.storage.store import DISKS, DiskPrivate, DomainPrivate
@@ -94,6 +94,7 @@ async def prepare(svc: Storage, ask: PrepareDisks, caller: Caller) -> PreparedDi
             raise not_found("disk", disk_id)
         domain = domains[row.public.storage_domain_id]
         refuse_unprepared(row, domain.public, ask)
+        await luns.refuse_foreign(svc, row.public, domain.public)
         prepared.append(_prepared(svc, row.public, domain, ask.vm_id))
     return PreparedDisks(disks=tuple(prepared))
 

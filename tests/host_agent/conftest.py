@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import uvloop
 
+from host_agent.config import AgentConfig
+from host_agent.hypervisor import Hypervisor
 from tests.support.libvirt_host import LibvirtHost, new_host
 from tests.support.vms import VmHost, vm_host
 
@@ -34,6 +36,15 @@ async def qemu(libvirt_host: LibvirtHost, tmp_path: Path) -> AsyncIterator[VmHos
     """An agent's domain part on real QEMU."""
     async with vm_host(libvirt_host.uri, tmp_path) as made:
         yield made
+
+
+@pytest.fixture
+async def hypervisor() -> AsyncIterator[Hypervisor]:
+    """What is asked which LUNs are open; here nothing is."""
+    made = Hypervisor(AgentConfig(libvirt_uri="test:///default"))
+    await made.start()
+    yield made
+    await made.close()
 
 
 @pytest.fixture

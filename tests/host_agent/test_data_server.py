@@ -21,6 +21,7 @@ import pytest
 
 from host_agent import children, data_server, listening, transfers, volumes
 from host_agent.action import Host
+from host_agent.hypervisor import Hypervisor
 from tests.host_agent.test_volumes import hostile_images
 from tests.support.agent_host import IscsiTarget, iscsi_target, make_host, qemu_img, qemu_io, running
 from tests.support.certificates import make_certificate
@@ -94,8 +95,8 @@ def disk_of(source: VolumeSource) -> str:
 
 
 @pytest.fixture
-async def made(tmp_path: Path) -> AsyncIterator[Transfers]:
-    host = make_host(tmp_path / "state")
+async def made(tmp_path: Path, hypervisor: Hypervisor) -> AsyncIterator[Transfers]:
+    host = make_host(tmp_path / "state", hypervisor)
     certificate = make_certificate(tmp_path / "state" / "identity")
     domain = await connected_domain(host, tmp_path / "storage")
     serving = asyncio.create_task(data_server.serve(host))

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from host_agent import children, places, volumes
+from host_agent.hypervisor import Hypervisor
 from tests.support.agent_host import IscsiTarget, iscsi_target, make_host, qemu_img, qemu_io, running
 from tests.support.storage_domain import MIB, Domain, connect_target, connected_domain, lun
 from volery.contracts.domain import FileSource, ImageFormat
@@ -32,8 +33,10 @@ USER, PASSWORD = "volery", "chap-secret-12"
 
 
 @pytest.fixture
-async def domain(tmp_path: Path) -> Domain:
-    return await connected_domain(make_host(tmp_path / "state"), tmp_path / "storage, with a comma")
+async def domain(tmp_path: Path, hypervisor: Hypervisor) -> Domain:
+    return await connected_domain(
+        make_host(tmp_path / "state", hypervisor), tmp_path / "storage, with a comma"
+    )
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from tests.support.runtime import running
 from tests.support.scripted_agent import ScriptedAgent, scripted
 from tests.support.service_process import ServiceProcess, service_process
 from tests.support.stand_in import World, inventory
-from volery.contracts.agent import OpenLun, StorageDomainReport, VolumeReport
+from volery.contracts.agent import LunClaim, OpenLun, StorageDomainReport, VolumeReport
 from volery.contracts.base import Done, Owner
 from volery.contracts.cluster import DataCenter, GetById
 from volery.contracts.domain import FileSource, ImageFormat, IscsiSource, VolumeSource
@@ -103,6 +103,7 @@ class StorageHost:
     connected: dict[str, Any] = field(default_factory=dict)
     opened: dict[str, OpenTransfer] = field(default_factory=dict)
     open_luns: list[OpenLun] = field(default_factory=list)
+    claims: dict[int, LunClaim] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         acts: tuple[tuple[Any, Any], ...] = (
@@ -123,6 +124,7 @@ class StorageHost:
         self.agent.reports["storage"] = lambda: {
             "domains": tuple(self.look(domain_id) for domain_id in self.connected),
             "open_luns": tuple(self.open_luns),
+            "lun_claims": tuple(self.claims.values()),
         }
 
     def _guarded(self, kind: str, act: Any) -> Any:
@@ -224,6 +226,9 @@ class StorageHost:
             self.shelf.contents.pop(place, None)
         if place in self.shelf.contents:
             raise Refused(Kind.CONFLICT, f"LUN {ask.source.lun} isn't blank", rule="lun_content", offset=0)
+        self.claims[ask.source.lun] = LunClaim(
+            iqn=ask.source.iqn, lun=ask.source.lun, claim=ask.claim, disk_id=ask.disk_id
+        )
         return self._lun(ask.source)
 
     def create(self, ask: CreateVolume) -> VolumeInfo:

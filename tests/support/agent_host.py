@@ -90,11 +90,15 @@ class IscsiTarget:
             self._tgtadm("account", "new", "--user", user, "--password", password)
             self._tgtadm("account", "bind", "--tid", str(tid), "--user", user)
 
-    def add_lun(self, number: int, size_bytes: int, tid: int = 1) -> Path:
+    def add_lun(self, number: int, size_bytes: int, tid: int = 1, *, thin: bool = False) -> Path:
+        """`thin`: it says which of its blocks are zeros, and unmaps."""
         path = self.directory / f"target{tid}-lun{number}.img"
         with path.open("wb") as file:
             file.truncate(size_bytes)
-        self._tgtadm("logicalunit", "new", "--tid", str(tid), "--lun", str(number), "-b", str(path))
+        place = ("--tid", str(tid), "--lun", str(number))
+        self._tgtadm("logicalunit", "new", *place, "-b", str(path))
+        if thin:
+            self._tgtadm("logicalunit", "update", *place, "--params", "thin_provisioning=1")
         return path
 
 

@@ -139,14 +139,15 @@ class LibvirtHost:
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
 
-    def iscsi_target(self, iqn: str, user: str, password: str, lun_bytes: int) -> str:
+    def iscsi_target(self, iqn: str, user: str, password: str, lun_bytes: int, port: int = 3260) -> str:
         """A tgtd on this host with one target and one LUN (number 1); returns its portal. Ends with the host."""
-        image, control = self.path / "lun1.img", f"TGT_IPC_SOCKET={self.path}/tgtd.sock"
+        socket = self.path / f"tgtd-{port}.sock"
+        image, control = self.path / f"lun1-{port}.img", f"TGT_IPC_SOCKET={socket}"
         with image.open("wb") as file:
             file.truncate(lun_bytes)
-        portal = "127.0.0.1:3260"
+        portal = f"127.0.0.1:{port}"
         self.run("env", control, "tgtd", "--iscsi", f"portal={portal}")
-        wait_for(lambda: (self.path / "tgtd.sock.0").exists(), 10, "tgtd")
+        wait_for(lambda: socket.with_name(f"{socket.name}.0").exists(), 10, "tgtd")
 
         def admin(mode: str, op: str, *arguments: str) -> None:
             self.run("env", control, "tgtadm", "--lld", "iscsi", "--mode", mode, "--op", op, *arguments)

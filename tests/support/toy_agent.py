@@ -16,7 +16,7 @@ from host_agent.agent import Agent, Parts
 from host_agent.config import AgentConfig
 from host_agent.reports import Senses
 from tests.support.toy_host import TOYS
-from volery.contracts.agent import BridgeReport, HostCapabilities, OpenLun, StorageDomainReport
+from volery.contracts.agent import BridgeReport, HostCapabilities, LunClaim, OpenLun, StorageDomainReport
 from volery.contracts.metrics import HostSample
 from volery.runtime import config, telemetry
 
@@ -37,11 +37,19 @@ async def nothing_open(_host: Host) -> tuple[OpenLun, ...]:
     return ()
 
 
+async def nothing_claimed(_host: Host) -> tuple[LunClaim, ...]:
+    return ()
+
+
 async def sample(host: Host) -> HostSample:
     return HostSample(host_id=host.host_id, boot_id="", at=datetime.now(UTC))
 
 
-PARTS = Parts(actions=TOYS, senses=Senses(describe, nothing_stored, no_networks, nothing_open), sample=sample)
+PARTS = Parts(
+    actions=TOYS,
+    senses=Senses(describe, nothing_stored, no_networks, nothing_open, nothing_claimed),
+    sample=sample,
+)
 
 
 async def main() -> int:

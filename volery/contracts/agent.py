@@ -273,12 +273,22 @@ class OpenLun(Message):
     """What it is by the domain's alias or the order; "" for what Volery did not make."""
 
 
+class LunClaim(Message):
+    """The newest claim of a LUN that the host carried out: it tells an owner whose database is older than it."""
+
+    iqn: str
+    lun: int
+    claim: int
+    disk_id: str
+
+
 class StorageReported(FromHost):
     domains: tuple[StorageDomainReport, ...]
     orders: tuple[JournalOrder, ...] = ()
     gap: bool = False
     open_luns: tuple[OpenLun, ...] = ()
     """Of any target, connected here or not, whoever opened them."""
+    lun_claims: tuple[LunClaim, ...] = ()
 
 
 class BridgeReport(Message):

@@ -70,12 +70,15 @@ class IscsiTargets(Message):
 class ClaimLun(Message):
     """Prove that a LUN may become this disk's: nobody on the host has it open, and it reads as zeros from end to end.
 
-    Refused(conflict) with rule `lun_open` or `lun_content`. `overwrite` makes it blank instead of looking.
+    Refused(conflict) with rule `lun_open`, `lun_content`, or `lun_claimed` when the host knows of a later claim.
+    `overwrite` makes it blank instead of looking.
     """
 
     disk_id: str
     source: IscsiSource
     size_bytes: int
+    claim: int
+    """Counts the disks that this LUN was given to, in its owner's database."""
     overwrite: bool = False
 
 
