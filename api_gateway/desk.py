@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from api_gateway.auth import Attempts, Door
@@ -48,6 +48,7 @@ class Desk:
                 )
                 if not again or (call.mutates and not caller.request_id) or time.monotonic() + 0.1 >= until:
                     raise
+                caller = replace(caller, fresh=False)
 
 
 def make_desk(config: GatewayConfig, bus: Bus, trace_reads: float = 0.0) -> Desk:

@@ -46,7 +46,8 @@ def caller_of(http: Exchange, route: Route, body: bytes) -> Caller:
         return Caller(http.who)
     key = http.header(b"idempotency-key")
     request_id = new_id() if key is None else word("Idempotency-Key", key)
-    return Caller(http.who, request_id, body_hash(http.method.encode(), http.path.encode(), body))
+    digest = body_hash(http.method.encode(), http.path.encode(), body)
+    return Caller(http.who, request_id, digest, fresh=key is None)
 
 
 def wait_seconds(http: Exchange, desk: Desk) -> float:

@@ -44,6 +44,7 @@ ERROR_CODE_HEADER = "Nats-Service-Error-Code"
 PRINCIPAL_HEADER = "Volery-Principal"
 REQUEST_HEADER = "Volery-Request"
 HASH_HEADER = "Volery-Request-Hash"
+FRESH_HEADER = "Volery-Request-Fresh"
 LOST = "lost"
 """Detail of a refusal that nobody spoke: the question or its answer got lost. Ask again with the same id."""
 MAX_ANSWER_BYTES = 900_000
@@ -60,10 +61,15 @@ class Caller:
     request_hash: str = ""
     """Hash of method, path and body: another body under the same id is refused."""
 
+    fresh: bool = False
+    """The id was made for this very attempt: no earlier answer need be looked for."""
+
     def headers(self) -> dict[str, str]:
         found = {PRINCIPAL_HEADER: self.principal}
         if self.request_id:
             found |= {REQUEST_HEADER: self.request_id, HASH_HEADER: self.request_hash}
+        if self.fresh:
+            found[FRESH_HEADER] = "yes"
         return found
 
 
@@ -203,6 +209,7 @@ def caller_of(headers: dict[str, str] | None) -> Caller:
         headers.get(PRINCIPAL_HEADER, SOME_SERVICE.principal),
         headers.get(REQUEST_HEADER, ""),
         headers.get(HASH_HEADER, ""),
+        FRESH_HEADER in headers,
     )
 
 

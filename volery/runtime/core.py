@@ -23,6 +23,8 @@ from volery.runtime.quarantine import Quarantine
 from volery.runtime.tables import Change, Taken, commit
 
 REQUEST_CONSTRAINT = "request_pkey"
+ANSWER_FIRST_SECONDS = 0.002
+"""The facts of a request are relayed when its answer is on its way: in one process they would compete."""
 
 
 class Repeated(Exception):
@@ -86,7 +88,10 @@ class Core:
                 raise Repeated from None
             raise
         if any(change.facts for change in changes):
-            self.relay_wake.set()
+            if caller is None:
+                self.relay_wake.set()
+            else:
+                asyncio.get_running_loop().call_later(ANSWER_FIRST_SECONDS, self.relay_wake.set)
             await self.hint()
 
     async def commit_all(self, changes: Sequence[Change]) -> None:
@@ -134,8 +139,7 @@ def once(
     async def answer(question: Any, caller: Caller) -> Any:
         if not call.mutates or not caller.request_id:
             return await handler(service, question, caller)
-        first = await core.first_answer(caller)
-        if first is not None:
+        if not caller.fresh and (first := await core.first_answer(caller)) is not None:
             return first
         try:
             return await handler(service, question, caller)

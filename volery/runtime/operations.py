@@ -42,6 +42,8 @@ V = TypeVar("V")
 
 CANCEL_GRACE_SECONDS = 15.0
 PROGRESS_SECONDS = 0.5
+ANSWER_FIRST_SECONDS = 0.005
+"""An operation begins when the answer to its request is on its way: in one process they would compete."""
 LEFT_OPEN: tuple[type[BaseException], ...] = (Stale, *AWAY)
 """An operation that meets one of these is taken up again later."""
 
@@ -374,18 +376,18 @@ class Operations:
 
     def _started(self, row: Row[Operation, OperationPrivate]) -> None:
         if self.leading:
-            self._launch(row)
+            self._launch(row, ANSWER_FIRST_SECONDS)
         else:
             self.hint()
 
-    def _launch(self, row: Row[Operation, OperationPrivate]) -> None:
+    def _launch(self, row: Row[Operation, OperationPrivate], after_seconds: float = 0.0) -> None:
         if row.id in self.runs:
             return
         run = Run(self, row)
         if row.public.state is OperationState.CANCELLING or row.public.outcome_pending:
             run.reason = row.public.problem
             run.cancelling.set()
-        task = asyncio.create_task(self._drive(run))
+        task = asyncio.create_task(self._drive(run, after_seconds))
         self.runs[row.id] = (run, task)
         task.add_done_callback(lambda _: self.runs.pop(row.id, None))
 
@@ -433,9 +435,10 @@ class Operations:
         run.reason = run.reason or reason
         run.cancelling.set()
 
-    async def _drive(self, run: Run) -> None:
+    async def _drive(self, run: Run, after_seconds: float) -> None:
         """Run the procedure to its end; what leaves it open is only a lost leadership, or a database that is away."""
         try:
+            await asyncio.sleep(after_seconds)
             await self._run(run)
         except LEFT_OPEN as error:
             log.warning("operation %s will be taken up again: %s", run.id, error or type(error).__name__)
