@@ -83,22 +83,28 @@ class BusTransport(TcpTransport):
             return
         with contextlib.suppress(OSError):
             try:
-                await asyncio.wait_for(self._io_writer.wait_closed(), SHUTDOWN_SECONDS)
+                async with asyncio.timeout(SHUTDOWN_SECONDS):
+                    await self._io_writer.wait_closed()
             except TimeoutError:
                 self.abort()
 
 
 async def _reach(host: str, port: int, timeout_seconds: float) -> socket.socket:
-    """A TCP connection to any of the host's addresses. Raises OSError or TimeoutError."""
+    """A TCP connection to any of the host's addresses. Raises OSError or TimeoutError.
+
+    (Not with `asyncio.wait_for`: before Python 3.12 it swallows a cancellation that meets its end.)
+    """
     loop = asyncio.get_running_loop()
     failed: OSError | TimeoutError = OSError(f"{host} has no address")
-    found = await asyncio.wait_for(loop.getaddrinfo(host, port, type=socket.SOCK_STREAM), timeout_seconds)
+    async with asyncio.timeout(timeout_seconds):
+        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     for family, kind, protocol, _, address in found:
         attempt = socket.socket(family, kind, protocol)
         try:
             attempt.setblocking(False)
             attempt.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            await asyncio.wait_for(loop.sock_connect(attempt, address), timeout_seconds)
+            async with asyncio.timeout(timeout_seconds):
+                await loop.sock_connect(attempt, address)
             return attempt
         except (OSError, TimeoutError) as error:
             attempt.close()
