@@ -31,6 +31,8 @@ class EventName(StrEnum):
     JOB_COMPLETED = "job_completed"
     MEMORY_FAILURE = "memory_failure"
     CONTROL_ERROR = "control_error"
+    METADATA_CHANGED = "metadata_changed"
+    """Also what Volery keeps in the domain: its epoch."""
     CONNECTED = "connected"
     """libvirtd answers (again): events in between are lost, so list everything."""
     DISCONNECTED = "disconnected"
@@ -57,6 +59,11 @@ class HypervisorEvent:
         return self.name in _CHANGES_REPORT
 
     @property
+    def changes_state_only(self) -> bool:
+        """Whether everything else in the domain's report stays as it was."""
+        return self.name is EventName.LIFECYCLE and self.details.get("event") in ("suspended", "resumed")
+
+    @property
     def happened(self) -> bool:
         """Whether it is told to the domain's owner as an event of its own, besides the domain's state."""
         return self.name in _HAPPENINGS
@@ -69,6 +76,7 @@ _CHANGES_REPORT = frozenset(
         EventName.DEVICE_ADDED,
         EventName.DEVICE_REMOVED,
         EventName.AGENT_LIFECYCLE,
+        EventName.METADATA_CHANGED,
         EventName.UNRESPONSIVE,
         EventName.RESPONSIVE,
         EventName.GUEST_CHANGED,
@@ -77,6 +85,7 @@ _CHANGES_REPORT = frozenset(
 _HAPPENINGS = frozenset(EventName) - {
     EventName.LIFECYCLE,
     EventName.DEVICE_ADDED,
+    EventName.METADATA_CHANGED,
     EventName.CONNECTED,
     EventName.DISCONNECTED,
     EventName.UNRESPONSIVE,
@@ -248,6 +257,9 @@ EVENTS: tuple[EventRow, ...] = (
         _worded(EventName.MEMORY_FAILURE, recipient=_MEMORY_RECIPIENT, action=_MEMORY_ACTION, flags=None),
     ),
     EventRow(libvirt.VIR_DOMAIN_EVENT_ID_CONTROL_ERROR, _plain(EventName.CONTROL_ERROR)),
+    EventRow(
+        libvirt.VIR_DOMAIN_EVENT_ID_METADATA_CHANGE, _plain(EventName.METADATA_CHANGED, "kind", "namespace")
+    ),
 )
-"""Left out: BALLOON_CHANGE, METADATA_CHANGE, TUNABLE, RTC_CHANGE, GRAPHICS and DISK_CHANGE (nobody acts on them);
+"""Left out: BALLOON_CHANGE, TUNABLE, RTC_CHANGE, GRAPHICS and DISK_CHANGE (nobody acts on them);
 PMSUSPEND and PMWAKEUP, which come as LIFECYCLE too; BLOCK_JOB and IO_ERROR, which have newer forms above."""

@@ -158,16 +158,17 @@ class Hypervisor(Connections):
         """Every domain of this host, also those that Volery did not make. Works while domains hang."""
         return await self._listing("list the domains", lambda c: self._reports(c.listAllDomains(0)))
 
-    async def domain(self, vm_id: str) -> DomainReport:
-        """One domain now; state GONE when this host doesn't have it."""
+    async def domain(self, vm_id: str, known: DomainReport | None = None) -> DomainReport:
+        """One domain now; state GONE when this host doesn't have it. `known`: only its state may differ from that."""
 
         def look(connection: Any) -> list[DomainReport]:
-            try:
-                return self._reports([connection.lookupByUUIDString(vm_id)])
-            except libvirt.libvirtError as error:
-                if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
-                    return []
-                raise
+            with _unless_gone():
+                domain = connection.lookupByUUIDString(vm_id)
+                if known is None:
+                    return self._reports([domain])
+                state, reason = state_of(*domain.state(), leaving=vm_id in self.leaving)
+                return [msgspec.structs.replace(known, state=state, reason=reason)]
+            return []
 
         found = await self._listing(f"look at VM {vm_id}", look)
         gone = DomainReport(vm_id=vm_id, epoch=0, order_seq=0, name="", state=DomainState.GONE)
@@ -339,9 +340,7 @@ class Hypervisor(Connections):
         """Replace what Volery keeps in the domain (`domxml.metadata_xml`)."""
         kind = libvirt.VIR_DOMAIN_METADATA_ELEMENT
         await self._on(
-            vm_id,
-            "mark",
-            lambda d: d.setMetadata(kind, element, "volery", domxml.NAMESPACE, LIVE),
+            vm_id, "mark", lambda d: d.setMetadata(kind, element, "volery", domxml.NAMESPACE, LIVE)
         )
 
     # Devices
