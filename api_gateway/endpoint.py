@@ -20,6 +20,8 @@ from volery.runtime.core import body_hash
 _HEAD = re.compile(rb'\{"id":"([^"\\]{1,128})","revision":(\d{1,18})[,}]')
 """How the document of every entity begins: msgspec writes a struct's fields in their order."""
 _NEXT = re.compile(rb',"next":"([^"\\]+)"\}\Z')
+_TOKEN_BYTES = 8192
+"""The longest end of a page in which its token is looked for."""
 _WAIT = re.compile(r"(?:^|[,;\s])wait=(\d{1,4})(?:$|[,;\s])")
 
 
@@ -87,7 +89,7 @@ async def _answer_page(route: Route, desk: Desk, http: Exchange, answer: bytes) 
 
 def next_link(http: Exchange, query: dict[str, str], answer: bytes) -> list[tuple[bytes, bytes]]:
     """`Link: <…>; rel="next"` when the page has a next one."""
-    found = _NEXT.search(answer)
+    found = _NEXT.search(answer, max(0, len(answer) - _TOKEN_BYTES))
     if found is None:
         return []
     target = f"{http.path}?{urlencode({**query, 'page': found[1].decode()})}"

@@ -24,7 +24,7 @@ from volery.contracts.liveness import (
 )
 from volery.contracts.operation import ListQuery
 from volery.runtime.bus import Caller
-from volery.runtime.pages import page
+from volery.runtime.pages import plain_page
 from volery.runtime.service import Part
 from volery.runtime.tables import Change, Stale
 
@@ -219,7 +219,7 @@ async def get_liveness(ha: Ha, ask: GetById, caller: Caller) -> HostLiveness:
 
 @part.answers(LIST_LIVENESS)
 async def list_liveness(ha: Ha, ask: ListQuery, caller: Caller) -> Any:
-    raw = await page(ha.core.pool, store.LIVENESS, ask)
+    raw = await plain_page(ha.core.pool, store.LIVENESS, ask)
     if ask.fields:
         return raw
     answer = msgspec.json.decode(raw, type=_Page)

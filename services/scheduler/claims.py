@@ -89,7 +89,7 @@ async def _release(scheduler: Scheduler, rows: list[Row[Claim, store.ClaimPrivat
 
 
 @part.answers(LIST_CLAIMS)
-async def list_claims(scheduler: Scheduler, ask: ListQuery, caller: Caller) -> msgspec.Raw:
+async def list_claims(scheduler: Scheduler, ask: ListQuery, caller: Caller) -> Any:
     return await page(scheduler.core.pool, store.CLAIMS, ask)
 
 

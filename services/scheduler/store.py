@@ -21,7 +21,7 @@ from volery.contracts.network import Network
 from volery.contracts.operation import ListQuery
 from volery.contracts.scheduling import CLAIM_CHANGED, CLAIM_DELETED, Claim, Placement
 from volery.contracts.vm import Vm
-from volery.runtime.pages import page
+from volery.runtime.pages import plain_page
 from volery.runtime.tables import Change, Row, Table
 
 Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
@@ -397,7 +397,7 @@ async def networks(pool: Pool, condition: str = "true", *arguments: Any) -> list
 
 async def capacity_page(pool: Pool, query: ListQuery) -> tuple[list[dict[str, msgspec.Raw]], str]:
     """Hosts as documents without their CPU load, which no table has, and the token of the next page."""
-    raw = await page(pool, CAPACITY, query)
+    raw = await plain_page(pool, CAPACITY, query)
     answer = msgspec.json.decode(raw, type=dict[str, Any])
     items = [{k: msgspec.Raw(msgspec.json.encode(v)) for k, v in item.items()} for item in answer["items"]]
     return items, answer["next"]

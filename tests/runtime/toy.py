@@ -28,10 +28,12 @@ class Toy(Entity):
     name: str
     count: int = 0
     busy_with: str = ""
+    note: str = ""
 
 
 class CreateToy(Message):
     name: str
+    note: str = ""
 
 
 class Bump(Message):
@@ -83,7 +85,7 @@ part = Part()
 @part.answers(CREATE_TOY)
 async def create(box: ToyBox, ask: CreateToy, caller: Caller) -> Toy:
     now = datetime.now(UTC)
-    toy = Toy(id=new_id(), revision=1, created_at=now, updated_at=now, name=ask.name)
+    toy = Toy(id=new_id(), revision=1, created_at=now, updated_at=now, name=ask.name, note=ask.note)
     try:
         await box.core.commit(TOYS.insert(toy, Nothing()), caller=caller, answer=toy)
     except Taken:

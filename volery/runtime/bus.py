@@ -33,6 +33,7 @@ from volery.runtime.bus_client import open_client
 from volery.runtime.config import BusConfig
 from volery.runtime.connection import connect_options
 from volery.runtime.database import AWAY
+from volery.runtime.packing import ENCODING, ENCODING_HEADER, Packed, pack, unpack
 
 log = logging.getLogger(__name__)
 
@@ -195,7 +196,7 @@ class Bus:
             problem = _problem(message)
             if problem is not None:
                 raise Refused(problem.kind, problem.message, **problem.details)
-            return message.data
+            return unpack(message.data, message.headers)
 
 
 SOME_SERVICE = Caller("service")
@@ -260,7 +261,7 @@ class Answers:
                 try:
                     question = self.bus.decoder(call.question).decode(request.data)
                     answer = await handler(question, caller_of(request.headers))
-                    await request.respond(_body(answer))
+                    await _respond(request, answer)
                 except Exception as error:  # the runtime's own loop: a bug is logged, never sent
                     refused = self._refusal(call.subject, error, span)
                     outcome = refused.kind.value
@@ -298,11 +299,13 @@ class Answers:
             await self.micro.stop()
 
 
-def _body(answer: Any) -> bytes:
-    body = bytes(answer) if isinstance(answer, (msgspec.Raw, bytes)) else encode(answer)
+async def _respond(request: Request, answer: Any) -> None:
+    if isinstance(answer, msgspec.Raw):
+        answer = bytes(answer)
+    body = pack(answer if isinstance(answer, bytes) else encode(answer))
     if len(body) > MAX_ANSWER_BYTES:
         raise Refused(Kind.TOO_LARGE, f"the answer has {len(body)} bytes; ask for a smaller page")
-    return body
+    await request.respond(body, {ENCODING_HEADER: ENCODING} if isinstance(body, Packed) else None)
 
 
 def _database_away(name: str) -> Refused:

@@ -10,11 +10,14 @@ import msgspec
 
 from volery.contracts.errors import invalid
 from volery.contracts.operation import ListQuery
+from volery.runtime.packing import pack
 from volery.runtime.tables import Table
 
 MAX_PAGE = 1000
-MAX_PAGE_BYTES = 850_000
-"""Below what one answer may carry; a page that would be larger is cut short."""
+MAX_PAGE_BYTES = 3_000_000
+"""A page that would be larger is cut short."""
+MAX_CARRIED_BYTES = 850_000
+"""Below what one answer may carry once it is packed; a page that can't be packed well is cut to it."""
 
 
 def _token(values: tuple[Any, ...]) -> str:
@@ -38,12 +41,30 @@ async def page(
     query: ListQuery,
     condition: str = "true",
     *arguments: Any,
-) -> msgspec.Raw:
-    """A page as JSON bytes: `{"items":[…],"next":"…"}`.
+) -> bytes:
+    """A page as an answer: JSON bytes `{"items":[…],"next":"…"}`, packed where they are many.
 
     `condition` is the store's own and uses $1… for `arguments`. Raises Refused(invalid) for a column that isn't
     one, a page size outside 1 to 1000, or a foreign token.
     """
+    found = await _find(pool, table, query, condition, *arguments)
+    packed = pack(_assemble(found, query, MAX_PAGE_BYTES))
+    return packed if len(packed) <= MAX_CARRIED_BYTES else _assemble(found, query, MAX_CARRIED_BYTES)
+
+
+async def plain_page(pool: asyncpg.Pool[asyncpg.Record], table: Table[Any, Any], query: ListQuery) -> bytes:
+    """A page's JSON for a service that adds to it before it answers. Raises like `page`."""
+    return _assemble(await _find(pool, table, query), query, MAX_CARRIED_BYTES)
+
+
+async def _find(
+    pool: asyncpg.Pool[asyncpg.Record],
+    table: Table[Any, Any],
+    query: ListQuery,
+    condition: str = "true",
+    *arguments: Any,
+) -> list[asyncpg.Record]:
+    """One row more than the page has: doc, then what it is ordered by."""
     if not 1 <= query.limit <= MAX_PAGE:
         raise invalid(f"a page has 1 to {MAX_PAGE} items, not {query.limit}")
     values: list[Any] = list(arguments)
@@ -72,10 +93,10 @@ async def page(
             raise invalid("the page token belongs to another order_by; start without `page`")
         conditions.append(f"({', '.join(keys)}) {comparison} ({', '.join(slot(str(b)) for b in bounds)})")
     sql = (
-        f"select id, doc, {keys[0]} as k from {table.name} where {' and '.join(conditions)} "
+        f"select doc, {', '.join(keys)} from {table.name} where {' and '.join(conditions)} "
         f"order by {', '.join(f'{key} {direction}' for key in keys)} limit {query.limit + 1}"
     )
-    return _assemble(await pool.fetch(sql, *values), query, len(keys) == 2)
+    return await pool.fetch(sql, *values)
 
 
 def _known(table: Table[Any, Any], column: str) -> None:
@@ -86,25 +107,31 @@ def _known(table: Table[Any, Any], column: str) -> None:
         )
 
 
-def _assemble(records: list[asyncpg.Record], query: ListQuery, with_key: bool) -> msgspec.Raw:
-    items: list[bytes] = []
-    size, last = 0, None
-    for record in records[: query.limit]:
-        doc = _only(record["doc"].encode(), query.fields)
-        if items and size + len(doc) > MAX_PAGE_BYTES:
-            break
-        items.append(doc)
-        size += len(doc) + 1
-        last = record
-    more = len(records) > len(items)
+def _assemble(records: list[asyncpg.Record], query: ListQuery, most_bytes: int) -> bytes:
+    """The page of as many rows as fit, at least one."""
+    docs = [record["doc"] for record in records[: query.limit]]
+    if query.fields:
+        docs = [_only(doc, query.fields) for doc in docs]
+    items = ",".join(docs).encode()
+    if len(items) > most_bytes:
+        del docs[_fitting(docs, most_bytes) :]
+        items = ",".join(docs).encode()
     token = ""
-    if more and last is not None:
-        token = _token((last["k"], last["id"]) if with_key else (last["id"],))
-    return msgspec.Raw(b'{"items":[' + b",".join(items) + b'],"next":"' + token.encode() + b'"}')
+    if len(records) > len(docs):
+        _, *keys = records[len(docs) - 1].values()
+        token = _token(tuple(keys))
+    return b'{"items":[' + items + b'],"next":"' + token.encode() + b'"}'
 
 
-def _only(doc: bytes, fields: tuple[str, ...]) -> bytes:
-    if not fields:
-        return doc
+def _fitting(docs: list[str], most_bytes: int) -> int:
+    size = 0
+    for number, doc in enumerate(docs):
+        size += len(doc.encode()) + 1
+        if size > most_bytes:
+            return max(number, 1)
+    return len(docs)
+
+
+def _only(doc: str, fields: tuple[str, ...]) -> str:
     whole = msgspec.json.decode(doc, type=dict[str, msgspec.Raw])
-    return msgspec.json.encode({k: v for k, v in whole.items() if k in fields or k == "id"})
+    return msgspec.json.encode({k: v for k, v in whole.items() if k in fields or k == "id"}).decode()
