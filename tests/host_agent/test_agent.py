@@ -35,7 +35,16 @@ from volery.contracts.agent import (
 )
 from volery.contracts.base import Order, encode, fill
 from volery.contracts.domain import DomainSpec, DomainState
-from volery.contracts.domain_orders import RUN_DOMAIN, STOP_DOMAIN, RunDomain, StopDomain, StopMethod
+from volery.contracts.domain_orders import (
+    ACT_ON_DOMAIN,
+    RUN_DOMAIN,
+    STOP_DOMAIN,
+    ActOnDomain,
+    DomainAction,
+    RunDomain,
+    StopDomain,
+    StopMethod,
+)
 
 
 @pytest.fixture
@@ -107,6 +116,29 @@ async def test_it_runs_and_stops_a_domain_and_says_so(agent: AgentProcess, ear: 
     assert ack.state is OrderState.REFUSED
     numbers = [fact.seq for name, fact in ear.facts if name.startswith("inventory.")]
     assert numbers == sorted(numbers)
+
+
+async def test_it_says_a_new_epoch_at_once_and_keeps_it_through_a_pause(
+    agent: AgentProcess, ear: Listener
+) -> None:
+    agent.start()
+    vm_id = str(uuid.uuid4())
+
+    async def said(epoch: int, state: DomainState) -> None:
+        await ear.until(
+            lambda: any(
+                (f.domain.epoch, f.domain.state) == (epoch, state)
+                for f in ear.of("inventory.domain_changed")[-1:]
+            )
+        )
+
+    await ear.send(await ear.order(RUN_DOMAIN, RunDomain(vm_id=vm_id, spec=spec(vm_id)), epoch=1))
+    await said(1, DomainState.RUNNING)
+    await ear.send(await ear.order(RUN_DOMAIN, RunDomain(vm_id=vm_id, spec=spec(vm_id)), epoch=2))
+    await said(2, DomainState.RUNNING)
+    pause = ActOnDomain(vm_id=vm_id, action=DomainAction.PAUSE)
+    await ear.send(await ear.order(ACT_ON_DOMAIN, pause, epoch=2))
+    await said(2, DomainState.PAUSED)
 
 
 async def test_it_describes_itself(agent: AgentProcess, ear: Listener) -> None:
