@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Mapping
 
@@ -99,8 +100,10 @@ async def domain_spec(
     inv: Inventory, vm: Vm, host_id: str, run_once: RunOnce | None, caller: Caller
 ) -> DomainSpec:
     """The VM as this host must run it. Raises Refused when the host lacks a volume or a network."""
-    volumes = await prepared_disks(inv, vm.id, host_id, disk_ids(vm, run_once), caller)
-    bridges = await prepared_bridges(inv, host_id, network_ids(vm), caller)
+    volumes, bridges = await asyncio.gather(
+        prepared_disks(inv, vm.id, host_id, disk_ids(vm, run_once), caller),
+        prepared_bridges(inv, host_id, network_ids(vm), caller),
+    )
     once = run_once or RunOnce()
     cluster = (await CLUSTERS.get(inv.core.pool, vm.cluster_id)).public
     cdroms = list(vm.cdroms)

@@ -248,25 +248,22 @@ async def _set_host(inv: Inventory, vm_id: str, epoch: int, host_id: str) -> Non
 
 async def _run_on(inv: Inventory, run: Run, ask: Starting, attempt: int, epoch: int, host_id: str) -> None:
     row = await VMS.get(inv.core.pool, ask.vm_id)
-    once = ask.run_once
+    once, prepared = ask.run_once, list[DomainSpec]()
 
-    async def prepare() -> DomainSpec:
-        return await domain_spec(inv, row.public, host_id, once, run.caller)
+    async def prepare() -> None:
+        prepared.append(await domain_spec(inv, row.public, host_id, once, run.caller))
 
-    # The spec holds secrets, so it isn't recorded with the operation: preparing is cheap to do again.
-    await run.step(f"prepare-{attempt}", "Preparing disks and networks", lambda: _discard(prepare()))
+    await run.step(f"prepare-{attempt}", "Preparing disks and networks", prepare)
+    if not prepared:  # done before a crash; the spec holds secrets, so it isn't recorded with the operation
+        await prepare()
     question = RunDomain(
         vm_id=ask.vm_id,
-        spec=await prepare(),
+        spec=prepared[-1],
         paused=bool(once and once.paused),
         restore_path=row.private.saved_path,
     )
     await run.order(f"run-{attempt}", "Starting QEMU", RUN_DOMAIN, question, host_id=host_id, epoch=epoch)
     await _settle_running(inv, ask, epoch, host_id)
-
-
-async def _discard(work: object) -> None:
-    await work  # type: ignore[misc]
 
 
 async def _settle_running(inv: Inventory, ask: Starting, epoch: int, host_id: str) -> None:
