@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from api_gateway.service import gateway
-from volery.runtime.service import run
+from volery.runtime.programs import run
 
 if __name__ == "__main__":
     run(gateway)

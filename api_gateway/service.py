@@ -20,7 +20,7 @@ from api_gateway.routes import SOCKETS, TABLE
 from volery.runtime import telemetry
 from volery.runtime.bus import open_bus
 from volery.runtime.config import read
-from volery.runtime.service import Settings
+from volery.runtime.programs import Settings
 from volery.runtime.tasks import end
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class Server(uvicorn.Server):
 
 
 class Gateway:
-    """Run it with `volery.runtime.service.run`, alone or beside the services."""
+    """Run it with `volery.runtime.programs.run`, alone or beside the services."""
 
     name = NAME
     config = GatewayConfig

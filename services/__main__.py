@@ -9,6 +9,6 @@ from services.inventory.service import service as inventory
 from services.network.service import service as network
 from services.scheduler.service import service as scheduler
 from services.storage.service import service as storage
-from volery.runtime.service import run
+from volery.runtime.programs import run
 
 run(inventory, scheduler, storage, network, ha, dwh, gateway)

@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.runtime import Databases, settings
 from volery.runtime.config import DatabaseConfig
-from volery.runtime.service import Settings
+from volery.runtime.programs import Settings
 from volery.setup.embedded import Embedded, temporary_nats, temporary_postgres
 
 

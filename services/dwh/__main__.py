@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from services.dwh.service import service
-from volery.runtime.service import run
+from volery.runtime.programs import run
 
 if __name__ == "__main__":
     run(service)

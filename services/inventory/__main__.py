@@ -1,6 +1,6 @@
 """`python -m services.inventory`"""
 
 from services.inventory.service import service
-from volery.runtime.service import run
+from volery.runtime.programs import run
 
 run(service)

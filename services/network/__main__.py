@@ -1,6 +1,6 @@
 """`python -m services.network`"""
 
 from services.network.service import service
-from volery.runtime.service import run
+from volery.runtime.programs import run
 
 run(service)

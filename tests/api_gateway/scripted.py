@@ -33,7 +33,7 @@ from volery.contracts.operation import GET_OPERATION, LIST_OPERATIONS, Operation
 from volery.contracts.vm import Vm
 from volery.runtime.bus import Answers, Bus, Caller, open_bus
 from volery.runtime.config import BusConfig, DatabaseConfig, TelemetryConfig
-from volery.runtime.service import Settings
+from volery.runtime.programs import Settings
 
 SECRET = "s3cret_with_underscores"
 NOW = datetime(2026, 11, 20, tzinfo=UTC)

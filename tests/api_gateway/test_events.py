@@ -17,8 +17,8 @@ from tests.runtime.toy import BUMP_TOY, CREATE_TOY, Bump, CreateToy, Toy, toy_se
 from tests.support.runtime import running
 from volery.contracts.base import Owner
 from volery.runtime.bus import Bus
+from volery.runtime.programs import Settings
 from volery.runtime.relay import rebuild_stream
-from volery.runtime.service import Settings
 
 SMALL_RING = GatewayConfig(
     listen="127.0.0.1:0", ring_events=40, ring_preload_events=20, heartbeat_seconds=0.5, shutdown_seconds=2

@@ -25,7 +25,7 @@ from services.scheduler.service import service as scheduler
 from services.storage.service import service as storage
 from tests.support.runtime import running
 from volery.contracts.account import CREATE_USER, CreateUser
-from volery.runtime.service import Settings
+from volery.runtime.programs import Settings
 
 PASSWORD = "correct horse battery"
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"

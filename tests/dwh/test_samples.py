@@ -18,7 +18,7 @@ from tests.support.runtime import running
 from volery.contracts.errors import Kind, Refused
 from volery.contracts.history import QUERY_SAMPLES, Interval, QuerySamples
 from volery.runtime.config import DatabaseConfig
-from volery.runtime.service import Settings
+from volery.runtime.programs import Settings
 
 MINUTE = timedelta(minutes=1)
 

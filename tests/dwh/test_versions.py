@@ -32,8 +32,8 @@ from volery.contracts.ids import new_id
 from volery.contracts.vm import LIST_VMS, VM_CHANGED, Vm, VmStatus
 from volery.runtime.bus import Bus
 from volery.runtime.config import DatabaseConfig
+from volery.runtime.programs import Settings
 from volery.runtime.relay import rebuild_stream
-from volery.runtime.service import Settings
 from volery.runtime.tables import commit
 
 T0 = datetime(2026, 3, 10, 12, 0, tzinfo=UTC)

@@ -23,7 +23,7 @@ from volery.contracts.operation import ListQuery
 from volery.runtime.bus import Bus
 from volery.runtime.config import BusConfig, DatabaseConfig, TelemetryConfig
 from volery.runtime.identity import Realm
-from volery.runtime.service import Settings
+from volery.runtime.programs import Settings
 
 
 async def kinds(bus: Bus, host_id: str) -> dict[str, str]:

@@ -17,7 +17,7 @@ from volery.contracts.liveness import LIST_RESTARTS, VmRestart
 from volery.contracts.operation import ListQuery
 from volery.contracts.vm import VM_CHANGED, HighAvailability, Vm, VmStatus
 from volery.runtime.bus import Bus
-from volery.runtime.service import Settings
+from volery.runtime.programs import Settings
 
 
 def down(up: Vm, **fields: Any) -> Vm:

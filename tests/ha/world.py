@@ -32,7 +32,8 @@ from volery.contracts.vm import (
     VmStatus,
 )
 from volery.runtime.bus import Bus, Caller
-from volery.runtime.service import Service, Settings
+from volery.runtime.programs import Settings
+from volery.runtime.service import Service
 
 NOW = datetime.now(UTC)
 

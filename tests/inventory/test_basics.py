@@ -23,7 +23,7 @@ from volery.contracts.errors import Kind, Refused
 from volery.contracts.host import CREATE_HOST, CreateHost
 from volery.contracts.operation import ListQuery
 from volery.contracts.template import LIST_TEMPLATES
-from volery.runtime.service import Settings
+from volery.runtime.programs import Settings
 
 
 async def test_data_center_and_cluster(configured: Settings) -> None:

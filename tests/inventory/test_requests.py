@@ -24,7 +24,7 @@ from volery.contracts.vm import (
     UpdateVm,
 )
 from volery.runtime.bus import Bus, Caller
-from volery.runtime.service import Settings
+from volery.runtime.programs import Settings
 
 MIB = 1024 * 1024
 

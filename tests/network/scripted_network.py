@@ -32,7 +32,8 @@ from volery.contracts.network_orders import APPLY_NETWORKS, ApplyNetworks, HostN
 from volery.contracts.operation import GET_OPERATION, GetOperation, ListQuery, Operation
 from volery.runtime.bus import Bus
 from volery.runtime.database import open_direct
-from volery.runtime.service import Service, Settings
+from volery.runtime.programs import Settings
+from volery.runtime.service import Service
 
 
 @dataclass

@@ -25,7 +25,7 @@ from volery.contracts.network import (
     ReleaseNic,
     UpdateMacPool,
 )
-from volery.runtime.service import Settings
+from volery.runtime.programs import Settings
 
 FIRST = 0x566F1A000000
 

@@ -26,7 +26,7 @@ from volery.contracts.network import (
 from volery.contracts.network_orders import NetworkKind
 from volery.runtime.bus import Caller
 from volery.runtime.database import open_direct
-from volery.runtime.service import Settings
+from volery.runtime.programs import Settings
 
 
 async def insist(at: Plant, call: Any, ask: Any, caller: Caller | None = None) -> Any:

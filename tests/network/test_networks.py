@@ -30,7 +30,7 @@ from volery.contracts.network import (
 )
 from volery.contracts.network_orders import NetworkKind
 from volery.contracts.operation import ListQuery
-from volery.runtime.service import Settings
+from volery.runtime.programs import Settings
 
 
 async def test_a_network_gets_onto_every_host_and_can_be_prepared(configured: Settings) -> None:

@@ -12,7 +12,7 @@ from volery.contracts.base import Owner
 from volery.contracts.ids import new_id
 from volery.contracts.network import ALLOCATE_NIC, AllocateNic
 from volery.runtime.database import open_direct
-from volery.runtime.service import Settings
+from volery.runtime.programs import Settings
 
 
 async def test_addresses_of_vms_that_are_unknown_are_taken_back(configured: Settings) -> None:

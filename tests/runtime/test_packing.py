@@ -14,7 +14,7 @@ from tests.support.runtime import running
 from volery.contracts.operation import ListQuery, Page
 from volery.runtime import packing
 from volery.runtime.packing import ENCODING, ENCODING_HEADER, MAX_UNPACKED_BYTES, Packed, pack, unpack
-from volery.runtime.service import Settings
+from volery.runtime.programs import Settings
 
 HEADERS = {ENCODING_HEADER: ENCODING}
 

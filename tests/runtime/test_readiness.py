@@ -16,8 +16,8 @@ from volery.runtime import readiness
 from volery.runtime.bus import connect
 from volery.runtime.config import BusConfig, DatabaseConfig, TelemetryConfig
 from volery.runtime.identity import Realm
+from volery.runtime.programs import Settings, run_programs
 from volery.runtime.readiness import ServerState, problems, read_state
-from volery.runtime.service import Settings, run_programs
 
 ALONE = ServerState("n", "2.15.1", jetstream=True, sync_always=True, cluster_size=0)
 OF_THREE = ServerState("n1", "2.15.1", jetstream=True, sync_always=True, cluster_size=3)

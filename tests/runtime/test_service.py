@@ -25,8 +25,8 @@ from volery.contracts.cluster import GetById
 from volery.contracts.errors import Kind, Refused
 from volery.contracts.operation import GET_OPERATION, GetOperation, ListQuery, OperationState
 from volery.runtime.bus import Bus, Caller
+from volery.runtime.programs import Settings
 from volery.runtime.relay import rebuild_stream
-from volery.runtime.service import Settings
 from volery.runtime.tail import Broken, follow
 
 

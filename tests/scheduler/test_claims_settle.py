@@ -33,7 +33,7 @@ from volery.contracts.host import HOST_CHANGED
 from volery.contracts.scheduling import CONFIRM_CLAIM, PLACE, Claim, ClaimKey
 from volery.contracts.vm import VM_CHANGED, VM_DELETED, VmStatus
 from volery.runtime.config import DatabaseConfig
-from volery.runtime.service import Settings
+from volery.runtime.programs import Settings
 
 CONFIG = SchedulerConfig()
 NOW = datetime.now(UTC)

@@ -48,7 +48,7 @@ from volery.contracts.scheduling import (
 )
 from volery.runtime.bus import Bus, Caller
 from volery.runtime.config import DatabaseConfig
-from volery.runtime.service import Settings
+from volery.runtime.programs import Settings
 
 
 async def claims(bus: Bus) -> list[Claim]:

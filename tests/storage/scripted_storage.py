@@ -63,7 +63,8 @@ from volery.contracts.volume_orders import (
 )
 from volery.runtime.bus import Bus, Caller
 from volery.runtime.database import open_direct
-from volery.runtime.service import Service, Settings
+from volery.runtime.programs import Settings
+from volery.runtime.service import Service
 
 GIB = 1024**3
 MIB = 1024**2

@@ -42,7 +42,7 @@ from volery.contracts.storage import (
     UpdateDisk,
 )
 from volery.contracts.vm import VM_CHANGED, VmStatus
-from volery.runtime.service import Settings
+from volery.runtime.programs import Settings
 
 IQN = "iqn.2026-11.test:disks"
 
@@ -65,6 +65,13 @@ async def test_a_disk_is_made_attached_and_prepared(configured: Settings) -> Non
         assert (await attach(at, disk, vm_id)).uses[0].vm_id == vm_id
         again = await attach(at, disk, vm_id)
         assert len(again.uses) == 1
+        await at.new_disk(domain, "other")
+        of_vm = await at.bus.ask(LIST_DISKS, ListQuery(filter={"vm_id": vm_id}))
+        assert [json.loads(bytes(item))["id"] for item in of_vm.items] == [disk.id]
+        of_vm = await at.bus.ask(LIST_DISKS, ListQuery(filter={"vm_id": vm_id, "name": "other"}))
+        assert of_vm.items == ()
+        with pytest.raises(Refused, match="VM"):
+            await at.bus.ask(LIST_DISKS, ListQuery(filter={"vm_id": "'"}))
         ask = PrepareDisks(vm_id=vm_id, host_id=host_id, disk_ids=(disk.id,))
         prepared = (await at.bus.ask(PREPARE_DISKS, ask)).disks[0]
         path = f"/srv/data/{domain.id}/disks/{disk.id}.qcow2"

@@ -28,7 +28,7 @@ from volery.contracts.storage import (
     DomainKind,
     DomainStatus,
 )
-from volery.runtime.service import Settings
+from volery.runtime.programs import Settings
 
 
 async def test_a_new_domain_is_connected_on_every_host(configured: Settings) -> None:

@@ -53,7 +53,8 @@ from volery.contracts.storage import (
 )
 from volery.contracts.volume_orders import CREATE_VOLUME
 from volery.runtime.database import open_direct
-from volery.runtime.service import Service, Settings
+from volery.runtime.programs import Settings
+from volery.runtime.service import Service
 
 
 async def working(at: Site, disk_id: str) -> int:

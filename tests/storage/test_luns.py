@@ -39,7 +39,7 @@ from volery.contracts.storage import (
 )
 from volery.contracts.volume_orders import CLAIM_LUN, COPY_VOLUME, DELETE_VOLUME
 from volery.runtime.database import open_direct
-from volery.runtime.service import Settings
+from volery.runtime.programs import Settings
 
 IQN = "iqn.2026-11.test:disks"
 

@@ -20,6 +20,7 @@ from api_gateway.config import GatewayConfig
 from api_gateway.service import Gateway
 from services.inventory.service import service as inventory
 from services.storage.service import make_service
+from tests.support.agent_host import iscsi_target
 from tests.support.plane import (
     Agent,
     Plane,
@@ -215,6 +216,68 @@ async def test_an_upload_goes_on_after_the_agent_was_killed(plane: Plane, tmp_pa
         assert got.content[: len(content)] == content
         assert len(got.content) == 8 * MIB
         await at.post(f"/transfers/{down}/finish")
+
+
+async def test_images_go_to_a_lun_and_back_through_the_gateway(plane: Plane, tmp_path: Path) -> None:
+    """On the LUN as on a file: what was there goes, what wasn't sent reads as zeros, and it is blank in the end."""
+    user, password = "volery", "chap-secret-12"
+    (tmp_path / "target").mkdir()
+    with iscsi_target(tmp_path / "target", user, password) as target:
+        backing = target.add_lun(1, 16 * MIB, thin=True)
+        foreign = target.add_lun(2, 12 * MIB)
+        foreign.write_bytes(b"somebody's".ljust(12 * MIB, b"\0"))
+        async with real(plane, tmp_path / "data") as at:
+            ask = CreateStorageDomain(
+                name="san",
+                kind=DomainKind.ISCSI,
+                data_center_id=at.domain.data_center_id,
+                portal=target.portal,
+                iqn=target.iqn,
+                chap_user=user,
+                chap_password=password,
+            )
+            op = await at.done(await at.bus.ask(CREATE_STORAGE_DOMAIN, ask))
+            san = await at.bus.ask(GET_STORAGE_DOMAIN, GetById(id=op.object_id))
+            assert {lun.lun: lun.size_bytes for lun in san.luns} == {1: 16 * MIB, 2: 12 * MIB}
+            made = await at.bus.ask(
+                CREATE_DISK, CreateDisk(name="d", storage_domain_id=san.id, size_bytes=10 * MIB)
+            )
+            disk = await at.bus.ask(GET_DISK, GetById(id=(await at.done(made)).object_id))
+            assert disk.lun == 1, "the smaller one has something on it"
+            image = tmp_path / "image.qcow2"
+            content = random.Random(5).randbytes(3 * MIB)
+            (tmp_path / "raw").write_bytes(content.ljust(8 * MIB, b"\0"))
+            qemu_img("convert", "-O", "qcow2", str(tmp_path / "raw"), str(image))
+            sent = image.read_bytes()
+            sha256 = hashlib.sha256(sent).hexdigest()
+            body = {"disk_id": disk.id, "direction": "upload", "size_bytes": len(sent), "sha256": sha256}
+            transfer = await at.post("/transfers", body)
+            for offset in range(0, len(sent), MIB):
+                piece = sent[offset : offset + MIB]
+                put = await at.http.put(
+                    f"/transfers/{transfer}/data", params={"offset": offset}, content=piece
+                )
+                assert put.status_code == 200, put.text
+            await at.post(f"/transfers/{transfer}/finish")
+            disk = await at.bus.ask(GET_DISK, GetById(id=disk.id))
+            assert (disk.status, disk.sha256) == (DiskStatus.OK, sha256)
+            assert backing.read_bytes() == content.ljust(16 * MIB, b"\0")
+            for format, tail in (("raw", 16 * MIB), ("qcow2", 0)):
+                down = await at.post(
+                    "/transfers", {"disk_id": disk.id, "direction": "download", "format": format}
+                )
+                got = await at.http.get(f"/transfers/{down}/data")
+                assert got.status_code == 200, got.text
+                await at.post(f"/transfers/{down}/finish")
+                if tail:
+                    assert got.content == content.ljust(tail, b"\0")
+            (tmp_path / "back.qcow2").write_bytes(got.content)
+            qemu_img("compare", "-f", "qcow2", "-F", "raw", str(tmp_path / "back.qcow2"), str(backing))
+            await at.done(await at.bus.ask(DELETE_DISK, DeleteById(id=disk.id)))
+            assert not any(backing.read_bytes())
+            assert foreign.read_bytes().startswith(b"somebody's")
+            san = await at.bus.ask(GET_STORAGE_DOMAIN, GetById(id=san.id))
+            assert san.strangers == ("lun 2",)
 
 
 async def test_an_image_that_is_none_changes_nothing(plane: Plane, tmp_path: Path) -> None:

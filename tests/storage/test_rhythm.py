@@ -16,7 +16,7 @@ from volery.contracts.ids import new_id
 from volery.contracts.operation import ListQuery
 from volery.contracts.storage import GET_TRANSFER, LIST_TRANSFERS, DiskStatus
 from volery.runtime.database import open_direct
-from volery.runtime.service import Settings
+from volery.runtime.programs import Settings
 
 
 async def test_a_transfer_whose_time_is_up_is_cancelled_and_later_forgotten(configured: Settings) -> None:

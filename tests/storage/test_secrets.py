@@ -14,7 +14,7 @@ from tests.storage.test_transfers import opened
 from volery.contracts.base import Owner
 from volery.contracts.errors import Refused
 from volery.runtime.database import open_direct
-from volery.runtime.service import Settings
+from volery.runtime.programs import Settings
 
 SECRET = "chap-secret-word"
 

@@ -29,7 +29,7 @@ from volery.contracts.storage import (
 )
 from volery.contracts.vm import VmStatus
 from volery.contracts.volume_orders import TransferDirection
-from volery.runtime.service import Settings
+from volery.runtime.programs import Settings
 
 UPLOAD, DOWNLOAD = TransferDirection.UPLOAD, TransferDirection.DOWNLOAD
 

@@ -29,7 +29,7 @@ from volery.contracts.operation import ENDED, GET_OPERATION, GetOperation, Opera
 from volery.runtime.bus import Bus
 from volery.runtime.config import BusConfig, DatabaseConfig, TelemetryConfig
 from volery.runtime.permissions import OWNERS
-from volery.runtime.service import Program, Settings
+from volery.runtime.programs import Program, Settings
 from volery.runtime.signing import Key
 from volery.setup import servers
 from volery.setup.database import bootstrap_database

@@ -13,7 +13,8 @@ import asyncpg
 from volery.contracts.base import Owner
 from volery.runtime.bus import Bus, open_bus
 from volery.runtime.config import BusConfig, DatabaseConfig, TelemetryConfig
-from volery.runtime.service import Program, Service, Settings, run_programs
+from volery.runtime.programs import Program, Settings, run_programs
+from volery.runtime.service import Service
 from volery.setup.database import bootstrap_database
 from volery.setup.embedded import Embedded
 

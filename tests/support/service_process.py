@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from volery.runtime.service import Service, Settings
+from volery.runtime.programs import Settings
+from volery.runtime.service import Service
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,4 +1,4 @@
-"""A service: the table of what it answers, hears and runs; and `run`, which runs one of them or all.
+"""A service: the table of what it answers, hears and runs, and how it is served and led.
 
 Calls are answered by every replica. Background work (relay, hearing, operations, reconciling) is done by one
 replica at a time: whoever holds the session lock of the service's schema, under a fencing token that grows.
@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import random
-import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import asyncpg
 import nats.errors
-import uvloop
 
 from volery.contracts.agent import OrderFinished, OrderProgressed
 from volery.contracts.base import Call, Done, Fact, Owner
@@ -35,14 +32,14 @@ from volery.contracts.operation import (
 from volery.contracts.streams import REBUILD_STREAM, RebuildStream
 from volery.runtime import telemetry
 from volery.runtime.bus import Answers, Bus, Caller, connect, open_bus
-from volery.runtime.config import BusConfig, ConfigError, DatabaseConfig, TelemetryConfig, read
+from volery.runtime.config import read
 from volery.runtime.core import Core, once
 from volery.runtime.database import SchemaTooNew, migrate, open_direct, open_pool
 from volery.runtime.hear import FactHandler, Hearing, HostHearing, make_host_stream, table_of
 from volery.runtime.operations import Operations, Procedure
 from volery.runtime.orders import Beats, Orders
 from volery.runtime.pages import page
-from volery.runtime.readiness import until_synced
+from volery.runtime.programs import Settings
 from volery.runtime.relay import Log, Relay, rebuild_stream, stream_name
 from volery.runtime.signing import Signer, parse_creds
 from volery.runtime.tables import Change, Stale
@@ -54,8 +51,6 @@ F = TypeVar("F", bound=Callable[..., Awaitable[Any]])
 LEADER_LOCK = "volery-leader-"
 RESUME_SECONDS = 1.0
 HOUSEKEEPING_SECONDS = 600.0
-STOP_SECONDS = 30.0
-EXIT_STUCK = 70
 FOR_EVER_SECONDS = 1e7
 
 
@@ -106,30 +101,6 @@ class Part:
             return handler
 
         return add
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What every program in a process shares."""
-
-    bus: BusConfig
-    database: DatabaseConfig
-    telemetry: TelemetryConfig
-    environ: Mapping[str, str] | None = None
-    """Where each program reads its own section; None is the process's environment."""
-
-
-class Program(Protocol):
-    """Something `run` can run: a service, or the gateway."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def config(self) -> type[Any]:
-        """Its section of the settings, VOLERY_{NAME}_."""
-
-    async def main(self, settings: Settings, stop: asyncio.Event) -> None: ...
 
 
 async def _nothing(_: Operation) -> Sequence[Change]:
@@ -505,66 +476,3 @@ async def _sleep(stop: asyncio.Event, seconds: float) -> None:
         await asyncio.wait_for(stop.wait(), seconds)
     except TimeoutError:
         return
-
-
-async def run_programs(programs: Sequence[Program], settings: Settings, stop: asyncio.Event) -> None:
-    """Run all until `stop`, once the bus keeps what it acknowledges; if one crashes, all end with its exception."""
-
-    async def main(program: Program) -> None:
-        try:
-            await program.main(settings, stop)
-        finally:
-            stop.set()
-
-    await until_synced(settings.bus, stop)
-    if stop.is_set():
-        return
-    async with asyncio.TaskGroup() as group:
-        for program in programs:
-            group.create_task(main(program), name=str(program.name))
-
-
-def _tell_tasks() -> None:
-    """SIGUSR1: where every task is, for whoever wonders why nothing moves."""
-    for task in asyncio.all_tasks():
-        log.warning("task %s waits at %s", task.get_name(), " > ".join(_awaits(task.get_coro())))
-
-
-def _awaits(waiter: Any) -> Iterator[str]:
-    """From the outermost coroutine to what it waits for in the end."""
-    while waiter is not None:
-        frame = getattr(waiter, "cr_frame", None) or getattr(waiter, "gi_frame", None)
-        if frame is not None:
-            yield f"{frame.f_code.co_filename}:{frame.f_lineno}"
-        waiter = getattr(waiter, "cr_await", None) or getattr(waiter, "gi_yieldfrom", None)
-
-
-def run(*programs: Program) -> None:
-    """The whole of a program's `__main__`: read the settings, run until SIGTERM or SIGINT, end cleanly."""
-    try:
-        settings = Settings(
-            read("VOLERY_BUS_", BusConfig),
-            read("VOLERY_DATABASE_", DatabaseConfig),
-            read("VOLERY_TELEMETRY_", TelemetryConfig),
-        )
-        for program in programs:
-            read(f"VOLERY_{program.name.upper()}_", program.config)
-    except ConfigError as error:
-        raise SystemExit(f"volery: {error}") from None
-    telemetry.configure("-".join(str(p.name) for p in programs)[:60], settings.telemetry)
-
-    async def main() -> None:
-        stop = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop.set)
-        loop.add_signal_handler(signal.SIGUSR1, _tell_tasks)
-        running = asyncio.create_task(run_programs(programs, settings, stop))
-        await stop.wait()
-        await asyncio.wait([running], timeout=STOP_SECONDS)
-        if not running.done():
-            log.critical("something does not end; leaving, and whoever supervises us starts us again")
-            os._exit(EXIT_STUCK)
-        await running
-
-    uvloop.run(main())
