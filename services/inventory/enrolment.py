@@ -27,6 +27,7 @@ from volery.contracts.host import CREATE_HOST, RENEW_HOST_TOKEN, CreateHost, Hos
 from volery.contracts.ids import new_id
 from volery.runtime import checks
 from volery.runtime.bus import Caller
+from volery.runtime.core import shown_once
 from volery.runtime.identity import Realm, mint_agent
 from volery.runtime.service import Part
 from volery.runtime.tables import Row, Stale, Taken
@@ -49,6 +50,18 @@ def _answer(inv: Inventory, host: Host, secret: str) -> HostToken:
     token = _token(inv, secret)
     command = f"VOLERY_AGENT_ENROLMENT_TOKEN={token} python -m host_agent enrol"
     return HostToken(host=host, enrolment_token=token, command=command)
+
+
+def _shown(host: Host) -> bytes:
+    """Kept instead of the answer: a reader of the database must not find the token there."""
+    return shown_once(
+        conflict(
+            f"host {host.name} has been answered for under this Idempotency-Key; its enrolment token was shown then and "
+            f"is kept nowhere: make a new one with `volery host token {host.name}`",
+            host_id=host.id,
+            rule="shown_once",
+        )
+    )
 
 
 def _hash(secret: str) -> str:
@@ -80,7 +93,7 @@ async def create_host(inv: Inventory, ask: CreateHost, caller: Caller) -> HostTo
     )
     answer = _answer(inv, host, secret)
     try:
-        await inv.core.commit(HOSTS.insert(host, private), caller=caller, answer=answer)
+        await inv.core.commit(HOSTS.insert(host, private), caller=caller, answer=_shown(host))
     except Taken:
         raise name_taken("host", ask.name) from None
     return answer
@@ -99,7 +112,9 @@ async def renew_token(inv: Inventory, ask: RenewHostToken, caller: Caller) -> Ho
         )
         answer = _answer(inv, row.public, secret)
         try:
-            await inv.core.commit(HOSTS.update(row, row.public, private), caller=caller, answer=answer)
+            await inv.core.commit(
+                HOSTS.update(row, row.public, private), caller=caller, answer=_shown(row.public)
+            )
         except Stale:
             continue
         return answer

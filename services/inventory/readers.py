@@ -26,12 +26,13 @@ from volery.contracts.account import (
 )
 from volery.contracts.base import Done, Owner
 from volery.contracts.cluster import DeleteById
-from volery.contracts.errors import unavailable
+from volery.contracts.errors import conflict, unavailable
 from volery.contracts.ids import new_id
 from volery.contracts.operation import ListQuery
 from volery.runtime import checks
 from volery.runtime.bus import Caller
 from volery.runtime.connection import create_reader_consumers, delete_reader_consumers
+from volery.runtime.core import shown_once
 from volery.runtime.identity import Realm, mint_reader, reader_name
 from volery.runtime.pages import page
 from volery.runtime.relay import stream_name
@@ -70,10 +71,22 @@ async def create_reader(inv: Inventory, ask: CreateEventReader, caller: Caller) 
         inbox_prefix=f"_INBOX.{name}",
     )
     try:
-        await inv.core.commit(READERS.insert(reader, Nothing()), caller=caller, answer=answer)
+        await inv.core.commit(READERS.insert(reader, Nothing()), caller=caller, answer=_shown(reader))
     except Taken:
         raise name_taken("event reader", ask.name) from None
     return answer
+
+
+def _shown(reader: EventReader) -> bytes:
+    """Kept instead of the answer: a reader of the database must not find the credentials there."""
+    return shown_once(
+        conflict(
+            f"event reader {reader.name} was made under this Idempotency-Key; its credentials were shown then and are "
+            "kept nowhere: delete it and make it again",
+            reader_id=reader.id,
+            rule="shown_once",
+        )
+    )
 
 
 @part.answers(DELETE_EVENT_READER)

@@ -13,7 +13,7 @@ import msgspec
 import nats.errors
 
 from volery.contracts.base import Call, Owner, encode
-from volery.contracts.errors import Kind, Refused
+from volery.contracts.errors import Kind, Problem, Refused
 from volery.runtime.bus import Bus, Caller
 from volery.runtime.config import BusConfig
 from volery.runtime.hear import HostHearing
@@ -25,6 +25,10 @@ from volery.runtime.tables import Change, Taken, commit
 REQUEST_CONSTRAINT = "request_pkey"
 ANSWER_FIRST_SECONDS = 0.002
 """The facts of a request are relayed when its answer is on its way: in one process they would compete."""
+
+
+SHOWN_ONCE = b"!"
+"""Begins what is kept instead of an answer; no JSON begins so."""
 
 
 class Repeated(Exception):
@@ -120,7 +124,15 @@ class Core:
                 f"Idempotency-Key {caller.request_id} was used before for another request; use a new key",
                 key=caller.request_id,
             )
+        if row["answer"].startswith(SHOWN_ONCE):
+            kept = msgspec.json.decode(row["answer"][len(SHOWN_ONCE) :], type=Problem)
+            raise Refused(kept.kind, kept.message, **kept.details)
         return msgspec.Raw(row["answer"])
+
+
+def shown_once(refused: Refused) -> bytes:
+    """What to keep instead of an answer with a secret in it: a repeat is refused like this."""
+    return SHOWN_ONCE + encode(refused.problem())
 
 
 def _request(caller: Caller, answer: Any) -> Change:
