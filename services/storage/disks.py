@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from services.storage import disk_model, domain_model, lun_model, luns
 from services.storage.storage import Storage
-from services.storage.store import DISK_ID, DISK_LUN, DISKS, DiskPrivate, DomainPrivate, VmRow
+from services.storage.store import DISK_ID, DISK_LUN, DISKS, USED_BY, DiskPrivate, DomainPrivate, VmRow
 from volery.contracts.cluster import DeleteById, GetById
 from volery.contracts.errors import Refused, conflict, unavailable
 from volery.contracts.ids import new_id
@@ -292,4 +292,10 @@ async def get(svc: Storage, ask: GetById, caller: Caller) -> Any:
 
 @part.answers(LIST_DISKS)
 async def listed(svc: Storage, ask: ListQuery, caller: Caller) -> Any:
-    return await page(svc.core.pool, DISKS, ask)
+    """Filters: the disk's own columns, and `vm_id`, a VM that it is attached to."""
+    vm_id = ask.filter.get("vm_id")
+    if vm_id is None:
+        return await page(svc.core.pool, DISKS, ask)
+    others = {column: value for column, value in ask.filter.items() if column != "vm_id"}
+    wanted = replace(ask, filter=others)
+    return await page(svc.core.pool, DISKS, wanted, USED_BY, checked_id("VM", vm_id))

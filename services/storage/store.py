@@ -109,6 +109,8 @@ TRANSFERS: Table[Transfer, TransferPrivate] = Table(
     changed=TRANSFER_CHANGED,
     deleted=TRANSFER_DELETED,
 )
+USED_BY = "uses <> '[]' and position($1 in uses) > 0"
+"""Disks that a VM has; the argument is its id."""
 DOMAIN_NAME = "storage_domain_name"
 DOMAIN_IQN = "storage_domain_iqn"
 DISK_ID = "disk_pkey"
@@ -337,7 +339,7 @@ class Store:
         return {row.id: row for row in rows}
 
     async def disks_used_by(self, vm_id: str) -> list[Row[Disk, DiskPrivate]]:
-        return await DISKS.where(self.pool, "uses <> '[]' and position($1 in uses) > 0", vm_id)
+        return await DISKS.where(self.pool, USED_BY, vm_id)
 
     async def used_disks(self, domain_id: str) -> list[Row[Disk, DiskPrivate]]:
         return await DISKS.where(self.pool, "storage_domain_id = $1 and uses <> '[]'", domain_id)

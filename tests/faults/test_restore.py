@@ -13,6 +13,7 @@ import pytest
 from services.inventory.service import service as inventory
 from services.scheduler.service import service as scheduler
 from services.storage.service import service as storage
+from tests.support.agent_host import IscsiTarget, iscsi_target
 from tests.support.libvirt_host import LibvirtHost
 from tests.support.plane import (
     Plane,
@@ -30,13 +31,38 @@ from volery.contracts.errors import Kind, Refused
 from volery.contracts.health import GET_HEALTH, AskHealth, Health
 from volery.contracts.host import HostStatus
 from volery.contracts.operation import OperationState
-from volery.contracts.vm import CREATE_VM, GET_VM, START_VM, STOP_VM, CreateVm, StartVm, StopVm, VmStatus
+from volery.contracts.storage import (
+    ATTACH_DISK_TO,
+    CREATE_DISK,
+    CREATE_STORAGE_DOMAIN,
+    GET_DISK,
+    GET_STORAGE_DOMAIN,
+    AttachDiskTo,
+    CreateDisk,
+    CreateStorageDomain,
+    Disk,
+    DomainKind,
+)
+from volery.contracts.vm import (
+    CREATE_VM,
+    DELETE_VM,
+    GET_VM,
+    START_VM,
+    STOP_VM,
+    CreateVm,
+    DeleteVm,
+    NewDisk,
+    StartVm,
+    StopVm,
+    VmStatus,
+)
 from volery.runtime.bus import Bus
 from volery.runtime.permissions import OWNERS
 from volery.setup import servers
 from volery.setup.database import bootstrap_database
 
 pytestmark = pytest.mark.timeout(240)
+MIB = 1024 * 1024
 MEMORY = 32 * 1024 * 1024
 
 
@@ -126,3 +152,118 @@ async def test_an_older_database_waits_for_the_hosts(plane: Plane, machine: Libv
     finally:
         if agent is not None:
             agent.stop()
+
+
+async def quarantined(bus: Bus) -> bool:
+    return bool((await bus.ask(GET_HEALTH[Owner.STORAGE], AskHealth())).quarantine)
+
+
+async def made_disk(bus: Bus, san: str, name: str, **fields: object) -> Disk:
+    ask = CreateDisk(name=name, storage_domain_id=san, **{"size_bytes": 16 * MIB} | fields)  # type: ignore[arg-type]
+    op = await succeeded(bus, await bus.ask(CREATE_DISK, ask))
+    return await bus.ask(GET_DISK, GetById(id=op.object_id))
+
+
+async def withheld(bus: Bus, san: str) -> dict[int, str]:
+    found = await bus.ask(GET_STORAGE_DOMAIN, GetById(id=san))
+    return {lun.lun: lun.withheld for lun in found.luns if lun.withheld}
+
+
+async def vm_with(bus: Bus, cluster_id: str, name: str, disk_id: str) -> str:
+    disks = (NewDisk(disk_id=disk_id),)
+    ask = CreateVm(name=name, cluster_id=cluster_id, memory_bytes=MEMORY, disks=disks)
+    return (await succeeded(bus, await bus.ask(CREATE_VM, ask))).object_id
+
+
+async def test_a_lun_that_the_database_forgot_stays_its_disks(
+    plane: Plane, machine: LibvirtHost, tmp_path: Path
+) -> None:
+    """One LUN runs with a disk made after the backup though the database has another disk on it, one was given to a
+    disk that nobody runs, and one holds what only a look at it tells."""
+    agent = None
+    programs = (inventory, scheduler, storage)
+    with iscsi_target(tmp_path, address=machine.cable()) as target:
+        backing = [target.add_lun(number, 16 * MIB, thin=True) for number in (1, 2, 3, 4)]
+        try:
+            async with running_plane(plane, *programs) as bus:
+                cluster = await default_cluster(bus)
+                agent = await enrolled_agent(bus, plane, cluster, "h1", VOLERY_AGENT_LIBVIRT_URI=machine.uri)
+                agent.start()
+                host = await until_host(bus, agent.host.id, HostStatus.UP)
+                san = await made_san(bus, host.data_center_id, target)
+                old = await made_disk(bus, san, "old")
+                vm_id = await vm_with(bus, cluster.id, "old", old.id)
+            await copy_database(plane, "volery", "backup")
+            async with running_plane(plane, *programs) as bus:
+                await until_host(bus, agent.host.id, HostStatus.UP)
+                await succeeded(bus, await bus.ask(DELETE_VM, DeleteVm(id=vm_id)))
+                new = await made_disk(bus, san, "new")
+                idle = await made_disk(bus, san, "idle")
+                assert (old.lun, new.lun, idle.lun) == (1, 1, 2)
+                other = await vm_with(bus, cluster.id, "new", new.id)
+                await succeeded(bus, await bus.ask(START_VM, StartVm(id=other)))
+            agent.kill()
+            for lun, content in ((1, b"new"), (3, b"somebody's")):
+                with backing[lun - 1].open("r+b") as file:
+                    file.write(content)
+            qemu = machine.qemu(other)
+            await copy_database(plane, "backup", "volery")
+            async with running_plane(plane, *programs) as bus:
+                async with asyncio.timeout(20):
+                    while not await quarantined(bus):
+                        await asyncio.sleep(0.05)
+                with pytest.raises(Refused, match="quarantine"):
+                    await made_disk(bus, san, "x")
+                agent.start()
+                async with asyncio.timeout(60):
+                    while await quarantined(bus) or (await health(bus)).quarantine:
+                        await asyncio.sleep(0.1)
+                    await until_host(bus, agent.host.id, HostStatus.UP)
+                    while set(found := await withheld(bus, san)) != {1, 2}:
+                        await asyncio.sleep(0.1)
+                assert f"VM {other}" in found[1]
+                assert idle.id in found[2]
+                free = await made_disk(bus, san, "free")
+                assert free.lun == 4, "3 has something on it"
+                assert set(await withheld(bus, san)) == {1, 2, 3}
+                with pytest.raises(Refused, match="no free LUN") as refused:
+                    await made_disk(bus, san, "none")
+                assert "is not given away" in refused.value.message
+                with pytest.raises(Refused, match="has a disk already"):
+                    await made_disk(bus, san, "none", lun=1, overwrite=True)
+                # What was said in the lost time, such as that this VM was deleted, may still have been heard.
+                await bus.ask(ATTACH_DISK_TO, AttachDiskTo(disk_id=old.id, vm_id=vm_id))
+                start = await ended(bus, await bus.ask(START_VM, StartVm(id=vm_id)))
+                assert start.problem is not None
+                assert "may not use LUN 1" in start.problem.message
+                await succeeded(bus, await bus.ask(DELETE_VM, DeleteVm(id=vm_id)))
+                assert backing[0].read_bytes().startswith(b"new")
+                with pytest.raises(Refused, match=f"VM {other}"):
+                    await made_disk(bus, san, "none", lun=1, overwrite=True)
+                assert machine.qemu(other) == qemu
+                taken = await made_disk(bus, san, "taken", lun=2, overwrite=True)
+                assert taken.lun == 2
+                assert backing[2].read_bytes().startswith(b"somebody's")
+        except BaseException:
+            if agent is not None:
+                print(agent.log()[-6000:])
+            raise
+        finally:
+            if agent is not None:
+                agent.stop()
+
+
+async def made_san(bus: Bus, data_center_id: str, target: IscsiTarget) -> str:
+    ask = CreateStorageDomain(
+        name="san",
+        kind=DomainKind.ISCSI,
+        data_center_id=data_center_id,
+        portal=target.portal,
+        iqn=target.iqn,
+    )
+    async with asyncio.timeout(20):
+        while True:
+            try:
+                return (await succeeded(bus, await bus.ask(CREATE_STORAGE_DOMAIN, ask))).object_id
+            except Refused:  # storage has not heard yet that the host is up
+                await asyncio.sleep(0.05)

@@ -65,6 +65,7 @@ class IscsiTarget:
     password: str = ""
     iqn: str = "iqn.2026-11.test.volery:disks"
     port: int = field(default_factory=free_port)
+    address: str = "127.0.0.1"
 
     @property
     def environment(self) -> dict[str, str]:
@@ -73,7 +74,7 @@ class IscsiTarget:
 
     @property
     def portal(self) -> str:
-        return f"127.0.0.1:{self.port}"
+        return f"{self.address}:{self.port}"
 
     def _tgtadm(self, mode: str, op: str, *arguments: str) -> None:
         subprocess.run(
@@ -103,9 +104,11 @@ class IscsiTarget:
 
 
 @contextlib.contextmanager
-def iscsi_target(directory: Path, user: str = "", password: str = "") -> Iterator[IscsiTarget]:
+def iscsi_target(
+    directory: Path, user: str = "", password: str = "", address: str = "127.0.0.1"
+) -> Iterator[IscsiTarget]:
     """Started, and ended with everything that it made."""
-    target = IscsiTarget(directory, user, password)
+    target = IscsiTarget(directory, user, password, address=address)
     log = directory / "tgtd.log"
     with log.open("wb") as output:
         server = subprocess.Popen(
@@ -115,7 +118,7 @@ def iscsi_target(directory: Path, user: str = "", password: str = "") -> Iterato
             env=target.environment,
         )
     try:
-        _wait_for_port(target.port, server, log)
+        _wait_for_port((target.address, target.port), server, log)
         target.add_target(1, target.iqn, user, password)
         yield target
     finally:
@@ -123,12 +126,12 @@ def iscsi_target(directory: Path, user: str = "", password: str = "") -> Iterato
         server.wait()
 
 
-def _wait_for_port(port: int, server: subprocess.Popen[bytes], log: Path) -> None:
+def _wait_for_port(place: tuple[str, int], server: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + 10
     while True:
         if server.poll() is not None or time.monotonic() > deadline:
             raise AssertionError(f"tgtd does not listen: {log.read_text()}")
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+        with contextlib.suppress(OSError), socket.create_connection(place):
             return
         time.sleep(0.02)
 

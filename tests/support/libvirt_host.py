@@ -159,6 +159,21 @@ class LibvirtHost:
         admin("target", "bind", "--tid", "1", "-I", "ALL")
         return portal
 
+    def cable(self) -> str:
+        """A wire between this host and the machine: the machine's address on it. Ends with the host."""
+        number = uuid.uuid4().int % 16384
+        net = f"198.18.{number // 64}.{number % 64 * 4}".rsplit(".", 1)
+        ours, theirs = (f"{net[0]}.{int(net[1]) + last}" for last in (1, 2))
+        for command in (
+            ["link", "add", self.name, "type", "veth", "peer", "name", "wire", "netns", str(self.init_pid)],
+            ["addr", "add", f"{ours}/30", "dev", self.name],
+            ["link", "set", self.name, "up"],
+        ):
+            subprocess.run(["ip", *command], check=True)
+        self.run("ip", "addr", "add", f"{theirs}/30", "dev", "wire")
+        self.run("ip", "link", "set", "wire", "up")
+        return ours
+
     def hanging_file(self, size_bytes: int) -> tuple[Path, int]:
         """A raw image on a mount that hangs while the process, whose id is returned too, is stopped."""
         backing, mounted = self.path / "backing.raw", self.path / "mounted.raw"
