@@ -6,6 +6,7 @@ them that costs more than the whole rest of a GET.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import random
 import time
@@ -29,6 +30,10 @@ from volery.runtime import telemetry
 log = logging.getLogger(__name__)
 
 READS = frozenset({"GET", "HEAD"})
+_STOPPING = (
+    "this gateway is stopping and the outcome of the request is unknown: ask again in a few seconds, with the same "
+    "Idempotency-Key if it changes anything"
+)
 
 
 class GatewayApp(FastAPI):
@@ -79,6 +84,8 @@ class GatewayApp(FastAPI):
             await _refuse(http, str(refused.kind), refused.message, refused.details)
         except HttpRefused as refused:
             await _refuse(http, refused.kind, refused.message, None, refused.headers)
+        except asyncio.CancelledError:  # it stops, and what is still at work after its time of grace is cut
+            await _refuse(http, Kind.UNAVAILABLE, _STOPPING)
         except Exception:  # the gateway's own loop: a bug is logged with its trace, never sent
             log.exception("%s %s failed", method, http.path)
             await _refuse(http, Kind.INTERNAL, "something went wrong inside Volery; its log has the reason")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import httpx
 import msgspec
@@ -17,6 +18,9 @@ from tests.api_gateway.scripted import Deployed, Script, deployed
 from tests.api_gateway.sse_client import Ended, Follower, Received
 from volery.contracts.account import Scope
 from volery.contracts.base import Owner
+from volery.contracts.ids import new_id
+from volery.contracts.vm import GET_VM
+from volery.runtime.bus import Caller
 from volery.runtime.relay import stream_name
 from volery.setup.embedded import Embedded
 
@@ -287,3 +291,24 @@ async def test_a_stopping_gateway_lets_its_followers_go(nats: Embedded) -> None:
             await asyncio.wait_for(endless(one), 5)
         assert one.close_code == 1012
     assert asyncio.get_running_loop().time() - started < 5
+
+
+async def test_a_stopping_gateway_tells_whom_it_cuts(nats: Embedded) -> None:
+    asked = asyncio.Event()
+
+    async def never(question: Any, caller: Caller) -> None:
+        asked.set()
+        await asyncio.Event().wait()
+
+    script = Script()
+    script.on(GET_VM, never)
+    quick = GatewayConfig(listen="127.0.0.1:0", shutdown_seconds=1)
+    async with httpx.AsyncClient() as outside:
+        async with deployed(nats.url, script, quick) as gateway:
+            headers = {"authorization": f"Bearer {script.token()}"}
+            asking = asyncio.create_task(outside.get(f"{gateway.url}/api/v1/vms/{new_id()}", headers=headers))
+            await asyncio.wait_for(asked.wait(), 5)
+        answer = await asking
+    assert answer.status_code == 503
+    assert "Idempotency-Key" in answer.json()["detail"]
+    assert answer.headers["retry-after"] == "2"
