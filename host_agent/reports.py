@@ -50,6 +50,8 @@ from volery.contracts.errors import Refused
 log = logging.getLogger(__name__)
 
 REPORT_RETRY_SECONDS: Final = 2.0
+ASK_LIBVIRT: Final = (Owner.INVENTORY.value, Owner.STORAGE.value)
+"""Whose reports say what QEMU processes do."""
 REPORTED_TO: Final = (Owner.INVENTORY.value, Owner.STORAGE.value, Owner.NETWORK.value)
 
 
@@ -134,7 +136,7 @@ class Reporter:
                 self.ask(owner, rebase)
 
     async def _report(self, owner: str, rebase: bool) -> None:
-        if owner == Owner.INVENTORY:
+        if owner in ASK_LIBVIRT:  # before a number is kept, since what follows it waits
             await self._host.hypervisor.wait_connected(60.0)
         async with self._spool.report(owner, rebase) as reservation:
             report = await self._make[owner](reservation)

@@ -40,9 +40,11 @@ ROUTES = (
     _act("refresh", "refresh", "Look again at what is on the storage"),
     Route("POST", "/iscsi-discoveries", s.DISCOVER_TARGETS, DOMAINS, "Ask an iSCSI portal what it offers"),
     Route("GET", "/disks", s.LIST_DISKS, DISKS, "List disks", items=s.Disk,
-          expands={"storage_domain": ("storage_domain_id", s.GET_STORAGE_DOMAIN)}),
+          expands={"storage_domain": ("storage_domain_id", s.GET_STORAGE_DOMAIN)},
+          note="`filter.vm_id` finds those that a VM has."),
     Route("POST", "/disks", s.CREATE_DISK, DISKS, "Create a disk", hidden=("id", "attach_to"),
-          note="Empty, as a copy (`copy_of`), or imported from a URL (`import_url`)."),
+          note="Empty, as a copy (`copy_of`), or imported from a URL (`import_url`). A LUN with something on it is used "
+               "only when it is named (`lun`) together with `overwrite`."),
     Route("GET", "/disks/{id}", s.GET_DISK, DISKS, "Get a disk"),
     Route("PATCH", "/disks/{id}", s.UPDATE_DISK, DISKS, "Change a disk"),
     Route("DELETE", "/disks/{id}", s.DELETE_DISK, DISKS, "Delete a disk"),

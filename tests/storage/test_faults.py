@@ -441,3 +441,13 @@ async def test_facts_that_are_lost_for_good_are_made_up_by_lists(configured: Set
             centers = {row["id"] for row in await connection.fetch("select id from data_center")}
             assert centers == {at.center.id, other.id}
             assert await connection.fetchval("select count(*) from vm") == 0
+
+
+async def test_a_host_that_takes_no_order_is_said_to_and_why(configured: Settings) -> None:
+    configured = dataclasses.replace(configured, environ={"VOLERY_STORAGE_CONNECT_SECONDS": "1"})
+    async with site(configured, hosts=1) as at:
+        domain = await at.new_domain()
+        await at.hosts[0].agent.kill()
+        refresh = ActOnStorageDomain(id=domain.id, action="refresh")
+        message = await at.refused(await at.bus.ask(ACT_ON_STORAGE_DOMAIN, refresh))
+        assert "within 1 s how storage.connect ended: it does not answer on the bus" in message

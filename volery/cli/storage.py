@@ -103,6 +103,13 @@ def create_disk(
     iso: Annotated[bool, typer.Option("--iso", help="It is a CD image.")] = False,
     import_url: str = "",
     sha256: str = "",
+    lun: Annotated[int, typer.Option(help="This LUN of an iSCSI domain; else the smallest free one.")] = -1,
+    overwrite: Annotated[
+        bool, typer.Option(help="With --lun: destroy what is on it, though no disk explains it.")
+    ] = False,
+    wipe_after_delete: Annotated[
+        bool, typer.Option(help="Write zeros over its blocks when it is deleted.")
+    ] = False,
     wait: Wait = True,
     output_format: Output = Format.TABLE,
 ) -> None:
@@ -119,6 +126,9 @@ def create_disk(
             read_only=iso,
             import_url=import_url,
             sha256=sha256,
+            lun=lun,
+            overwrite=overwrite,
+            wipe_after_delete=wipe_after_delete,
         )
         work.finish(client, client.send(api.DISKS.create(question, Operation)), wait, output_format)
 

@@ -115,6 +115,8 @@ class Orders:
         default_factory=weakref.WeakValueDictionary
     )
     """(host, object) → who may give an order outside operations."""
+    hindered: dict[str, str] = field(default_factory=dict)
+    """Host → why the last order to it was not taken."""
 
     def give(
         self,
@@ -210,7 +212,8 @@ class Orders:
         except TimeoutError:
             raise Refused(
                 Kind.TIMEOUT,
-                f"host {host_id} did not say within {timeout_seconds:g} s how {order.kind} ended",
+                f"host {host_id} did not say within {timeout_seconds:g} s how {order.kind} ended: "
+                + self.hindered.get(host_id, "it has the order"),
                 host_id=host_id,
             ) from None
         return result.answer(order)
@@ -249,6 +252,8 @@ class Orders:
         at = self.hosts.positions.get(row["host_id"])
         beat_seq = self.beats.seq(row["host_id"])
         if at is None or beat_seq is None:
+            missing = "report" if at is None else "beat"
+            self.hindered[row["host_id"]] = f"no {missing} of it was heard yet, so no order can be sent to it"
             return False
         envelope = OrderEnvelope(
             order_id=order_id,
@@ -268,9 +273,14 @@ class Orders:
             deadline_seconds=row["deadline_seconds"],
             repeat_safe=row["repeat_safe"],
         )
-        return await self._take_ack(
-            order_id, await self._request(fill(ORDER_SUBJECT, envelope), encode(envelope))
-        )
+        ack = await self._request(fill(ORDER_SUBJECT, envelope), encode(envelope))
+        taken = await self._take_ack(order_id, ack)
+        if taken:
+            self.hindered.pop(envelope.host_id, None)
+        else:
+            problem = ack.problem.message if ack is not None and ack.problem is not None else ""
+            self.hindered[envelope.host_id] = problem or "it does not answer on the bus"
+        return taken
 
     async def _cancel(self, order_id: str) -> bool:
         cancel = CancelOrder(host_id=await self.host_of(order_id), order_id=order_id)
