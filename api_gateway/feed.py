@@ -72,6 +72,8 @@ class Source:
     kept_after: int = 0
     """Facts behind this position are in the ring."""
     known: bool = False
+    absent: bool = False
+    """Its stream wasn't there when it was first looked for: whoever followed since has read nothing of it."""
     live: bool = False
 
 
@@ -96,6 +98,8 @@ class Feed:
     generation: int = 0
     """Grows when an owner's history was rewritten: cursors of before are worth nothing."""
     closing: bool = False
+    looked: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set once every owner's stream was found, or found not to be there yet."""
     waiters: list[asyncio.Future[None]] = field(default_factory=list)
     _histories: tuple[str, ...] = (NO_HISTORY,) * COUNT
     _positions: list[int] = field(default_factory=lambda: [0] * COUNT)
@@ -140,7 +144,7 @@ class Feed:
             try:
                 await self._follow(source)
             except nats.js.errors.NotFoundError:
-                log.debug("the stream of %s isn't there yet", source.owner)
+                self._first_look(source, absent=True)
             except (Broken, nats.errors.Error, nats.js.errors.Error, TimeoutError) as error:
                 log.info("following %s again: %s", source.owner, error or type(error).__name__)
             source.live = False
@@ -151,8 +155,11 @@ class Feed:
         info = await self.client.jetstream(timeout=5).stream_info(stream)
         history = (info.config.metadata or {}).get("history", "")
         if not source.known or source.history != history:
-            newest = info.state.last_seq
-            self._begin(source, history, max(newest - self.preload_events, info.state.first_seq - 1, 0))
+            oldest = max(info.state.first_seq - 1, 0)
+            recent = oldest if source.absent else info.state.last_seq - self.preload_events
+            source.absent = False
+            self._begin(source, history, max(recent, oldest))
+            self._first_look(source)
         async with follow(self.client, stream, source.position) as tail:
             if tail.standing.history != source.history:
                 raise Broken("the stream was made anew with another history")
@@ -166,6 +173,11 @@ class Feed:
                 self._begin(source, source.history, tail.standing.first - 1)
             source.live = True
             await self._hear(source, tail)
+
+    def _first_look(self, source: Source, *, absent: bool = False) -> None:
+        source.absent = absent and not source.known
+        if all(each.known or each.absent for each in self.sources):
+            self.looked.set()
 
     async def _hear(self, source: Source, tail: Tail) -> None:
         async for heard in tail:

@@ -19,6 +19,9 @@ from volery.contracts.errors import Kind, Refused, unavailable
 from volery.runtime.relay import stream_name
 from volery.runtime.tail import Broken, follow
 
+LOOK_SECONDS = 5.0
+"""How long a client waits for a gateway that has just started."""
+
 Wants = Callable[[str, str], bool]
 """(type, about) → whether this client is to see it."""
 
@@ -44,6 +47,11 @@ class Reader:
     async def begin(self, cursor: Cursor | None) -> None:
         """Raises Refused(gone) when what lies behind the cursor isn't kept, Refused(unavailable) while a stream
         is made anew."""
+        try:
+            async with asyncio.timeout(LOOK_SECONDS):
+                await self.feed.looked.wait()
+        except TimeoutError:
+            raise unavailable("the event streams can't be reached right now; try again in a second") from None
         self.generation = self.feed.generation
         if cursor is None:
             self.number, self.joined = self.feed.next, True
@@ -53,12 +61,12 @@ class Reader:
             await self._check(source, cursor.histories[source.index])
 
     async def _check(self, source: Source, history: str) -> None:
-        if history == NO_HISTORY:
-            self.positions[source.index] = source.kept_after
+        never_heard = history == NO_HISTORY  # its stream wasn't there yet: this client has read nothing of it
+        if never_heard and source.absent:
             return
         if not source.known:
             raise unavailable(f"the events of {source.owner} are not there right now; try again in a second")
-        if history != short(source.history):
+        if not never_heard and history != short(source.history):
             raise _gone(f"the history of {source.owner} was restored from a backup since")
         position = self.positions[source.index]
         if position >= source.kept_after:

@@ -312,3 +312,18 @@ async def test_a_stopping_gateway_tells_whom_it_cuts(nats: Embedded) -> None:
     assert answer.status_code == 503
     assert "Idempotency-Key" in answer.json()["detail"]
     assert answer.headers["retry-after"] == "2"
+
+
+async def test_whoever_followed_before_an_owner_had_a_stream_misses_nothing(nats: Embedded) -> None:
+    """Its first facts come faster than this gateway looks for the stream, and are more than it loads at a start."""
+    count = 3 * CONFIG.ring_preload_events
+    async with deployed(nats.url, Script(), CONFIG) as gateway:
+        live, back_later = Follower(gateway.http), Follower(gateway.http)
+        async for _ in back_later.events():
+            break
+        waiting = asyncio.create_task(first(live, count))
+        await until(lambda: gateway.gateway.desk is not None and gateway.gateway.desk.meters.streams >= 1)
+        await facts_of(gateway.bus, Owner.INVENTORY)
+        await asyncio.gather(*(vm_changed(gateway, position) for position in range(1, count + 1)))
+        for found in (await waiting, await first(back_later, count)):
+            assert [int(r.event["sequence"]) for r in found] == list(range(1, count + 1))
