@@ -23,7 +23,15 @@ from tests.support.runtime import running
 from volery.contracts.base import Owner
 from volery.contracts.cluster import GetById
 from volery.contracts.errors import Kind, Refused
-from volery.contracts.operation import GET_OPERATION, GetOperation, ListQuery, OperationState
+from volery.contracts.operation import (
+    CANCEL_OPERATION,
+    ENDED,
+    GET_OPERATION,
+    CancelOperation,
+    GetOperation,
+    ListQuery,
+    OperationState,
+)
 from volery.runtime.bus import Bus, Caller
 from volery.runtime.programs import Settings
 from volery.runtime.relay import rebuild_stream
@@ -131,6 +139,22 @@ async def test_an_operation_ends_and_frees_its_object(configured: Settings) -> N
         assert failing.problem is not None
         assert "spring broke" in failing.problem.message
         assert (await bus.ask(GET_TOY, GetById(id=toy.id))).busy_with == ""
+
+
+async def test_a_cancelled_operation_learns_what_came_of_its_step_before_it_undoes_anything(
+    configured: Settings,
+) -> None:
+    async with running(configured, toy_service()) as bus:
+        toy = await bus.ask(CREATE_TOY, CreateToy(name="toy"))
+        operation = await bus.ask(WIND_TOY, Wind(id=toy.id, steps=2, lost_at=0))
+        while not operation.steps:
+            operation = await bus.ask(GET_OPERATION[Owner.HA], GetOperation(id=operation.id))
+        await bus.ask(CANCEL_OPERATION[Owner.HA], CancelOperation(id=operation.id))
+        async with asyncio.timeout(10):
+            while operation.state not in ENDED:
+                operation = await bus.ask(GET_OPERATION[Owner.HA], GetOperation(id=operation.id))
+        assert operation.state is OperationState.CANCELLED
+        assert [(step.name, step.state) for step in operation.steps] == [("turn0", OperationState.SUCCEEDED)]
 
 
 async def test_a_deleted_stream_comes_back_whole(configured: Settings) -> None:

@@ -16,7 +16,7 @@ from volery.contracts.cluster import GetById
 from volery.contracts.errors import Kind, Refused
 from volery.contracts.ids import new_id
 from volery.contracts.operation import ListQuery, Operation, Page
-from volery.runtime.bus import Caller
+from volery.runtime.bus import LOST, Caller
 from volery.runtime.core import Core
 from volery.runtime.operations import Run, busy
 from volery.runtime.pages import page
@@ -44,6 +44,8 @@ class Wind(Message):
     id: str
     steps: int = 3
     fail_at: int = -1
+    lost_at: int = -1
+    """The answer to this turn gets lost three times."""
 
 
 TOY_CHANGED = Fact("fact.ha.toy.{id}.changed", Toy)
@@ -151,6 +153,9 @@ async def winding(box: ToyBox, run: Run) -> None:
         async def turn(number: int = number) -> int:
             if number == ask.fail_at:
                 raise Refused(Kind.UNAVAILABLE, "the spring broke; get another one")
+            if number == ask.lost_at and box.wound.count("lost") < 3:
+                box.wound.append("lost")
+                raise Refused(Kind.TIMEOUT, "the key answers late; ask again", **{LOST: True})
             box.wound.append(f"turn {number}")
             return number
 

@@ -150,14 +150,21 @@ class Run:
         if recorded is not None:
             kept: V = msgspec.json.decode(recorded, type=type_) if type_ is not None else None  # type: ignore[assignment]
             return kept
-        self.checkpoint()
+        if not self._may_be_done(name):
+            self.checkpoint()
         await self._begin(name, title, changes)
         answer = await self.surely(action)
         await self._end(name, answer if type_ is not None else None)
         return answer
 
+    def _may_be_done(self, name: str) -> bool:
+        """Whether the step was begun and nobody knows what came of it: then it is asked about before anything is undone,
+        or the question that is still under way would be carried out after its undo."""
+        return self.row.private.failed is None and any(s.name == name for s in self.operation.steps)
+
     async def surely(self, action: Callable[[], Awaitable[V]]) -> V:
-        """The action's answer; done again, under the same request ids, when a question or answer got lost."""
+        """The action's answer; done again, under the same request ids, when a question or answer got lost. Also when the
+        operation is cancelled meanwhile: what can be undone is known only with the answer."""
         pause = 0.1
         while True:
             try:
@@ -168,7 +175,6 @@ class Run:
                 log.info("asking again: %s", refused.message)
             await asyncio.sleep(pause)
             pause = min(pause * 2, 2.0)
-            self.checkpoint()
 
     async def order(
         self,
