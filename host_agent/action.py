@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import asyncio
+import functools
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -59,3 +61,26 @@ class Action(Generic[Q, A]):
 
     order: Order[Q, A]
     run: Callable[[Host, Q, Running], Awaitable[A]]
+
+
+def whole(
+    run: Callable[[Host, Q, Running], Coroutine[Any, Any, A]],
+) -> Callable[[Host, Q, Running], Coroutine[Any, Any, A]]:
+    """The same action, never stopped in the middle: for what is short, and whose order must not end as cancelled
+    although it was carried out."""
+
+    @functools.wraps(run)
+    async def uncut(host: Host, order: Q, running: Running) -> A:
+        return await to_its_end(run(host, order, running))
+
+    return uncut
+
+
+async def to_its_end(work: Coroutine[Any, Any, A]) -> A:
+    """What the work answers or raises, also when whoever waits for it is cancelled meanwhile."""
+    task = asyncio.create_task(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        return task.result()

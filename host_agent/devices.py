@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ET
 from typing import Any
 
 from host_agent import domxml, runningxml
-from host_agent.action import Action, Host, Running
+from host_agent.action import Action, Host, Running, whole
 from host_agent.domain_waits import settled, wait_removed
 from host_agent.events import EventName
 from host_agent.refusals import LibvirtError, is_libvirt
@@ -168,11 +168,11 @@ async def update_nic(host: Host, order: UpdateNic, running: Running) -> Done:
 
 
 ACTIONS: tuple[Action[Any, Any], ...] = (
-    Action(ATTACH_DISK, settled(attach_disk)),
+    Action(ATTACH_DISK, settled(whole(attach_disk))),
     Action(DETACH_DISK, settled(detach_disk)),
-    Action(CHANGE_MEDIA, settled(change_media)),
-    Action(RESIZE_DOMAIN_DISK, settled(resize_disk)),
-    Action(ATTACH_NIC, settled(attach_nic)),
+    Action(CHANGE_MEDIA, settled(whole(change_media))),
+    Action(RESIZE_DOMAIN_DISK, settled(whole(resize_disk))),
+    Action(ATTACH_NIC, settled(whole(attach_nic))),
     Action(UPDATE_NIC, settled(update_nic)),
     Action(DETACH_NIC, settled(detach_nic)),
 )

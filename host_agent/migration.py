@@ -67,7 +67,9 @@ async def migrate_domain(host: Host, order: MigrateDomain, running: Running) -> 
             last = MigrationStats()
         except asyncio.CancelledError:
             await _abort(host, order.vm_id, moving)
-            raise
+            if not _succeeded(moving):
+                raise
+            last = MigrationStats()
         while not events.empty():
             event = events.get_nowait()
             if event.name is EventName.JOB_COMPLETED and event.vm_id == order.vm_id:
@@ -170,6 +172,11 @@ async def _abort(host: Host, vm_id: str, moving: asyncio.Future[None]) -> None:
         await asyncio.wait({moving}, timeout=PROGRESS_SECONDS)
     if moving.done() and not moving.cancelled():
         moving.exception()
+
+
+def _succeeded(moving: asyncio.Future[None]) -> bool:
+    """Whether the move was over before it could be stopped: then it is told as what it is."""
+    return moving.done() and not moving.cancelled() and moving.exception() is None
 
 
 async def _left(host: Host, vm_id: str) -> bool:

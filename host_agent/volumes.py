@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from host_agent import images, luns, places
-from host_agent.action import Action, Host, Running
+from host_agent.action import Action, Host, Running, to_its_end, whole
 from host_agent.config import AgentConfig
 from host_agent.places import Place
 from volery.contracts.base import Done
@@ -149,7 +149,8 @@ async def delete(host: Host, order: DeleteVolume, running: Running) -> Done:
             await luns.blank(host, order.source, wipe=order.wipe, running=running, lock=lock)
             return Done()
         place = own_place(host.config, order.disk_id, order.source)
-        await places.remove(place, wipe=order.wipe, timeout_seconds=WIPE_SECONDS, pass_fds=(lock,))
+        removing = places.remove(place, wipe=order.wipe, timeout_seconds=WIPE_SECONDS, pass_fds=(lock,))
+        await (removing if order.wipe else to_its_end(removing))
         await places.remove(Place(place.root, "staging", f"{place.name}.new"), pass_fds=(lock,))
         return Done()
 
@@ -301,7 +302,7 @@ async def inspect(host: Host, order: InspectVolume, running: Running) -> VolumeI
 
 ACTIONS = (
     Action(CREATE_VOLUME, create),
-    Action(RESIZE_VOLUME, resize),
+    Action(RESIZE_VOLUME, whole(resize)),
     Action(DELETE_VOLUME, delete),
     Action(COPY_VOLUME, copy),
     Action(INSPECT_VOLUME, inspect),

@@ -6,7 +6,9 @@ another VM while this one's QEMU still has it open.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from typing import TypeVar
 
 from msgspec import UNSET
 from msgspec.structs import replace
@@ -16,7 +18,8 @@ from services.inventory.desk import Inventory
 from services.inventory.specs import device_disk, device_nic, prepared_bridges, prepared_disks
 from services.inventory.store import VMS, PlacementRow
 from services.inventory.vms import check_disk, check_iso, detach_disk, new_nic
-from volery.contracts.base import Done, Message
+from volery.contracts.base import Done, Message, Order
+from volery.contracts.cluster import GetById
 from volery.contracts.domain import DomainNic
 from volery.contracts.domain_orders import (
     ATTACH_DISK,
@@ -34,10 +37,10 @@ from volery.contracts.domain_orders import (
     ResizeDomainDisk,
     UpdateNic,
 )
-from volery.contracts.errors import conflict, not_found
+from volery.contracts.errors import Refused, conflict, not_found
 from volery.contracts.network import ALLOCATE_NIC, RELEASE_NIC, AllocatedNic, AllocateNic, ReleaseNic
 from volery.contracts.operation import Operation
-from volery.contracts.storage import ATTACH_DISK_TO, AttachDiskTo, Disk
+from volery.contracts.storage import ATTACH_DISK_TO, GET_DISK, AttachDiskTo, Disk
 from volery.contracts.vm import (
     ATTACH_VM_DISK,
     ATTACH_VM_NIC,
@@ -64,7 +67,9 @@ from volery.runtime.operations import Run
 from volery.runtime.service import Part
 from volery.runtime.tables import Stale
 
+log = logging.getLogger(__name__)
 part = Part()
+Q = TypeVar("Q", bound=Message)
 DEVICE_SECONDS = 180.0
 
 
@@ -151,19 +156,9 @@ async def attach_disk(inv: Inventory, run: Run) -> None:
         question = AttachDiskTo(disk_id=ask.disk_id, vm_id=vm.id, read_only=ask.read_only)
         return await inv.core.bus.ask(ATTACH_DISK_TO, question, run.caller_for("reserve"))
 
-    run.undo("reservation", lambda: detach_disk(inv, run, vm.id, ask.disk_id))
+    run.undo("reservation", lambda: _take_back_disk(inv, run, vm.id, ask))
     disk = await run.step("reserve", "Reserving the disk", reserve, Disk)
-    taken = [d.target for d in vm.disks] + [c.target for c in vm.cdroms] + ["sda"]
-    attachment = DiskAttachment(
-        disk_id=disk.id,
-        name=disk.name,
-        bus=ask.bus,
-        target=model.free_target(taken, ask.bus),
-        boot_order=ask.boot_order,
-        read_only=ask.read_only,
-        shareable=disk.shareable,
-        size_bytes=disk.size_bytes,
-    )
+    attachment = _attachment(vm, ask, disk)
     home = await _home(inv, vm.id)
     if home is not None:
         volumes = await prepared_disks(inv, vm.id, home.host_id, (disk.id,), run.caller)
@@ -177,6 +172,47 @@ async def attach_disk(inv: Inventory, run: Run) -> None:
             epoch=home.epoch,
         )
     await _edit(inv, run, vm.id, lambda v: replace(v, disks=(*v.disks, attachment)))
+
+
+def _attachment(vm: Vm, ask: AttachVmDisk, disk: Disk) -> DiskAttachment:
+    taken = [d.target for d in vm.disks] + [c.target for c in vm.cdroms] + ["sda"]
+    return DiskAttachment(
+        disk_id=disk.id,
+        name=disk.name,
+        bus=ask.bus,
+        target=model.free_target(taken, ask.bus),
+        boot_order=ask.boot_order,
+        read_only=ask.read_only,
+        shareable=disk.shareable,
+        size_bytes=disk.size_bytes,
+    )
+
+
+async def _take_back_disk(inv: Inventory, run: Run, vm_id: str, ask: AttachVmDisk) -> None:
+    """It was not plugged, or nobody knows whether it was. A guest that keeps it has it: no other VM may get it then."""
+    if await _unplugged(inv, run, vm_id, DETACH_DISK, DetachDisk(vm_id=vm_id, disk_id=ask.disk_id)):
+        await detach_disk(inv, run, vm_id, ask.disk_id)
+        return
+    disk = await inv.core.bus.ask(GET_DISK, GetById(id=ask.disk_id), run.caller)
+
+    def kept(vm: Vm) -> Vm:
+        others = tuple(d for d in vm.disks if d.disk_id != disk.id)
+        return replace(vm, disks=(*others, _attachment(replace(vm, disks=others), ask, disk)))
+
+    await _edit(inv, run, vm_id, kept)
+
+
+async def _unplugged(inv: Inventory, run: Run, vm_id: str, order: Order[Q, Done], question: Q) -> bool:
+    """Whether the device that was to be plugged in is in no guest."""
+    home = await _home(inv, vm_id)
+    if home is None or not await inv.core.orders.exists(run.order_id("plug")):
+        return True
+    try:
+        await run.order("unplug", "Unplugging it", order, question, host_id=home.host_id, epoch=home.epoch)
+    except Refused as refused:
+        log.warning("VM %s may have kept a device: %s", vm_id, refused.message)
+        return await _home(inv, vm_id) is None
+    return True
 
 
 @part.answers(DETACH_VM_DISK)
@@ -255,7 +291,7 @@ async def attach_vm_nic(inv: Inventory, ask: AttachVmNic, caller: Caller) -> Ope
 @part.runs("vm.attach_nic", deadline_seconds=DEVICE_SECONDS)
 async def attach_nic(inv: Inventory, run: Run) -> None:
     work = run.input(NicWork)
-    run.undo("address", lambda: _release(inv, run, work.id, work.nic.id))
+    run.undo("address", lambda: _take_back_nic(inv, run, work))
     nic = await _addressed(inv, run, work)
     home = await _home(inv, work.id)
     if home is not None:
@@ -268,6 +304,15 @@ async def attach_nic(inv: Inventory, run: Run) -> None:
             epoch=home.epoch,
         )
     await _edit(inv, run, work.id, lambda v: replace(v, nics=(*v.nics, nic)))
+
+
+async def _take_back_nic(inv: Inventory, run: Run, work: NicWork) -> None:
+    """Likewise: the address of a NIC that a guest kept stays its own."""
+    if await _unplugged(inv, run, work.id, DETACH_NIC, DetachNic(vm_id=work.id, nic_id=work.nic.id)):
+        await _release(inv, run, work.id, work.nic.id)
+        return
+    nic = await _addressed(inv, run, work)
+    await _edit(inv, run, work.id, lambda v: replace(v, nics=(*(n for n in v.nics if n.id != nic.id), nic)))
 
 
 async def _addressed(inv: Inventory, run: Run, work: NicWork) -> Nic:

@@ -33,7 +33,7 @@ from volery.contracts.scheduling import PLACE, Place, Placement, Purpose
 from volery.contracts.vm import MIGRATE_VM, MigrateVm, Vm, VmStatus
 from volery.runtime import checks
 from volery.runtime.bus import Caller
-from volery.runtime.operations import Run
+from volery.runtime.operations import CancelRequested, Run
 from volery.runtime.service import Part
 from volery.runtime.tables import Stale
 
@@ -220,9 +220,10 @@ async def _transfer(
             epoch=moving.source_epoch,
             on_progress=progressed,
         )
-    except Refused as refused:
+    except (Refused, CancelRequested):
+        # Also a migration that was cancelled may have been quicker, and must not be ended where it is now.
         if not await _is_there(inv, vm.id, moving, source.id, target.id):
-            raise refused from None
+            raise
 
 
 async def _is_there(inv: Inventory, vm_id: str, moving: Moving, source_id: str, target_id: str) -> bool:

@@ -15,7 +15,19 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from host_agent.facts import FactClass
-from tests.support.toy_host import TOY, TOY_ONCE, TOY_OTHER, Control, Core, Toy, ToyDone, core, seed, until
+from tests.support.toy_host import (
+    TOY,
+    TOY_ONCE,
+    TOY_OTHER,
+    TOY_WHOLE,
+    Control,
+    Core,
+    Toy,
+    ToyDone,
+    core,
+    seed,
+    until,
+)
 from volery.contracts.agent import (
     CancelOrder,
     CommittedWord,
@@ -222,6 +234,16 @@ async def test_a_cancel_stops_what_runs(tmp_path: Path) -> None:
         assert (await ended(at, ack)).outcome is Outcome.CANCELLED
         assert (await at.cancel(order.order_id)).outcome is Outcome.CANCELLED
         assert (tmp_path / "marks").read_text() == "x"
+
+
+async def test_what_is_never_cut_short_tells_how_it_ended(tmp_path: Path) -> None:
+    async with core(tmp_path) as at:
+        order = at.make(Toy(path=str(tmp_path / "marks"), seconds=0.3), TOY_WHOLE)
+        ack = await at.give(order)
+        await until((tmp_path / "marks").exists)
+        await at.cancel(order.order_id)
+        assert (await ended(at, ack)).outcome is Outcome.SUCCEEDED
+        assert (tmp_path / "marks").read_text() == "xx."
 
 
 async def test_a_cancel_that_comes_first_wins_for_ever(tmp_path: Path) -> None:

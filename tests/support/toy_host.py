@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import msgspec
 
-from host_agent.action import Action, Host, Running
+from host_agent.action import Action, Host, Running, whole
 from host_agent.clock import BootClock, boottime_ms
 from host_agent.config import AgentConfig
 from host_agent.journal import Journal
@@ -47,6 +47,7 @@ class ToyDone(Message):
 TOY = Order("toy.work", Toy, ToyDone)
 TOY_ONCE = Order("toy.once", Toy, ToyDone, repeat_safe=False)
 TOY_OTHER = Order("other.work", Toy, ToyDone)
+TOY_WHOLE = Order("toy.whole", Toy, ToyDone)
 
 
 async def work(host: Host, order: Toy, running: Running) -> ToyDone:
@@ -66,7 +67,7 @@ async def work(host: Host, order: Toy, running: Running) -> ToyDone:
     return ToyDone(mark=order.mark, resumed=running.resumed, epoch=running.epoch)
 
 
-TOYS = tuple(Action(order, work) for order in (TOY, TOY_ONCE, TOY_OTHER))
+TOYS = (*(Action(order, work) for order in (TOY, TOY_ONCE, TOY_OTHER)), Action(TOY_WHOLE, whole(work)))
 
 
 def seed() -> str:
