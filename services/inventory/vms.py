@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from msgspec.structs import replace
@@ -381,15 +382,14 @@ async def delete(inv: Inventory, run: Run) -> None:
 
     run.undo("deleting", back)
     for disk in vm.disks:
-
-        async def drop(disk: DiskAttachment = disk) -> Done:
-            await detach_disk(inv, run, vm.id, disk.disk_id)
-            if ask.delete_disks and not disk.shareable:
-                await delete_disk(inv, run, disk.disk_id)
-            return Done()
-
-        await run.step(f"disk-{disk.disk_id}", f"Disk {disk.name}", drop)
+        ident = disk.disk_id
+        await run.step(
+            f"detach-{ident}", f"Detaching {disk.name}", partial(detach_disk, inv, run, vm.id, ident)
+        )
+        # The VM has lost it: from here on deleting goes on until it is done, in another operation if this one fails.
         run.undone("deleting")
+        if ask.delete_disks and not disk.shareable:
+            await run.step(f"disk-{ident}", f"Disk {disk.name}", partial(delete_disk, inv, run, ident))
     for nic in vm.nics:
 
         async def release(nic: Nic = nic) -> Done:
