@@ -134,7 +134,7 @@ class Hypervisor(Connections):
         self._guests: dict[str, GuestInfo] = {}
         self.leaving: set[str] = set()
         """VMs that a migration is taking away from here."""
-        self.domain_type = "test" if self.uri.startswith("test:") else config.hypervisor
+        self.domain_type = "test" if self.uri.startswith(("test:", "test+")) else config.hypervisor
         """kvm, qemu or test. `auto` becomes kvm or qemu by `capabilities.choose`; until then it counts as qemu."""
 
     async def start(self) -> None:

@@ -44,8 +44,11 @@ def home_of(lab: Lab) -> Home:
     return Home(lab.layout.state / "plane")
 
 
-def connect(lab: Lab, output: Output) -> Client:
-    """Control plane, hosts, storage, network, image: what is missing of it. Repeatable. Raises LabError, SetupError."""
+def connect(lab: Lab, output: Output, *, image: bool = True) -> Client:
+    """Control plane, hosts, storage, network, image: what is missing of it. Repeatable. Raises LabError, SetupError.
+
+    `image`: with the guest image, which takes longer than all the rest where it was never built.
+    """
     home = home_of(lab)
     home.create()
     home.change_settings(
@@ -73,8 +76,9 @@ def connect(lab: Lab, output: Output) -> Client:
             "lab",
             lambda: CreateNetwork(name="lab", data_center_id=cluster.data_center_id, kind=NetworkKind.VXLAN),
         )
-    with output.step("Guest image"):
-        make_image(client, home)
+    if image:
+        with output.step("Guest image"):
+            make_image(client, home)
     return client
 
 
