@@ -36,7 +36,7 @@ from volery.contracts.storage import CreateStorageDomain, DomainKind
 from volery.runtime.bus import Bus, open_bus
 
 pytestmark = pytest.mark.timeout(900)
-OPERATIONS, FAULTS, USERS = 220, 11, 10
+OPERATIONS, FAULTS, USERS = 300, 12, 10
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ from volery.setup.embedded import status
 from volery.setup.home import Home
 
 pytestmark = pytest.mark.timeout(900)
-OPERATIONS, FAULTS, USERS = 150, 10, 6
+OPERATIONS, FAULTS, USERS = 200, 11, 6
 
 
 @dataclass

@@ -147,7 +147,7 @@ async def create_vm(user: User, _: str) -> Operation:
         memory_bytes=(96 if place.image_id and not user.vms else 32) * MIB,
         disks=disks,
         nics=nics,
-        start=user.rng.random() < 0.3,
+        start=user.rng.random() < (0.6 if place.network_id else 0.3),
     )
     operation = await user.begin(api.VMS.create(ask, Operation))
     user.vms.append(operation.object_id)
@@ -266,11 +266,21 @@ async def change_cd(user: User, vm_id: str) -> Operation:
     return await user.begin(Request("PUT", f"vms/{vm_id}/cdroms/sda", Operation, body))
 
 
+async def _movable(user: User, vm_id: str) -> str:
+    """One of the user's VMs that could be moved now, if any."""
+    for ident in user.rng.sample(user.vms, len(user.vms)):
+        if ident != vm_id and "migrate" in (await user.vm(ident)).allowed_actions:
+            return ident
+    return vm_id
+
+
 async def migrate(user: User, vm_id: str) -> Operation:
+    vm_id = await _movable(user, vm_id)
     return await user.begin(api.VMS.act(vm_id, "migrate", Operation, {"timeout_seconds": 60}))
 
 
 async def migrate_and_cancel(user: User, vm_id: str) -> Operation:
+    vm_id = await _movable(user, vm_id)
     body = {"bandwidth_mib_per_second": 1, "auto_converge": False, "timeout_seconds": 60}
     operation = await user.begin(api.VMS.act(vm_id, "migrate", Operation, body))
     user.promises.operations[operation.id] = f"migrate {vm_id}"
@@ -316,8 +326,8 @@ ACTIONS: tuple[tuple[int, Action], ...] = (
     (4, change_cd),
 )
 LAB_ACTIONS: tuple[tuple[int, Action], ...] = (
-    (6, migrate),
-    (2, migrate_and_cancel),
+    (8, migrate),
+    (3, migrate_and_cancel),
     (3, plug_nic),
     (3, unplug_nic),
     (3, toggle_link),
