@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -22,6 +22,7 @@ from volery.runtime.identity import Realm
 
 Q = TypeVar("Q", bound=Message)
 A = TypeVar("A")
+V = TypeVar("V")
 HOST_SECONDS = 15.0
 
 
@@ -48,21 +49,36 @@ class Inventory:
                 return row.public
             await asyncio.sleep(0.1)
 
-    async def foreign_operation(self, operation: Operation) -> Operation:
+    async def foreign_operation(self, operation_id: str) -> Operation:
         """Another service's operation, once it has ended. Raises Refused when it failed."""
-        owner = Owner(operation.id.split("-", 1)[0])
-        ended = self.foreign.setdefault(operation.id, asyncio.Event())
-        try:
-            while operation.state not in ENDED:
-                operation = await self.core.bus.ask(GET_OPERATION[owner], GetOperation(id=operation.id))
-                if operation.state not in ENDED:
-                    await self._wait(ended, 1.0)
-        finally:
-            self.foreign.pop(operation.id, None)
+        operation = await self._ended_elsewhere(operation_id)
         if operation.problem is not None:
             problem = operation.problem
             raise Refused(problem.kind, problem.message, **problem.details)
         return operation
+
+    async def once_free(self, ask: Callable[[], Awaitable[V]]) -> V:
+        """The answer of a service whose object is busy with another operation, when that has ended."""
+        while True:
+            try:
+                return await ask()
+            except Refused as refused:
+                other = refused.details.get("operation", "")
+                if refused.kind is not Kind.CONFLICT or not other:
+                    raise
+            await self._ended_elsewhere(other)
+
+    async def _ended_elsewhere(self, operation_id: str) -> Operation:
+        owner = Owner(operation_id.split("-", 1)[0])
+        ended = self.foreign.setdefault(operation_id, asyncio.Event())
+        try:
+            while True:
+                operation = await self.core.bus.ask(GET_OPERATION[owner], GetOperation(id=operation_id))
+                if operation.state in ENDED:
+                    return operation
+                await self._wait(ended, 1.0)
+        finally:
+            self.foreign.pop(operation_id, None)
 
     async def _wait(self, event: asyncio.Event, seconds: float) -> None:
         """Until the event, or a while: a fact may come late."""

@@ -273,7 +273,7 @@ async def _provide(
                 shareable=wanted.shareable,
             )
             op = await inv.core.bus.ask(CREATE_DISK, ask, run.caller_for(f"disk-{disk_id}"))
-            await inv.foreign_operation(op)
+            await inv.foreign_operation(op.id)
 
         run.undo(f"disk {name}", delete)
         await run.step(f"disk-{disk_id}", f"Disk {name}", make)
@@ -286,7 +286,8 @@ async def _provide(
         await detach_disk(inv, run, vm.id, disk_id)
 
     run.undo(f"attachment of {name}", detach)
-    disk = await run.step(f"attach-{disk_id}", f"Attaching {name}", attach, Disk)
+    # Somebody may be at work on it already, since it is shown as the VM's.
+    disk = await run.step(f"attach-{disk_id}", f"Attaching {name}", partial(inv.once_free, attach), Disk)
     return replace(attachment, name=disk.name, size_bytes=disk.size_bytes, shareable=disk.shareable)
 
 
@@ -297,9 +298,10 @@ async def detach_disk(inv: Inventory, run: Run, vm_id: str, disk_id: str) -> Non
 
 async def delete_disk(inv: Inventory, run: Run, disk_id: str) -> None:
     """Gone, or never there."""
+    caller = run.caller_for(f"delete-{disk_id}")
     try:
-        op = await inv.core.bus.ask(DELETE_DISK, DeleteById(id=disk_id), run.caller_for(f"delete-{disk_id}"))
-        await inv.foreign_operation(op)
+        op = await inv.once_free(lambda: inv.core.bus.ask(DELETE_DISK, DeleteById(id=disk_id), caller))
+        await inv.foreign_operation(op.id)
     except Refused as refused:
         if refused.kind is not Kind.NOT_FOUND:
             raise
