@@ -32,12 +32,10 @@ from volery.contracts.health import GET_HEALTH, AskHealth, Health
 from volery.contracts.host import HostStatus
 from volery.contracts.operation import OperationState
 from volery.contracts.storage import (
-    ATTACH_DISK_TO,
     CREATE_DISK,
     CREATE_STORAGE_DOMAIN,
     GET_DISK,
     GET_STORAGE_DOMAIN,
-    AttachDiskTo,
     CreateDisk,
     CreateStorageDomain,
     Disk,
@@ -231,8 +229,9 @@ async def test_a_lun_that_the_database_forgot_stays_its_disks(
                 assert "is not given away" in refused.value.message
                 with pytest.raises(Refused, match="has a disk already"):
                     await made_disk(bus, san, "none", lun=1, overwrite=True)
-                # What was said in the lost time, such as that this VM was deleted, may still have been heard.
-                await bus.ask(ATTACH_DISK_TO, AttachDiskTo(disk_id=old.id, vm_id=vm_id))
+                # What was said in the lost time, such as that this VM was deleted, was not heard.
+                attached = await bus.ask(GET_DISK, GetById(id=old.id))
+                assert [use.vm_id for use in attached.uses] == [vm_id]
                 start = await ended(bus, await bus.ask(START_VM, StartVm(id=vm_id)))
                 assert start.problem is not None
                 assert "may not use LUN 1" in start.problem.message

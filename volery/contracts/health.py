@@ -16,6 +16,9 @@ class Health(Message):
     quarantine: str = ""
     """Why nothing is started, moved or deleted for now; "" when all is well."""
     waits_for_hosts: tuple[str, ...] = ()
+    log_history: str = ""
+    log_position: int = 0
+    """The newest fact in its log. A stream that is further is of a time that the database has forgotten."""
 
 
 class ExcuseHost(Message):

@@ -21,12 +21,15 @@ import nats.js.errors
 from nats.js.api import StorageType, StreamConfig
 
 from volery.contracts.agent import COMMITTED_SUBJECT, REPORT_SUBJECT, CommittedWord, FromHost
-from volery.contracts.base import Fact, encode, fill, wildcard
+from volery.contracts.base import Fact, Owner, encode, fill, wildcard
+from volery.contracts.errors import Refused
+from volery.contracts.health import GET_HEALTH, AskHealth
 from volery.runtime import telemetry
 from volery.runtime.bus import Bus
 from volery.runtime.database import AWAY
+from volery.runtime.relay import stream_name
 from volery.runtime.tables import Change, Stale, commit
-from volery.runtime.tail import Broken, Heard, Tail, follow
+from volery.runtime.tail import Broken, Heard, Standing, Tail, follow
 from volery.runtime.tasks import end
 
 log = logging.getLogger(__name__)
@@ -62,11 +65,11 @@ _FORWARD = "where heard.history = excluded.history and heard.position < excluded
 
 @dataclass(slots=True)
 class Hearing:
-    """One service listening to one stream."""
+    """One service listening to another owner's stream."""
 
     bus: Bus
     pool: asyncpg.Pool[asyncpg.Record]
-    stream: str
+    owner: Owner
     handlers: dict[str, tuple[Fact[Any], FactHandler]]
     """Wildcard subject → fact and handler."""
     on_gap: Callable[[], Awaitable[None]] | None = None
@@ -77,18 +80,33 @@ class Hearing:
     history: str = ""
     written: int = 0
     """The position in the database."""
+    stream: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.stream = stream_name(self.owner)
 
     async def run(self) -> None:
         while True:
             try:
                 await self._load()
                 async with follow(self.bus.client, self.stream, self.position, list(self.handlers)) as tail:
+                    await self._trust(tail.standing)
                     await self._follow(tail)
             except nats.js.errors.NotFoundError:
                 await asyncio.sleep(0.25)
             except (Broken, nats.errors.Error, nats.js.errors.Error, TimeoutError) as error:
                 log.info("%s follows %s again: %s", self.bus.name, self.stream, error or type(error).__name__)
                 await asyncio.sleep(0.25)
+
+    async def _trust(self, standing: Standing) -> None:
+        """A stream is never ahead of its owner's log, unless PostgreSQL was restored to an older state: what it says
+        then never happened, and must have no effect before the owner has made it anew."""
+        try:
+            owner = await self.bus.ask(GET_HEALTH[self.owner], AskHealth())
+        except Refused as refused:
+            raise Broken(f"whether it is true can't be asked: {refused.message}") from refused
+        if owner.log_history != standing.history or owner.log_position < standing.last:
+            raise Broken(f"it is ahead of the log of {self.owner}, whose database was restored")
 
     async def _load(self) -> None:
         row = await self.pool.fetchrow("select history, position from heard where stream = $1", self.stream)

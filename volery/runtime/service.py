@@ -233,11 +233,15 @@ class Service:
 
         async def health(_: Any, question: AskHealth, caller: Caller) -> Any:
             await core.quarantine.load()
+            head = await core.pool.fetchrow("select history, position from log_head")
+            assert head is not None
             return Health(
                 owner=self.name,
                 leader=operations.leading,
                 quarantine=core.quarantine.reason,
                 waits_for_hosts=tuple(sorted(core.quarantine.pending)),
+                log_history=head["history"],
+                log_position=head["position"],
             )
 
         async def excuse(_: Any, question: ExcuseHost, caller: Caller) -> Any:
@@ -346,12 +350,13 @@ class Service:
             await relay.trim()
 
     def _hear(self, core: Core, made: Any) -> list[Coroutine[Any, Any, Any]]:
-        by_stream: dict[str, list[tuple[Fact[Any], FactHandler]]] = {}
+        by_owner: dict[Owner, list[tuple[Fact[Any], FactHandler]]] = {}
         for fact, handler in self.rows("hears_"):
-            by_stream.setdefault(stream_name(fact.owner), []).append((fact, _bound(made, handler)))
+            by_owner.setdefault(Owner(fact.owner), []).append((fact, _bound(made, handler)))
         works: list[Coroutine[Any, Any, Any]] = []
-        for stream, facts in by_stream.items():
-            hearing = Hearing(core.bus, core.pool, stream, table_of(facts), self._gap(made, stream))
+        for owner, facts in by_owner.items():
+            gap = self._gap(made, stream_name(owner))
+            hearing = Hearing(core.bus, core.pool, owner, table_of(facts), gap)
             hearing.committed = core.relay_wake.set
             works.append(hearing.run())
         return works
