@@ -12,10 +12,12 @@ from services.inventory.config import InventoryConfig
 from services.inventory.store import Store
 from volery.contracts.agent import DomainReport
 from volery.contracts.base import Message, Order, Owner
+from volery.contracts.domain import DomainState
 from volery.contracts.errors import Kind, Refused
 from volery.contracts.ids import new_id
 from volery.contracts.operation import ENDED, GET_OPERATION, GetOperation, Operation
-from volery.runtime.bus import connect
+from volery.contracts.vm import VmStatus
+from volery.runtime.bus import LOST, connect
 from volery.runtime.connection import revoke
 from volery.runtime.core import Core
 from volery.runtime.identity import Realm
@@ -49,12 +51,19 @@ class Inventory:
                 return row.public
             await asyncio.sleep(0.1)
 
+    def running_status(self, host_id: str, vm_id: str) -> VmStatus:
+        """Of a VM that runs on: what its host said last. Whoever writes it asks the host for a report afterwards."""
+        seen = self.seen.get((host_id, vm_id))
+        paused = seen is not None and seen.state is DomainState.PAUSED
+        return VmStatus.PAUSED if paused else VmStatus.UP
+
     async def foreign_operation(self, operation_id: str) -> Operation:
         """Another service's operation, once it has ended. Raises Refused when it failed."""
         operation = await self._ended_elsewhere(operation_id)
         if operation.problem is not None:
             problem = operation.problem
-            raise Refused(problem.kind, problem.message, **problem.details)
+            details = {name: value for name, value in problem.details.items() if name != LOST}
+            raise Refused(problem.kind, problem.message, **details)
         return operation
 
     async def once_free(self, ask: Callable[[], Awaitable[V]]) -> V:

@@ -94,10 +94,7 @@ async def migrate_vm(inv: Inventory, ask: MigrateVm, caller: Caller) -> Operatio
 async def migrate(inv: Inventory, run: Run) -> None:
     ask = run.input(MigrateVm)
 
-    async def stay() -> None:
-        await _status(inv, ask.id, VmStatus.UP)
-
-    run.undo("status", stay)
+    run.undo("status", lambda: _stay(inv, ask.id))
     moving = await run.step("epoch", "Deciding", lambda: _begin_move(inv, ask.id), Moving)
     run.undo("epoch", lambda: _give_back(inv, run, ask.id, moving))
     placed = await _choose(inv, run, ask, moving)
@@ -296,7 +293,8 @@ async def _give_back(inv: Inventory, run: Run, vm_id: str, moving: Moving) -> No
             return
         if alive:
             placed = inv.store.place(before, epoch=epoch, host_id=moving.source_id, state="running")
-            new = replace(row.public, epoch=epoch, status=VmStatus.UP)
+            status = inv.running_status(moving.source_id, vm_id)
+            new = replace(row.public, epoch=epoch, status=status)
         else:
             placed = inv.store.place(before, epoch=epoch, host_id="", state="none")
             new = replace(row.public, epoch=epoch, status=VmStatus.DOWN, status_reason="crashed", host_id="")
@@ -317,13 +315,17 @@ async def _give_back(inv: Inventory, run: Run, vm_id: str, moving: Moving) -> No
         )
 
 
-async def _status(inv: Inventory, vm_id: str, status: VmStatus) -> None:
+async def _stay(inv: Inventory, vm_id: str) -> None:
+    """It runs on where it was."""
     while True:
         row = await VMS.find(inv.core.pool, vm_id)
         if row is None or row.public.status is not VmStatus.MIGRATING:
             return
+        host_id = row.public.host_id
         try:
+            status = inv.running_status(host_id, vm_id)
             await inv.core.commit(VMS.update(row, replace(row.public, status=status)))
         except Stale:
             continue
+        await inv.core.hosts.ask_report(host_id)
         return

@@ -40,7 +40,7 @@ from volery.contracts.vm import (
     VmStatus,
 )
 from volery.runtime import checks
-from volery.runtime.bus import Caller
+from volery.runtime.bus import LOST, Caller
 from volery.runtime.operations import Run
 from volery.runtime.service import Part
 from volery.runtime.tables import Stale
@@ -176,6 +176,8 @@ async def bring_up(inv: Inventory, run: Run, ask: Starting) -> None:
         try:
             await _run_on(inv, run, ask, attempt, epoch, placed.host_id)
         except Refused as refused:
+            if refused.details.get(LOST):
+                raise  # another service's silence is no fault of this host
             log.info("attempt %d on %s: %s", attempt, placed.host_id, refused.message)
             await _give_up_host(inv, run, ask.vm_id, attempt, epoch, placed.host_id)
             excluded.append(placed.host_id)

@@ -51,6 +51,7 @@ DOMAIN_ACTIONS: dict[VmAction, DomainAction] = {
     VmAction.UNPAUSE: DomainAction.RESUME,
 }
 MAX_STOP_SECONDS = 3600.0
+STOPPABLE = model.RUNNING | {VmStatus.POWERING_DOWN, VmStatus.PAUSED}
 
 
 @part.answers(STOP_VM)
@@ -143,16 +144,20 @@ async def mark_down(inv: Inventory, vm_id: str, epoch: int, reason: str) -> None
 
 
 async def _still_up(inv: Inventory, vm_id: str) -> None:
-    """The guest did not stop: it runs on, and is wanted to."""
+    """The guest did not stop: it runs on as it was, and is wanted to. A stop on a silent host stays asked for."""
     while True:
         row = await VMS.find(inv.core.pool, vm_id)
-        if row is None or row.public.status is not VmStatus.POWERING_DOWN:
+        placement = await inv.store.placement(vm_id)
+        if row is None or placement.state != "running" or row.public.status not in STOPPABLE:
             return
-        new = replace(row.public, status=VmStatus.UP, desired=DesiredState.UP)
+        status = inv.running_status(placement.host_id, vm_id)
+        desired = DesiredState.PAUSED if status is VmStatus.PAUSED else DesiredState.UP
+        new = replace(row.public, status=status, desired=desired)
         try:
             await inv.core.commit(VMS.update(row, new, replace(row.private, stop_asked=False)))
         except Stale:
             continue
+        await inv.core.hosts.ask_report(placement.host_id)
         return
 
 
@@ -297,11 +302,13 @@ async def _not_saved(inv: Inventory, vm_id: str) -> None:
         row = await VMS.find(inv.core.pool, vm_id)
         if row is None or row.public.status is not VmStatus.SAVING_STATE:
             return
-        new = replace(row.public, status=VmStatus.UP)
+        host_id = row.public.host_id
+        new = replace(row.public, status=inv.running_status(host_id, vm_id))
         try:
             await inv.core.commit(VMS.update(row, new, replace(row.private, stop_asked=False)))
         except Stale:
             continue
+        await inv.core.hosts.ask_report(host_id)
         return
 
 

@@ -120,14 +120,14 @@ async def power_cycle(faults: LabFaults) -> str:
 
 
 TABLE: tuple[tuple[int, Callable[[LabFaults], Awaitable[str]]], ...] = (
-    (4, kill_agent),
-    (3, kill_libvirtd),
-    (3, cut_off),
-    (2, kill_control_plane),
-    (1, pause_control_plane),
-    (2, kill_nats),
-    (2, kill_postgres),
-    (2, kill_guest),
-    (1, freeze),
+    (8, kill_agent),
+    (6, kill_libvirtd),
+    (6, cut_off),
+    (4, kill_control_plane),
+    (2, pause_control_plane),
+    (4, kill_nats),
+    (4, kill_postgres),
+    (4, kill_guest),
+    (2, freeze),
     (1, power_cycle),
 )

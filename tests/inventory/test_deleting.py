@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ from volery.contracts.host import HostStatus
 from volery.contracts.operation import OperationState
 from volery.contracts.storage import CREATE_STORAGE_DOMAIN, CreateStorageDomain, DomainKind
 from volery.contracts.vm import CREATE_VM, DELETE_VM, GET_VM, CreateVm, DeleteVm, NewDisk, VmStatus
+from volery.runtime.bus import Bus
 
 MIB = 1024 * 1024
 
@@ -36,6 +38,20 @@ def plane() -> Iterator[Plane]:
         yield made
 
 
+async def made_domain(bus: Bus, data_center_id: str, path: Path) -> str:
+    ask = CreateStorageDomain(
+        name="d", kind=DomainKind.DIRECTORY, data_center_id=data_center_id, path=str(path)
+    )
+    async with asyncio.timeout(20):
+        while True:
+            try:
+                operation = await bus.ask(CREATE_STORAGE_DOMAIN, ask)
+                break
+            except Refused:  # storage has not heard yet that the host is up
+                await asyncio.sleep(0.05)
+    return (await succeeded(bus, operation)).object_id
+
+
 async def test_a_vm_whose_disk_could_not_go_is_deleted_on(plane: Plane, tmp_path: Path) -> None:
     async with running_plane(plane, inventory, storage) as bus:
         cluster = await default_cluster(bus)
@@ -43,10 +59,7 @@ async def test_a_vm_whose_disk_could_not_go_is_deleted_on(plane: Plane, tmp_path
         agent.start()
         try:
             await until_host(bus, agent.host.id, HostStatus.UP)
-            domain = CreateStorageDomain(
-                name="d", kind=DomainKind.DIRECTORY, data_center_id=cluster.data_center_id, path=str(tmp_path)
-            )
-            domain_id = (await succeeded(bus, await bus.ask(CREATE_STORAGE_DOMAIN, domain))).object_id
+            domain_id = await made_domain(bus, cluster.data_center_id, tmp_path)
             ask = CreateVm(
                 name="vm",
                 cluster_id=cluster.id,

@@ -157,6 +157,16 @@ async def test_a_cancelled_operation_learns_what_came_of_its_step_before_it_undo
         assert [(step.name, step.state) for step in operation.steps] == [("turn0", OperationState.SUCCEEDED)]
 
 
+async def test_an_answer_lost_between_steps_fails_no_operation(configured: Settings) -> None:
+    async with running(configured, toy_service()) as bus:
+        toy = await bus.ask(CREATE_TOY, CreateToy(name="toy"))
+        operation = await bus.ask(WIND_TOY, Wind(id=toy.id, steps=2, lost_after=0))
+        async with asyncio.timeout(10):
+            while operation.state not in ENDED:
+                operation = await bus.ask(GET_OPERATION[Owner.HA], GetOperation(id=operation.id))
+        assert operation.state is OperationState.SUCCEEDED
+
+
 async def test_a_deleted_stream_comes_back_whole(configured: Settings) -> None:
     async with running(configured, toy_service()) as bus:
         toy = await bus.ask(CREATE_TOY, CreateToy(name="a"))

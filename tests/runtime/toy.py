@@ -46,6 +46,8 @@ class Wind(Message):
     fail_at: int = -1
     lost_at: int = -1
     """The answer to this turn gets lost three times."""
+    lost_after: int = -1
+    """Behind this turn, outside any step, an answer gets lost once."""
 
 
 TOY_CHANGED = Fact("fact.ha.toy.{id}.changed", Toy)
@@ -160,6 +162,9 @@ async def winding(box: ToyBox, run: Run) -> None:
             return number
 
         assert await run.step(f"turn{number}", f"Turn {number}", turn, int) == number
+        if number == ask.lost_after and "mislaid" not in box.wound:
+            box.wound.append("mislaid")
+            raise Refused(Kind.TIMEOUT, "nobody said whether it is wound; ask again", **{LOST: True})
 
 
 async def release(box: ToyBox, operation: Operation) -> Sequence[Change]:

@@ -42,6 +42,7 @@ V = TypeVar("V")
 
 CANCEL_GRACE_SECONDS = 15.0
 PROGRESS_SECONDS = 0.5
+AGAIN_SECONDS = 1.0
 ANSWER_FIRST_SECONDS = 0.005
 """An operation begins when the answer to its request is on its way: in one process they would compete."""
 LEFT_OPEN: tuple[type[BaseException], ...] = (Stale, *AWAY)
@@ -461,7 +462,7 @@ class Operations:
             try:
                 if procedure is None:
                     raise Refused(Kind.INTERNAL, f"this version can't carry out {run.operation.kind}")
-                await procedure.run(self.service, run)
+                await self._carried_out(procedure, run)
                 await self._finish(run, OperationState.SUCCEEDED, None)
             except CancelRequested:
                 await self._fail(run, run.reason or _cancelled(run), by_person=run.reason is None)
@@ -475,6 +476,19 @@ class Operations:
                 await self._fail(run, _bug(run, error), by_person=False)
             finally:
                 watch.cancel()
+
+    async def _carried_out(self, procedure: Procedure, run: Run) -> None:
+        """The procedure to its end; from the beginning, as after a crash, when an answer between its steps got lost."""
+        while True:
+            try:
+                await procedure.run(self.service, run)
+                return
+            except Refused as refused:
+                if not refused.details.get(LOST):
+                    raise
+                log.info("operation %s goes on from its last step: %s", run.id, refused.message)
+            run.undos.clear()
+            await asyncio.sleep(AGAIN_SECONDS)
 
     async def _watch_deadline(self, run: Run) -> None:
         if run.operation.outcome_pending:
