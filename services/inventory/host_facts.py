@@ -109,8 +109,8 @@ async def _domain(inv: Inventory, host_id: str, report: DomainReport, *, full: b
         return _at_home(inv, row, placement, report, full=full)
     if placement.state == "moving":
         return []  # the migration's operation decides, from both hosts' words
-    if report.state in ALIVE_STATES:
-        # Runs where it may not: the host is told to forget it, under an epoch it must obey.
+    if report.state in ALIVE_STATES or report.state is DomainState.INCOMING:
+        # Runs, or waits to run, where it may not: the host is told to forget it, under an epoch it must obey.
         inv.core.wake(f"stray/{host_id}/{report.vm_id}")
     return []
 

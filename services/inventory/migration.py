@@ -303,6 +303,8 @@ async def _give_back(inv: Inventory, run: Run, vm_id: str, moving: Moving) -> No
         except Stale:
             continue
         break
+    # Should the destination not have let go of it yet, it is told again.
+    inv.core.wake(f"stray/{before.destination_id}/{vm_id}")
     if alive:
         spec = await domain_spec(inv, row.public, moving.source_id, None, run.caller)
         await run.order(

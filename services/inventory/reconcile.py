@@ -1,20 +1,23 @@
 """Level-triggered: what should be against what is. Right even when every event was missed.
 
 Keys: `vm/{id}` (a VM whose state is not the desired one), `claims/{id}` (capacity that a VM no longer needs),
-`stray/{host}/{vm}` (a domain of ours where its VM may not run), `host/{id}` (committed sums shown on the host).
+`stray/{host}/{vm}` (a domain of ours where its VM may not run), `host/{id}` (committed sums shown on the host),
+`order/{id}` (an order that a host was too slow for, and that must not come true later).
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from msgspec.structs import replace
 
-from services.inventory.desk import Inventory
+from services.inventory.desk import HOST_SECONDS, Inventory
 from services.inventory.store import HOSTS, VMS
 from volery.contracts.base import Call, Message
+from volery.contracts.domain import DomainState
 from volery.contracts.domain_orders import FORGET_DOMAIN, ForgetDomain
 from volery.contracts.errors import Refused
 from volery.contracts.ids import new_id
@@ -24,6 +27,9 @@ from volery.contracts.vm import DELETE_VM, STOP_VM, DeleteVm, DesiredState, Stop
 from volery.runtime.bus import Caller
 
 log = logging.getLogger(__name__)
+ABANDONED_SECONDS = HOST_SECONDS + 5.0
+GIVE_UP_SECONDS = 3.0
+STRAY_SECONDS = 5.0
 
 
 async def reconcile(inv: Inventory, key: str) -> None:
@@ -35,7 +41,12 @@ async def reconcile_all(inv: Inventory) -> Sequence[str]:
     """Everything that may need a look, whatever was heard or missed."""
     vms = await inv.store.unsettled_vms()
     hosts = await inv.store.hosts()
-    return [*(f"vm/{vm_id}" for vm_id in vms), *(f"host/{row.id}" for row in hosts)]
+    orders = await inv.core.orders.abandoned(ABANDONED_SECONDS)
+    return [
+        *(f"vm/{vm_id}" for vm_id in vms),
+        *(f"host/{row.id}" for row in hosts),
+        *(f"order/{order_id}" for order_id in orders),
+    ]
 
 
 async def _vm(inv: Inventory, vm_id: str) -> None:
@@ -80,7 +91,9 @@ async def _stray(inv: Inventory, rest: str) -> None:
     host_id, _, vm_id = rest.partition("/")
     placement = await inv.store.placement(vm_id)
     seen = inv.seen.get((host_id, vm_id))
-    if seen is None or host_id in (placement.host_id, placement.destination_id):
+    if seen is None or seen.state in (DomainState.GONE, DomainState.SHUTOFF):
+        return
+    if host_id in (placement.host_id, placement.destination_id):
         return
     row = await VMS.find(inv.core.pool, vm_id)
     if row is None and not seen.epoch:
@@ -97,6 +110,8 @@ async def _stray(inv: Inventory, rest: str) -> None:
         )
     except (Refused, TimeoutError) as error:
         log.warning("the stray domain of %s on %s: %s", vm_id, host_id, error)
+        await asyncio.sleep(STRAY_SECONDS)
+        await inv.core.hosts.ask_report(host_id)  # still there, it is ended again
 
 
 async def _host(inv: Inventory, host_id: str) -> None:
@@ -112,9 +127,19 @@ async def _host(inv: Inventory, host_id: str) -> None:
     await inv.core.commit(HOSTS.update(row, new))
 
 
+async def _order(inv: Inventory, order_id: str) -> None:
+    """A host that is silent is asked again with the next look."""
+    try:
+        async with asyncio.timeout(GIVE_UP_SECONDS):
+            await inv.core.orders.give_up(order_id)
+    except TimeoutError:
+        log.info("order %s can't be taken back yet: its host is silent", order_id)
+
+
 LOOKS: dict[str, Callable[[Inventory, str], Awaitable[None]]] = {
     "vm": _vm,
     "claims": _claims,
     "stray": _stray,
     "host": _host,
+    "order": _order,
 }

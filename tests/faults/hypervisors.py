@@ -19,6 +19,8 @@ class Domain:
     vm_id: str
     host_id: str
     epoch: int
+    running: bool
+    """Its vCPUs execute."""
     paused: bool
     disks: frozenset[str]
     nics: Mapping[str, tuple[str, bool]]
@@ -60,6 +62,7 @@ def _read(host_id: str, domain: libvirt.virDomain) -> Domain | None:
         vm_id=domain.UUIDString(),
         host_id=host_id,
         epoch=metadata.epoch,
+        running=state == libvirt.VIR_DOMAIN_RUNNING,
         paused=state == libvirt.VIR_DOMAIN_PAUSED,
         disks=frozenset(disks_of(root)),
         nics=nics,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,14 +108,13 @@ class Invariants:
 
     # --- libvirt ------------------------------------------------------------------------------------
 
-    async def _domains(self) -> dict[str, Domain]:
-        found: dict[str, Domain] = {}
+    async def _domains(self) -> list[Domain]:
+        found: list[Domain] = []
         for machine in self.machines:
-            for domain in await asyncio.to_thread(domains_on, machine.host_id, machine.uri()):
-                if domain.vm_id in found:
-                    places = (found[domain.vm_id].host_id, domain.host_id)
-                    raise AssertionError(f"VM {domain.vm_id} is on two hosts: {places}")
-                found[domain.vm_id] = domain
+            found += await asyncio.to_thread(domains_on, machine.host_id, machine.uri())
+        running = Counter(domain.vm_id for domain in found if domain.running)
+        if twice := [vm_id for vm_id, count in running.items() if count > 1]:
+            raise AssertionError(f"VMs that run on two hosts: {twice}")
         return found
 
     async def _vms(self) -> list[Vm]:
@@ -127,10 +126,13 @@ class Invariants:
             domains = await self._domains()
         except libvirt.libvirtError as error:
             return f"libvirt: {error}"
+        places: dict[str, list[Domain]] = defaultdict(list)
+        for domain in domains:
+            places[domain.vm_id].append(domain)
         for vm in await self._vms():
-            if complaint := _differs(vm, domains.pop(vm.id, None)):
+            if complaint := _differs(vm, places.pop(vm.id, [])):
                 return f"VM {vm.name} {vm.id}: {complaint}"
-        return f"nobody knows the domains {list(domains)}" if domains else ""
+        return f"nobody knows the domains {dict(places)}" if places else ""
 
     async def _nics_agree(self) -> str:
         """Every address is one NIC's, every guest's device in a host's network is one running NIC's."""
@@ -148,7 +150,7 @@ class Invariants:
             if machine.enter is None:
                 continue
             taps = await asyncio.to_thread(taps_in, machine.enter())
-            own = [d.taps for d in domains.values() if d.host_id == machine.host_id]
+            own = [d.taps for d in domains if d.host_id == machine.host_id]
             wanted = {tap: bridge for one in own for tap, bridge in one.items()}
             if taps != wanted:
                 return f"host {machine.host_id} has the devices {taps}, its domains {wanted}"
@@ -280,8 +282,11 @@ def _mac(address: int) -> str:
     return ":".join(f"{byte:02x}" for byte in address.to_bytes(6, "big"))
 
 
-def _differs(vm: Vm, domain: Domain | None) -> str:
+def _differs(vm: Vm, places: Sequence[Domain]) -> str:
     """How a VM isn't what libvirt has; "" when it is."""
+    if len(places) > 1:
+        return f"has domains on several hosts: {places}"
+    domain = places[0] if places else None
     if vm.busy_with:
         return f"still busy with {vm.busy_with}"
     if vm.status is VmStatus.DOWN:

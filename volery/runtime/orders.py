@@ -218,6 +218,21 @@ class Orders:
             ) from None
         return result.answer(order)
 
+    async def abandoned(self, older_seconds: float) -> list[str]:
+        """Orders outside any operation that nobody waits for any more: whoever gave them was refused an answer in time."""
+        rows = await self.pool.fetch(
+            """select order_id from host_order where operation_id = '' and state <> 'finished'
+               and created_at < now() - make_interval(secs => $1)""",
+            older_seconds,
+        )
+        return [row["order_id"] for row in rows]
+
+    async def give_up(self, order_id: str) -> Result:
+        """How it ended; cancelled, unless the host was quicker. Waits for the host's word."""
+        cancelling = asyncio.Event()
+        cancelling.set()
+        return await self.result(order_id, cancelling)
+
     async def _left_open(self, host_id: str, object_id: str) -> list[str]:
         rows = await self.pool.fetch(
             """select order_id from host_order where host_id = $1 and object_id = $2 and operation_id = ''
