@@ -7,12 +7,14 @@ import functools
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
+from host_agent import runningxml
 from host_agent.action import Host, Running
 from host_agent.events import EventName, HypervisorEvent
 from host_agent.hypervisor import Hypervisor
-from host_agent.refusals import Disconnected
+from host_agent.refusals import Disconnected, LibvirtError, is_libvirt
 from volery.contracts.base import Message
 from volery.contracts.domain import DomainState
+from volery.contracts.errors import Refused
 
 Q = TypeVar("Q", bound=Message)
 A = TypeVar("A")
@@ -69,10 +71,23 @@ async def wait_removed(
 
     try:
         async with asyncio.timeout(seconds):
-            event = await _heard(events, matters)
+            while (event := await _heard(events, matters)).name is EventName.CONNECTED:
+                if not await _has(hypervisor, vm_id, alias):
+                    return EventName.DEVICE_REMOVED
     except TimeoutError:
         return None
     return event.name if event.name in outcomes else EventName.DEVICE_REMOVED
+
+
+async def _has(hypervisor: Hypervisor, vm_id: str, alias: str) -> bool:
+    """Whether the domain still has the device: its removal may have been announced while libvirtd was away."""
+    try:
+        root = runningxml.parsed(await hypervisor.domain_xml(vm_id))
+    except Refused as problem:
+        if is_libvirt(problem, LibvirtError.NO_DOMAIN):
+            return False
+        raise
+    return any(element.get("name") == alias for element in root.iter("alias"))
 
 
 async def _heard(

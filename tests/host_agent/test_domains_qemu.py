@@ -215,6 +215,23 @@ async def test_a_guest_that_does_not_let_go_keeps_its_disk(qemu: VmHost, tmp_pat
     assert (await qemu.hypervisor.domain(spec.vm_id)).disk_ids == (disk.disk_id,)
 
 
+async def test_a_new_libvirtd_is_no_word_from_the_guest(
+    qemu: VmHost, libvirt_host: LibvirtHost, tmp_path: Path
+) -> None:
+    disk = qcow2_disk(tmp_path)
+    spec = tiny_spec(kernel_path="", initrd_path="", kernel_cmdline="", disks=(disk,))
+    await qemu.run(spec)
+    unplug = DetachDisk(vm_id=spec.vm_id, disk_id=disk.disk_id, wait_seconds=6)
+    order = asyncio.create_task(qemu.order(DETACH_DISK, unplug))
+    await asyncio.sleep(1)  # libvirt asks the guest, and tells nobody
+    await asyncio.to_thread(libvirt_host.kill_daemon)
+    await asyncio.to_thread(libvirt_host.start_daemon)
+    with pytest.raises(Refused) as refusal:
+        await order
+    assert refusal.value.kind in (Kind.TIMEOUT, Kind.CONFLICT)
+    assert (await qemu.hypervisor.domain(spec.vm_id)).disk_ids == (disk.disk_id,)
+
+
 async def test_media_change_and_eject_while_the_guest_runs(qemu: VmHost, tmp_path: Path) -> None:
     drive = DomainDisk(disk_id=new_uuid(), cdrom=True, target="sda")
     spec = tiny_spec(disks=(drive,))
