@@ -388,7 +388,8 @@ async def delete(inv: Inventory, run: Run) -> None:
         await run.step(
             f"detach-{ident}", f"Detaching {disk.name}", partial(detach_disk, inv, run, vm.id, ident)
         )
-        # The VM has lost it: from here on deleting goes on until it is done, in another operation if this one fails.
+        # The VM has lost it: from here on deleting goes on until it is done, in another operation if this one fails
+        # or is cancelled.
         run.undone("deleting")
         if ask.delete_disks and not disk.shareable:
             await run.step(f"disk-{ident}", f"Disk {disk.name}", partial(delete_disk, inv, run, ident))
@@ -399,6 +400,7 @@ async def delete(inv: Inventory, run: Run) -> None:
             return await inv.core.bus.ask(RELEASE_NIC, question, run.caller_for(f"nic-{nic.id}"))
 
         await run.step(f"nic-{nic.id}", f"Address of {nic.name}", release)
+        run.undone("deleting")
     await run.step("row", "Removing it", lambda: _remove(inv, vm.id))
 
 

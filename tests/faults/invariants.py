@@ -144,7 +144,7 @@ class Invariants:
         rows = await self._rows("select id, vm_id, address from network.nic")
         held = {row["id"]: (row["vm_id"], _mac(row["address"])) for row in rows}
         if held != shown:
-            return f"addresses held {held}, shown {shown}"
+            return f"addresses held {_without(held, shown)}, shown {_without(shown, held)}"
         domains = await self._domains()
         for machine in self.machines:
             if machine.enter is None:
