@@ -224,7 +224,9 @@ async def test_a_lun_that_the_database_forgot_stays_its_disks(
                 assert idle.id in found[2]
                 free = await made_disk(bus, san, "free")
                 assert free.lun == 4, "3 has something on it"
-                assert set(await withheld(bus, san)) == {1, 2, 3}
+                async with asyncio.timeout(30):
+                    while set(await withheld(bus, san)) != {1, 2, 3}:
+                        await asyncio.sleep(0.1)
                 with pytest.raises(Refused, match="no free LUN") as refused:
                     await made_disk(bus, san, "none")
                 assert "is not given away" in refused.value.message
