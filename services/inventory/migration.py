@@ -103,7 +103,7 @@ async def migrate(inv: Inventory, run: Run) -> None:
     target = (await HOSTS.get(inv.core.pool, placed.host_id)).public
     await run.step("move", "Reserving the destination", lambda: _destined(inv, ask.id, moving, target.id))
     vm = (await VMS.get(inv.core.pool, ask.id)).public
-    spec = await domain_spec(inv, vm, target.id, None, run.caller)
+    spec = await inv.once_free(lambda: domain_spec(inv, vm, target.id, None, run.caller))
     run.undo("destination", lambda: _forget(inv, run, ask.id, moving, target.id))
     await run.order(
         "admit",
@@ -306,7 +306,8 @@ async def _give_back(inv: Inventory, run: Run, vm_id: str, moving: Moving) -> No
     # Should the destination not have let go of it yet, it is told again.
     inv.core.wake(f"stray/{before.destination_id}/{vm_id}")
     if alive:
-        spec = await domain_spec(inv, row.public, moving.source_id, None, run.caller)
+        # A disk that just grows is waited for: without this order the host would keep an epoch that nobody believes.
+        spec = await inv.once_free(lambda: domain_spec(inv, row.public, moving.source_id, None, run.caller))
         await run.order(
             "keep",
             "Keeping it where it was",
