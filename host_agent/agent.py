@@ -48,6 +48,7 @@ from volery.contracts.metrics import BEAT_SUBJECT, METRICS_SUBJECT, Beat, HostSa
 from volery.runtime import connection
 from volery.runtime.bus import ERROR_CODE_HEADER, ERROR_HEADER
 from volery.runtime.bus_client import BusClient
+from volery.runtime.clock import monotonic
 from volery.runtime.signing import Verifier
 
 log = logging.getLogger(__name__)
@@ -114,13 +115,13 @@ async def alone(state_dir: Path) -> AsyncIterator[None]:
     """Holds the state directory for this process. A former one gets a moment to end."""
     state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     with (state_dir / "agent.lock").open("w") as lock:
-        deadline = time.monotonic() + LOCK_SECONDS
+        deadline = monotonic() + LOCK_SECONDS
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if time.monotonic() > deadline:
+                if monotonic() > deadline:
                     raise AlreadyRunning(
                         f"another agent runs with {state_dir}: end it, or give this one a state directory of its own"
                     ) from None
@@ -246,7 +247,7 @@ class Agent:
 
     async def _watch(self, core: Core) -> None:
         """What only a new process can mend."""
-        heard_at = time.monotonic()
+        heard_at = monotonic()
         orders, stuck = core.orders, core.host.hypervisor.stuck
         while True:
             await asyncio.wait([orders.broken], timeout=WATCH_SECONDS)
@@ -258,8 +259,8 @@ class Agent:
                     EXIT_STUCK, "the server closed a connection for good; a new process opens another"
                 )
             if (self.client.is_connected and self.beats.is_connected) or orders.running:
-                heard_at = time.monotonic()
-            elif time.monotonic() - heard_at > DEAF_SECONDS:
+                heard_at = monotonic()
+            elif monotonic() - heard_at > DEAF_SECONDS:
                 raise _Ended(
                     EXIT_STUCK, f"no bus for {DEAF_SECONDS:.0f} s, and nothing to lose by starting anew"
                 )

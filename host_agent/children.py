@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from volery.contracts.errors import Kind, Refused
+from volery.runtime.clock import monotonic
 from volery.runtime.tasks import end
 
 log = logging.getLogger(__name__)
@@ -289,9 +290,9 @@ async def held(path: Path, *, wait_seconds: float, otherwise: str) -> AsyncItera
     Raises Refused(conflict, otherwise) when its holder doesn't let go in time.
     """
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    deadline = asyncio.get_running_loop().time() + wait_seconds
+    deadline = monotonic() + wait_seconds
     while (descriptor := _lock(path)) is None:
-        if asyncio.get_running_loop().time() >= deadline:
+        if monotonic() >= deadline:
             raise Refused(Kind.CONFLICT, otherwise)
         await asyncio.sleep(LOCK_POLL_SECONDS)
     try:

@@ -15,6 +15,7 @@ from host_agent.refusals import Disconnected, LibvirtError, is_libvirt
 from volery.contracts.base import Message
 from volery.contracts.domain import DomainState
 from volery.contracts.errors import Refused
+from volery.runtime.clock import monotonic
 
 Q = TypeVar("Q", bound=Message)
 A = TypeVar("A")
@@ -28,12 +29,12 @@ def settled(
 
     @functools.wraps(run)
     async def again(host: Host, order: Q, running: Running) -> A:
-        end = asyncio.get_running_loop().time() + running.deadline_seconds
+        end = monotonic() + running.deadline_seconds
         while True:
             try:
                 return await run(host, order, running)
             except Disconnected:
-                left = end - asyncio.get_running_loop().time()
+                left = end - monotonic()
                 if left <= 0:
                     raise
                 await host.hypervisor.wait_connected(left)

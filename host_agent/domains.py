@@ -33,6 +33,7 @@ from volery.contracts.domain_orders import (
     StopMethod,
 )
 from volery.contracts.errors import Kind, Refused, conflict
+from volery.runtime.clock import monotonic
 
 Q = TypeVar("Q", bound=Message)
 A = TypeVar("A")
@@ -147,9 +148,9 @@ async def _stop_by(host: Host, vm_id: str, method: StopMethod, seconds: float) -
     hypervisor = host.hypervisor
     if method is StopMethod.DESTROY:
         seconds = max(seconds, DESTROY_SECONDS)
-    end = asyncio.get_running_loop().time() + seconds
+    end = monotonic() + seconds
     reason = ""
-    while (left := end - asyncio.get_running_loop().time()) > 0:
+    while (left := end - monotonic()) > 0:
         try:
             await hypervisor.shutdown(vm_id, method)
         except Refused as problem:

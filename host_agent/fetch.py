@@ -15,11 +15,11 @@ import os
 import socket
 import ssl
 import sys
-import time
 import urllib.parse
 from typing import Any
 
 from host_agent import files
+from volery.runtime.clock import monotonic
 
 MAX_REDIRECTS = 5
 CONNECT_SECONDS = 20.0
@@ -163,14 +163,14 @@ def copy(
 ) -> dict[str, Any]:
     hashed = hashlib.sha256()
     view = memoryview(bytearray(BUFFER_BYTES))
-    told = time.monotonic()
+    told = monotonic()
     while count := files.fill(response.readinto, view):
         if target.position + count > limit:
             files.refuse("too_large", f"the image has more than the {limit} bytes allowed here")
         hashed.update(view[:count])
         target.write(view[:count])
-        if announced and time.monotonic() - told > PROGRESS_SECONDS:
-            told = time.monotonic()
+        if announced and monotonic() - told > PROGRESS_SECONDS:
+            told = monotonic()
             files.say({"progress": target.position / announced * 100})
     if target.position < announced:
         files.refuse(

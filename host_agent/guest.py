@@ -15,6 +15,7 @@ from host_agent.events import EventName, HypervisorEvent
 from host_agent.hypervisor import Hypervisor
 from volery.contracts.domain import DomainState
 from volery.contracts.errors import Refused
+from volery.runtime.clock import monotonic
 
 REFRESH_SECONDS = 30.0
 FIRST_SECONDS = 1.0
@@ -73,13 +74,13 @@ async def _hear(hypervisor: Hypervisor, turns: _Turns, event: HypervisorEvent) -
         turns.drop(event.vm_id)
         hypervisor.remember_guest(event.vm_id, None)
     elif event.name is EventName.AGENT_LIFECYCLE:
-        turns.add(event.vm_id, asyncio.get_running_loop().time())
+        turns.add(event.vm_id, monotonic())
 
 
 async def _find(hypervisor: Hypervisor, turns: _Turns) -> None:
     """Whose agent is connected now; what happened before is lost."""
     with contextlib.suppress(Refused):  # libvirtd went away again: CONNECTED comes again
-        now = asyncio.get_running_loop().time()
+        now = monotonic()
         for domain in await hypervisor.list_domains():
             if domain.agent_connected:
                 turns.add(domain.vm_id, now)

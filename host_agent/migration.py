@@ -24,6 +24,7 @@ from volery.contracts.domain_orders import (
     MigrationDone,
 )
 from volery.contracts.errors import Kind, Refused, conflict
+from volery.runtime.clock import monotonic
 
 PROGRESS_SECONDS = 0.5
 END_SECONDS = 20.0
@@ -166,8 +167,8 @@ def _details(stats: MigrationStats) -> dict[str, Any]:
 
 async def _abort(host: Host, vm_id: str, moving: asyncio.Future[None]) -> None:
     """Stop the job and wait for its end. One that has just begun can't be stopped yet: it is tried again."""
-    end = asyncio.get_running_loop().time() + END_SECONDS
-    while not moving.done() and asyncio.get_running_loop().time() < end:
+    end = monotonic() + END_SECONDS
+    while not moving.done() and monotonic() < end:
         await asyncio.gather(host.hypervisor.abort_job(vm_id), return_exceptions=True)
         await asyncio.wait({moving}, timeout=PROGRESS_SECONDS)
     if moving.done() and not moving.cancelled():

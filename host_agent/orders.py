@@ -14,7 +14,6 @@ import sqlite3
 from collections import deque
 from collections.abc import Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Any, Final
 
 import msgspec
@@ -45,6 +44,7 @@ from volery.contracts.agent import (
 from volery.contracts.base import Fact, encode
 from volery.contracts.errors import Kind, Problem, Refused
 from volery.runtime import telemetry
+from volery.runtime.clock import utc_now
 from volery.runtime.signing import Verifier
 
 log = logging.getLogger(__name__)
@@ -442,7 +442,7 @@ class Orders:
             "seq": 0,
             "after_seq": 0,
             "boot_id": self._clock.boot_id,
-            "at": datetime.now(UTC),
+            "at": utc_now(),
         }
 
 

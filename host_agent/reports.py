@@ -13,7 +13,6 @@ import logging
 import sqlite3
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any, Final
 
 import msgspec
@@ -46,6 +45,7 @@ from volery.contracts.agent import (
 from volery.contracts.base import Fact, Owner, encode
 from volery.contracts.domain import DomainState
 from volery.contracts.errors import Refused
+from volery.runtime.clock import utc_now
 
 log = logging.getLogger(__name__)
 
@@ -261,7 +261,7 @@ class Reporter:
             "seq": 0,
             "after_seq": 0,
             "boot_id": self._clock.boot_id,
-            "at": datetime.now(UTC),
+            "at": utc_now(),
         }
 
 

@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import json
 import logging
-import time
 from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from nats.aio.msg import Msg
 from host_agent.facts import Reservation, Spooled
 from host_agent.journal import Journal
 from volery.contracts.agent import CommittedWord
+from volery.runtime.clock import monotonic
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ class Spool:
             channel.committed = word.seq
             channel.sent = max(channel.sent, word.seq)
             channel.again_from = max(channel.again_from, word.seq)
-            channel.progress_at = time.monotonic()
+            channel.progress_at = monotonic()
             channel.outstanding = 0
             channel.wake.set()
         return True
@@ -146,7 +146,7 @@ class Spool:
         channel = self._channels.get(owner)
         if channel is None:
             channel = self._channels[owner] = _Channel(owner, pause=self._again_seconds)
-            channel.progress_at = time.monotonic()
+            channel.progress_at = monotonic()
             if self._pumps is not None:
                 self._pumps.create_task(self._pump(channel), name=f"spool {owner}")
         return channel
@@ -165,7 +165,7 @@ class Spool:
 
     def _look_back(self, channel: _Channel) -> None:
         """Goes back to the first uncommitted fact when the owner's word has not come for too long."""
-        now = time.monotonic()
+        now = monotonic()
         if channel.sent < channel.head and self._client.is_connected:
             channel.wake.set()
         if channel.committed >= channel.sent:
@@ -250,7 +250,7 @@ class Spool:
         owner, seq = message.subject.rsplit(".", 2)[1:]
         channel = self._channels[owner]
         if problem := _refusal(message):
-            now = time.monotonic()
+            now = monotonic()
             if now - channel.complained_at > 30.0:
                 channel.complained_at = now
                 log.warning(

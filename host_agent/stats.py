@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from host_agent.events import EventName, HypervisorEvent
 from volery.contracts.domain import DomainState
 from volery.contracts.errors import Refused
 from volery.contracts.metrics import DiskSample, HostSample, NicSample, VmSample
+from volery.runtime.clock import monotonic, utc_now
 
 _DISK = {
     "read_bytes": "rd.bytes",
@@ -50,7 +49,7 @@ class Names:
 class Sampler:
     """Keeps what deltas need: the last CPU times. One per agent."""
 
-    clock: Callable[[], float] = time.monotonic
+    clock: Callable[[], float] = monotonic
     _cpu: dict[str, tuple[float, int]] = field(default_factory=dict)
     _names: dict[str, Names] = field(default_factory=dict)
     _listening: bool = False
@@ -143,7 +142,7 @@ def _host_sample(host: Host, vms: tuple[VmSample, ...]) -> HostSample:
     return HostSample(
         host_id=host.host_id,
         boot_id=Path(host.config.boot_id_path).read_text().strip(),
-        at=datetime.now(UTC),
+        at=utc_now(),
         cpu_percent=psutil.cpu_percent(None),
         memory_used_bytes=memory.total - memory.available,
         memory_bytes=memory.total,

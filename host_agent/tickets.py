@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+
+from volery.runtime.clock import monotonic
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +24,7 @@ class Ticket:
 class Tickets:
     """Lives in memory: after a restart of the agent the owner opens the transfer or console again."""
 
-    clock: Callable[[], float] = time.monotonic
+    clock: Callable[[], float] = monotonic
     _tickets: dict[str, Ticket] = field(default_factory=dict)
 
     def admit(self, secret: str, purpose: str, target: Any, expires_seconds: float) -> None:

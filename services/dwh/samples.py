@@ -10,6 +10,7 @@ from services.dwh.model import check_limit, sampled
 from services.dwh.state import Dwh
 from volery.contracts.history import QUERY_SAMPLES, Interval, QuerySamples, Samples
 from volery.runtime.bus import Caller
+from volery.runtime.clock import utc_now
 from volery.runtime.service import Part
 
 log = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ MOST_ROWS = 5000
 
 @part.every(WRITE_SECONDS)
 async def write(dwh: Dwh) -> None:
-    await write_ended(dwh, datetime.now(UTC))
+    await write_ended(dwh, utc_now())
 
 
 async def write_ended(dwh: Dwh, now: datetime) -> None:
@@ -54,7 +55,7 @@ def trim(dwh: Dwh, now: datetime) -> None:
 
 @part.every(AGGREGATE_SECONDS)
 async def aggregate(dwh: Dwh) -> None:
-    await aggregate_ended(dwh, datetime.now(UTC))
+    await aggregate_ended(dwh, utc_now())
 
 
 async def aggregate_ended(dwh: Dwh, now: datetime) -> None:
@@ -69,13 +70,13 @@ async def begin(dwh: Dwh) -> None:
     """Leadership begins: partitions may have been made or dropped by another replica."""
     dwh.partitions.clear()
     await store.make_partitions(
-        dwh.core.pool, store.moments(datetime.now(UTC), PARTITIONS_AHEAD_DAYS), dwh.partitions
+        dwh.core.pool, store.moments(utc_now(), PARTITIONS_AHEAD_DAYS), dwh.partitions
     )
 
 
 @part.every(RETAIN_SECONDS)
 async def retain(dwh: Dwh) -> None:
-    await retain_until(dwh, datetime.now(UTC))
+    await retain_until(dwh, utc_now())
 
 
 async def retain_until(dwh: Dwh, now: datetime) -> None:

@@ -6,7 +6,6 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 
 import msgspec
 from nats.aio.msg import Msg
@@ -15,6 +14,7 @@ from services.dwh import store
 from services.dwh.config import DwhConfig
 from services.dwh.sampler import Sampler
 from volery.contracts.metrics import METRICS_SUBJECT, HostSample
+from volery.runtime.clock import utc_now
 from volery.runtime.connection import settle
 from volery.runtime.core import Core
 
@@ -43,7 +43,7 @@ class Dwh:
         except msgspec.DecodeError:
             return
         if message.subject == METRICS_SUBJECT.format(host_id=sample.host_id):
-            self.sampler.hear(sample, datetime.now(UTC))
+            self.sampler.hear(sample, utc_now())
 
 
 @asynccontextmanager

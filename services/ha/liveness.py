@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace as with_fields
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import msgspec
@@ -24,6 +24,7 @@ from volery.contracts.liveness import (
 )
 from volery.contracts.operation import ListQuery
 from volery.runtime.bus import Caller
+from volery.runtime.clock import utc_now
 from volery.runtime.pages import plain_page
 from volery.runtime.service import Part
 from volery.runtime.tables import Change, Stale
@@ -43,7 +44,7 @@ async def host_changed(ha: Ha, host: Host) -> list[Change]:
     row = await store.LIVENESS.find(ha.core.pool, host.id)
     private = store.LivenessPrivate(admitted_generation=host.agent_generation)
     if row is None:
-        now = datetime.now(UTC)
+        now = utc_now()
         liveness = HostLiveness(
             id=host.id,
             revision=1,
@@ -57,7 +58,7 @@ async def host_changed(ha: Ha, host: Host) -> list[Change]:
     public = replace(row.public, host_name=host.name, cluster_id=host.cluster_id)
     if host.agent_generation != row.private.admitted_generation:
         report = Evidence(
-            kind=Kind.REPORT, at=datetime.now(UTC), details=f"its agent's journal {host.agent_generation}"
+            kind=Kind.REPORT, at=utc_now(), details=f"its agent's journal {host.agent_generation}"
         )
         public = replace(public, evidence=_with(public.evidence, report))
     if public == row.public and private == row.private:
@@ -147,7 +148,7 @@ async def _conclude(ha: Ha, host_id: str, watch: Watch, state: LivenessState, no
     row = await store.LIVENESS.find(ha.core.pool, host_id)
     if row is None:
         return
-    old, at = row.public, datetime.now(UTC)
+    old, at = row.public, utc_now()
     new = replace(
         old,
         state=state,
@@ -236,6 +237,6 @@ def _as_heard(ha: Ha, liveness: HostLiveness) -> HostLiveness:
     watch = ha.watches.get(liveness.id)
     if watch is None or watch.beat_at is None:
         return liveness
-    at = _when(watch.beat_at, ha.clock(), datetime.now(UTC))
+    at = _when(watch.beat_at, ha.clock(), utc_now())
     beat = Evidence(kind=Kind.BEAT, at=at or liveness.updated_at, details=_beat_details(watch))
     return replace(liveness, last_beat_at=at, evidence=_with(liveness.evidence, beat))

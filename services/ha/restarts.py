@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 from msgspec.structs import replace
@@ -17,6 +17,7 @@ from volery.contracts.liveness import LIST_RESTARTS, VmRestart
 from volery.contracts.operation import ListQuery
 from volery.contracts.vm import RESTART_VM, VM_CHANGED, VM_DELETED, RestartVm, Vm
 from volery.runtime.bus import Caller
+from volery.runtime.clock import utc_now
 from volery.runtime.pages import page
 from volery.runtime.service import Part
 from volery.runtime.tables import Change, Row, Stale
@@ -64,7 +65,7 @@ async def _treat(ha: Ha, vm: WatchedVm) -> None:
     if row is not None and row.private.pending:
         await _ask(ha, vm, row)
         return
-    now = datetime.now(UTC)
+    now = utc_now()
     attempts = within(row.private.attempts, now, ha.config) if row is not None else ()
     host = ha.watches.get(vm.host_id)
     verdict = decide(vm, host.state if host is not None else None, attempts, now, ha.config)
@@ -133,7 +134,7 @@ async def _ask(ha: Ha, vm: WatchedVm, row: Row[VmRestart, RestartPrivate]) -> No
 @part.every(FORGET_SECONDS)
 async def forget(ha: Ha) -> None:
     """Records that say nothing any more."""
-    now = datetime.now(UTC)
+    now = utc_now()
     for row in await RESTARTS.where(ha.core.pool):
         vm = await store.vm(ha.core.pool, row.id)
         if is_over(vm, within(row.private.attempts, now, ha.config), row.public.gave_up):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from services.ha.policies.evidence import UNKNOWN, Seen
 from volery.contracts.liveness import LivenessState
 from volery.contracts.metrics import BEAT_SUBJECT, Beat
 from volery.runtime.bus import connect
+from volery.runtime.clock import monotonic
 from volery.runtime.connection import read_presence, settle
 from volery.runtime.core import Core
 
@@ -61,7 +61,7 @@ class Watch:
 @dataclass(slots=True)
 class Ha:
     core: Core
-    clock: Callable[[], float] = time.monotonic
+    clock: Callable[[], float] = monotonic
     watches: dict[str, Watch] = field(default_factory=dict)
     listening_since: float = 0.0
     ticked_at: float = 0.0

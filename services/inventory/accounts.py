@@ -7,7 +7,7 @@ import hashlib
 import hmac
 import secrets
 from contextlib import suppress
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ from volery.contracts.ids import new_id
 from volery.contracts.operation import ListQuery
 from volery.runtime import checks
 from volery.runtime.bus import Caller
+from volery.runtime.clock import utc_now
 from volery.runtime.pages import page
 from volery.runtime.service import Part
 from volery.runtime.tables import Stale, Taken
@@ -67,7 +68,7 @@ async def make_user(inv: Inventory, ask: CreateUser, caller: Caller | None) -> U
     checks.name(ask.name)
     checks.text(ask.full_name, "full_name")
     check_password(ask.password)
-    now = datetime.now(UTC)
+    now = utc_now()
     user = User(
         id=new_id(), revision=1, created_at=now, updated_at=now, name=ask.name, full_name=ask.full_name
     )
@@ -145,7 +146,7 @@ async def login(inv: Inventory, ask: Login, caller: Caller) -> IssuedToken:
     right = await _verified(row.private.password_hash if row else NOBODY, ask.password)
     if row is None or not right or not row.public.enabled:
         raise Refused(Kind.UNAUTHENTICATED, "name or password is wrong, or the account is disabled")
-    now = datetime.now(UTC)
+    now = utc_now()
     secret = secrets.token_urlsafe(32)
     token = Token(
         id=new_id(),
@@ -168,7 +169,7 @@ async def check_token(inv: Inventory, ask: CheckToken, caller: Caller) -> Princi
     row = await TOKENS.find(inv.core.pool, ask.token_id)
     if row is None or not hmac.compare_digest(row.private.secret_sha256, ask.secret_sha256):
         raise Refused(Kind.UNAUTHENTICATED, "this token is not known here; log in again")
-    if row.public.expires_at <= datetime.now(UTC):
+    if row.public.expires_at <= utc_now():
         raise Refused(Kind.UNAUTHENTICATED, f"this token expired at {row.public.expires_at}; log in again")
     user = await USERS.find(inv.core.pool, row.public.user_id)
     if user is None or not user.public.enabled:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from datetime import UTC, datetime
 from typing import Any
 
 from msgspec.structs import replace
@@ -38,6 +37,7 @@ from volery.contracts.operation import ListQuery
 from volery.contracts.template import BLANK_TEMPLATE_ID, GET_TEMPLATE, LIST_TEMPLATES, Template
 from volery.runtime import checks
 from volery.runtime.bus import Caller
+from volery.runtime.clock import utc_now
 from volery.runtime.pages import page
 from volery.runtime.service import Part
 from volery.runtime.tables import Nothing, Stale, Taken
@@ -47,7 +47,7 @@ part = Part()
 
 @part.answers(CREATE_DATA_CENTER)
 async def create_data_center(inv: Inventory, ask: CreateDataCenter, caller: Caller) -> DataCenter:
-    now = datetime.now(UTC)
+    now = utc_now()
     made = DataCenter(
         id=new_id(),
         revision=1,
@@ -118,7 +118,7 @@ async def create_cluster(inv: Inventory, ask: CreateCluster, caller: Caller) -> 
     )
     checks.object_id(ask.data_center_id, "data center")
     await DATA_CENTERS.get(inv.core.pool, ask.data_center_id)
-    now = datetime.now(UTC)
+    now = utc_now()
     made = Cluster(id=new_id(), revision=1, created_at=now, updated_at=now, **model.given(ask))
     try:
         await inv.core.commit(CLUSTERS.insert(made, Nothing()), caller=caller, answer=made)
@@ -188,7 +188,7 @@ async def list_templates(inv: Inventory, ask: ListQuery, caller: Caller) -> Any:
 async def ensure_blank(inv: Inventory) -> None:
     """The Blank template is always there."""
     if await TEMPLATES.find(inv.core.pool, BLANK_TEMPLATE_ID) is None:
-        now = datetime.now(UTC)
+        now = utc_now()
         blank = Template(
             id=BLANK_TEMPLATE_ID,
             revision=1,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import secrets
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 
 from msgspec.structs import replace
@@ -27,6 +27,7 @@ from volery.contracts.host import CREATE_HOST, RENEW_HOST_TOKEN, CreateHost, Hos
 from volery.contracts.ids import new_id
 from volery.runtime import checks
 from volery.runtime.bus import Caller
+from volery.runtime.clock import utc_now
 from volery.runtime.core import shown_once
 from volery.runtime.identity import Realm, mint_agent
 from volery.runtime.service import Part
@@ -75,7 +76,7 @@ async def create_host(inv: Inventory, ask: CreateHost, caller: Caller) -> HostTo
     checks.object_id(ask.cluster_id, "cluster")
     checks.between(ask.token_seconds, 60, 7 * 86400, "token_seconds", "seconds")
     cluster = (await CLUSTERS.get(inv.core.pool, ask.cluster_id)).public
-    now = datetime.now(UTC)
+    now = utc_now()
     host = Host(
         id=new_id(),
         revision=1,
@@ -108,7 +109,7 @@ async def renew_token(inv: Inventory, ask: RenewHostToken, caller: Caller) -> Ho
         private = replace(
             row.private,
             token_sha256=_hash(secret),
-            token_expires_at=datetime.now(UTC) + timedelta(seconds=ask.token_seconds),
+            token_expires_at=utc_now() + timedelta(seconds=ask.token_seconds),
         )
         answer = _answer(inv, row.public, secret)
         try:
@@ -152,7 +153,7 @@ async def enrol(inv: Inventory, ask: Enrol, caller: Caller) -> Enrolled:
         answer = await _enrolled(inv, row.id, ask.public_key, ask.csr_pem, ask.addresses, ask.hostname)
         host = replace(
             row.public,
-            enrolled_at=row.public.enrolled_at or datetime.now(UTC),
+            enrolled_at=row.public.enrolled_at or utc_now(),
             address=row.public.address or (ask.addresses[0] if ask.addresses else ""),
             capabilities=ask.capabilities,
         )
@@ -165,7 +166,7 @@ async def enrol(inv: Inventory, ask: Enrol, caller: Caller) -> Enrolled:
 
 
 def _fresh(private: HostPrivate) -> bool:
-    return private.token_expires_at is not None and private.token_expires_at > datetime.now(UTC)
+    return private.token_expires_at is not None and private.token_expires_at > utc_now()
 
 
 def _twin(hosts: list[Row[Host, HostPrivate]], host_id: str, hardware_uuid: str) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sequence
-from datetime import UTC, datetime
 
 from msgspec.structs import replace
 
@@ -27,6 +26,7 @@ from volery.contracts.host import Host
 from volery.contracts.liveness import LIVENESS_CHANGED, HostLiveness
 from volery.contracts.operation import ENDED, OPERATION_CHANGED, Operation
 from volery.contracts.vm import DesiredState, GuestInfo, Vm, VmStatus
+from volery.runtime.clock import utc_now
 from volery.runtime.service import Part
 from volery.runtime.tables import Change, Row
 
@@ -81,7 +81,7 @@ def _host_change(inv: Inventory, row: Row[Host, HostPrivate], fact: HostReported
         capabilities=fact.capabilities,
         boot_id=fact.boot_id,
         agent_generation=fact.generation,
-        enrolled_at=row.public.enrolled_at or datetime.now(UTC),
+        enrolled_at=row.public.enrolled_at or utc_now(),
         vm_count=sum(1 for d in fact.domains if d.state not in ENDED_STATES),
     )
     private = replace(row.private, reported=True)
@@ -162,7 +162,7 @@ def _ended(
         status_reason=end.reason,
         desired=end.desired,
         host_id="",
-        stopped_at=datetime.now(UTC),
+        stopped_at=utc_now(),
         guest=replace(vm.guest, agent_connected=False, ip_addresses=()),
     )
     return [
@@ -210,7 +210,7 @@ async def _external(
         found = await HOSTS.find(inv.core.pool, host_id)
         if found is None:
             return []
-        host, now = found.public, datetime.now(UTC)
+        host, now = found.public, utc_now()
         vm = Vm(
             id=report.vm_id,
             revision=1,

@@ -6,7 +6,6 @@ stream goes on from there: a reader may see some facts twice, and misses none.
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from volery.contracts.ids import new_id
 from volery.contracts.operation import ListQuery
 from volery.runtime import checks
 from volery.runtime.bus import Caller
+from volery.runtime.clock import utc_now
 from volery.runtime.connection import create_reader_consumers, delete_reader_consumers
 from volery.runtime.core import shown_once
 from volery.runtime.identity import Realm, mint_reader, reader_name
@@ -52,7 +52,7 @@ async def create_reader(inv: Inventory, ask: CreateEventReader, caller: Caller) 
     owners = tuple(dict.fromkeys(ask.owners)) or tuple(Owner)
     streams = {owner: stream_name(owner) for owner in owners}
     await create_reader_consumers(inv.core.bus.client.jetstream(timeout=5), ask.name, streams.values())
-    now = datetime.now(UTC)
+    now = utc_now()
     reader = EventReader(
         id=new_id(),
         revision=1,

@@ -7,7 +7,6 @@ that epoch before another one is tried, so that nothing of the attempt can wake 
 from __future__ import annotations
 
 import logging
-from datetime import UTC, datetime
 
 from msgspec.structs import replace
 
@@ -41,6 +40,7 @@ from volery.contracts.vm import (
 )
 from volery.runtime import checks
 from volery.runtime.bus import LOST, Caller
+from volery.runtime.clock import utc_now
 from volery.runtime.operations import Run
 from volery.runtime.service import Part
 from volery.runtime.tables import Stale
@@ -290,7 +290,7 @@ async def _settle_running(inv: Inventory, ask: Starting, epoch: int, host_id: st
                 status_reason="",
                 host_id=host_id,
                 next_run=False,
-                started_at=datetime.now(UTC),
+                started_at=utc_now(),
             )
         )
         private = replace(row.private, saved_path="", saved_host_id="", run_once=None)

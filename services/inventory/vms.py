@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
@@ -60,6 +59,7 @@ from volery.contracts.vm import (
 )
 from volery.runtime import checks
 from volery.runtime.bus import Caller
+from volery.runtime.clock import utc_now
 from volery.runtime.operations import Run
 from volery.runtime.pages import page
 from volery.runtime.service import Part
@@ -164,7 +164,7 @@ async def create_vm(inv: Inventory, ask: CreateVm, caller: Caller) -> Operation:
     checks.object_id(ask.cluster_id, "cluster")
     cluster = (await CLUSTERS.get(inv.core.pool, ask.cluster_id)).public
     await check_references(inv, ask, cluster, Caller(caller.principal))
-    now = datetime.now(UTC)
+    now = utc_now()
     fields = model.given(ask)
     for other in ("disks", "nics", "start"):
         fields.pop(other)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from functools import partial
 
 from msgspec.structs import replace
@@ -36,6 +34,7 @@ from volery.contracts.network_orders import (
 )
 from volery.contracts.operation import Operation
 from volery.runtime.bus import Caller
+from volery.runtime.clock import monotonic, utc_now
 from volery.runtime.operations import Run
 from volery.runtime.service import Part
 from volery.runtime.tables import Change, Nothing, Row, Stale
@@ -68,7 +67,7 @@ async def reconcile_host(svc: Fabric, host_id: str, *, again: bool = False) -> N
         if state is not None and not _due(svc, host_id, state, wanted, again):
             return
         new = await settle(svc, host_id, wanted, state or HostState())
-        svc.tried[host_id] = time.monotonic()
+        svc.tried[host_id] = monotonic()
         await _write(svc, host_id, new, rows)
 
 
@@ -77,7 +76,7 @@ def _due(svc: Fabric, host_id: str, state: HostState, wanted: model.Desired, aga
         return True
     if not state.dirty and not state.failed:
         return any(state.problems.get(i) != why for i, why in wanted.problems.items())
-    return time.monotonic() - svc.tried.get(host_id, -1e9) >= svc.config.again_seconds
+    return monotonic() - svc.tried.get(host_id, -1e9) >= svc.config.again_seconds
 
 
 async def settle(svc: Fabric, host_id: str, wanted: model.Desired, state: HostState) -> HostState:
@@ -215,7 +214,7 @@ async def reported(svc: Fabric, fact: NetworksReported) -> list[Change]:
 @part.every(5.0)
 async def ask_for_reports(svc: Fabric) -> None:
     """Every host says now and then how its networks are, spread over the time between."""
-    now = time.monotonic()
+    now = monotonic()
     for host in await svc.store.hosts():
         unheard = host.id not in svc.core.hosts.positions  # no order can be given before its first report
         due = unheard or now - svc.asked.get(host.id, 0.0) >= svc.config.report_seconds
@@ -231,7 +230,7 @@ async def ask_for_reports(svc: Fabric) -> None:
 async def prepare(svc: Fabric, ask: PrepareNetworks, caller: Caller) -> PreparedNetworks:
     """Waits until the host has these networks. Raises Refused with the host's sentence, or when it takes too long."""
     checked_id("host", ask.host_id)
-    until = time.monotonic() + svc.config.prepare_seconds
+    until = monotonic() + svc.config.prepare_seconds
     while True:
         settled = svc.settled
         networks = await _networks(svc, ask)
@@ -242,7 +241,7 @@ async def prepare(svc: Fabric, ask: PrepareNetworks, caller: Caller) -> Prepared
                 bridges=tuple(NetworkBridge(network_id=n.id, bridge=n.bridge, mtu=n.mtu) for n in networks)
             )
         await _refuse_failed(svc, host, state, missing)
-        if time.monotonic() >= until:
+        if monotonic() >= until:
             raise Refused(
                 Kind.TIMEOUT,
                 f"host {host.name} did not make network {missing[0].name} within {svc.config.prepare_seconds:g} s: "
@@ -342,7 +341,7 @@ async def _check_setup(svc: Fabric, host: HostRow, ask: SetupHostNetworks) -> mo
 
 
 def _attachment(host_id: str, network_id: str, nic: str) -> Attachment:
-    now = datetime.now(UTC)
+    now = utc_now()
     return Attachment(
         id=new_id(),
         revision=1,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
@@ -28,6 +27,7 @@ from volery.contracts.network import (
 )
 from volery.contracts.operation import ListQuery
 from volery.runtime.bus import Caller
+from volery.runtime.clock import utc_now
 from volery.runtime.pages import page
 from volery.runtime.service import Part
 from volery.runtime.tables import Row, Stale, Taken
@@ -52,7 +52,7 @@ async def make_default(svc: Fabric) -> None:
 
 
 def _new(name: str, ranges: tuple[mac_model.Range, ...], allow_duplicates: bool) -> MacPool:
-    now = datetime.now(UTC)
+    now = utc_now()
     return MacPool(
         id=new_id(),
         revision=1,
@@ -88,7 +88,7 @@ async def update(svc: Fabric, ask: UpdateMacPool, caller: Caller) -> MacPool:
         row = await MAC_POOLS.get(svc.core.pool, checked_id(NOUN, ask.id))
         checked_revision(NOUN, row.public.name, row.public.revision, ask.if_revision)
         new = await _edited(svc, row, ask)
-        new = replace(new, revision=row.public.revision + 1, updated_at=datetime.now(UTC))
+        new = replace(new, revision=row.public.revision + 1, updated_at=utc_now())
         try:
             await svc.core.commit(MAC_POOLS.update(row, new), caller=caller, answer=new)
         except Stale:

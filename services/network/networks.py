@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from typing import Any
 
 from msgspec.structs import replace
@@ -39,6 +38,7 @@ from volery.contracts.network import (
 from volery.contracts.network_orders import NetworkKind
 from volery.contracts.operation import ListQuery
 from volery.runtime.bus import Caller
+from volery.runtime.clock import utc_now
 from volery.runtime.pages import page
 from volery.runtime.service import Part
 from volery.runtime.tables import Nothing, Stale, Taken
@@ -96,7 +96,7 @@ async def _pool_id(svc: Fabric, pool_id: str) -> str:
 
 
 async def _new(svc: Fabric, ask: CreateNetwork, pool_id: str) -> Network:
-    now = datetime.now(UTC)
+    now = utc_now()
     network_id = new_id()
     vni, subnet = ask.vni, ask.subnet
     if ask.kind is NetworkKind.VXLAN and not vni:
@@ -131,7 +131,7 @@ async def update(svc: Fabric, ask: UpdateNetwork, caller: Caller) -> Network:
         checked_revision(NOUN, row.public.name, row.public.revision, ask.if_revision)
         new = model.edited(row.public, ask)
         await svc.check_clusters(new.data_center_id, new.cluster_ids)
-        new = replace(new, revision=row.public.revision + 1, updated_at=datetime.now(UTC))
+        new = replace(new, revision=row.public.revision + 1, updated_at=utc_now())
         try:
             await svc.core.commit(NETWORKS.update(row, new), caller=caller, answer=new)
         except Stale:

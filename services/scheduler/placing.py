@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
@@ -26,6 +25,7 @@ from volery.contracts.scheduling import (
     Purpose,
 )
 from volery.runtime.bus import Caller
+from volery.runtime.clock import utc_now
 from volery.runtime.service import Part
 from volery.runtime.tables import Change, Row, Stale, Taken
 
@@ -165,7 +165,7 @@ async def _commit(scheduler: Scheduler, ask: Place, placement: Placement, caller
 
 
 def _claim(scheduler: Scheduler, ask: Place, host_id: str) -> Claim:
-    now = datetime.now(UTC)
+    now = utc_now()
     return Claim(
         id=new_id(),
         revision=1,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from datetime import UTC, datetime
 
 from msgspec.structs import replace
 
@@ -12,6 +11,7 @@ from services.scheduler.model import SeenVm, Settling
 from services.scheduler.state import Scheduler
 from volery.contracts.ids import new_id
 from volery.contracts.scheduling import Claim
+from volery.runtime.clock import utc_now
 from volery.runtime.service import Part
 from volery.runtime.tables import Row, Stale, Taken
 
@@ -72,7 +72,7 @@ async def adopt_vms(scheduler: Scheduler) -> None:
 
 
 def _adopted(scheduler: Scheduler, vm: SeenVm) -> Claim:
-    now = datetime.now(UTC)
+    now = utc_now()
     return Claim(
         id=new_id(),
         revision=1,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from services.scheduler.config import SchedulerConfig
 from services.scheduler.fleet import Fleet
 from services.scheduler.model import ClusterPolicy
 from volery.contracts.metrics import METRICS_SUBJECT, HostSample
+from volery.runtime.clock import monotonic
 from volery.runtime.connection import settle
 from volery.runtime.core import Core
 
@@ -53,10 +53,10 @@ class Scheduler:
 
     async def reload(self) -> None:
         """The whole fleet anew from the tables, as of now or later. Those who ask together share one reading."""
-        asked = time.monotonic()
+        asked = monotonic()
         async with self._reading:
             if self._read_at <= asked:
-                self._read_at = time.monotonic()
+                self._read_at = monotonic()
                 await self._reload()
 
     async def _reload(self) -> None:

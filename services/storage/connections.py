@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
@@ -23,6 +22,7 @@ from volery.contracts.volume_orders import (
     DirectoryLocation,
     DisconnectStorage,
 )
+from volery.runtime.clock import monotonic
 from volery.runtime.service import Part
 from volery.runtime.tables import Change, Row, Stale
 
@@ -83,7 +83,7 @@ async def _looked(
         try:
             report = await look(svc, domain_id, host_id)
         except Refused as refused:
-            svc.tried[domain_id, host_id] = time.monotonic()
+            svc.tried[domain_id, host_id] = monotonic()
             return host_id, StorageDomainReport(domain_id=domain_id, reachable=False, problem=refused.message)
     svc.tried.pop((domain_id, host_id), None)
     return host_id, report
@@ -229,7 +229,7 @@ async def ask_for_reports(svc: Storage) -> None:
     """Every host says now and then what is on its storage, spread over the time between. One that beats and that
     inventory doesn't have is asked as well: it may have VMs that a restored database has forgotten."""
     hosts = {h.id for h in await svc.store.hosts() if h.status in domain_model.STAYS_CONNECTED}
-    now = time.monotonic()
+    now = monotonic()
     for host_id in hosts | set(svc.core.beats.newest):
         unheard = host_id not in svc.core.hosts.positions  # no order can be given before its first report
         if unheard or now - svc.asked.get(host_id, 0.0) >= svc.config.report_seconds:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from typing import Any
 
 from msgspec.structs import replace
@@ -34,6 +33,7 @@ from volery.contracts.storage import (
     UpdateDisk,
 )
 from volery.runtime.bus import Caller
+from volery.runtime.clock import utc_now
 from volery.runtime.operations import busy
 from volery.runtime.pages import page
 from volery.runtime.service import Part
@@ -144,7 +144,7 @@ async def _reachable(svc: Storage, domain: StorageDomain, source: Row[Disk, Disk
 async def _new_disk(svc: Storage, ask: CreateDisk, domain: Row[StorageDomain, DomainPrivate]) -> Disk:
     preallocated = ask.preallocate
     lun = await luns.place(svc, domain, ask)
-    now = datetime.now(UTC)
+    now = utc_now()
     return Disk(
         id=ask.id or new_id(),
         revision=1,
@@ -185,7 +185,7 @@ async def update(svc: Storage, ask: UpdateDisk, caller: Caller) -> Disk:
         row = await svc.disk(checked_id(NOUN, ask.id))
         checked_revision(NOUN, row.public.name, row.public.revision, ask.if_revision)
         new = disk_model.edited(row.public, ask)
-        new = replace(new, revision=row.public.revision + 1, updated_at=datetime.now(UTC))
+        new = replace(new, revision=row.public.revision + 1, updated_at=utc_now())
         try:
             await svc.core.commit(DISKS.update(row, new), caller=caller, answer=new)
         except Stale:

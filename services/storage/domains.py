@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
@@ -44,6 +43,7 @@ from volery.contracts.storage import (
     UpdateStorageDomain,
 )
 from volery.runtime.bus import Caller
+from volery.runtime.clock import utc_now
 from volery.runtime.operations import Run, busy
 from volery.runtime.pages import page
 from volery.runtime.service import Part
@@ -109,7 +109,7 @@ async def create(svc: Storage, ask: CreateStorageDomain, caller: Caller) -> Oper
 
 
 def _new_domain(ask: CreateStorageDomain) -> StorageDomain:
-    now = datetime.now(UTC)
+    now = utc_now()
     return StorageDomain(
         id=new_id(),
         revision=1,
@@ -212,7 +212,7 @@ async def update(svc: Storage, ask: UpdateStorageDomain, caller: Caller) -> Stor
             description=checked_description(new.description),
             tags=checked_tags(new.tags),
             revision=row.public.revision + 1,
-            updated_at=datetime.now(UTC),
+            updated_at=utc_now(),
         )
         try:
             await svc.core.commit(DOMAINS.update(row, new), caller=caller, answer=new)

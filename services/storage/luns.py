@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from dataclasses import replace as replaced
 from functools import partial
 
@@ -19,6 +18,7 @@ from volery.contracts.errors import Refused, unavailable
 from volery.contracts.operation import Operation, OperationState
 from volery.contracts.storage import CreateDisk, Disk, DomainKind, StorageDomain
 from volery.contracts.volume_orders import CLAIM_LUN, ClaimLun
+from volery.runtime.clock import monotonic
 from volery.runtime.operations import Run
 from volery.runtime.tables import Change, Row, Taken
 
@@ -122,7 +122,7 @@ async def _prove(svc: Storage, run: Run, ask: CreateDisk, disk: Disk, host_id: s
 
 def _refuse_unheard(svc: Storage) -> None:
     """Raises Refused(unavailable) while a host lives that hasn't said what it has open."""
-    now = time.monotonic()
+    now = monotonic()
     unheard = sorted(
         host_id
         for host_id, (_, at) in svc.core.beats.newest.items()

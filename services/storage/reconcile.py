@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Sequence
 
 from services.storage import connections, disk_work, domain_model, lun_model, luns
@@ -12,6 +11,7 @@ from services.storage.store import DISKS, DOMAINS, DomainPrivate, HostRow
 from volery.contracts.errors import Kind, Refused
 from volery.contracts.operation import ENDED
 from volery.contracts.storage import StorageDomain
+from volery.runtime.clock import monotonic
 from volery.runtime.tables import Row
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ async def _domain(svc: Storage, domain_id: str) -> None:
     if row is None or row.public.busy_with:
         return
     wanted = domain_model.wanted_hosts(row.public, row.private.maintenance, hosts)
-    now = time.monotonic()
+    now = monotonic()
     due = [
         host_id
         for host_id in wanted

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -56,6 +56,7 @@ from volery.contracts.volume_orders import (
     VolumeInfo,
 )
 from volery.runtime.bus import Caller
+from volery.runtime.clock import utc_now
 from volery.runtime.operations import Run
 from volery.runtime.pages import page
 from volery.runtime.service import Part
@@ -98,7 +99,7 @@ async def create(svc: Storage, ask: CreateTransfer, caller: Caller) -> Operation
 
 
 def _new(svc: Storage, ask: CreateTransfer, domain: StorageDomain) -> Transfer:
-    now = datetime.now(UTC)
+    now = utc_now()
     transfer_id = new_id()
     host_id = domain_model.choose_host(domain.host_ids, ask.disk_id)
     if not host_id:
@@ -158,7 +159,7 @@ async def _opening(svc: Storage, transfer_id: str) -> tuple[Transfer, OpenTransf
     found = await TRANSFERS.get(svc.core.pool, transfer_id)
     transfer = found.public
     disk, domain = await _places(svc, transfer)
-    left = (transfer.expires_at or datetime.now(UTC)) - datetime.now(UTC)
+    left = (transfer.expires_at or utc_now()) - utc_now()
     return transfer, OpenTransfer(
         transfer_id=transfer.id,
         disk_id=transfer.disk_id,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
-
 from msgspec.structs import replace
 
 from services.storage import disk_model, domain_model, luns
@@ -31,6 +29,7 @@ from volery.contracts.storage import (
     StorageDomain,
 )
 from volery.runtime.bus import Caller
+from volery.runtime.clock import utc_now
 from volery.runtime.service import Part
 from volery.runtime.tables import Row, Stale
 
@@ -47,7 +46,7 @@ async def attach(svc: Storage, ask: AttachDiskTo, caller: Caller) -> Disk:
         if new == row.public:
             await svc.core.commit(caller=caller, answer=new)
             return new
-        new = replace(new, revision=row.public.revision + 1, updated_at=datetime.now(UTC))
+        new = replace(new, revision=row.public.revision + 1, updated_at=utc_now())
         try:
             await svc.core.commit(DISKS.update(row, new), caller=caller, answer=new)
         except Stale:

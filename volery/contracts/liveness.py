@@ -16,6 +16,8 @@ class LivenessState(StrEnum):
     """Beats are missing, or the bus said that the agent left: suspected."""
     NON_RESPONSIVE = "non_responsive"
     """Silent beyond the limit. Silence is evidence, never proof of death."""
+    DEAD = "dead"
+    """Proven: see `proof`. What ran under the boot that the proof names runs no more."""
     UNKNOWN = "unknown"
     """ha itself has just started, or is cut off: it has no opinion yet."""
 
@@ -30,6 +32,31 @@ class Evidence(Message):
     details: str = ""
 
 
+class ProofKind(StrEnum):
+    """What proves that a boot of a host has ended (docs/architecture/liveness.md)."""
+
+    BMC_OFF = "bmc_off"
+    """Its BMC, whose identity was checked, said off twice, at least 2 s apart, after the last sign of life."""
+    LEASE_EXPIRED = "lease_expired"
+    """Its storage lease expired and the time of its watchdog has passed."""
+    NEW_BOOT = "new_boot"
+    """Its authenticated agent reports another boot."""
+    PERSON = "person"
+    """An administrator confirmed that it is off, or was rebooted."""
+
+
+class Proof(Message):
+    """That a boot of a host has ended. A sign of life of that boot newer than the proof voids it."""
+
+    id: str
+    kind: ProofKind
+    at: datetime
+    boot_id: str
+    """The boot that ended."""
+    details: str = ""
+    """What was observed, in words."""
+
+
 class HostLiveness(Entity):
     """`id` is the host's."""
 
@@ -41,6 +68,10 @@ class HostLiveness(Entity):
     last_beat_at: datetime | None = None
     evidence: tuple[Evidence, ...] = ()
     """The newest of each kind."""
+    proof: Proof | None = None
+    """The newest proof that a boot of this host ended. It stays after the host came back under another boot."""
+    fencing: str = ""
+    """What is being done about it, or why nothing is: a sentence."""
 
 
 class VmRestart(Entity):

@@ -30,6 +30,7 @@ from volery.contracts.base import Call, Message, encode
 from volery.contracts.errors import STATUS, Kind, Problem, Refused
 from volery.runtime import telemetry
 from volery.runtime.bus_client import open_client
+from volery.runtime.clock import monotonic
 from volery.runtime.config import BusConfig
 from volery.runtime.connection import connect_options
 from volery.runtime.database import AWAY
@@ -167,13 +168,13 @@ class Bus:
         Without a caller a service asks for itself, which needs no headers: they are a fifth of a call's cost.
         """
         headers = telemetry.inject(caller.headers() if caller else {}) or None
-        until = time.monotonic() + timeout_seconds
+        until = monotonic() + timeout_seconds
         while True:
-            left = until - time.monotonic()
+            left = until - monotonic()
             try:
                 message = await self.client.request(subject, body, timeout=max(left, 0.01), headers=headers)
             except nats.errors.NoRespondersError:
-                if not again or time.monotonic() + 0.05 > until:
+                if not again or monotonic() + 0.05 > until:
                     raise Refused(
                         Kind.UNAVAILABLE,
                         f"nobody answers {subject} right now: the {subject.split('.')[0]} service is down or "

@@ -8,7 +8,6 @@ import contextlib
 import json
 import random
 import ssl
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 from nats.js.errors import NotFoundError
 
 from volery.contracts.errors import unavailable
+from volery.runtime.clock import monotonic
 from volery.runtime.identity import Realm, check_revocable, reader_name
 from volery.runtime.permissions import ACCOUNT_OF, ACCOUNTS
 from volery.runtime.signing import IdentityError, Key, decode_segment, parse_creds, read_jwt
@@ -192,8 +192,8 @@ async def _push(
     # In a thread: it waits for the disk, and for another program that holds the realm.
     await asyncio.to_thread(realm.sign_account, account, revoked)
     problem = "none answered"
-    deadline = time.monotonic() + timeout_seconds
-    while (left := deadline - time.monotonic()) > 0:
+    deadline = monotonic() + timeout_seconds
+    while (left := deadline - monotonic()) > 0:
         patience = min(left, CLAIMS_REQUEST_SECONDS)
         try:
             served = await _served(realm, system, account, patience)

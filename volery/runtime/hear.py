@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +25,7 @@ from volery.contracts.errors import Refused
 from volery.contracts.health import GET_HEALTH, AskHealth
 from volery.runtime import telemetry
 from volery.runtime.bus import Bus
+from volery.runtime.clock import monotonic
 from volery.runtime.database import AWAY
 from volery.runtime.relay import stream_name
 from volery.runtime.tables import Change, Stale, commit
@@ -271,7 +271,7 @@ class HostHearing:
         return False
 
     async def _ask_report(self, host_id: str) -> None:
-        now = time.monotonic()
+        now = monotonic()
         if now - self.asked.get(host_id, -60.0) < 2.0:
             return
         self.asked[host_id] = now

@@ -13,7 +13,7 @@ import logging
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import asyncpg
@@ -28,6 +28,7 @@ from volery.contracts.ids import new_id
 from volery.contracts.operation import ENDED, OPERATION_CHANGED, Operation, OperationState, Step
 from volery.runtime import telemetry
 from volery.runtime.bus import LOST, Caller
+from volery.runtime.clock import monotonic, utc_now
 from volery.runtime.database import AWAY
 from volery.runtime.orders import Orders
 from volery.runtime.quarantine import Quarantine
@@ -255,7 +256,7 @@ class Run:
 
     def say_progress(self, name: str, percent: float) -> None:
         """Show how far a step is, at most twice a second."""
-        now = asyncio.get_running_loop().time()
+        now = monotonic()
         if now - self._progress_at >= PROGRESS_SECONDS:
             self._progress_at = now
             self.operations.spawn(self._save_progress(name, percent))
@@ -358,7 +359,7 @@ class Operations:
     ) -> tuple[Operation, Change]:
         """A new operation and the change that writes it; it starts once that is committed."""
         self.quarantine.check()
-        now = datetime.now(UTC)
+        now = utc_now()
         seconds = deadline_seconds or self.procedures[kind].deadline_seconds
         context = trace.get_current_span().get_span_context()
         operation = Operation(
@@ -493,7 +494,7 @@ class Operations:
     async def _watch_deadline(self, run: Run) -> None:
         if run.operation.outcome_pending:
             return
-        left = (run.operation.deadline - datetime.now(UTC)).total_seconds()
+        left = (run.operation.deadline - utc_now()).total_seconds()
         await asyncio.sleep(max(left, 0.0))
         op = run.operation
         running = next((s.title for s in reversed(op.steps) if s.state is OperationState.RUNNING), "starting")
@@ -566,7 +567,7 @@ def _ended(
         state=state,
         problem=problem,
         outcome_pending=outcome_pending,
-        ended_at=datetime.now(UTC),
+        ended_at=utc_now(),
         progress=100.0 if state is OperationState.SUCCEEDED else op.progress,
         steps=tuple(s if s.state in ENDED else replace(s, state=open_to) for s in op.steps),
     )

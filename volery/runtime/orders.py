@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 import uuid
 import weakref
 from collections.abc import Callable, Sequence
@@ -37,6 +36,7 @@ from volery.contracts.base import Message, Order, encode, fill
 from volery.contracts.errors import Kind, Problem, Refused
 from volery.contracts.metrics import BEAT_SUBJECT, Beat
 from volery.runtime import telemetry
+from volery.runtime.clock import monotonic
 from volery.runtime.hear import HostHearing
 from volery.runtime.tables import Change, commit
 
@@ -87,7 +87,7 @@ class Beats:
         except msgspec.DecodeError:
             return
         if message.subject == fill(BEAT_SUBJECT, beat):
-            now = time.monotonic()
+            now = monotonic()
             self.newest[beat.host_id] = (beat, now)
             for listener in self.listeners:
                 listener(beat, now)

@@ -10,7 +10,6 @@ import asyncio
 import json
 import logging
 import re
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import nats.errors
 from nats.aio.client import Client
 
 from volery.runtime.bus import connect
+from volery.runtime.clock import monotonic
 from volery.runtime.config import BusConfig
 
 log = logging.getLogger(__name__)
@@ -110,11 +110,11 @@ async def ask(system: Client, timeout_seconds: float = ANSWERS_SECONDS) -> list[
     """Every server's state; `system` is connected as `sys`. Returns as soon as all of a cluster answered."""
     inbox = system.new_inbox()
     answers = await system.subscribe(inbox)
-    deadline = time.monotonic() + timeout_seconds
+    deadline = monotonic() + timeout_seconds
     found: dict[str, ServerState] = {}
     try:
         await system.publish(PING, b"", reply=inbox)
-        while (left := deadline - time.monotonic()) > 0:
+        while (left := deadline - monotonic()) > 0:
             state = read_state((await answers.next_msg(left)).data)
             found[state.name] = state
             if len(found) >= max(1, *(s.cluster_size for s in found.values())):

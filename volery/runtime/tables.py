@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import cache, lru_cache, partial
 from typing import Any, Generic, TypeVar
 
@@ -20,6 +20,7 @@ import msgspec
 
 from volery.contracts.base import Entity, Fact, Message, encode
 from volery.contracts.errors import Kind, Refused
+from volery.runtime.clock import utc_now
 
 T = TypeVar("T", bound=Entity)
 S = TypeVar("S", bound=Message)
@@ -114,7 +115,7 @@ class Table(Generic[T, S]):
         new = msgspec.structs.replace(
             public if public is not None else row.public,
             revision=row.public.revision + 1,
-            updated_at=datetime.now(UTC) if changed else row.public.updated_at,
+            updated_at=utc_now() if changed else row.public.updated_at,
         )
         doc = encode(new)
         kept = private is None or private is row.private
@@ -126,9 +127,7 @@ class Table(Generic[T, S]):
 
     def delete(self, row: Row[T, S], *facts: tuple[str, bytes]) -> Change:
         """The object ends; `deleted` is its only tombstone and carries the final revision."""
-        final = msgspec.structs.replace(
-            row.public, revision=row.public.revision + 1, updated_at=datetime.now(UTC)
-        )
+        final = msgspec.structs.replace(row.public, revision=row.public.revision + 1, updated_at=utc_now())
         sql = f"delete from {self.name} where id = {{0}} and revision = {{1}} returning 1"
         told = self._announce(self.deleted, final, encode(final))
         return Change(sql, (row.id, row.public.revision), (*told, *facts), document=final)
@@ -209,7 +208,7 @@ def _event(fact: Fact[Any], payload: Message, data: bytes) -> tuple[str, bytes]:
     subject = fact.subject_for(payload)
     noun, object_id = subject.split(".", 4)[2:4]
     about = f'{noun}/{object_id}","time":'.encode()
-    return subject, b"".join((_event_head(fact), about, encode(datetime.now(UTC)), _EVENT_DATA, data, b"}"))
+    return subject, b"".join((_event_head(fact), about, encode(utc_now()), _EVENT_DATA, data, b"}"))
 
 
 _EVENT_DATA = b',"datacontenttype":"application/json","data":'
