@@ -67,6 +67,8 @@ debian run  mtools                     the guest image's boot partition
 debian run  syslinux                   the guest image's boot loader
 debian run  syslinux-common            the guest image's boot loader
 debian run  zstd                       compressed kernel modules
+debian run  sanlock                    leases of virtual machines on shared storage
+debian run  libvirt-sanlock            makes virtual machines hold them
 debian test tgt                        an iSCSI target
 debian test xorriso                    discs for guests
 debian test cpio                       looks into the guest image
@@ -101,6 +103,8 @@ el     run  mtools                     the guest image's boot partition
 el     run  syslinux                   the guest image's boot loader
 el     run  cpio                       unpacks packages
 el     run  zstd                       compressed kernel modules
+el     run  sanlock                    leases of virtual machines on shared storage
+el     run  libvirt-daemon-plugin-sanlock makes virtual machines hold them
 el     run  dnf-plugins-core           fetches packages without installing them
 el     test scsi-target-utils          an iSCSI target
 el     test xorriso                    discs for guests

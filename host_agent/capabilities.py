@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from host_agent import children, listening, runningxml
+from host_agent import children, leases, listening, runningxml
 from host_agent.action import Host
 from host_agent.hypervisor import Hypervisor
 from host_agent.stats import carries_traffic
@@ -119,6 +119,7 @@ class Describer:
             migration_address=host.config.migration_address
             or host.config.data_address.rpartition(":")[0].strip("[]"),
             libvirt_uri=host.config.migration_libvirt_uri,
+            leases=await leases.describe(host.config),
         )
 
 

@@ -15,6 +15,7 @@ import msgspec
 from volery.contracts.base import Call, Fact, Message
 from volery.contracts.domain import DomainState, ImageFormat
 from volery.contracts.errors import Problem
+from volery.contracts.leases import LeaseAbility, LockspaceReport
 
 NO_RESULT = msgspec.Raw(b"null")
 """Not None: msgspec can't decode `Raw | None`."""
@@ -223,6 +224,7 @@ class HostCapabilities(Message):
     """Where other hosts reach this host's QEMU for live migration."""
     libvirt_uri: str = ""
     """Where other hosts' libvirtd reach this host's libvirtd for live migration."""
+    leases: LeaseAbility = LeaseAbility()
 
 
 class JournalOrder(Message):
@@ -260,6 +262,8 @@ class StorageDomainReport(Message):
     volumes: tuple[VolumeReport, ...] = ()
     strangers: tuple[str, ...] = ()
     """Files or LUNs found there that no disk of ours explains."""
+    lockspace: LockspaceReport | None = None
+    """As the host has joined it; None when it has not."""
 
 
 class OpenLun(Message):
