@@ -23,7 +23,7 @@ from tests.support.agent_process import AgentProcess, Listener, enrol_by_hand, l
 from tests.support.libvirt_host import LibvirtHost
 from tests.support.plain_bus import PlainBus
 from tests.support.toy_host import HOST_ID, TOY, Control, Toy, ToyDone, work
-from volery.contracts import domain_orders, network_orders, volume_orders
+from volery.contracts import domain_orders, leases, network_orders, volume_orders
 from volery.contracts.agent import (
     DESCRIBE_HOST,
     AskHost,
@@ -291,7 +291,7 @@ def test_every_order_of_the_contracts_has_one_action() -> None:
     kinds = [action.order.kind for action in ACTIONS]
     orders = {
         value.kind
-        for module in (domain_orders, volume_orders, network_orders)
+        for module in (domain_orders, volume_orders, network_orders, leases)
         for value in vars(module).values()
         if isinstance(value, Order)
     }
