@@ -161,6 +161,13 @@ class ScriptedAgent:
         self.spools.clear()
         self.order_seqs.clear()
 
+    async def renew_journal(self) -> None:
+        """It turned out to be an old copy of itself. Results that nobody heard are told when their order is sent again."""
+        self.generation = new_id()
+        self.spools.clear()
+        for owner in self.owners:
+            await self.report(owner)
+
     def _spawn(self, work: Any) -> asyncio.Task[Any]:
         task = asyncio.create_task(work)
         self.tasks.add(task)
@@ -219,8 +226,12 @@ class ScriptedAgent:
 
     async def _committed(self, message: Msg) -> None:
         word = msgspec.json.decode(message.data, type=CommittedWord)
-        spool = self.spools.get(word.owner)
-        if spool is not None and word.generation == self.generation:
+        spool = self.spools.get(word.owner, Spool())
+        if word.generation != self.generation:
+            return
+        if word.seq > spool.head:
+            await self.renew_journal()
+        else:
             spool.waiting = {seq: said for seq, said in spool.waiting.items() if seq > word.seq}
 
     async def _report(self, message: Msg) -> None:
