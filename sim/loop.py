@@ -19,12 +19,18 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+MOST_STEPS = 200_000
+"""At one instant."""
 THREAD_SECONDS = 0.001
 """What work in another thread takes."""
 
 
 class Deadlock(Exception):
     """Nothing is ready and no timer runs, but somebody still waits."""
+
+
+class Stuck(Exception):
+    """So much happens at one instant that time doesn't go on."""
 
 
 class OutOfTime(Exception):
@@ -85,6 +91,7 @@ class SimLoop(asyncio.AbstractEventLoop):
         self.failed: list[BaseException] = []
         """Exceptions that nobody caught."""
         self._time = 0.0
+        self._moved_at_step = 0
         self._ready: deque[events.Handle] = deque()
         self._timers: list[tuple[float, int, events.TimerHandle]] = []
         self._running = False
@@ -144,12 +151,15 @@ class SimLoop(asyncio.AbstractEventLoop):
                 raise Deadlock(f"at {self._time:.3f} s nothing is ready and no timer runs")
             if when > self.most_seconds:
                 raise OutOfTime(f"{self.most_seconds:g} virtual seconds have passed")
-            self._time = max(self._time, when)
+            if when > self._time:
+                self._time, self._moved_at_step = when, self.steps
             while self._timers and self._timers[0][0] <= self._time:
                 handle = heapq.heappop(self._timers)[2]
                 if not handle._cancelled:
                     self._ready.append(handle)
-        ready, time = self._ready, self._time
+        if self.steps - self._moved_at_step > MOST_STEPS:
+            raise Stuck(f"{MOST_STEPS} steps at {self._time:.3f} s, and no end")
+        ready = self._ready
         for _ in range(len(ready)):
             handle = ready.popleft()
             if handle._cancelled:
@@ -160,7 +170,6 @@ class SimLoop(asyncio.AbstractEventLoop):
                 continue
             self.steps += 1
             handle._run()
-        self._time = time
 
     # Processes
 

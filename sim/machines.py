@@ -125,6 +125,8 @@ class HostMachine(Machine):
     host_id: str = ""
     agent: Work | None = None
     executes: Callable[[HostMachine, Domain, bool], None] = lambda host, domain, runs: None
+    died: Callable[[HostMachine], None] = lambda host: None
+    """Told just before its power goes."""
     boot_seconds: float = 25.0
     boots: int = 0
     boot_id: str = ""
@@ -197,6 +199,7 @@ class HostMachine(Machine):
             self.booting.cancel()
             self.booting = None
         if self.on:
+            self.died(self)
             self.daemon.power_lost()
             super().lose_power()
             self.agent_process = self.kernel = None

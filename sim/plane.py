@@ -44,6 +44,14 @@ SIGNERS = ("inventory", "storage", "network", "ha")
 class Sessions(Protocol):
     """The database, as far as the plane needs it."""
 
+    up: bool
+
+    def stop(self) -> None:
+        """Away, as after a kill: what was not committed never happened."""
+
+    def start(self) -> None:
+        """Back, with all that was committed."""
+
     async def migrate(self, owner: str) -> None: ...
     async def open_pool(self, owner: str) -> Any: ...
     async def open_direct(self, owner: str) -> Any: ...
@@ -76,7 +84,7 @@ class Outside:
     """What services on this machine reach: `volery.runtime.outside.Outside`."""
 
     machine: Machine
-    sessions: Sessions
+    sessions: Callable[[], Sessions]
     opened: list[tuple[Process | None, Any]] = field(default_factory=list)
     """Pools and connections, by the process that has them."""
 
@@ -84,7 +92,7 @@ class Outside:
     async def open_pool(
         self, config: DatabaseConfig, owner: str
     ) -> AsyncIterator[asyncpg.Pool[asyncpg.Record]]:
-        pool = await self.sessions.open_pool(str(owner))
+        pool = await self.sessions().open_pool(str(owner))
         async with self._kept(pool):
             yield pool
 
@@ -92,7 +100,7 @@ class Outside:
     async def open_direct(
         self, config: DatabaseConfig, owner: str
     ) -> AsyncIterator[asyncpg.Connection[asyncpg.Record]]:
-        connection = await self.sessions.open_direct(str(owner))
+        connection = await self.sessions().open_direct(str(owner))
         async with self._kept(connection):
             yield connection
 
@@ -107,7 +115,7 @@ class Outside:
             await opened.close()
 
     async def migrate(self, config: DatabaseConfig, owner: str) -> None:
-        await self.sessions.migrate(str(owner))
+        await self.sessions().migrate(str(owner))
 
     async def connect(
         self,

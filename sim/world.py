@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import random
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ from sim.clocks import Time
 from sim.loop import SimLoop
 from sim.machines import HostMachine, Machine
 from sim.nats import NatsServer
-from sim.oracle import Oracle
+from sim.oracle import Oracle, Wish
 from sim.plane import Outside, Replica, Sessions
 from sim.qemu import Daemon, Guest
 from sim.storage import Shelf
@@ -37,7 +38,7 @@ from volery.contracts.storage import (
     CreateStorageDomain,
     DomainKind,
 )
-from volery.contracts.vm import CREATE_VM, CreateVm, HighAvailability, NewDisk, Vm
+from volery.contracts.vm import CREATE_VM, CreateVm, HighAvailability, NewDisk
 from volery.runtime.bus import Bus, Caller
 from volery.runtime.listing import pages
 
@@ -61,9 +62,10 @@ class Plan:
 @dataclass(eq=False)
 class World:
     loop: SimLoop
-    sessions: Sessions
     chance: random.Random
     """Decides everything that the seed decides."""
+    sessions: Sessions = field(init=False)
+    """Set before `open`."""
     time: Time = field(init=False)
 
     def __post_init__(self) -> None:
@@ -74,7 +76,7 @@ class World:
         self.shelf.on_two_writers = self.oracle.two_writers
         self.guests: dict[str, Guest] = {}
         self.control = [self._machine(f"control-{n}") for n in (1, 2)]
-        self.outsides = {machine.name: Outside(machine, self.sessions) for machine in self.control}
+        self.outsides = {machine.name: Outside(machine, lambda: self.sessions) for machine in self.control}
         for machine in self.control:
             machine.killed = self.outsides[machine.name].process_gone
         self.replicas: dict[str, Replica] = {}
@@ -88,6 +90,34 @@ class World:
         """Name → id."""
         self.cluster_id = ""
         self.domain_id = ""
+        self.timeline: list[tuple[float, str]] = []
+        self.digest = hashlib.sha256()
+        """Of everything that the oracle saw: the same seed gives the same."""
+        self.reached: set[str] = set()
+        """States that the seed came to."""
+        self.troubles: dict[str, int] = {}
+        """Host, or "" for the bus and the database → troubles that last."""
+        self.troubled_at: dict[str, float] = {}
+
+    # What is told
+
+    def note(self, what: str) -> None:
+        self.timeline.append((self.time.elapsed, what))
+        self.trace(what)
+
+    def trace(self, what: str) -> None:
+        self.digest.update(f"{self.time.elapsed:.6f} {what}\n".encode())
+
+    def trouble(self, where: str, change: int) -> None:
+        """A trouble begins (1) or ends (-1)."""
+        self.troubles[where] = self.troubles.get(where, 0) + change
+        self.troubled_at[where] = self.loop.time()
+
+    def quiet_seconds(self, host: HostMachine) -> float | None:
+        """For how long nothing has been wrong with a host and its way to us; None: something is."""
+        if any(self.troubles.get(where) for where in (host.name, "")):
+            return None
+        return self.loop.time() - max(self.troubled_at.get(where, 0.0) for where in (host.name, ""))
 
     def _machine(self, name: str) -> Machine:
         chance = random.Random(self.chance.getrandbits(64))
@@ -102,14 +132,14 @@ class World:
 
     async def open(self) -> None:
         """Starts the control plane; returns when it answers."""
-        client = await Outside(self.desk, self.sessions).connect(_BUS, "gateway")
+        client = await Outside(self.desk, lambda: self.sessions).connect(_BUS, "gateway")
         self.bus = Bus(client, "gateway")
         for replica in self.replicas.values():
             replica.start()
         while not all(replica.service.ready for replica in self.replicas.values()):
             await asyncio.sleep(0.05)
 
-    async def ask(self, call: Call[Q, A], question: Q, patience: float = 60.0) -> A:
+    async def ask(self, call: Call[Q, A], question: Q, patience: float = 1500.0) -> A:
         """Asked again under the same id while the answer is unknown, as a client with an idempotency key does."""
         request_id = random_id()
         end = self.loop.time() + patience
@@ -122,7 +152,7 @@ class World:
                     raise
             await asyncio.sleep(0.5)
 
-    async def ended(self, operation: Operation, patience: float = 1200.0) -> Operation:
+    async def ended(self, operation: Operation, patience: float = 3000.0) -> Operation:
         owner = Owner(operation.id.split("-", 1)[0])
         end = self.loop.time() + patience
         while True:
@@ -163,6 +193,7 @@ class World:
         machine = HostMachine(name, self.loop, self.server, self.time, chance)
         machine.host_id = made.host.id
         machine.executes = self.oracle.vcpus
+        machine.died = self._died
         machine.daemon.guest_of = lambda vm_id: self.guests.setdefault(vm_id, Guest())
         machine.boot_seconds = chance.uniform(15, 45)
         ask = Enrol(
@@ -179,6 +210,10 @@ class World:
         machine.power_on(0.0)
         while (await self.host(machine)).status is not HostStatus.UP:
             await asyncio.sleep(0.5)
+
+    def _died(self, machine: HostMachine) -> None:
+        for vm_id in machine.daemon.domains:
+            self.oracle.ended_by_itself(vm_id, asked=False)
 
     async def host(self, machine: HostMachine) -> Host:
         return await self.ask(GET_HOST, GetById(id=machine.host_id))
@@ -199,7 +234,15 @@ class World:
             start=True,
         )
         operation = _succeeded(await self.ended(await self.ask(CREATE_VM, ask)))
-        self.vms[name] = operation.object_id
+        vm_id = self.vms[name] = operation.object_id
+        self.oracle.want(vm_id, Wish.UP)
+        if highly_available:
+            self.oracle.highly_available.add(vm_id)
+        chance = random.Random(self.chance.getrandbits(64))
+        self.guests[vm_id] = Guest(
+            shutdown_seconds=None if chance.random() < 0.1 else chance.uniform(1, 20),
+            migration_seconds=chance.choice((0.6, 3.0, 12.0, 40.0)),
+        )
 
 
 def _succeeded(operation: Operation) -> Operation:
