@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import logging
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,10 +21,10 @@ from nats.aio.msg import Msg
 
 from host_agent import enrolment
 from host_agent.action import Action, Host
-from host_agent.clock import BootClock, read_boot_id
+from host_agent.clock import BootClock
 from host_agent.config import AgentConfig
 from host_agent.enrolment import Identity
-from host_agent.hypervisor import Hypervisor
+from host_agent.ground import Ground
 from host_agent.journal import Journal
 from host_agent.orders import Orders
 from host_agent.reports import REPORTED_TO, Reporter, Senses
@@ -47,8 +45,7 @@ from volery.contracts.errors import STATUS, Refused
 from volery.contracts.metrics import BEAT_SUBJECT, METRICS_SUBJECT, Beat, HostSample
 from volery.runtime import connection
 from volery.runtime.bus import ERROR_CODE_HEADER, ERROR_HEADER
-from volery.runtime.bus_client import BusClient
-from volery.runtime.clock import monotonic
+from volery.runtime.clock import monotonic, utc_now
 from volery.runtime.signing import Verifier
 
 log = logging.getLogger(__name__)
@@ -58,7 +55,6 @@ HYPERVISOR_SECONDS: Final = 30.0
 PREPARE_RETRY_SECONDS: Final = 2.0
 REACH_SECONDS: Final = 2
 FLUSH_SECONDS: Final = 2
-LOCK_SECONDS: Final = 5.0
 WATCH_SECONDS: Final = 1.0
 DEAF_SECONDS: Final = 900.0
 """Without the bus and without orders: then a new process is tried, in case it is this one that can't connect."""
@@ -90,6 +86,7 @@ class Parts:
     """At start, with or without libvirt: make again what a reboot took, such as bridges."""
     prepare: Callable[[Host], Awaitable[None]] | None = None
     """Once libvirt answers, before any order about a domain: what kind of domains run here."""
+    ground: Ground = field(default_factory=Ground)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,29 +101,6 @@ class Core:
     reporter: Reporter
     prepared: asyncio.Event
     """Set when it is known which domains run here."""
-
-
-class AlreadyRunning(Exception):
-    """Another agent uses the state directory: two would both obey every order."""
-
-
-@contextlib.asynccontextmanager
-async def alone(state_dir: Path) -> AsyncIterator[None]:
-    """Holds the state directory for this process. A former one gets a moment to end."""
-    state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with (state_dir / "agent.lock").open("w") as lock:
-        deadline = monotonic() + LOCK_SECONDS
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if monotonic() > deadline:
-                    raise AlreadyRunning(
-                        f"another agent runs with {state_dir}: end it, or give this one a state directory of its own"
-                    ) from None
-                await asyncio.sleep(0.1)
-        yield
 
 
 class _Ended(Exception):
@@ -175,14 +149,15 @@ class Agent:
 
     def __post_init__(self) -> None:
         advice = ENROL_AGAIN.format(state_dir=self.config.state_dir)
-        self.client, self.beats = BusClient(advice), BusClient(advice)
+        connection = self.parts.ground.client
+        self.client, self.beats = connection(advice), connection(advice)
 
     async def run(self, stop: asyncio.Event) -> int:
         """Until `stop` is set, or something says that only a new process helps.
 
         Raises AlreadyRunning when another agent uses this state directory.
         """
-        async with alone(Path(self.config.state_dir)):
+        async with self.parts.ground.alone(Path(self.config.state_dir)):
             core = await self._assemble()
             log.info("host %s starts, generation %s", core.host.host_id, core.journal.generation)
             if libvirt_guests_enabled():
@@ -200,16 +175,18 @@ class Agent:
         if not self.config.installation:
             installation = self.identity.enrolled.installation
             self.config = msgspec.structs.replace(self.config, installation=installation)
-        boot_id = read_boot_id(Path(self.config.boot_id_path))
+        ground = self.parts.ground
+        boot_id = ground.boot_id(Path(self.config.boot_id_path))
         journal = await Journal.open(
             Path(self.config.state_dir) / "journal.sqlite",
             boot_id,
             self.config.spool_max_bytes,
             self.config.max_waiting_orders,
+            ground.database,
         )
-        hypervisor = Hypervisor(self.config)
+        hypervisor = ground.hypervisor(self.config)
         host = Host(self.config, hypervisor, Tickets(), self.identity.host_id, self._reachable)
-        clock = BootClock(boot_id, journal.boot_ordinal)
+        clock = BootClock(boot_id, journal.boot_ordinal, ground.now_ms)
         spool = Spool(journal, self.client)
         await spool.open()
         prepared = asyncio.Event()
@@ -281,7 +258,7 @@ class Agent:
     async def _renew(self, orders: Orders) -> None:
         """Keeps the data server's certificate good, and what else the control plane may have changed."""
         async for _ in _every(RENEW_CHECK_SECONDS):
-            left = enrolment.certificate_seconds_left(self.identity, time.time())
+            left = enrolment.certificate_seconds_left(self.identity, utc_now().timestamp())
             if left is None or left > RENEW_BELOW_SECONDS:
                 continue
             try:
@@ -426,7 +403,7 @@ class Agent:
                 generation=core.journal.generation,
                 boot_id=core.clock.boot_id,
                 beat_seq=core.clock.beat(),
-                clock_ms=time.time_ns() // 1_000_000,
+                clock_ms=int(utc_now().timestamp() * 1000),
                 hypervisor_ok=core.host.hypervisor.connected,
                 stuck_threads=core.host.hypervisor.stuck.count,
             )

@@ -16,7 +16,6 @@ from services.ha.config import HaConfig
 from services.ha.policies.evidence import UNKNOWN, Seen
 from volery.contracts.liveness import LivenessState
 from volery.contracts.metrics import BEAT_SUBJECT, Beat
-from volery.runtime.bus import connect
 from volery.runtime.clock import monotonic
 from volery.runtime.connection import read_presence, settle
 from volery.runtime.core import Core
@@ -121,7 +120,7 @@ async def _watch_connections(ha: Ha) -> Client | None:
     if not Path(directory, "sys.creds").exists():
         log.warning("no %s/sys.creds: a host that leaves is noticed by its silence only", directory)
         return None
-    system = await connect(ha.core.bus_config, "sys")
+    system = await ha.core.outside.connect(ha.core.bus_config, "sys")
     for subject in CONNECTIONS:
         await system.subscribe(subject, cb=ha.hear_presence)
     return system

@@ -17,7 +17,7 @@ from volery.contracts.errors import Kind, Refused
 from volery.contracts.ids import new_id
 from volery.contracts.operation import ENDED, GET_OPERATION, GetOperation, Operation
 from volery.contracts.vm import VmStatus
-from volery.runtime.bus import LOST, connect
+from volery.runtime.bus import LOST
 from volery.runtime.connection import revoke
 from volery.runtime.core import Core
 from volery.runtime.identity import Realm
@@ -101,7 +101,7 @@ class Inventory:
         keys = [key for key in public_keys if key]
         if not keys or not self.config.secrets_dir:
             return
-        claims = await connect(self.core.bus_config, "claims")
+        claims = await self.core.outside.connect(self.core.bus_config, "claims")
         try:
             await revoke(Realm.load(Path(self.config.secrets_dir)), claims, keys, role)
         finally:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import uuid
 from collections.abc import Sequence
 from functools import partial
 
@@ -22,6 +21,7 @@ from volery.contracts.agent import Outcome
 from volery.contracts.base import Message
 from volery.contracts.domain import VolumeSource
 from volery.contracts.errors import Kind, Refused, unavailable
+from volery.contracts.ids import random_id
 from volery.contracts.operation import Operation
 from volery.contracts.storage import CreateDisk, Disk, DiskStatus, ResizeDisk
 from volery.contracts.vm import RESIZE_VM_DISK, ResizeVmDisk
@@ -196,7 +196,7 @@ async def _removal(svc: Storage, row: Row[Disk, DiskPrivate]) -> str:
     """The order that removes the volume: given once, since it may take longer than anybody waits for it."""
     while not (row.private.removal and await svc.core.orders.exists(row.private.removal)):
         domain = await svc.domain(row.public.storage_domain_id)
-        order_id = str(uuid.uuid4())
+        order_id = random_id()
         given = svc.core.orders.give(
             DELETE_VOLUME,
             DeleteVolume(disk_id=row.id, source=svc.source(domain, row.public)),

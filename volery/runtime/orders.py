@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import uuid
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +33,7 @@ from volery.contracts.agent import (
 )
 from volery.contracts.base import Message, Order, encode, fill
 from volery.contracts.errors import Kind, Problem, Refused
+from volery.contracts.ids import random_id
 from volery.contracts.metrics import BEAT_SUBJECT, Beat
 from volery.runtime import telemetry
 from volery.runtime.clock import monotonic
@@ -205,7 +205,7 @@ class Orders:
             async with asyncio.timeout(timeout_seconds), lane:
                 for left in await self._left_open(host_id, object_id):
                     await self.result(left)
-                order_id = str(uuid.uuid4())
+                order_id = random_id()
                 given = self.give(order, question, order_id=order_id, host_id=host_id, object_id=object_id)
                 await commit(self.pool, given)
                 result = await self.result(order_id)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
@@ -20,6 +19,7 @@ from nats.js.api import ConsumerConfig, DeliverPolicy, StorageType, StreamConfig
 from nats.js.client import JetStreamContext
 
 from volery.contracts.base import Owner
+from volery.contracts.ids import random_token
 from volery.runtime import telemetry
 from volery.runtime.bus import Bus
 
@@ -101,7 +101,7 @@ class Log:
 
     async def rewrite_history(self, position: int) -> str:
         """The past was restored: a new history id, positions go on after what the stream had."""
-        history = secrets.token_hex(6)
+        history = random_token(6)
         await self.connection.execute(
             """with gone as (delete from log)
                update log_head set history = $1, position = greatest(position, $2)""",

@@ -31,10 +31,10 @@ from volery.contracts.operation import (
 )
 from volery.contracts.streams import REBUILD_STREAM, RebuildStream
 from volery.runtime import telemetry
-from volery.runtime.bus import Answers, Bus, Caller, connect, open_bus
+from volery.runtime.bus import Answers, Bus, Caller, open_bus
 from volery.runtime.config import read
 from volery.runtime.core import Core, once
-from volery.runtime.database import SchemaTooNew, migrate, open_direct, open_pool
+from volery.runtime.database import SchemaTooNew
 from volery.runtime.hear import FactHandler, Hearing, HostHearing, make_host_stream, table_of
 from volery.runtime.operations import Operations, Procedure
 from volery.runtime.orders import Beats, Orders
@@ -142,7 +142,7 @@ class Service:
         telemetry.service_name.set(self.name)
         while not stop.is_set():
             try:
-                await migrate(settings.database, self.name)
+                await settings.outside.migrate(settings.database, self.name)
                 break
             except (SchemaTooNew, asyncpg.PostgresError, OSError) as error:
                 log.error("%s is not ready: %s", self.name, error)
@@ -155,8 +155,9 @@ class Service:
     @asynccontextmanager
     async def _opened(self, settings: Settings) -> AsyncIterator[tuple[Core, Any]]:
         async with AsyncExitStack() as stack:
-            bus = await stack.enter_async_context(open_bus(settings.bus, self.name))
-            pool = await stack.enter_async_context(open_pool(settings.database, self.name))
+            outside = settings.outside
+            bus = await stack.enter_async_context(open_bus(settings.bus, self.name, outside.connect))
+            pool = await stack.enter_async_context(outside.open_pool(settings.database, self.name))
             core = await self._core(settings, stack, bus, pool)
             made = await stack.enter_async_context(self.open(core))
             core.operations = Operations(
@@ -187,14 +188,16 @@ class Service:
         client = bus.client
         sign: Callable[[str, bytes], str] = lambda subject, payload: ""  # noqa: E731
         if self.report is not None:
-            client = await connect(settings.bus, self.name, never_queue=True, on_closed=_set(bus.lost))
+            client = await settings.outside.connect(
+                settings.bus, self.name, never_queue=True, on_closed=_set(bus.lost)
+            )
             stack.push_async_callback(client.close)
             await bus.client.subscribe("beat.host.*", cb=beats.hear)
             if settings.bus.credentials_dir:
                 sign = _signer(settings.bus.credentials_dir, self.name)
         orders = Orders(self.name, pool, client, hosts, beats, sign)
         config = read(f"VOLERY_{self.name.upper()}_", self.config, settings.environ)
-        return Core(self.name, config, bus, settings.bus, pool, beats, hosts, orders)
+        return Core(self.name, config, bus, settings.bus, pool, beats, hosts, orders, settings.outside)
 
     async def _serve(self, settings: Settings, core: Core, made: Any, stop: asyncio.Event) -> None:
         answers = Answers(core.bus, self.concurrency)
@@ -263,7 +266,7 @@ class Service:
         telemetry.service_name.set(self.name)
         while True:
             try:
-                async with open_direct(settings.database, self.name) as connection:
+                async with settings.outside.open_direct(settings.database, self.name) as connection:
                     await connection.execute(
                         "select pg_advisory_lock(hashtext($1))",
                         LEADER_LOCK + self.name,
