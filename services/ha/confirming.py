@@ -59,7 +59,8 @@ def _check_silent(ha: Ha, watch: Watch, name: str) -> None:
         )
     listened = now - ha.listening_since
     if listened < needed:
-        raise unavailable(
+        raise conflict(
             f"ha listens since {max(listened, 0.0):.1f} s only, so it can't tell whether host {name} lives: confirm again "
             f"in {needed - listened:.0f} s",
+            rule="listening",
         )

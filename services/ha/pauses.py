@@ -32,7 +32,7 @@ from volery.runtime.bus import Caller
 from volery.runtime.clock import utc_now
 from volery.runtime.pages import page
 from volery.runtime.service import Part
-from volery.runtime.tables import Nothing
+from volery.runtime.tables import Nothing, Stale, Taken
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +65,14 @@ async def pause(ha: Ha, ask: PauseFencing, caller: Caller) -> FencingPause:
             "must end",
             rule="seconds",
         )
+    while True:
+        try:
+            return await _pause(ha, ask, caller)
+        except (Stale, Taken):
+            continue
+
+
+async def _pause(ha: Ha, ask: PauseFencing, caller: Caller) -> FencingPause:
     key, now = key_of(ask.scope, ask.object_id), utc_now()
     row = await PAUSES.find(ha.core.pool, key)
     made = FencingPause(
@@ -99,12 +107,16 @@ async def _check_scope(ha: Ha, scope: FencingScope, object_id: str) -> None:
 @part.answers(RESUME_FENCING)
 async def resume(ha: Ha, ask: ResumeFencing, caller: Caller) -> Done:
     key = key_of(ask.scope, ask.object_id)
-    row = await PAUSES.find(ha.core.pool, key)
-    if row is None:
-        raise not_found("pause of fencing", key)
-    await ha.core.commit(PAUSES.delete(row), caller=caller, answer=Done())
-    log.warning("fencing (%s) goes on, by %s", key, caller.principal)
-    return Done()
+    while True:
+        row = await PAUSES.find(ha.core.pool, key)
+        if row is None:
+            raise not_found("pause of fencing", key)
+        try:
+            await ha.core.commit(PAUSES.delete(row), caller=caller, answer=Done())
+        except Stale:
+            continue
+        log.warning("fencing (%s) goes on, by %s", key, caller.principal)
+        return Done()
 
 
 @part.every(LOOK_SECONDS)

@@ -19,7 +19,7 @@ from services.ha.store import POWER, RECORDS, PowerPrivate
 from services.ha.watch import HostFacts, Watch
 from volery.contracts.base import Done
 from volery.contracts.cluster import DeleteById, GetById
-from volery.contracts.errors import Kind, Refused, conflict, not_found, unavailable
+from volery.contracts.errors import Kind, Refused, conflict, not_found
 from volery.contracts.fencing import FenceDevice, PowerAction, PowerAnswer, PowerState
 from volery.contracts.ids import new_id
 from volery.contracts.operation import ListQuery
@@ -47,7 +47,7 @@ from volery.runtime.bus import Caller
 from volery.runtime.clock import monotonic, utc_now
 from volery.runtime.pages import page
 from volery.runtime.service import Part
-from volery.runtime.tables import Change, Nothing, Row, Stale
+from volery.runtime.tables import Change, Nothing, Row, Stale, Taken
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +73,14 @@ async def list_power(ha: Ha, ask: ListQuery, caller: Caller) -> Any:
 
 @part.answers(SET_POWER_MANAGEMENT)
 async def set_power(ha: Ha, ask: SetPowerManagement, caller: Caller) -> Any:
+    while True:
+        try:
+            return await _set_power(ha, ask, caller)
+        except (Stale, Taken):
+            continue
+
+
+async def _set_power(ha: Ha, ask: SetPowerManagement, caller: Caller) -> Any:
     host = await _host(ha, ask.id)
     row = await POWER.find(ha.core.pool, ask.id)
     _check_revision(ask.if_revision, row, host)
@@ -126,7 +134,7 @@ async def _sealed(
         secrets = dict(new.secrets)
     await _check_device(device, secrets)
     if secrets and not ha.vault.seals:
-        raise unavailable(
+        raise conflict(
             "ha has no key to encrypt the BMC's password with: set VOLERY_HA_KEY_FILE to a file that only it may read"
         )
     return {name: ha.vault.seal(text) for name, text in secrets.items()}
@@ -144,10 +152,14 @@ async def _check_device(device: FenceDevice, secrets: dict[str, str]) -> None:
 
 @part.answers(DELETE_POWER_MANAGEMENT)
 async def delete_power(ha: Ha, ask: DeleteById, caller: Caller) -> Done:
-    row = await POWER.get(ha.core.pool, ask.id)
-    _check_revision(ask.if_revision, row, await _host(ha, ask.id))
-    await ha.core.commit(POWER.delete(row), caller=caller, answer=Done())
-    return Done()
+    while True:
+        row = await POWER.get(ha.core.pool, ask.id)
+        _check_revision(ask.if_revision, row, await _host(ha, ask.id))
+        try:
+            await ha.core.commit(POWER.delete(row), caller=caller, answer=Done())
+        except Stale:
+            continue
+        return Done()
 
 
 @part.leader_answers(TEST_POWER_MANAGEMENT)
