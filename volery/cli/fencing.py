@@ -129,7 +129,7 @@ def list_power(output_format: Output = Format.TABLE) -> None:
 
 
 @power_management.command("test")
-def test_power(name: Name, output_format: Output = Format.TABLE) -> None:
+def ask_devices(name: Name, output_format: Output = Format.TABLE) -> None:
     """Ask every device whose machine it is and whether that is on."""
     with work.connected() as client:
         host = client.find(api.HOSTS, name)
