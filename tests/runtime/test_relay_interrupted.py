@@ -66,7 +66,7 @@ async def test_answers_that_get_lost_do_not_stop_it(configured: Settings) -> Non
         open_bus(configured.bus, "gateway") as watching,
         open_bus(replace(configured.bus, servers=f"nats://127.0.0.1:{wire.port}"), OWNER) as bus,
     ):
-        relay = Relay(bus, Log(OWNER, relays), 1, asyncio.Event(), never, answer_seconds=0.3)
+        relay = Relay(bus, Log(OWNER, relays), 1, asyncio.Event(), never, answer_seconds=2.0)
         said = lost = 0
         await facts_wait(ours, 1)
         task = asyncio.create_task(relay.run())
