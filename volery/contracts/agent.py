@@ -63,6 +63,9 @@ class Outcome(StrEnum):
     CANCELLED = "cancelled"
     OUTCOME_UNKNOWN = "outcome_unknown"
     """The agent died in the middle of something that can't be repeated. It never tries it again."""
+    HOST_DIED = "host_died"
+    """Said by no agent: the boot that had the order ended by proof before it said how the order ended. Nothing of it
+    runs there any more; what it wrote, it may have written."""
 
 
 class OrderAck(Message):
