@@ -47,6 +47,10 @@ SHORT = {
     "VOLERY_HA_RESTART_FIRST_DELAY_SECONDS": "0.3",
     "VOLERY_HA_RESTART_LONGEST_DELAY_SECONDS": "0.6",
     "VOLERY_HA_RESTARTS_AT_MOST": "4",
+    "VOLERY_HA_SILENCE_BEFORE_FENCE_SECONDS": "2.5",
+    "VOLERY_HA_START_HOLD_SECONDS": "0.5",
+    "VOLERY_HA_OFF_RETRY_SECONDS": "3",
+    "VOLERY_HA_ON_WAIT_SECONDS": "1",
 }
 """A fifth of the real times: a beat is still several times shorter than the first limit."""
 BEAT_SECONDS = 0.1
