@@ -181,12 +181,12 @@ async def nats_gone(scene: Scene) -> None:
 
 
 async def postgres_gone(scene: Scene) -> None:
-    sessions = scene.world.sessions
-    if not sessions.up:
+    database = scene.world.database
+    if not database.up:
         return
-    sessions.stop()
+    database.stop()
     await scene.last("", "PostgreSQL away", scene.seconds(1, 400))
-    sessions.start()
+    database.start()
 
 
 async def both_gone(scene: Scene) -> None:

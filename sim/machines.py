@@ -85,6 +85,7 @@ class Machine:
             return
         self.loop.kill(process)
         self.processes.remove(process)
+        self.loop.graves.append(process)
         self.server.process_gone(process, power=power)
         self.killed(process)
 

@@ -7,12 +7,12 @@ import contextvars
 import dataclasses
 import hashlib
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import asyncpg
 import nkeys
@@ -26,6 +26,7 @@ from services.storage.service import service as storage
 from sim.loop import PROCESS, Process
 from sim.machines import RESTART_SECONDS, Machine
 from sim.nats import MemoryClient
+from sim.postgres import Database
 from volery.runtime.config import BusConfig, DatabaseConfig, TelemetryConfig
 from volery.runtime.programs import Settings
 from volery.runtime.service import Service
@@ -38,23 +39,8 @@ SERVICES: dict[str, Service] = {
     "network": network,
     "ha": ha,
 }
+POOL_SIZE = 8
 SIGNERS = ("inventory", "storage", "network", "ha")
-
-
-class Sessions(Protocol):
-    """The database, as far as the plane needs it."""
-
-    up: bool
-
-    def stop(self) -> None:
-        """Away, as after a kill: what was not committed never happened."""
-
-    def start(self) -> None:
-        """Back, with all that was committed."""
-
-    async def migrate(self, owner: str) -> None: ...
-    async def open_pool(self, owner: str) -> Any: ...
-    async def open_direct(self, owner: str) -> Any: ...
 
 
 @cache
@@ -84,38 +70,37 @@ class Outside:
     """What services on this machine reach: `volery.runtime.outside.Outside`."""
 
     machine: Machine
-    sessions: Callable[[], Sessions]
-    opened: list[tuple[Process | None, Any]] = field(default_factory=list)
-    """Pools and connections, by the process that has them."""
+    database: Database
+    opened: list[tuple[Process | None, Callable[[], None]]] = field(default_factory=list)
+    """How the database connections of a process are cut off."""
 
     @asynccontextmanager
     async def open_pool(
         self, config: DatabaseConfig, owner: str
     ) -> AsyncIterator[asyncpg.Pool[asyncpg.Record]]:
-        pool = await self.sessions().open_pool(str(owner))
-        async with self._kept(pool):
-            yield pool
+        async with self.database.pool(str(owner), POOL_SIZE) as pool:
+            with self._kept(pool.terminate):
+                yield pool
 
     @asynccontextmanager
     async def open_direct(
         self, config: DatabaseConfig, owner: str
     ) -> AsyncIterator[asyncpg.Connection[asyncpg.Record]]:
-        connection = await self.sessions().open_direct(str(owner))
-        async with self._kept(connection):
-            yield connection
+        async with self.database.connect(str(owner)) as connection:
+            with self._kept(connection.terminate):
+                yield connection
 
-    @asynccontextmanager
-    async def _kept(self, opened: Any) -> AsyncIterator[None]:
-        entry = (PROCESS.get(), opened)
+    @contextmanager
+    def _kept(self, cut_off: Callable[[], None]) -> Iterator[None]:
+        entry = (PROCESS.get(), cut_off)
         self.opened.append(entry)
         try:
             yield
         finally:
             self.opened.remove(entry)
-            await opened.close()
 
     async def migrate(self, config: DatabaseConfig, owner: str) -> None:
-        await self.sessions().migrate(str(owner))
+        await self.database.migrate(str(owner))
 
     async def connect(
         self,
@@ -138,8 +123,8 @@ class Outside:
         """Its sockets are closed: PostgreSQL ends its sessions, and their locks."""
         gone = [entry for entry in self.opened if entry[0] is process]
         self.opened = [entry for entry in self.opened if entry[0] is not process]
-        for _, opened in gone:
-            opened.terminate()
+        for _, cut_off in gone:
+            cut_off()
 
 
 @dataclass(eq=False)

@@ -16,7 +16,8 @@ from sim.loop import SimLoop
 from sim.machines import HostMachine, Machine
 from sim.nats import NatsServer
 from sim.oracle import Oracle, Wish
-from sim.plane import Outside, Replica, Sessions
+from sim.plane import Outside, Replica
+from sim.postgres import Database
 from sim.qemu import Daemon, Guest
 from sim.storage import Shelf
 from volery.contracts.base import Call, Message, Owner
@@ -64,19 +65,21 @@ class World:
     loop: SimLoop
     chance: random.Random
     """Decides everything that the seed decides."""
-    sessions: Sessions = field(init=False)
-    """Set before `open`."""
+    database: Database
+    """Empty, or with every schema."""
     time: Time = field(init=False)
 
     def __post_init__(self) -> None:
         self.time = Time(self.loop)
+        self.database.clock = self.time.utc_now
+        self.database.latency = lambda: 0.0004
         self.server = NatsServer(self.loop)
         self.shelf = Shelf()
         self.oracle = Oracle(self)
         self.shelf.on_two_writers = self.oracle.two_writers
         self.guests: dict[str, Guest] = {}
         self.control = [self._machine(f"control-{n}") for n in (1, 2)]
-        self.outsides = {machine.name: Outside(machine, lambda: self.sessions) for machine in self.control}
+        self.outsides = {machine.name: Outside(machine, self.database) for machine in self.control}
         for machine in self.control:
             machine.killed = self.outsides[machine.name].process_gone
         self.replicas: dict[str, Replica] = {}
@@ -132,7 +135,7 @@ class World:
 
     async def open(self) -> None:
         """Starts the control plane; returns when it answers."""
-        client = await Outside(self.desk, lambda: self.sessions).connect(_BUS, "gateway")
+        client = await Outside(self.desk, self.database).connect(_BUS, "gateway")
         self.bus = Bus(client, "gateway")
         for replica in self.replicas.values():
             replica.start()
