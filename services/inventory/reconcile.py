@@ -22,14 +22,15 @@ from volery.contracts.domain_orders import FORGET_DOMAIN, ForgetDomain
 from volery.contracts.errors import Refused
 from volery.contracts.ids import new_id
 from volery.contracts.operation import Operation
-from volery.contracts.scheduling import RELEASE_VM_CLAIMS, ReleaseVm
+from volery.contracts.scheduling import CONFIRM_CLAIM, RELEASE_VM_CLAIMS, ClaimKey, ReleaseVm
 from volery.contracts.vm import DELETE_VM, STOP_VM, DeleteVm, DesiredState, StopVm, VmStatus
-from volery.runtime.bus import Caller
+from volery.runtime.bus import LOST, Caller
 
 log = logging.getLogger(__name__)
 ABANDONED_SECONDS = HOST_SECONDS + 5.0
 GIVE_UP_SECONDS = 3.0
 STRAY_SECONDS = 5.0
+CLAIM_SECONDS = 2.0
 
 
 async def reconcile(inv: Inventory, key: str) -> None:
@@ -73,7 +74,7 @@ async def _again(inv: Inventory, call: Call[Any, Operation], question: Message, 
 
 
 async def _claims(inv: Inventory, vm_id: str) -> None:
-    """A VM that ended or moved holds no capacity but that of its placement."""
+    """A VM that ended or moved holds no capacity but that of its placement, which is certain once it runs."""
     placement = await inv.store.placement(vm_id)
     kept: tuple[int, ...] = (placement.epoch,) if placement.state != "none" else ()
     if placement.state == "moving":
@@ -84,6 +85,20 @@ async def _claims(inv: Inventory, vm_id: str) -> None:
     except Refused as refused:
         # The scheduler's own reconciling releases what nobody needs.
         log.info("releasing the claims of %s: %s", vm_id, refused.message)
+    if placement.state == "running":
+        await _confirm_claim(inv, vm_id, placement.epoch)
+
+
+async def _confirm_claim(inv: Inventory, vm_id: str, epoch: int) -> None:
+    question = ClaimKey(vm_id=vm_id, epoch=epoch)
+    try:
+        await inv.core.bus.ask(CONFIRM_CLAIM, question, Caller("service:inventory", new_id(), vm_id))
+    except Refused as refused:
+        # One that is gone is made again by the scheduler, from what is said of the VM.
+        log.info("confirming the claim of %s: %s", vm_id, refused.message)
+        if refused.details.get(LOST):
+            await asyncio.sleep(CLAIM_SECONDS)
+            inv.core.wake(f"claims/{vm_id}")
 
 
 async def _stray(inv: Inventory, rest: str) -> None:

@@ -14,6 +14,7 @@ from services.inventory import (
     enrolment,
     host_facts,
     hosts,
+    maintenance,
     migration,
     model,
     readers,
@@ -64,6 +65,7 @@ service = Service(
     parts=[
         clusters.part,
         hosts.part,
+        maintenance.part,
         enrolment.part,
         accounts.part,
         readers.part,

@@ -157,7 +157,13 @@ async def restart(inv: Inventory, run: Run) -> None:
 
 
 async def bring_up(inv: Inventory, run: Run, ask: Starting) -> None:
-    """Try hosts until one runs the VM. Raises Refused with every host's reason."""
+    """Try hosts until one runs the VM. Raises Refused with every host's reason.
+
+    Once it runs nothing takes it back: neither a claim that can't be confirmed, nor a cancellation or deadline.
+    """
+    if run.goes_only_forward:
+        await _confirm(inv, run, ask.vm_id)
+        return
 
     async def down() -> None:
         await _stay_down(inv, run, ask)
@@ -166,7 +172,6 @@ async def bring_up(inv: Inventory, run: Run, ask: Starting) -> None:
     excluded: list[str] = []
     reasons: list[str] = []
     for attempt in range(MAX_HOSTS):
-        run.checkpoint()
         epoch = await run.step(f"epoch-{attempt}", "Deciding", lambda: _raise_epoch(inv, ask.vm_id), int)
         placed = await _place(inv, run, ask, attempt, epoch, tuple(excluded))
         if not placed.host_id:
@@ -186,7 +191,7 @@ async def bring_up(inv: Inventory, run: Run, ask: Starting) -> None:
             if hopeless or ask.host_id or attempt == MAX_HOSTS - 1:
                 raise Refused(refused.kind, "; ".join(reasons), **refused.details) from None
             continue
-        await _confirm(inv, run, ask.vm_id, epoch)
+        await _confirm(inv, run, ask.vm_id)
         return
 
 
@@ -255,17 +260,22 @@ async def _run_on(inv: Inventory, run: Run, ask: Starting, attempt: int, epoch: 
     async def prepare() -> None:
         prepared.append(await domain_spec(inv, row.public, host_id, once, run.caller))
 
-    await run.step(f"prepare-{attempt}", "Preparing disks and networks", prepare)
-    if not prepared:  # done before a crash; the spec holds secrets, so it isn't recorded with the operation
-        await prepare()
-    question = RunDomain(
-        vm_id=ask.vm_id,
-        spec=prepared[-1],
-        paused=bool(once and once.paused),
-        restore_path=row.private.saved_path,
-    )
+    async def question() -> RunDomain:
+        await run.step(f"prepare-{attempt}", "Preparing disks and networks", prepare)
+        if (
+            not prepared
+        ):  # done before a crash; the spec holds secrets, so it isn't recorded with the operation
+            await prepare()
+        return RunDomain(
+            vm_id=ask.vm_id,
+            spec=prepared[-1],
+            paused=bool(once and once.paused),
+            restore_path=row.private.saved_path,
+        )
+
     await run.order(f"run-{attempt}", "Starting QEMU", RUN_DOMAIN, question, host_id=host_id, epoch=epoch)
     await _settle_running(inv, ask, epoch, host_id)
+    await run.only_forward()
 
 
 async def _settle_running(inv: Inventory, ask: Starting, epoch: int, host_id: str) -> None:
@@ -328,9 +338,16 @@ async def release_claim(inv: Inventory, run: Run, vm_id: str, epoch: int) -> Non
     await inv.core.bus.ask(RELEASE_CLAIM, question, run.caller_for(f"release-{epoch}"))
 
 
-async def _confirm(inv: Inventory, run: Run, vm_id: str, epoch: int) -> None:
-    question = ClaimKey(vm_id=vm_id, epoch=epoch)
-    await inv.core.bus.ask(CONFIRM_CLAIM, question, run.caller_for(f"confirm-{epoch}"))
+async def _confirm(inv: Inventory, run: Run, vm_id: str) -> None:
+    """The VM runs, whatever the scheduler says: a claim that is gone is made again from what hosts report, and one
+    that can't be confirmed now is confirmed by reconciling."""
+    placement = await inv.store.placement(vm_id)
+    question = ClaimKey(vm_id=vm_id, epoch=placement.epoch)
+    try:
+        await inv.core.bus.ask(CONFIRM_CLAIM, question, run.caller_for(f"confirm-{placement.epoch}"))
+    except Refused as refused:
+        log.info("the claim of VM %s is confirmed later: %s", vm_id, refused.message)
+        inv.core.wake(f"claims/{vm_id}")
 
 
 async def _stay_down(inv: Inventory, run: Run, ask: Starting) -> None:

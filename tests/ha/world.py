@@ -12,6 +12,7 @@ from typing import Any
 
 from nats.aio.client import Client
 
+from services.ha.config import HaConfig
 from services.ha.service import service as declared
 from tests.support.speaker import Speaker
 from volery.contracts.base import Owner, encode, fill
@@ -51,11 +52,18 @@ SHORT = {
 BEAT_SECONDS = 0.1
 
 
+class Hurried(HaConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Without the least silence that a real installation has."""
+
+    def __post_init__(self) -> None:
+        return
+
+
 def ha() -> Service:
     return Service(
         declared.name,
         declared.open,
-        declared.config,
+        Hurried,
         declared.parts,
         reconcile=declared.reconcile,
         on_gap=declared.on_gap,

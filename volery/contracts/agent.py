@@ -223,6 +223,10 @@ class HostCapabilities(Message):
     """Where other hosts reach this host's QEMU for live migration."""
     libvirt_uri: str = ""
     """Where other hosts' libvirtd reach this host's libvirtd for live migration."""
+    dmi_uuid: str = ""
+    """The machine's own UUID, as its firmware says it: what its BMC must say, too. "": it can't be read."""
+    fence_agents: tuple[str, ...] = ()
+    """Names of the installed ones: what this host can be asked to switch other hosts' power with."""
 
 
 class JournalOrder(Message):

@@ -84,8 +84,9 @@ class UpdateHost(Message):
 
 
 class MaintainHost(Message):
-    """Move every VM away, then leave the host alone. VMs that can't move are named and the operation fails,
-    unless `stop_vms` says to shut them down."""
+    """Move every VM away, a few at a time, then leave the host alone. VMs that can't move are named and the operation
+    fails, unless `stop_vms` says to shut them down; those that have left by then stay where they are. The result names
+    who `moved`, was `stopped` or `ended` by itself; that of a dry run has a `plan`: where each VM would go, or why nowhere."""
 
     id: str
     if_revision: int = 0
