@@ -71,15 +71,15 @@ class Outside:
 
     machine: Machine
     database: Database
-    opened: list[tuple[Process | None, Callable[[], None]]] = field(default_factory=list)
-    """How the database connections of a process are cut off."""
+    opened: list[tuple[Process | None, Any]] = field(default_factory=list)
+    """The pools and connections of each process."""
 
     @asynccontextmanager
     async def open_pool(
         self, config: DatabaseConfig, owner: str
     ) -> AsyncIterator[asyncpg.Pool[asyncpg.Record]]:
         async with self.database.pool(str(owner), POOL_SIZE) as pool:
-            with self._kept(pool.terminate):
+            with self._kept(pool):
                 yield pool
 
     @asynccontextmanager
@@ -87,12 +87,12 @@ class Outside:
         self, config: DatabaseConfig, owner: str
     ) -> AsyncIterator[asyncpg.Connection[asyncpg.Record]]:
         async with self.database.connect(str(owner)) as connection:
-            with self._kept(connection.terminate):
+            with self._kept(connection):
                 yield connection
 
     @contextmanager
-    def _kept(self, cut_off: Callable[[], None]) -> Iterator[None]:
-        entry = (PROCESS.get(), cut_off)
+    def _kept(self, opened: Any) -> Iterator[None]:
+        entry = (PROCESS.get(), opened)
         self.opened.append(entry)
         try:
             yield
@@ -123,8 +123,14 @@ class Outside:
         """Its sockets are closed: PostgreSQL ends its sessions, and their locks."""
         gone = [entry for entry in self.opened if entry[0] is process]
         self.opened = [entry for entry in self.opened if entry[0] is not process]
-        for _, cut_off in gone:
-            cut_off()
+        for _, opened in gone:
+            opened.terminate()
+
+    def leads(self, process: Process | None) -> bool:
+        """Whether a process holds a session lock, and so its service's leadership."""
+        return process is not None and any(
+            owner is process and self.database.holds_lock(opened) for owner, opened in self.opened
+        )
 
 
 @dataclass(eq=False)
@@ -169,6 +175,10 @@ class Replica:
         if self.process is not None and not self.process.dead:
             self.machine.kill(self.process)
         self._again(off_seconds)
+
+    @property
+    def leads(self) -> bool:
+        return self.outside.leads(self.process)
 
     def pause(self) -> None:
         if self.process is not None:
