@@ -78,7 +78,7 @@ class Database:
         try:
             yield cast("asyncpg.Pool[asyncpg.Record]", made)
         finally:
-            made.terminate()
+            await made.close()
 
     @asynccontextmanager
     async def connect(self, owner: str) -> AsyncIterator[asyncpg.Connection[asyncpg.Record]]:
