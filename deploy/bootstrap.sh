@@ -75,6 +75,7 @@ debian test tgt                        an iSCSI target
 debian test xorriso                    discs for guests
 debian test cpio                       looks into the guest image
 debian test busybox-static             guests of tests
+debian test iputils-ping               who reaches whom in the lab
 debian test openipmi                   BMCs of the lab's hosts
 debian test openssl                    their certificate
 debian test podman                     runs docker-compose.yml
@@ -115,6 +116,7 @@ el     run  fence-agents-redfish       power through hosts' BMCs
 el     run  ipmitool                   power through IPMI
 el     test scsi-target-utils          an iSCSI target
 el     test xorriso                    discs for guests
+el     test iputils                    who reaches whom in the lab
 el     test OpenIPMI-lanserv           BMCs of the lab's hosts
 el     test openssl                    their certificate
 el     test podman                     runs docker-compose.yml

@@ -194,7 +194,7 @@ class Agent:
         prepared = asyncio.Event()
         verifier = Verifier(self.identity.enrolled.owner_keys)
         orders = Orders(host, journal, self.parts.actions, verifier, clock, gates={"domain": prepared})
-        executor = Executor(host.host_id, journal, verifier, clock)
+        executor = Executor(host.host_id, journal, verifier, clock, ground.fence)
         reporter = Reporter(host, journal, spool, clock, self.parts.senses)
         hypervisor.on_event(reporter.hear)
         return Core(host, clock, journal, spool, orders, executor, reporter, prepared)

@@ -12,6 +12,7 @@ from host_agent.action import Host
 from host_agent.agent import Agent, Parts
 from host_agent.config import AgentConfig
 from host_agent.enrolment import Identity, Keys
+from host_agent.fencing import Run
 from host_agent.ground import Ground
 from host_agent.reports import Senses
 from sim.hypervisor import MemoryHypervisor
@@ -60,6 +61,7 @@ def main_of(
     shelf: Shelf,
     owner_keys: dict[str, str],
     reach: Callable[[HostMachine, str], Daemon | None],
+    fence: Run,
 ) -> Callable[[], object]:
     """The agent's main coroutine, anew for every start."""
 
@@ -84,6 +86,7 @@ def main_of(
             alone=_alone,
             boot_id=lambda path: machine.boot_id,
             now_ms=machine.clock.boot_ms,
+            fence=fence,
         )
         parts = Parts(
             actions=(*domains.ACTIONS, *storage.actions(), *networks.actions()),

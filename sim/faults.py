@@ -7,12 +7,12 @@ import random
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from sim.bmc import Bmc
 from sim.machines import HostMachine
 from sim.plane import Replica
 from sim.qemu import Domain
 from sim.world import World
 from volery.contracts.domain import DomainState
-from volery.contracts.fencing import PowerState
 
 
 @dataclass(frozen=True)
@@ -181,12 +181,12 @@ async def nats_gone(scene: Scene) -> None:
 
 
 async def postgres_gone(scene: Scene) -> None:
-    sessions = scene.world.sessions
-    if not sessions.up:
+    database = scene.world.database
+    if not database.up:
         return
-    sessions.stop()
+    database.stop()
     await scene.last("", "PostgreSQL away", scene.seconds(1, 400))
-    sessions.start()
+    database.start()
 
 
 async def both_gone(scene: Scene) -> None:
@@ -195,17 +195,35 @@ async def both_gone(scene: Scene) -> None:
 
 async def bmc_troubled(scene: Scene) -> None:
     host = scene.host()
-    bmc = host.bmc
+    bmc = scene.world.bmcs[host.name]
     if not bmc.honest:
         return
-    kind = scene.chance.choice(("unreachable", "deaf", "says off"))
-    bmc.reachable, bmc.obeys = kind != "unreachable", kind != "deaf"
-    bmc.says = PowerState.OFF if kind == "says off" else None
+    kind = scene.chance.choice(("unreachable", "deaf", "lying off"))
+    bmc.reachable, bmc.obeys, bmc.lies_off = kind != "unreachable", kind != "deaf", kind == "lying off"
     seconds = scene.seconds(10, 400)
     scene.world.note(f"{host.name}: BMC {kind} for {seconds:.1f} s")
     await asyncio.sleep(seconds)
     bmc.reachable = bmc.obeys = True
-    bmc.says = None
+    bmc.lies_off = False
+
+
+async def leader_killed_in_mid_fence(scene: Scene) -> None:
+    """Whoever orders the next power off dies at that instant."""
+    world = scene.world
+
+    def kill(bmc: Bmc) -> None:
+        for replica in world.replicas.values():
+            if replica.name.startswith("ha") and replica.leads:
+                world.note(f"{replica.name} dies while {bmc.host.name} is switched off")
+                world.reached.add("leader changed in mid-fence")
+                replica.kill(2.0)
+                world.at_off.remove(kill)
+                return
+
+    world.at_off.append(kill)
+    await asyncio.gather(host_frozen(scene), asyncio.sleep(120))
+    if kill in world.at_off:
+        world.at_off.remove(kill)
 
 
 async def clock_jumped(scene: Scene) -> None:
@@ -249,6 +267,7 @@ FAULTS: tuple[tuple[Fault, float], ...] = (
     (postgres_gone, 1.0),
     (both_gone, 0.4),
     (bmc_troubled, 1.5),
+    (leader_killed_in_mid_fence, 1.5),
     (clock_jumped, 1.0),
     (many_lose_power, 0.5),
     (many_are_cut, 0.5),

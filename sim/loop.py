@@ -90,6 +90,8 @@ class SimLoop(asyncio.AbstractEventLoop):
         self.steps = 0
         self.failed: list[BaseException] = []
         """Exceptions that nobody caught."""
+        self.graves: list[Process] = []
+        """The dead are kept: were they collected, their clean-up would run."""
         self._time = 0.0
         self._moved_at_step = 0
         self._ready: deque[events.Handle] = deque()

@@ -14,7 +14,6 @@ from sim.journal import Disk
 from sim.loop import PROCESS, Process, SimLoop
 from sim.nats import Link, NatsServer
 from sim.qemu import Daemon, Domain
-from volery.contracts.fencing import PowerState
 from volery.contracts.ids import SOURCE, Source, random_id
 from volery.runtime.clock import CLOCK
 
@@ -85,6 +84,7 @@ class Machine:
             return
         self.loop.kill(process)
         self.processes.remove(process)
+        self.loop.graves.append(process)
         self.server.process_gone(process, power=power)
         self.killed(process)
 
@@ -137,7 +137,6 @@ class HostMachine(Machine):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.disk = Disk()
-        self.bmc = Bmc(self)
         self.daemon = Daemon(self.name, lambda domain, runs: self.executes(self, domain, runs))
         self.daemon.up = False
         self.daemon.came_up.clear()
@@ -168,6 +167,12 @@ class HostMachine(Machine):
     def _in_kernel(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         assert self.kernel is not None
         return self.run_in(self.kernel, work)
+
+    @property
+    def audible(self) -> bool:
+        """Whether its agent can be heard now."""
+        process = self.agent_process
+        return self.reachable and process is not None and not process.dead and not process.stopped
 
     def start_agent(self) -> None:
         if self.agent is None or self.agent_off or not self.on:
@@ -203,29 +208,3 @@ class HostMachine(Machine):
             self.daemon.power_lost()
             super().lose_power()
             self.agent_process = self.kernel = None
-
-
-@dataclass(eq=False)
-class Bmc:
-    """A host's management controller: what it says, and whether it does what it is told."""
-
-    host: HostMachine
-    reachable: bool = True
-    obeys: bool = True
-    """False: it confirms nothing and switches nothing."""
-    says: PowerState | None = None
-    """A lie; None is the truth."""
-    answer_seconds: float = 0.4
-    asked: int = 0
-
-    @property
-    def state(self) -> PowerState:
-        if not self.reachable:
-            return PowerState.UNKNOWN
-        if self.says is not None:
-            return self.says
-        return PowerState.ON if self.host.on or self.host.booting is not None else PowerState.OFF
-
-    @property
-    def honest(self) -> bool:
-        return self.reachable and self.obeys and self.says is None

@@ -7,12 +7,12 @@ import contextvars
 import dataclasses
 import hashlib
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import asyncpg
 import nkeys
@@ -26,6 +26,7 @@ from services.storage.service import service as storage
 from sim.loop import PROCESS, Process
 from sim.machines import RESTART_SECONDS, Machine
 from sim.nats import MemoryClient
+from sim.postgres import Database
 from volery.runtime.config import BusConfig, DatabaseConfig, TelemetryConfig
 from volery.runtime.programs import Settings
 from volery.runtime.service import Service
@@ -38,23 +39,8 @@ SERVICES: dict[str, Service] = {
     "network": network,
     "ha": ha,
 }
+POOL_SIZE = 8
 SIGNERS = ("inventory", "storage", "network", "ha")
-
-
-class Sessions(Protocol):
-    """The database, as far as the plane needs it."""
-
-    up: bool
-
-    def stop(self) -> None:
-        """Away, as after a kill: what was not committed never happened."""
-
-    def start(self) -> None:
-        """Back, with all that was committed."""
-
-    async def migrate(self, owner: str) -> None: ...
-    async def open_pool(self, owner: str) -> Any: ...
-    async def open_direct(self, owner: str) -> Any: ...
 
 
 @cache
@@ -84,38 +70,37 @@ class Outside:
     """What services on this machine reach: `volery.runtime.outside.Outside`."""
 
     machine: Machine
-    sessions: Callable[[], Sessions]
+    database: Database
     opened: list[tuple[Process | None, Any]] = field(default_factory=list)
-    """Pools and connections, by the process that has them."""
+    """The pools and connections of each process."""
 
     @asynccontextmanager
     async def open_pool(
         self, config: DatabaseConfig, owner: str
     ) -> AsyncIterator[asyncpg.Pool[asyncpg.Record]]:
-        pool = await self.sessions().open_pool(str(owner))
-        async with self._kept(pool):
-            yield pool
+        async with self.database.pool(str(owner), POOL_SIZE) as pool:
+            with self._kept(pool):
+                yield pool
 
     @asynccontextmanager
     async def open_direct(
         self, config: DatabaseConfig, owner: str
     ) -> AsyncIterator[asyncpg.Connection[asyncpg.Record]]:
-        connection = await self.sessions().open_direct(str(owner))
-        async with self._kept(connection):
-            yield connection
+        async with self.database.connect(str(owner)) as connection:
+            with self._kept(connection):
+                yield connection
 
-    @asynccontextmanager
-    async def _kept(self, opened: Any) -> AsyncIterator[None]:
+    @contextmanager
+    def _kept(self, opened: Any) -> Iterator[None]:
         entry = (PROCESS.get(), opened)
         self.opened.append(entry)
         try:
             yield
         finally:
             self.opened.remove(entry)
-            await opened.close()
 
     async def migrate(self, config: DatabaseConfig, owner: str) -> None:
-        await self.sessions().migrate(str(owner))
+        await self.database.migrate(str(owner))
 
     async def connect(
         self,
@@ -140,6 +125,12 @@ class Outside:
         self.opened = [entry for entry in self.opened if entry[0] is not process]
         for _, opened in gone:
             opened.terminate()
+
+    def leads(self, process: Process | None) -> bool:
+        """Whether a process holds a session lock, and so its service's leadership."""
+        return process is not None and any(
+            owner is process and self.database.holds_lock(opened) for owner, opened in self.opened
+        )
 
 
 @dataclass(eq=False)
@@ -184,6 +175,10 @@ class Replica:
         if self.process is not None and not self.process.dead:
             self.machine.kill(self.process)
         self._again(off_seconds)
+
+    @property
+    def leads(self) -> bool:
+        return self.outside.leads(self.process)
 
     def pause(self) -> None:
         if self.process is not None:

@@ -13,7 +13,7 @@ from typing import Any
 from sim import people
 from sim.faults import FAULTS, Scene
 from sim.loop import Deadlock, OutOfTime, SimLoop, Stuck
-from sim.plane import Sessions
+from sim.postgres import Database
 from sim.world import Plan, World
 from volery.contracts.base import Owner
 from volery.contracts.errors import Refused
@@ -66,14 +66,13 @@ def plan_of(chance: random.Random) -> Plan:
     return Plan(hosts, vms, tuple(chance.random() < 0.7 for _ in range(vms)))
 
 
-def episode(seed: int, sessions: Any, *, level: int = logging.WARNING) -> Outcome:
-    """Runs a seed to its end. `sessions(time)` makes its database. Never raises for what the programs did."""
+def episode(seed: int, *, level: int = logging.WARNING) -> Outcome:
+    """Runs a seed to its end. Never raises for what the programs did. Once per process: see `alone`."""
     began = time.perf_counter()
     random.seed(seed)  # what the programs draw from
     chance = random.Random(seed)
     loop = SimLoop(MOST_SECONDS)
-    world = World(loop, chance)
-    world.sessions = sessions(world)
+    world = World(loop, chance, Database(seed))
     log = Log(world)
     logging.basicConfig(handlers=[log], level=level, force=True)
     try:
@@ -209,6 +208,3 @@ async def _told(world: World) -> list[str]:
         if (claim.vm_id, names.get(claim.host_id, "")) not in running:
             found.append(f"claim of VM {claim.vm_id} on {names.get(claim.host_id)} epoch {claim.epoch}: it doesn't run there")
     return found
-
-
-__all__ = ["Outcome", "Sessions", "episode"]

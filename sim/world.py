@@ -5,18 +5,21 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import msgspec
 
 from sim import agents, plane
+from sim.bmc import AGENT, Bmc, runner
 from sim.clocks import Time
 from sim.loop import SimLoop
 from sim.machines import HostMachine, Machine
 from sim.nats import NatsServer
 from sim.oracle import Oracle, Wish
-from sim.plane import Outside, Replica, Sessions
+from sim.plane import Outside, Replica
+from sim.postgres import Database
 from sim.qemu import Daemon, Guest
 from sim.storage import Shelf
 from volery.contracts.base import Call, Message, Owner
@@ -29,9 +32,11 @@ from volery.contracts.cluster import (
 )
 from volery.contracts.enrolment import ENROL_HOST, Enrol, read_token
 from volery.contracts.errors import Kind, Refused
+from volery.contracts.fencing import PowerAction
 from volery.contracts.host import CREATE_HOST, GET_HOST, CreateHost, Host, HostStatus
 from volery.contracts.ids import random_id
 from volery.contracts.operation import ENDED, GET_OPERATION, GetOperation, ListQuery, Operation, Page
+from volery.contracts.power import SET_POWER_MANAGEMENT, NewFenceDevice, SetPowerManagement
 from volery.contracts.storage import (
     CREATE_STORAGE_DOMAIN,
     GET_STORAGE_DOMAIN,
@@ -64,28 +69,34 @@ class World:
     loop: SimLoop
     chance: random.Random
     """Decides everything that the seed decides."""
-    sessions: Sessions = field(init=False)
-    """Set before `open`."""
+    database: Database
+    """Empty, or with every schema."""
     time: Time = field(init=False)
 
     def __post_init__(self) -> None:
         self.time = Time(self.loop)
+        self.database.clock = self.time.utc_now
+        self.database.latency = lambda: 0.0004
         self.server = NatsServer(self.loop)
         self.shelf = Shelf()
         self.oracle = Oracle(self)
         self.shelf.on_two_writers = self.oracle.two_writers
         self.guests: dict[str, Guest] = {}
         self.control = [self._machine(f"control-{n}") for n in (1, 2)]
-        self.outsides = {machine.name: Outside(machine, lambda: self.sessions) for machine in self.control}
+        self.outsides = {machine.name: Outside(machine, self.database) for machine in self.control}
         for machine in self.control:
             machine.killed = self.outsides[machine.name].process_gone
         self.replicas: dict[str, Replica] = {}
+        self.environ = {"VOLERY_HA_START_HOLD_SECONDS": self.chance.choice(("5", "30", "300"))}
         for name in ("inventory", "scheduler", "storage", "network"):
             self._replica(name, name, self.control[0])
         self._replica("ha-1", "ha", self.control[0])
         self._replica("ha-2", "ha", self.control[1])
         self.desk = self._machine("desk")
         self.hosts: dict[str, HostMachine] = {}
+        self.bmcs: dict[str, Bmc] = {}
+        self.at_off: list[Callable[[Bmc], None]] = []
+        """Called when a BMC is told to cut a host's power, before it does."""
         self.vms: dict[str, str] = {}
         """Name → id."""
         self.cluster_id = ""
@@ -125,14 +136,14 @@ class World:
 
     def _replica(self, name: str, service: str, machine: Machine) -> None:
         self.replicas[name] = Replica(
-            name, plane.SERVICES[service], machine, self.outsides[machine.name], {}
+            name, plane.SERVICES[service], machine, self.outsides[machine.name], self.environ
         )
 
     # Asking
 
     async def open(self) -> None:
         """Starts the control plane; returns when it answers."""
-        client = await Outside(self.desk, lambda: self.sessions).connect(_BUS, "gateway")
+        client = await Outside(self.desk, self.database).connect(_BUS, "gateway")
         self.bus = Bus(client, "gateway")
         for replica in self.replicas.values():
             replica.start()
@@ -205,11 +216,36 @@ class World:
             capabilities=agents.capabilities(machine),
         )
         await self.ask(ENROL_HOST, ask)
-        machine.agent = agents.main_of(machine, self.shelf, plane.owner_keys(), self._reach)
+        machine.agent = agents.main_of(
+            machine, self.shelf, plane.owner_keys(), self._reach, runner(self.bmcs)
+        )
         self.hosts[name] = machine
+        self.bmcs[name] = Bmc(machine, told_off=self._told)
         machine.power_on(0.0)
         while (await self.host(machine)).status is not HostStatus.UP:
             await asyncio.sleep(0.5)
+        if chance.random() < 0.85:
+            await self._manage_power(machine)
+
+    async def _manage_power(self, machine: HostMachine) -> None:
+        device = NewFenceDevice(agent=AGENT, address=machine.name, secrets={}, timeout_seconds=10)
+        ask = SetPowerManagement(id=machine.host_id, devices=(device,))
+        while True:
+            try:
+                await self.ask(SET_POWER_MANAGEMENT, ask)
+                return
+            except Refused as refused:
+                if refused.kind is not Kind.NOT_FOUND:
+                    raise
+            await asyncio.sleep(0.5)  # ha has not heard of it yet
+
+    def _told(self, bmc: Bmc, action: PowerAction) -> None:
+        self.note(f"the BMC of {bmc.host.name} is told {action}")
+        self.reached.add(f"BMC told {action}")
+        if action is PowerAction.OFF:
+            self.oracle.switched_off(bmc.host, "ha")
+            for act in list(self.at_off):
+                act(bmc)
 
     def _died(self, machine: HostMachine) -> None:
         for vm_id in machine.daemon.domains:

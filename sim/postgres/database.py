@@ -78,7 +78,7 @@ class Database:
         try:
             yield cast("asyncpg.Pool[asyncpg.Record]", made)
         finally:
-            made.terminate()
+            await made.close()
 
     @asynccontextmanager
     async def connect(self, owner: str) -> AsyncIterator[asyncpg.Connection[asyncpg.Record]]:
@@ -196,6 +196,11 @@ class Database:
         if holder is not command.session:
             raise Blocked(holder)
         self._advisory[key] = (holder, times + 1)
+
+    def holds_lock(self, connection: object) -> bool:
+        """Whether this session holds an advisory lock."""
+        session = getattr(connection, "session", None)
+        return any(holder is session for holder, _ in self._advisory.values())
 
     def try_advisory_lock(self, command: Command, key: int) -> bool:
         if self._advisory.get(key, (command.session, 0))[0] is not command.session:

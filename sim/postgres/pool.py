@@ -21,7 +21,7 @@ class Pool:
         self._idle: list[Connection] = []
         self._used: dict[Connection, None] = {}
         self._queue: deque[asyncio.Future[None]] = deque()
-        self._closed = False
+        self._closing = False
 
     def acquire(self, *, timeout: float | None = None) -> Acquired:
         return Acquired(self, timeout)
@@ -29,8 +29,8 @@ class Pool:
     async def take(self) -> Connection:
         """Raises OSError when the database is away, InterfaceError when the pool is closed."""
         while True:
-            if self._closed:
-                raise asyncpg.InterfaceError("pool is closed")
+            if self._closing:
+                raise asyncpg.InterfaceError("pool is closing")
             self._idle = [each for each in self._idle if not each.is_closed()]
             if self._idle or len(self._used) < self._max:
                 connection = self._idle.pop() if self._idle else self._connect()
@@ -89,6 +89,7 @@ class Pool:
 
     async def close(self) -> None:
         """Waits until every connection was given back."""
+        self._closing = True
         while self._used:
             turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._queue.append(turn)
@@ -96,7 +97,7 @@ class Pool:
         self.terminate()
 
     def terminate(self) -> None:
-        self._closed = True
+        self._closing = True
         for connection in [*self._idle, *self._used]:
             connection.die()
         self._idle.clear()

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -79,7 +79,7 @@ def ha() -> Service:
 
 
 def hurried(configured: Settings, **more: str) -> Settings:
-    return Settings(configured.bus, configured.database, configured.telemetry, SHORT | more)
+    return replace(configured, environ=SHORT | more)
 
 
 def host(name: str, **fields: Any) -> Host:
