@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
-from host_agent import devices, domxml, migration, runningxml
+from host_agent import devices, domxml, leases, migration, runningxml
 from host_agent.action import Action, Host, Running
 from host_agent.domain_waits import settled, wait_gone
 from host_agent.domxml import Placement
@@ -88,6 +88,7 @@ async def run_domain(host: Host, order: RunDomain, running: Running) -> DomainRu
             return await _running(host, order.vm_id, spec, placement)
         await hypervisor.destroy(order.vm_id)
         await wait_gone(hypervisor, order.vm_id, DESTROY_SECONDS)
+    leases.check_lease(spec.lease)
     await devices.prepare_secrets(host, spec.disks, spec.installation)
     if order.restore_path:
         await restore(host, order, placement)
@@ -100,11 +101,24 @@ async def _create(host: Host, order: RunDomain, placement: Placement) -> DomainR
     xml = domxml.domain_xml(order.spec, placement, host.hypervisor.machine)
     try:
         await host.hypervisor.create(xml, paused=order.paused)
+        await _check_held(host, order)
         return await _running(host, order.vm_id, order.spec, placement)
     except asyncio.CancelledError:
         now = await host.hypervisor.domain(order.vm_id)
         if now.state not in ENDED and (now.epoch, now.order_seq) == (placement.epoch, placement.order_seq):
             await host.hypervisor.destroy(order.vm_id)
+        raise
+
+
+async def _check_held(host: Host, order: RunDomain) -> None:
+    """Ends a domain that libvirt let start without its lease. (A paused one holds none: it may not run.)"""
+    if order.spec.lease is None or order.paused:
+        return
+    try:
+        await leases.check_held(order.spec.lease)
+    except Refused:
+        await host.hypervisor.destroy(order.vm_id)
+        await wait_gone(host.hypervisor, order.vm_id, DESTROY_SECONDS)
         raise
 
 

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from lab import cgroups, network
+from lab import bmc, cgroups, network, sanlock
+from lab.bmc import Bmc
 from lab.errors import LabError
 from lab.host import Host
 from lab.layout import GATEWAY_OCTET, MAX_HOSTS, NAME, LabLayout, address, default_name
@@ -24,8 +25,13 @@ REQUIRED_PROGRAMS = {
     "nsenter": "util-linux",
     "libvirtd": "libvirt-daemon-system (Debian) or libvirt-daemon (Oracle Linux)",
     "virsh": "libvirt-clients (Debian) or libvirt-client (Oracle Linux)",
+    "sanlock": "sanlock",
+    "wdmd": "sanlock",
+    "gcc": "gcc",
     "tgtd": "tgt (Debian) or scsi-target-utils (Oracle Linux, from EPEL)",
     "tgtadm": "tgt (Debian) or scsi-target-utils (Oracle Linux, from EPEL)",
+    "ipmi_sim": "openipmi (Debian) or OpenIPMI-lanserv (Oracle Linux)",
+    "openssl": "openssl",
 }
 
 
@@ -105,6 +111,10 @@ class Lab:
             )
         return Host(self.layout.host(number), self.record)
 
+    def bmc(self, number: int) -> Bmc:
+        """The BMC of a host. Raises LabError when the lab has no such host."""
+        return Bmc(self.host(number).layout, self.record)
+
     def up(
         self,
         hosts: int = 3,
@@ -128,10 +138,14 @@ class Lab:
             for number in numbers:
                 self.layout.host(number).directory.mkdir(parents=True, exist_ok=True)
             self.target.start()
+            bmc.ensure_certificate(self.layout)
+            for number in numbers:
+                self.bmc(number).start()
             self._power_on([self.host(number) for number in numbers])
 
     def _prepare(self, kvm: bool, agent_command: Sequence[str] | None, networks: str) -> None:
         lab = self.layout
+        sanlock.build(lab)
         lab.shared.mkdir(parents=True, exist_ok=True)
         for name in ("shared", "home"):
             (lab.mounts / name).mkdir(parents=True, exist_ok=True)
@@ -190,7 +204,7 @@ class Lab:
         lab = self.layout
         for directory in (lab.hosts_directory, lab.shared, lab.iscsi, lab.capabilities_seed):
             shutil.rmtree(directory, ignore_errors=True)
-        for file in (lab.hosts_file, lab.record, lab.lock):
+        for file in (lab.hosts_file, lab.bmc_certificate, lab.record, lab.lock, lab.stand_in):
             file.unlink(missing_ok=True)
         self._record = None
         with contextlib.suppress(OSError):  # somebody keeps other things there

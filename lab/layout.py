@@ -18,6 +18,7 @@ NAME = re.compile(r"^[a-z0-9]{1,10}$")
 MAX_HOSTS = 99
 GATEWAY_OCTET = 254  # the machine itself: where a control plane listens
 STORAGE_OCTET = 253  # the iSCSI portal
+BMC_OCTET = 100  # host 1's BMC is .101
 ISCSI_PORT = 3260
 LIBVIRT_PORT = 16509
 HOST_NUMBER = re.compile(r"^[1-9][0-9]?$")
@@ -65,6 +66,16 @@ class LabLayout:
     def capabilities_seed(self) -> Path:
         """libvirt's cache of what QEMU can do: probing takes longer than everything else at boot."""
         return self.state / "qemu-capabilities"
+
+    @property
+    def bmc_certificate(self) -> Path:
+        """Key and certificate of every BMC of the lab."""
+        return self.state / "bmc.pem"
+
+    @property
+    def stand_in(self) -> Path:
+        """A library for what sanlock and wdmd of the hosts can't have in a lab."""
+        return self.state / "stand_in.so"
 
     @property
     def mounts(self) -> Path:
@@ -163,8 +174,23 @@ class HostLayout:
         return self.directory / "agent.env"
 
     @property
+    def watchdog(self) -> Path:
+        """The FIFO through which the host pets its watchdog."""
+        return self.directory / "watchdog"
+
+    @property
+    def watchdog_class(self) -> Path:
+        """Stands in for the host's /sys/class/watchdog."""
+        return self.directory / "watchdog-class"
+
+    @property
     def log(self) -> Path:
         return self.directory / "log"
+
+    @property
+    def product_uuid(self) -> Path:
+        """What the kernel shows of a real machine's DMI. A machine without a DMI can't show it there on its hosts."""
+        return self.directory / "product_uuid"
 
     @property
     def mac_address(self) -> str:

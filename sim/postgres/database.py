@@ -205,6 +205,11 @@ class Database:
             raise Blocked(holder)
         self._advisory[key] = (holder, times + 1)
 
+    def holds_lock(self, connection: object) -> bool:
+        """Whether this session holds an advisory lock."""
+        session = getattr(connection, "session", None)
+        return any(holder is session for holder, _ in self._advisory.values())
+
     def try_advisory_lock(self, command: Command, key: int) -> bool:
         if self._advisory.get(key, (command.session, 0))[0] is not command.session:
             return False

@@ -26,9 +26,12 @@ def test_a_source_that_repeats_itself_gives_the_same_ids() -> None:
     assert made[0] == made[1]
     first, second, order, _ = made[0]
     assert first != second
-    assert uuid.UUID(first).version == 7 and uuid.UUID(order).version == 4
-    assert is_id(first) and is_id(order)
+    assert uuid.UUID(first).version == 7
+    assert uuid.UUID(order).version == 4
+    assert is_id(first)
+    assert is_id(order)
 
 
 def test_real_ids_differ() -> None:
-    assert new_id() != new_id() and random_id() != random_id()
+    assert new_id() != new_id()
+    assert random_id() != random_id()

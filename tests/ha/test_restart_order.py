@@ -66,6 +66,13 @@ def test_old_attempts_stop_counting() -> None:
     assert decide(watched(), LivenessState.UP, within(attempts, NOW, CONFIG), NOW, CONFIG).step is Step.ASK
 
 
+def test_a_clock_that_was_set_back_holds_nothing_up() -> None:
+    """The simulation's seed 1: the attempt before was made while the leader's clock was an hour ahead."""
+    ahead = (NOW + timedelta(hours=1),)
+    assert decide(watched(), LivenessState.UP, ahead, NOW, CONFIG).step is Step.ASK
+    assert within(ahead, NOW, CONFIG) == ahead  # it still counts
+
+
 def test_a_silent_host_is_waited_for() -> None:
     assert decide(watched(), LivenessState.NON_RESPONSIVE, (), NOW, CONFIG).step is Step.WAIT
     assert decide(watched(), LivenessState.UP, (), NOW, CONFIG).step is Step.ASK

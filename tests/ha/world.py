@@ -12,6 +12,7 @@ from typing import Any
 
 from nats.aio.client import Client
 
+from services.ha.config import HaConfig
 from services.ha.service import service as declared
 from tests.support.speaker import Speaker
 from volery.contracts.base import Owner, encode, fill
@@ -46,16 +47,27 @@ SHORT = {
     "VOLERY_HA_RESTART_FIRST_DELAY_SECONDS": "0.3",
     "VOLERY_HA_RESTART_LONGEST_DELAY_SECONDS": "0.6",
     "VOLERY_HA_RESTARTS_AT_MOST": "4",
+    "VOLERY_HA_SILENCE_BEFORE_FENCE_SECONDS": "2.5",
+    "VOLERY_HA_START_HOLD_SECONDS": "0.5",
+    "VOLERY_HA_OFF_RETRY_SECONDS": "3",
+    "VOLERY_HA_ON_WAIT_SECONDS": "1",
 }
 """A fifth of the real times: a beat is still several times shorter than the first limit."""
 BEAT_SECONDS = 0.1
+
+
+class Hurried(HaConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Without the least silence that a real installation has."""
+
+    def __post_init__(self) -> None:
+        return
 
 
 def ha() -> Service:
     return Service(
         declared.name,
         declared.open,
-        declared.config,
+        Hurried,
         declared.parts,
         reconcile=declared.reconcile,
         on_gap=declared.on_gap,

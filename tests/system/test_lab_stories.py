@@ -22,7 +22,7 @@ from volery.client.transport import Client, OperationFailed, ProblemError
 from volery.contracts.cluster import Cluster
 from volery.contracts.operation import Operation, OperationState
 from volery.contracts.storage import CreateDisk
-from volery.contracts.vm import CreateVm, HighAvailability, NewDisk, NewNic, Vm, VmStatus
+from volery.contracts.vm import CreateVm, HighAvailability, MigrationPolicy, NewDisk, NewNic, Vm, VmStatus
 from volery.setup.console import Output
 from volery.setup.down import down
 
@@ -218,6 +218,45 @@ def test_maintenance_moves_everything_away(stage: Stage) -> None:
     assert refused.value.status == 409
     stage.client.wait(stage.client.send(api.HOSTS.act(vm.host_id, "activate", Operation)))
     stage.remove(moved)
+
+
+def test_maintenance_names_who_may_not_move_and_moves_the_others(stage: Stage) -> None:
+    host = stage.client.find(api.HOSTS, "h1")
+    vms = []
+    for name, allowed in (("first", True), ("pinned", False), ("second", True)):
+        ask = CreateVm(
+            name=name,
+            cluster_id=stage.cluster.id,
+            memory_bytes=64 * MIB,
+            migration=MigrationPolicy(allowed=allowed),
+        )
+        vm_id = stage.client.wait(stage.client.send(api.VMS.create(ask, Operation))).object_id
+        stage.act(vm_id, "start", {"host_id": host.id})
+        vms.append(stage.client.send(api.VMS.get(vm_id)))
+    op = stage.client.send(api.HOSTS.act(host.id, "maintenance", Operation))
+    with pytest.raises(OperationFailed, match="pinned") as failed:
+        stage.client.wait(op)
+    assert "first" not in str(failed.value)
+    assert stage.client.send(api.HOSTS.get(host.id)).status == "up"
+    now = [stage.client.send(api.VMS.get(vm.id)) for vm in vms]
+    assert [vm.host_id == host.id for vm in now] == [False, True, False]
+    assert {vm.status for vm in now} == {VmStatus.UP}
+    for vm in now:
+        stage.remove(vm)
+
+
+def test_maintenance_is_cancelled_and_so_is_the_move_under_way(stage: Stage) -> None:
+    slow = MigrationPolicy(bandwidth_mib_per_second=1, auto_converge=False)
+    vm = stage.guest("lingerer", migration=slow)
+    op = stage.client.send(api.HOSTS.act(vm.host_id, "maintenance", Operation))
+    stage.until(vm.id, lambda now: now.status is VmStatus.MIGRATING)
+    stage.client.send(Request("POST", f"operations/{op.id}/cancel", Operation, b"{}"))
+    with pytest.raises(OperationFailed):
+        stage.client.wait(op)
+    now = stage.until(vm.id, lambda v: v.status is VmStatus.UP and not v.busy_with)
+    assert now.host_id == vm.host_id
+    assert stage.client.send(api.HOSTS.get(vm.host_id)).status == "up"
+    stage.remove(now)
 
 
 def test_a_silent_host_is_noticed_and_nothing_of_it_is_started_elsewhere(stage: Stage) -> None:
