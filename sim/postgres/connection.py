@@ -159,6 +159,7 @@ class Connection:
             self._awaited = None
             self._waiting = False
             tx.waited()
+        self._check_alive()
 
     async def _bounded(self, ended: asyncio.Future[None], seconds: float) -> None:
         try:
@@ -184,6 +185,12 @@ class Connection:
         finally:
             self._awaited = None
             timer.cancel()
+        self._check_alive()
+
+    def _check_alive(self) -> None:
+        """It may have died between the end of a wait and this."""
+        if self._closed:
+            raise _cut()
 
     def command(self, tx: Transaction) -> Command:
         return Command(tx, self.database.next_command(), self.session, self.database)

@@ -59,7 +59,7 @@ class Database:
     ) -> None:
         self.clock = clock
         self.latency = latency or (lambda: 0.0)
-        self.random = random.Random(seed)  # noqa: S311
+        self.random = random.Random(seed)
         self.schemas: dict[str, Schema] = {}
         self.sessions: dict[Connection, None] = {}
         self.up = True
