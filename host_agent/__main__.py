@@ -28,13 +28,14 @@ from host_agent import (
     volumes,
 )
 from host_agent.action import Host
-from host_agent.agent import Agent, AlreadyRunning, Parts
+from host_agent.agent import Agent, Parts
 from host_agent.capabilities import Describer
 from host_agent.config import AgentConfig
 from host_agent.enrolment import EnrolmentError, Identity, Unreachable
 from host_agent.guest import watch_guests
 from host_agent.hypervisor import Hypervisor
 from host_agent.reports import Senses
+from host_agent.solitude import AlreadyRunning
 from host_agent.stats import Sampler
 from host_agent.tickets import Tickets
 from volery.contracts.agent import HostCapabilities

@@ -45,6 +45,7 @@ class Database:
 
     def _open(self, schema: str) -> sqlite3.Connection:
         """A connection for the thread; the file is readable by its owner alone, since orders may hold secrets."""
+        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.close(os.open(self.path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
         self.path.chmod(0o600)
         connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)

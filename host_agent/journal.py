@@ -12,8 +12,6 @@ sequence and order id of every object stay for ever. How facts are kept is in `f
 from __future__ import annotations
 
 import sqlite3
-import time
-import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +35,8 @@ from volery.contracts.agent import (
 )
 from volery.contracts.base import Fact, encode
 from volery.contracts.errors import Kind, Problem
+from volery.contracts.ids import random_id
+from volery.runtime.clock import utc_now
 
 REMEMBER_SECONDS = 86_400.0
 """How long the id of a finished and committed order is kept with its answer."""
@@ -87,6 +87,10 @@ _envelope = msgspec.json.Decoder(OrderEnvelope)
 _problem = msgspec.json.Decoder(Problem)
 
 
+def _unix_seconds() -> float:
+    return utc_now().timestamp()
+
+
 def progress_key(order_id: str) -> str:
     """Under which the newest progress of an order is spooled; its result takes it away."""
     return f"progress:{order_id}"
@@ -125,10 +129,11 @@ class Journal:
         boot_id: str,
         spool_max_bytes: int = 256 * 1024 * 1024,
         max_waiting_orders: int = 2000,
+        open_database: Callable[[Path, str], Database] = Database,
     ) -> Journal:
         """Opens or makes it. Raises sqlite3.Error for a file that is damaged."""
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        journal = cls(Database(path, SCHEMA + facts.SCHEMA), boot_id, spool_max_bytes, max_waiting_orders)
+        database = open_database(path, SCHEMA + facts.SCHEMA)
+        journal = cls(database, boot_id, spool_max_bytes, max_waiting_orders)
         await journal._database.do(journal._begin)
         return journal
 
@@ -147,7 +152,7 @@ class Journal:
     def _begin(self, db: sqlite3.Connection) -> None:
         db.execute(
             "insert into meta (name, value) values ('generation', ?) on conflict do nothing",
-            (str(uuid.uuid4()),),
+            (random_id(),),
         )
         (self.generation,) = db.execute("select value from meta where name = 'generation'").fetchone()
         sql = """insert into boots (boot_id, ordinal) select ?, coalesce(max(ordinal), 0) + 1 from boots
@@ -217,7 +222,7 @@ class Journal:
         sql = """insert into orders (order_id, owner, kind, object_id, epoch, order_seq, state, envelope, trace,
                  boot_id, accepted_ms, problem, committed_at) values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
         subject = (order.order_id, order.owner, order.kind, order.object_id, order.epoch, order.order_seq)
-        refused_at = None if problem is None else time.time()
+        refused_at = None if problem is None else _unix_seconds()
         said = None if problem is None else encode(problem)
         db.execute(sql, (*subject, state, raw, trace, self.boot_id, now_ms, said, refused_at))
 
@@ -256,6 +261,16 @@ class Journal:
 
         return await self._database.do(work)
 
+    async def see_token(self, owner: str, token: int) -> int:
+        """The highest leadership token this host has seen from the owner, this one among them."""
+
+        def work(db: sqlite3.Connection) -> int:
+            sql = """insert into fencing (owner, token) values (?, ?)
+                     on conflict (owner) do update set token = max(token, excluded.token) returning token"""
+            return int(db.execute(sql, (owner, token)).fetchone()[0])
+
+        return await self._database.do(work)
+
     async def cancel(self, order_id: str) -> OrderAck:
         """Journals the cancel; how far the order is. `unknown`: it will be refused should it come."""
 
@@ -263,7 +278,7 @@ class Journal:
             row = db.execute(ANSWER_SQL, (order_id,)).fetchone()
             if row is None or row["state"] == OrderState.ACCEPTED:
                 sql = "insert into cancels (order_id, at) values (?, ?) on conflict do nothing"
-                db.execute(sql, (order_id, time.time()))
+                db.execute(sql, (order_id, _unix_seconds()))
             if row is not None:
                 return _ack(row)
             return OrderAck(order_id=order_id, state=OrderState.UNKNOWN)
@@ -370,7 +385,7 @@ class Journal:
                 return False
             sql = """update orders set committed_at = ?
                      where owner = ? and fact_seq <= ? and committed_at is null"""
-            db.execute(sql, (time.time(), word.owner, word.seq))
+            db.execute(sql, (_unix_seconds(), word.owner, word.seq))
             _prune(db)
             return True
 
@@ -380,7 +395,7 @@ class Journal:
         """A new identity for a journal that turned out to be an old copy of itself."""
 
         def work(db: sqlite3.Connection) -> str:
-            generation = str(uuid.uuid4())
+            generation = random_id()
             db.execute("update meta set value = ? where name = 'generation'", (generation,))
             facts.begin_anew(db)
             self.generation = generation
@@ -439,6 +454,6 @@ def _known(db: sqlite3.Connection, order: OrderEnvelope) -> Known:
 
 
 def _prune(db: sqlite3.Connection) -> None:
-    now = time.time()
+    now = _unix_seconds()
     db.execute("delete from orders where committed_at < ?", (now - REMEMBER_SECONDS,))
     db.execute("delete from cancels where at < ?", (now - REMEMBER_CANCELS_SECONDS,))

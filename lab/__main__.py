@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+from lab.board import Fault
 from lab.errors import LabError
 from lab.host import Host
 from lab.lab import DEFAULT_NETWORKS, Lab
@@ -50,6 +51,9 @@ def parser() -> argparse.ArgumentParser:
     status.add_argument("-o", "--output", choices=["table", "json"], default="table")
     for verb, (_, text) in HOST_ACTIONS.items():
         verbs.add_parser(verb, parents=[shared], help=text).add_argument("host", type=int)
+    bmc = verbs.add_parser("bmc", parents=[shared], help="break a host's BMC, or mend it with `none`")
+    bmc.add_argument("host", type=int)
+    bmc.add_argument("fault", type=Fault, choices=list(Fault), metavar="|".join(Fault))
     run = verbs.add_parser("exec", parents=[shared], help="run a program on a host")
     run.add_argument("host", type=int)
     run.add_argument("command", nargs="+", metavar="-- COMMAND")
@@ -81,6 +85,8 @@ def act(lab: Lab, options: argparse.Namespace) -> int:
         lab.down(keep=options.keep)
     elif options.verb == "status":
         show(lab, options.output)
+    elif options.verb == "bmc":
+        lab.bmc(options.host).set_fault(options.fault)
     elif options.verb == "exec":
         command = lab.host(options.host).enter(options.command)
         os.execvp(command[0], command)  # noqa: S606
@@ -126,19 +132,26 @@ def show(lab: Lab, output: str) -> None:
         "iscsi_password": target.password,
         "iscsi_luns": {str(number): size for number, size in target.luns.items()},
         "iscsi_running": target.process is not None,
+        "bmc_user": lab.record.bmc_user,
+        "bmc_password": lab.record.bmc_password,
     }
-    hosts = [host.status() for host in lab.hosts]
+    hosts = [(host.status(), lab.bmc(host.number)) for host in lab.hosts]
     if output == "json":
-        print(json.dumps({**facts, "hosts": [asdict(host) for host in hosts]}, indent=2))
+        shown = [
+            {**asdict(host), "bmc_address": bmc.address, "bmc_fault": bmc.fault, "dmi_uuid": bmc.board.uuid}
+            for host, bmc in hosts
+        ]
+        print(json.dumps({**facts, "hosts": shown}, indent=2))
         return
     for key, value in facts.items():
         print(f"{key.replace('_', ' '):18}{value}")
-    print(f"\n{'host':6}{'address':16}{'power':8}{'cable':8}{'libvirtd':10}{'agent':8}{'guests':8}")
-    for host in hosts:
+    print(f"\n{'host':6}{'address':16}{'power':8}{'cable':8}{'libvirtd':10}{'agent':8}{'guests':8}{'bmc':16}")
+    for host, bmc in hosts:
         daemons = ("up" if host.libvirtd else "-", "up" if host.agent else "-")
         print(
             f"h{host.number:<5}{host.ip:16}{host.power:8}{host.cable:8}"
             f"{daemons[0]:10}{daemons[1]:8}{host.guests:<8}"
+            f"{bmc.address:16}{'' if bmc.fault is Fault.NONE else bmc.fault}".rstrip()
         )
 
 

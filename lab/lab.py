@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from lab import cgroups, network, sanlock
+from lab import bmc, cgroups, network, sanlock
+from lab.bmc import Bmc
 from lab.errors import LabError
 from lab.host import Host
 from lab.layout import GATEWAY_OCTET, MAX_HOSTS, NAME, LabLayout, address, default_name
@@ -29,6 +30,8 @@ REQUIRED_PROGRAMS = {
     "gcc": "gcc",
     "tgtd": "tgt (Debian) or scsi-target-utils (Oracle Linux, from EPEL)",
     "tgtadm": "tgt (Debian) or scsi-target-utils (Oracle Linux, from EPEL)",
+    "ipmi_sim": "openipmi (Debian) or OpenIPMI-lanserv (Oracle Linux)",
+    "openssl": "openssl",
 }
 
 
@@ -108,6 +111,10 @@ class Lab:
             )
         return Host(self.layout.host(number), self.record)
 
+    def bmc(self, number: int) -> Bmc:
+        """The BMC of a host. Raises LabError when the lab has no such host."""
+        return Bmc(self.host(number).layout, self.record)
+
     def up(
         self,
         hosts: int = 3,
@@ -131,6 +138,9 @@ class Lab:
             for number in numbers:
                 self.layout.host(number).directory.mkdir(parents=True, exist_ok=True)
             self.target.start()
+            bmc.ensure_certificate(self.layout)
+            for number in numbers:
+                self.bmc(number).start()
             self._power_on([self.host(number) for number in numbers])
 
     def _prepare(self, kvm: bool, agent_command: Sequence[str] | None, networks: str) -> None:
@@ -194,7 +204,7 @@ class Lab:
         lab = self.layout
         for directory in (lab.hosts_directory, lab.shared, lab.iscsi, lab.capabilities_seed):
             shutil.rmtree(directory, ignore_errors=True)
-        for file in (lab.hosts_file, lab.record, lab.lock, lab.stand_in):
+        for file in (lab.hosts_file, lab.bmc_certificate, lab.record, lab.lock, lab.stand_in):
             file.unlink(missing_ok=True)
         self._record = None
         with contextlib.suppress(OSError):  # somebody keeps other things there

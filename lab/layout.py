@@ -18,6 +18,7 @@ NAME = re.compile(r"^[a-z0-9]{1,10}$")
 MAX_HOSTS = 99
 GATEWAY_OCTET = 254  # the machine itself: where a control plane listens
 STORAGE_OCTET = 253  # the iSCSI portal
+BMC_OCTET = 100  # host 1's BMC is .101
 ISCSI_PORT = 3260
 LIBVIRT_PORT = 16509
 HOST_NUMBER = re.compile(r"^[1-9][0-9]?$")
@@ -65,6 +66,11 @@ class LabLayout:
     def capabilities_seed(self) -> Path:
         """libvirt's cache of what QEMU can do: probing takes longer than everything else at boot."""
         return self.state / "qemu-capabilities"
+
+    @property
+    def bmc_certificate(self) -> Path:
+        """Key and certificate of every BMC of the lab."""
+        return self.state / "bmc.pem"
 
     @property
     def stand_in(self) -> Path:
@@ -180,6 +186,11 @@ class HostLayout:
     @property
     def log(self) -> Path:
         return self.directory / "log"
+
+    @property
+    def product_uuid(self) -> Path:
+        """What the kernel shows of a real machine's DMI. A machine without a DMI can't show it there on its hosts."""
+        return self.directory / "product_uuid"
 
     @property
     def mac_address(self) -> str:

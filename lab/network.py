@@ -51,7 +51,9 @@ def ensure_switch(lab: LabLayout, subnet: str | None, pool: str) -> str:
     ip("link", "set", UPLINK, "master", BRIDGE, namespace=lab.switch)
     gateway, storage = address(subnet, GATEWAY_OCTET), address(subnet, STORAGE_OCTET)
     ip("address", "replace", f"{storage}/24", "dev", BRIDGE, namespace=lab.switch)
-    run(["ip", "netns", "exec", lab.switch, "sysctl", "-qw", "net.ipv4.ip_forward=0"])
+    # Promoted: the storage's address may go without taking those of the BMCs with it.
+    settings = ("net.ipv4.ip_forward=0", "net.ipv4.conf.all.promote_secondaries=1")
+    run(["ip", "netns", "exec", lab.switch, "sysctl", "-qw", *settings])
     for link in ("lo", BRIDGE, UPLINK):
         ip("link", "set", link, "up", namespace=lab.switch)
     ip("address", "replace", f"{gateway}/24", "dev", lab.switch)

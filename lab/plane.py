@@ -140,6 +140,7 @@ def agent_environment(lab: Lab, host: Host, token: str) -> dict[str, str]:
         "VOLERY_AGENT_MIGRATION_LIBVIRT_URI": host.libvirt_uri,
         "VOLERY_AGENT_TUNNEL_ADDRESS": host.ip,
         "VOLERY_AGENT_DEVICE_SUFFIX": lab.name,
+        "VOLERY_AGENT_DMI_UUID_PATH": str(host.layout.product_uuid),
         "VOLERY_AGENT_INSTALLATION": home_of(lab).installation,
     }
 

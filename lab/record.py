@@ -23,6 +23,8 @@ class LabRecord:
     agent_command: list[str] | None = None
     chap_user: str = "volery"
     chap_password: str = field(default_factory=lambda: secrets.token_hex(8))
+    bmc_user: str = "admin"
+    bmc_password: str = field(default_factory=lambda: secrets.token_hex(8))
     luns: dict[int, int] = field(default_factory=lambda: dict(enumerate(DEFAULT_LUN_SIZES_BYTES, start=1)))
 
     def save(self, path: Path) -> None:

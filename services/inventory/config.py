@@ -20,3 +20,5 @@ class InventoryConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """The first administrator's password, read once when there is no user yet."""
     minimum_libvirt_version: int = 7_000_000
     """libvirt's number; an older host is non-operational (Oracle Linux 8 has 7, Debian 12 has 9)."""
+    evacuations_at_once: int = 2
+    """VMs that leave a host at the same time when it goes into maintenance (oVirt: two outgoing migrations a host)."""

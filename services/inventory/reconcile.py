@@ -2,7 +2,8 @@
 
 Keys: `vm/{id}` (a VM whose state is not the desired one), `claims/{id}` (capacity that a VM no longer needs),
 `stray/{host}/{vm}` (a domain of ours where its VM may not run), `host/{id}` (committed sums shown on the host),
-`order/{id}` (an order that a host was too slow for, and that must not come true later).
+`order/{id}` (an order that a host was too slow for, and that must not come true later), `lost/{host}` (VMs that ran under
+a boot that has ended by proof), `boot/{host}` (VMs there of which it isn't known under which boot they run).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from services.inventory.desk import HOST_SECONDS, Inventory
+from services.inventory.endings import bury
 from services.inventory.store import HOSTS, VMS
 from volery.contracts.base import Call, Message
 from volery.contracts.domain import DomainState
@@ -22,14 +24,15 @@ from volery.contracts.domain_orders import FORGET_DOMAIN, ForgetDomain
 from volery.contracts.errors import Refused
 from volery.contracts.ids import new_id
 from volery.contracts.operation import Operation
-from volery.contracts.scheduling import RELEASE_VM_CLAIMS, ReleaseVm
+from volery.contracts.scheduling import CONFIRM_CLAIM, RELEASE_VM_CLAIMS, ClaimKey, ReleaseVm
 from volery.contracts.vm import DELETE_VM, STOP_VM, DeleteVm, DesiredState, StopVm, VmStatus
-from volery.runtime.bus import Caller
+from volery.runtime.bus import LOST, Caller
 
 log = logging.getLogger(__name__)
 ABANDONED_SECONDS = HOST_SECONDS + 5.0
 GIVE_UP_SECONDS = 3.0
 STRAY_SECONDS = 5.0
+CLAIM_SECONDS = 2.0
 
 
 async def reconcile(inv: Inventory, key: str) -> None:
@@ -46,6 +49,8 @@ async def reconcile_all(inv: Inventory) -> Sequence[str]:
         *(f"vm/{vm_id}" for vm_id in vms),
         *(f"host/{row.id}" for row in hosts),
         *(f"order/{order_id}" for order_id in orders),
+        *(f"lost/{row.host_id}" for row in await inv.store.lost_placements()),
+        *(f"boot/{host_id}" for host_id in await inv.store.hosts_of_unknown_boots()),
     ]
 
 
@@ -73,7 +78,7 @@ async def _again(inv: Inventory, call: Call[Any, Operation], question: Message, 
 
 
 async def _claims(inv: Inventory, vm_id: str) -> None:
-    """A VM that ended or moved holds no capacity but that of its placement."""
+    """A VM that ended or moved holds no capacity but that of its placement, which is certain once it runs."""
     placement = await inv.store.placement(vm_id)
     kept: tuple[int, ...] = (placement.epoch,) if placement.state != "none" else ()
     if placement.state == "moving":
@@ -84,6 +89,20 @@ async def _claims(inv: Inventory, vm_id: str) -> None:
     except Refused as refused:
         # The scheduler's own reconciling releases what nobody needs.
         log.info("releasing the claims of %s: %s", vm_id, refused.message)
+    if placement.state == "running":
+        await _confirm_claim(inv, vm_id, placement.epoch)
+
+
+async def _confirm_claim(inv: Inventory, vm_id: str, epoch: int) -> None:
+    question = ClaimKey(vm_id=vm_id, epoch=epoch)
+    try:
+        await inv.core.bus.ask(CONFIRM_CLAIM, question, Caller("service:inventory", new_id(), vm_id))
+    except Refused as refused:
+        # One that is gone is made again by the scheduler, from what is said of the VM.
+        log.info("confirming the claim of %s: %s", vm_id, refused.message)
+        if refused.details.get(LOST):
+            await asyncio.sleep(CLAIM_SECONDS)
+            inv.core.wake(f"claims/{vm_id}")
 
 
 async def _stray(inv: Inventory, rest: str) -> None:
@@ -136,10 +155,21 @@ async def _order(inv: Inventory, order_id: str) -> None:
         log.info("order %s can't be taken back yet: its host is silent", order_id)
 
 
+async def _lost(inv: Inventory, host_id: str) -> None:
+    if any(host == host_id for host, _ in inv.core.orders.deaths.ended):
+        await bury(inv)
+
+
+async def _boot(inv: Inventory, host_id: str) -> None:
+    await inv.core.hosts.ask_report(host_id)
+
+
 LOOKS: dict[str, Callable[[Inventory, str], Awaitable[None]]] = {
     "vm": _vm,
     "claims": _claims,
     "stray": _stray,
     "host": _host,
     "order": _order,
+    "lost": _lost,
+    "boot": _boot,
 }

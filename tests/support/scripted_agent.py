@@ -110,11 +110,18 @@ class ScriptedAgent:
     spools: dict[str, Spool] = field(default_factory=dict)
     order_seqs: dict[tuple[str, str], int] = field(default_factory=dict)
     cancelled: set[str] = field(default_factory=set)
+    at_work: dict[str, OrderEnvelope] = field(default_factory=dict)
+    """Object → the order for it that was begun last."""
     log: list[tuple[str, Any]] = field(default_factory=list)
     """(kind, question) of every order that was begun, in that order."""
     drop: Callable[[str], bool] = lambda subject: False
     """Facts whose subject it is true for are spooled but not published the first time."""
     beating: bool = True
+    deaf: bool = False
+    """Orders are counted in `unheard` and get lost."""
+    unheard: int = 0
+    heeds_cancels: bool = True
+    """False: what is under way is quicker than its cancellation."""
     beats: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
     client: Client | None = None
     tasks: set[asyncio.Task[Any]] = field(default_factory=set)
@@ -160,6 +167,13 @@ class ScriptedAgent:
         self.journal.clear()
         self.spools.clear()
         self.order_seqs.clear()
+
+    async def renew_journal(self) -> None:
+        """It turned out to be an old copy of itself. Results that nobody heard are told when their order is sent again."""
+        self.generation = new_id()
+        self.spools.clear()
+        for owner in self.owners:
+            await self.report(owner)
 
     def _spawn(self, work: Any) -> asyncio.Task[Any]:
         task = asyncio.create_task(work)
@@ -219,8 +233,12 @@ class ScriptedAgent:
 
     async def _committed(self, message: Msg) -> None:
         word = msgspec.json.decode(message.data, type=CommittedWord)
-        spool = self.spools.get(word.owner)
-        if spool is not None and word.generation == self.generation:
+        spool = self.spools.get(word.owner, Spool())
+        if word.generation != self.generation:
+            return
+        if word.seq > spool.head:
+            await self.renew_journal()
+        else:
             spool.waiting = {seq: said for seq, said in spool.waiting.items() if seq > word.seq}
 
     async def _report(self, message: Msg) -> None:
@@ -236,6 +254,9 @@ class ScriptedAgent:
     # Orders
 
     async def _order(self, message: Msg) -> None:
+        if self.deaf:
+            self.unheard += 1
+            return
         envelope = msgspec.json.decode(message.data, type=OrderEnvelope)
         await message.respond(encode(self._accept(envelope)))
 
@@ -280,7 +301,7 @@ class ScriptedAgent:
             state = OrderState.UNKNOWN
             await message.respond(encode(OrderAck(order_id=cancel.order_id, state=state)))
             return
-        if entry.outcome is None and entry.task is not None:
+        if entry.outcome is None and entry.task is not None and self.heeds_cancels:
             entry.task.cancel()
             await asyncio.gather(entry.task, return_exceptions=True)
             await self._end(entry, Outcome.CANCELLED)
@@ -293,6 +314,7 @@ class ScriptedAgent:
         async with lane:
             question = msgspec.json.decode(envelope.body, type=order.question)
             self.log.append((envelope.kind, question))
+            self.at_work[envelope.object_id] = envelope
             try:
                 answer = act(question)
                 if asyncio.iscoroutine(answer):
@@ -325,6 +347,12 @@ class ScriptedAgent:
             problem=problem,
             result=entry.result,
         )
+
+    async def fail_after_reboot(self, entry: Journaled) -> None:
+        """As the real agent ends what it accepted under a former boot."""
+        kind = entry.envelope.kind
+        problem = Problem(kind=Kind.UNAVAILABLE, message=f"the host was restarted before {kind} had ended")
+        await self._end(entry, Outcome.FAILED, problem)
 
     def begun(self, kind: str) -> list[Any]:
         """The questions of every order of this kind that was begun."""

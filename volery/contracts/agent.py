@@ -63,6 +63,9 @@ class Outcome(StrEnum):
     CANCELLED = "cancelled"
     OUTCOME_UNKNOWN = "outcome_unknown"
     """The agent died in the middle of something that can't be repeated. It never tries it again."""
+    HOST_DIED = "host_died"
+    """Said by no agent: the boot that had the order ended by proof before it said how the order ended. Nothing of it
+    runs there any more; what it wrote, it may have written."""
 
 
 class OrderAck(Message):
@@ -224,6 +227,10 @@ class HostCapabilities(Message):
     """Where other hosts reach this host's QEMU for live migration."""
     libvirt_uri: str = ""
     """Where other hosts' libvirtd reach this host's libvirtd for live migration."""
+    dmi_uuid: str = ""
+    """The machine's own UUID, as its firmware says it: what its BMC must say, too. "": it can't be read."""
+    fence_agents: tuple[str, ...] = ()
+    """Names of the installed ones: what this host can be asked to switch other hosts' power with."""
     leases: LeaseAbility = LeaseAbility()
 
 

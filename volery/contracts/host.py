@@ -25,6 +25,8 @@ class HostStatus(StrEnum):
     """It answers, but can't run VMs of its cluster: see `reasons`."""
     CONNECTING = "connecting"
     """ha misses its beats, but has not given it up."""
+    DOWN = "down"
+    """ha has proof that it is off or was reset, and it has not come back: its VMs have ended."""
 
 
 class Host(Entity):
@@ -84,8 +86,9 @@ class UpdateHost(Message):
 
 
 class MaintainHost(Message):
-    """Move every VM away, then leave the host alone. VMs that can't move are named and the operation fails,
-    unless `stop_vms` says to shut them down."""
+    """Move every VM away, a few at a time, then leave the host alone. VMs that can't move are named and the operation
+    fails, unless `stop_vms` says to shut them down; those that have left by then stay where they are. The result names
+    who `moved`, was `stopped` or `ended` by itself; that of a dry run has a `plan`: where each VM would go, or why nowhere."""
 
     id: str
     if_revision: int = 0

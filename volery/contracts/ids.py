@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import time
 import uuid
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import NewType
 
 DataCenterId = NewType("DataCenterId", str)
@@ -25,15 +28,44 @@ OperationId = NewType("OperationId", str)
 """`{owner}-{uuid7}`: the owner is the service that drives it, and how the gateway routes to it."""
 
 
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where ids get their time and their chance from."""
+
+    now_ms: Callable[[], int] = _now_ms
+    """Unix time."""
+    random_bytes: Callable[[int], bytes] = os.urandom
+
+
+REAL = Source()
+SOURCE: ContextVar[Source] = ContextVar("volery_ids", default=REAL)
+"""Where the running task's ids come from; the simulation gives it one that repeats itself."""
+
+
 def new_id() -> str:
     """A UUIDv7 in text form: sorts by the time it was made, so keyset pages follow creation.
 
     Layout after RFC 9562 §5.7: 48 bits of Unix milliseconds, then random bits.
     """
-    value = (time.time_ns() // 1_000_000) << 80 | int.from_bytes(os.urandom(10), "big")
+    source = SOURCE.get()
+    value = source.now_ms() << 80 | int.from_bytes(source.random_bytes(10), "big")
     value = value & ~(0xF << 76) | 0x7 << 76
     value = value & ~(0x3 << 62) | 0x2 << 62
     return str(uuid.UUID(int=value))
+
+
+def random_id() -> str:
+    """A UUIDv4 in text form, for what is not listed: orders, journals."""
+    return str(uuid.UUID(bytes=SOURCE.get().random_bytes(16), version=4))
+
+
+def random_token(size: int) -> str:
+    """So many random bytes in hexadecimal. Not for secrets."""
+    return SOURCE.get().random_bytes(size).hex()
 
 
 def is_id(text: str) -> bool:

@@ -336,8 +336,12 @@ async def _refuse(request: Request, refused: Refused) -> None:
     await request.respond(msgspec.json.encode(refused.problem()), headers=headers)
 
 
+Connect = Callable[..., Awaitable[Client]]
+"""`connect`, or what stands in for it."""
+
+
 @asynccontextmanager
-async def open_bus(config: BusConfig, name: str) -> AsyncIterator[Bus]:
+async def open_bus(config: BusConfig, name: str, connect: Connect = connect) -> AsyncIterator[Bus]:
     lost = asyncio.Event()
 
     async def closed() -> None:

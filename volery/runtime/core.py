@@ -19,6 +19,7 @@ from volery.runtime.config import BusConfig
 from volery.runtime.hear import HostHearing
 from volery.runtime.operations import Operations
 from volery.runtime.orders import Beats, Orders
+from volery.runtime.outside import SERVERS, Outside
 from volery.runtime.quarantine import Quarantine
 from volery.runtime.tables import Change, Taken, commit
 
@@ -65,6 +66,7 @@ class Core:
     beats: Beats
     hosts: HostHearing
     orders: Orders
+    outside: Outside = SERVERS
     operations: Operations = field(init=False)
     relay_wake: asyncio.Event = field(default_factory=asyncio.Event)
     reconcile_keys: Keys = field(default_factory=Keys)

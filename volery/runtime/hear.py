@@ -1,7 +1,9 @@
 """Consuming facts: in order, each effect committed together with the position of its cause.
 
 Owners' facts are followed by position. Hosts' facts are numbered by their agent's journal: what was heard is
-told to the agent, which then forgets it; a new journal is admitted only with its full report.
+told to the agent, which then forgets it; a new journal is admitted only with its full report. A journal that a host
+has left is never admitted again: what the stream still holds of it is history, and an agent that really goes back to
+it (an old backup of its disk) is told that it is an old copy, whereupon it makes itself a new one.
 """
 
 from __future__ import annotations
@@ -40,6 +42,9 @@ CURSOR_SECONDS = 1.0
 REPLAY = 20_000
 """Facts of hosts that are read again at a start."""
 COMMIT_WORD_SECONDS = 1.0
+ASK_AGAIN_SECONDS = 2.0
+MORE_THAN_EVER_SAID = 2**53 - 1
+"""A fact's number that no journal reaches: whoever is told that it was committed knows its journal for an old copy."""
 
 FactHandler = Callable[[Any], Awaitable[Sequence[Change] | None]]
 
@@ -175,7 +180,6 @@ class Hearing:
 class HostPosition:
     generation: str
     seq: int
-    told: float = 0.0
 
 
 @dataclass(slots=True)
@@ -192,7 +196,10 @@ class HostHearing:
     reported: Callable[[str], Awaitable[None]] | None = None
     """Told after a host's full report was committed."""
     positions: dict[str, HostPosition] = field(default_factory=dict)
+    left: set[tuple[str, str]] = field(default_factory=set)
+    """(host, generation) of journals that were admitted once, and another one since."""
     asked: dict[str, float] = field(default_factory=dict)
+    """Host, or host and the journal it left → when it was last asked or told."""
 
     async def run(self) -> None:
         await self._load()
@@ -208,6 +215,8 @@ class HostHearing:
     async def _load(self) -> None:
         rows = await self.pool.fetch("select host_id, generation, seq from heard_host")
         self.positions = {r["host_id"]: HostPosition(r["generation"], r["seq"]) for r in rows}
+        rows = await self.pool.fetch("select host_id, generation from left_journal")
+        self.left = {(r["host_id"], r["generation"]) for r in rows}
 
     async def _follow(self) -> None:
         subjects = [f"fact.host.*.{self.owner}.>"]
@@ -246,19 +255,24 @@ class HostHearing:
         while True:
             changes = await handler(payload) or ()
             try:
-                await commit(self.pool, [*changes, self._cursor(payload)])
+                await commit(self.pool, [*changes, *self._cursor(payload)])
                 break
             except Stale:
                 continue
         self.committed()
-        told = self.positions.get(payload.host_id, HostPosition("", 0)).told
-        self.positions[payload.host_id] = HostPosition(payload.generation, payload.seq, told)
+        before = self.positions.get(payload.host_id, HostPosition(payload.generation, 0))
+        if before.generation != payload.generation:
+            self.left.add((payload.host_id, before.generation))
+        self.positions[payload.host_id] = HostPosition(payload.generation, payload.seq)
 
     async def _due(self, fact: Fact[Any], payload: FromHost) -> bool:
         """Whether this fact is the next one of its journal."""
         at = self.positions.get(payload.host_id)
         is_report = fact is self.report
         if at is None or at.generation != payload.generation:
+            if (payload.host_id, payload.generation) in self.left:
+                await self._disown(payload)
+                return False
             if not is_report:
                 await self._ask_report(payload.host_id)
             return is_report
@@ -270,24 +284,45 @@ class HostHearing:
         await self._ask_report(payload.host_id)
         return False
 
-    async def _ask_report(self, host_id: str) -> None:
-        now = monotonic()
-        if now - self.asked.get(host_id, -60.0) < 2.0:
+    async def _disown(self, payload: FromHost) -> None:
+        """A journal that this host has left speaks again. Mostly that is the stream read anew; an agent that has it on
+        its disk again makes a new one at this word, and no other agent minds it."""
+        if not self._now_and_then(f"{payload.host_id} {payload.generation}"):
             return
-        self.asked[host_id] = now
-        await self.ask_report(host_id)
+        log.info("host %s left journal %s; what it says is not heard", payload.host_id, payload.generation)
+        await self._say(payload.host_id, HostPosition(payload.generation, MORE_THAN_EVER_SAID))
+
+    async def _ask_report(self, host_id: str) -> None:
+        if self._now_and_then(host_id):
+            await self.ask_report(host_id)
+
+    def _now_and_then(self, key: str) -> bool:
+        now = monotonic()
+        if now - self.asked.get(key, -60.0) < ASK_AGAIN_SECONDS:
+            return False
+        self.asked[key] = now
+        return True
 
     async def ask_report(self, host_id: str) -> None:
         word = CommittedWord(host_id=host_id, owner=self.owner, generation="", seq=0)
         await self.bus.client.publish(fill(REPORT_SUBJECT, word), encode(word))
 
-    def _cursor(self, payload: FromHost) -> Change:
-        return Change(
+    def _cursor(self, payload: FromHost) -> list[Change]:
+        admitted = Change(
             """insert into heard_host (host_id, generation, seq) values ({0}, {1}, {2})
                on conflict (host_id) do update set generation = excluded.generation, seq = excluded.seq""",
             (payload.host_id, payload.generation, payload.seq),
             guarded=False,
         )
+        at = self.positions.get(payload.host_id)
+        if at is None or at.generation == payload.generation:
+            return [admitted]
+        left = Change(
+            "insert into left_journal (host_id, generation) values ({0}, {1}) on conflict do nothing",
+            (payload.host_id, at.generation),
+            guarded=False,
+        )
+        return [admitted, left]
 
     async def _tell(self) -> None:
         """Tell each host what was committed, at most once a second."""
@@ -295,12 +330,13 @@ class HostHearing:
         while True:
             for host_id, at in list(self.positions.items()):
                 if told.get(host_id) != (at.generation, at.seq):
-                    word = CommittedWord(
-                        host_id=host_id, owner=self.owner, generation=at.generation, seq=at.seq
-                    )
-                    await self.bus.client.publish(fill(COMMITTED_SUBJECT, word), encode(word))
+                    await self._say(host_id, at)
                     told[host_id] = (at.generation, at.seq)
             await asyncio.sleep(COMMIT_WORD_SECONDS)
+
+    async def _say(self, host_id: str, at: HostPosition) -> None:
+        word = CommittedWord(host_id=host_id, owner=self.owner, generation=at.generation, seq=at.seq)
+        await self.bus.client.publish(fill(COMMITTED_SUBJECT, word), encode(word))
 
 
 async def make_host_stream(bus: Bus, replicas: int) -> None:
@@ -324,4 +360,16 @@ async def make_host_stream(bus: Bus, replicas: int) -> None:
 def table_of(
     facts: Sequence[tuple[Fact[Any], FactHandler]],
 ) -> dict[str, tuple[Fact[Any], FactHandler]]:
-    return {wildcard(fact.subject): (fact, handler) for fact, handler in facts}
+    """Wildcard subject → fact and handler. A fact with several has their effects together, in this order."""
+    table: dict[str, tuple[Fact[Any], FactHandler]] = {}
+    for fact, handler in facts:
+        subject = wildcard(fact.subject)
+        table[subject] = (fact, _both(table[subject][1], handler) if subject in table else handler)
+    return table
+
+
+def _both(first: FactHandler, second: FactHandler) -> FactHandler:
+    async def handle(payload: Any) -> Sequence[Change]:
+        return [*(await first(payload) or ()), *(await second(payload) or ())]
+
+    return handle

@@ -59,6 +59,8 @@ class OperationPrivate(Message):
     failed: Problem | None = None
     """Set before undoing begins, so that a crash in between goes on undoing."""
     cancelled: bool = False
+    only_forward: bool = False
+    """What was asked for has happened: see `Run.only_forward`."""
     traceparent: str = ""
 
 
@@ -129,11 +131,25 @@ class Run:
 
     def undo(self, name: str, action: Callable[[], Awaitable[None]]) -> None:
         """Do this, in reverse order of registration, if the operation does not succeed."""
-        self.undos.append((name, action))
+        if not self.goes_only_forward:
+            self.undos.append((name, action))
 
     def undone(self, name: str) -> None:
         """Forget an undo that must no longer happen."""
         self.undos = [(n, a) for n, a in self.undos if n != name]
+
+    @property
+    def goes_only_forward(self) -> bool:
+        return self.row.private.only_forward
+
+    async def only_forward(self) -> None:
+        """What was asked for has happened, and taking it back would do harm: from here on nothing is undone, also after a
+        crash; whoever cancels is told that it is too late, and a cancellation under way has no effect any more. The
+        deadline stops nothing either, so what follows must end by itself."""
+        await self.save(_running_again, private=lambda p: replace(p, only_forward=True))
+        self.undos.clear()
+        self.cancelling.clear()
+        self.reason = None
 
     async def step(
         self,
@@ -183,14 +199,17 @@ class Run:
         name: str,
         title: str,
         order: Order[Q, A],
-        question: Q,
+        question: Q | Callable[[], Awaitable[Q]],
         *,
         host_id: str,
         object_id: str = "",
         epoch: int = 0,
         on_progress: Callable[[OrderProgressed], None] | None = None,
     ) -> A:
-        """Order a host to do something and wait for its answer. Raises Refused with the host's sentence."""
+        """Order a host to do something and wait for its answer. Raises Refused with the host's sentence.
+
+        A question that must be made is made once: an order that was given before a crash needs none.
+        """
         order_id = self.order_id(name)
         result = await self.operations.orders.stored(order_id)
         if result is None:
@@ -213,7 +232,7 @@ class Run:
         name: str,
         title: str,
         order: Order[Q, A],
-        question: Q,
+        question: Q | Callable[[], Awaitable[Q]],
         host_id: str,
         object_id: str,
         epoch: int,
@@ -224,7 +243,7 @@ class Run:
             self.checkpoint()
             given = orders.give(
                 order,
-                question,
+                question if isinstance(question, Message) else await question(),
                 order_id=order_id,
                 host_id=host_id,
                 object_id=object_id or self.operation.object_id,
@@ -392,7 +411,8 @@ class Operations:
         if row.id in self.runs:
             return
         run = Run(self, row)
-        if row.public.state is OperationState.CANCELLING or row.public.outcome_pending:
+        cancelling = row.public.state is OperationState.CANCELLING or row.public.outcome_pending
+        if cancelling and not run.goes_only_forward:
             run.reason = row.public.problem
             run.cancelling.set()
         task = asyncio.create_task(self._drive(run, after_seconds))
@@ -426,6 +446,11 @@ class Operations:
             op = row.public
             if op.state in ENDED:
                 raise conflict(f"operation {operation_id} has already {op.state}; nothing to cancel")
+            if row.private.only_forward:
+                raise conflict(
+                    f"it is too late to cancel operation {operation_id}: {op.kind} of {op.object_kind} "
+                    f"{op.object_name or op.object_id} has happened, and is being completed"
+                )
             wanted = replace(op, state=OperationState.CANCELLING)
             try:
                 if op.state is not OperationState.CANCELLING:
@@ -440,6 +465,8 @@ class Operations:
             return wanted
 
     def _cancel_run(self, run: Run, reason: Problem | None) -> None:
+        if run.goes_only_forward:
+            return
         run.reason = run.reason or reason
         run.cancelling.set()
 
@@ -571,6 +598,10 @@ def _ended(
         progress=100.0 if state is OperationState.SUCCEEDED else op.progress,
         steps=tuple(s if s.state in ENDED else replace(s, state=open_to) for s in op.steps),
     )
+
+
+def _running_again(op: Operation) -> Operation:
+    return replace(op, state=OperationState.RUNNING) if op.state not in ENDED else op
 
 
 def _cancelled(run: Run) -> Problem:

@@ -14,6 +14,7 @@ import uvloop
 
 from volery.runtime import telemetry
 from volery.runtime.config import BusConfig, ConfigError, DatabaseConfig, TelemetryConfig, read
+from volery.runtime.outside import SERVERS, Outside
 from volery.runtime.readiness import until_synced
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ class Settings:
     telemetry: TelemetryConfig
     environ: Mapping[str, str] | None = None
     """Where each program reads its own section; None is the process's environment."""
+    outside: Outside = SERVERS
 
 
 class Program(Protocol):

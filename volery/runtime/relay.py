@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 import asyncpg
 import nats.errors
 import nats.js.errors
-from nats.js.api import ConsumerConfig, DeliverPolicy, StorageType, StreamConfig, StreamInfo
+from nats.js.api import ConsumerConfig, DeliverPolicy, PubAck, StorageType, StreamConfig, StreamInfo
 from nats.js.client import JetStreamContext
 
 from volery.contracts.base import Owner
+from volery.contracts.ids import random_token
 from volery.runtime import telemetry
 from volery.runtime.bus import Bus
 
@@ -28,6 +28,10 @@ log = logging.getLogger(__name__)
 RETENTION_SECONDS = 7 * 86400
 RETENTION_BYTES = 2 * 1024**3
 BATCH = 1000
+PENDING = 4 * BATCH
+"""Publishes without an answer that the client allows; each batch waits for its own."""
+ANSWER_SECONDS = 10.0
+"""The server's word on a publish takes at most so long, or it got lost."""
 EXPECTED_LAST_SEQUENCE = "Nats-Expected-Last-Sequence"
 
 _MOVE = """
@@ -101,7 +105,7 @@ class Log:
 
     async def rewrite_history(self, position: int) -> str:
         """The past was restored: a new history id, positions go on after what the stream had."""
-        history = secrets.token_hex(6)
+        history = random_token(6)
         await self.connection.execute(
             """with gone as (delete from log)
                update log_head set history = $1, position = greatest(position, $2)""",
@@ -138,12 +142,16 @@ class Relay:
     wake: asyncio.Event
     on_restored: Callable[[str], Awaitable[None]]
     """Awaited, before anything is rewritten, when the stream proves that PostgreSQL is older than the bus."""
+    answer_seconds: float = ANSWER_SECONDS
     js: JetStreamContext = field(init=False)
     history: str = ""
     published: int = 0
 
     def __post_init__(self) -> None:
-        self.js = self.bus.client.jetstream(timeout=5, publish_async_max_pending=4000)
+        self._begin()
+
+    def _begin(self) -> None:
+        self.js = self.bus.client.jetstream(timeout=5, publish_async_max_pending=PENDING)
 
     async def run(self) -> None:
         """Until cancelled. Every trouble with the bus ends in reading again where the stream stands."""
@@ -227,17 +235,22 @@ class Relay:
 
     async def _publish(self, entries: list[Entry]) -> None:
         """Pipelined; each message names its predecessor, so only the whole sequence can land."""
-        acks = [
-            await self.js.publish_async(
-                entry.subject, entry.body, headers={EXPECTED_LAST_SEQUENCE: str(entry.position - 1)}
-            )
-            for entry in entries
-        ]
-        for entry, ack in zip(entries, acks, strict=True):
-            async with asyncio.timeout(10):
-                stored = await ack
-            if stored.seq != entry.position:
-                raise nats.js.errors.Error(f"position {entry.position} became sequence {stored.seq}")
+        if self.js.publish_async_pending() > PENDING - len(entries):
+            self._begin()  # publishes that raised keep their permits, too, and only a new context has them again
+        acks: list[asyncio.Future[PubAck]] = []
+        try:
+            for entry in entries:
+                headers = {EXPECTED_LAST_SEQUENCE: str(entry.position - 1)}
+                acks.append(await self.js.publish_async(entry.subject, entry.body, headers=headers))
+            for entry, ack in zip(entries, acks, strict=True):
+                async with asyncio.timeout(self.answer_seconds):
+                    stored = await ack
+                if stored.seq != entry.position:
+                    raise nats.js.errors.Error(f"position {entry.position} became sequence {stored.seq}")
+        finally:
+            # nats-py keeps a permit for each publish without an answer: an answer that got lost would keep it for ever.
+            for ack in acks:
+                ack.cancel()
         self.published = entries[-1].position
         telemetry.facts_relayed.add(len(entries), {"owner": self.facts.owner})
 

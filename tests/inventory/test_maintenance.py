@@ -1,0 +1,89 @@
+"""A host goes into maintenance: its VMs leave it, and whoever can't is named."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+
+from services.inventory.service import service as inventory
+from services.scheduler.service import service as scheduler
+from tests.support.plane import (
+    Agent,
+    Plane,
+    default_cluster,
+    ended,
+    enrolled_agent,
+    plane_servers,
+    running_plane,
+    succeeded,
+    until_host,
+)
+from volery.contracts.cluster import GetById
+from volery.contracts.host import GET_HOST, MAINTAIN_HOST, HostStatus, MaintainHost
+from volery.contracts.operation import OperationState
+from volery.contracts.vm import CREATE_VM, GET_VM, CreateVm, HighAvailability, Vm, VmStatus
+from volery.runtime.bus import Bus
+
+MIB = 1024 * 1024
+
+
+@pytest.fixture
+def plane() -> Iterator[Plane]:
+    with plane_servers() as made:
+        yield made
+
+
+@pytest.fixture
+async def at(plane: Plane) -> AsyncIterator[tuple[Bus, Agent, list[Vm]]]:
+    """The only host of a cluster with five VMs."""
+    async with running_plane(plane, inventory, scheduler) as bus:
+        cluster = await default_cluster(bus)
+        agent = await enrolled_agent(bus, plane, cluster, "h1", VOLERY_AGENT_LIBVIRT_URI="test:///default")
+        agent.start()
+        try:
+            await until_host(bus, agent.host.id, HostStatus.UP)
+            vms = []
+            for number in range(5):
+                ask = CreateVm(
+                    name=f"vm{number}",
+                    cluster_id=cluster.id,
+                    memory_bytes=32 * MIB,
+                    start=True,
+                    high_availability=HighAvailability(enabled=number == 3, priority=number + 1),
+                )
+                made = await succeeded(bus, await bus.ask(CREATE_VM, ask))
+                vms.append(await bus.ask(GET_VM, GetById(id=made.object_id)))
+            yield bus, agent, vms
+        finally:
+            agent.stop()
+
+
+async def test_vms_that_can_go_nowhere_are_named_and_the_host_stays_up(
+    at: tuple[Bus, Agent, list[Vm]],
+) -> None:
+    bus, agent, vms = at
+    plan = await bus.ask(MAINTAIN_HOST, MaintainHost(id=agent.host.id, dry_run=True))
+    assert [fate["name"] for fate in plan.result["plan"]] == ["vm3", "vm4", "vm2", "vm1", "vm0"]
+    assert all(not fate["host_id"] and fate["message"] for fate in plan.result["plan"])
+
+    op = await ended(bus, await bus.ask(MAINTAIN_HOST, MaintainHost(id=agent.host.id)))
+    assert op.state is OperationState.FAILED
+    assert op.problem is not None
+    assert all(f"{vm.name}: " in op.problem.message for vm in vms)
+    host = await bus.ask(GET_HOST, GetById(id=agent.host.id))
+    assert (host.status, host.busy_with) == (HostStatus.UP, "")
+    for vm in vms:
+        assert (await bus.ask(GET_VM, GetById(id=vm.id))).status is VmStatus.UP
+
+
+async def test_with_stop_vms_they_are_shut_down_and_the_result_says_so(
+    at: tuple[Bus, Agent, list[Vm]],
+) -> None:
+    bus, agent, vms = at
+    op = await succeeded(bus, await bus.ask(MAINTAIN_HOST, MaintainHost(id=agent.host.id, stop_vms=True)))
+    assert op.result == {"stopped": [vm.name for vm in vms]}
+    assert op.progress == 100
+    await until_host(bus, agent.host.id, HostStatus.MAINTENANCE)
+    for vm in vms:
+        assert (await bus.ask(GET_VM, GetById(id=vm.id))).status is VmStatus.DOWN

@@ -1,0 +1,104 @@
+"""A VM that runs is never ended by the operation that started it."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from tests.inventory.world import (
+    Machine,
+    found_cluster,
+    inventory_of,
+    not_claimed,
+    surroundings,
+    until,
+    world_of,
+)
+from volery.contracts.base import Owner
+from volery.contracts.domain_orders import FORGET_DOMAIN, RUN_DOMAIN
+from volery.contracts.errors import Kind, Refused
+from volery.contracts.operation import CANCEL_OPERATION, CancelOperation, OperationState
+from volery.contracts.scheduling import ClaimKey
+from volery.contracts.vm import VmStatus
+from volery.runtime.bus import LOST
+from volery.runtime.programs import Settings
+
+
+def runs_on(machine: Machine, vm_id: str) -> bool:
+    return vm_id in machine.domains and not machine.agent.begun(FORGET_DOMAIN.kind)
+
+
+async def test_a_claim_that_is_gone_does_not_end_the_vm_that_runs(configured: Settings) -> None:
+    async with world_of(configured, hosts=1) as (world, (host,)):
+        world.scheduler.confirming = not_claimed
+        op = await world.ended(await world.create())
+        assert op.state is OperationState.SUCCEEDED, op.problem
+        await world.vm_is(op.object_id, VmStatus.UP)
+        assert runs_on(host, op.object_id)
+
+
+async def test_a_claim_that_is_not_confirmed_in_time_is_confirmed_later(configured: Settings) -> None:
+    lost = 2
+
+    def away(ask: ClaimKey) -> None:
+        nonlocal lost
+        if lost:
+            lost -= 1
+            raise Refused(Kind.TIMEOUT, "the scheduler answers late", **{LOST: True})
+
+    async with world_of(configured, hosts=1) as (world, (host,)):
+        world.scheduler.confirming = away
+        op = await world.ended(await world.create())
+        assert op.state is OperationState.SUCCEEDED, op.problem
+        vm = await world.vm_is(op.object_id, VmStatus.UP)
+
+        async def confirmed() -> bool:
+            return ClaimKey(vm_id=vm.id, epoch=vm.epoch) in world.scheduler.confirmed
+
+        await until(confirmed)
+        assert runs_on(host, vm.id)
+
+
+async def test_a_cancellation_that_comes_when_it_runs_is_too_late(configured: Settings) -> None:
+    async with world_of(configured, hosts=1) as (world, (host,)):
+        world.scheduler.may_confirm.clear()
+        op = await world.create()
+        await world.scheduler.confirm_asked.wait()
+        with pytest.raises(Refused, match="too late to cancel") as refused:
+            await world.bus.ask(CANCEL_OPERATION[Owner.INVENTORY], CancelOperation(id=op.id))
+        assert refused.value.kind is Kind.CONFLICT
+        world.scheduler.may_confirm.set()
+        assert (await world.ended(op)).state is OperationState.SUCCEEDED
+        assert runs_on(host, op.object_id)
+
+
+async def test_a_vm_that_runs_stays_when_inventory_dies_before_it_is_confirmed(configured: Settings) -> None:
+    async with surroundings(configured) as world:
+        async with inventory_of(world):
+            await found_cluster(world)
+            host = await world.machine("h1")
+            world.scheduler.may_confirm.clear()
+            op = await world.create()
+            await world.scheduler.confirm_asked.wait()
+        world.scheduler.confirming = not_claimed
+        world.scheduler.may_confirm.set()
+        async with inventory_of(world):
+            assert (await world.ended(op)).state is OperationState.SUCCEEDED
+            await world.vm_is(op.object_id, VmStatus.UP)
+            assert runs_on(host, op.object_id)
+            assert len(host.agent.begun(RUN_DOMAIN.kind)) == 1
+
+
+async def test_a_cancelled_start_that_was_quicker_is_told_as_what_it_is(configured: Settings) -> None:
+    """The cancellation is under way while the host says that the VM runs."""
+    async with world_of(configured, hosts=1) as (world, (host,)):
+        host.held[RUN_DOMAIN.kind] = asyncio.Event()
+        host.agent.heeds_cancels = False
+        op = await world.create()
+        await host.begun.wait()
+        await world.bus.ask(CANCEL_OPERATION[Owner.INVENTORY], CancelOperation(id=op.id))
+        host.held[RUN_DOMAIN.kind].set()
+        assert (await world.ended(op)).state is OperationState.SUCCEEDED
+        await world.vm_is(op.object_id, VmStatus.UP)
+        assert runs_on(host, op.object_id)
