@@ -71,7 +71,8 @@ async def test_a_board_that_does_not_obey_is_not_off(machine: Machine) -> None:
     machine.device = replace(machine.device, timeout_seconds=8)
     answer = await act(machine, PowerAction.OFF)
     assert answer.state is PowerState.UNKNOWN
-    assert "Timed out waiting to power OFF" in answer.words
+    # The second where everything takes long here.
+    assert "waiting to power OFF" in answer.words or "did not end within 8 s" in answer.words
     assert machine.chassis.is_on()
 
 
@@ -100,33 +101,37 @@ async def test_a_certificate_nobody_vouches_for_is_refused(redfish: Machine) -> 
         assert "certificate" in answer.words.lower()
 
 
-async def test_no_process_shows_the_password_and_none_is_left(machine: Machine) -> None:
+@pytest.mark.parametrize("action", [PowerAction.STATUS, PowerAction.IDENTITY])
+async def test_no_process_shows_the_password_and_none_is_left(machine: Machine, action: PowerAction) -> None:
     """Looked at while the agent, and ipmitool below it, wait for a BMC that thinks."""
     machine.breaks(Fault.SLOW)
     port = str(machine.device.port).encode()
-    for action in (PowerAction.STATUS, PowerAction.IDENTITY):
-        machine.device = replace(machine.device, timeout_seconds=2)
-        task = asyncio.create_task(act(machine, action))
-        seen: set[bytes] = set()
-        while not task.done():
-            for pid, shown in processes().items():
-                name = shown.split(b"\0", 1)[0].rpartition(b"/")[2]
-                if pid == os.getpid() or not (name == b"ipmitool" or b"fenc" in shown):
-                    continue
+    by_ipmi = machine.device.agent == "fence_ipmilan"
+    wanted = {b"agent", b"ipmitool"} if by_ipmi and action is PowerAction.STATUS else {b"agent"}
+    task = asyncio.create_task(act(machine, action))
+    seen: set[bytes] = set()
+    while not task.done() and not wanted <= seen:
+        for pid, shown in processes().items():
+            name = shown.split(b"\0", 1)[0].rpartition(b"/")[2]
+            if pid != os.getpid() and (name == b"ipmitool" or b"fenc" in shown):
                 seen.add(b"ipmitool" if name == b"ipmitool" and port in shown else b"agent")
                 assert SECRET.encode() not in shown
-            await asyncio.sleep(0.01)
-        if machine.device.agent == "fence_ipmilan":
-            if action is PowerAction.STATUS:
-                assert seen == {b"agent", b"ipmitool"}
-        else:
-            assert seen == {b"agent"}
-        answer = await task
-        assert (answer.state, answer.identity) == (PowerState.UNKNOWN, "")
-        assert answer.exit_code in (running.NOT_RUN, 1)
-        assert "imed out" in answer.words or "within 2 s" in answer.words
-        mine = [shown for shown in processes().values() if shown.startswith(b"ipmitool") and port in shown]
-        assert mine == []
+        await asyncio.sleep(0)
+    # ipmi_sim says the GUID without asking anybody who could be slow.
+    assert wanted <= seen or (by_ipmi and action is PowerAction.IDENTITY)
+    task.cancel()
+    await asyncio.wait([task])
+    left = [shown for shown in processes().values() if shown.startswith(b"ipmitool") and port in shown]
+    assert left == []
+
+
+async def test_an_agent_is_ended_when_its_time_is_over(machine: Machine) -> None:
+    machine.breaks(Fault.SLOW)
+    machine.device = replace(machine.device, timeout_seconds=1)
+    answer = await act(machine, PowerAction.STATUS)
+    assert answer.state is PowerState.UNKNOWN
+    assert answer.exit_code in (running.NOT_RUN, 1)
+    assert "imed out" in answer.words or "within 1 s" in answer.words
 
 
 async def test_ipmitool_reads_the_password_from_memory(ipmi: Machine, tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def lab(made: Lab) -> Lab:
     return made
 
 
-def device(lab: Lab, number: int, agent: str, seconds: float = 20) -> FenceDevice:
+def device(lab: Lab, number: int, agent: str, seconds: float = 60) -> FenceDevice:
     bmc = lab.bmc(number)
     options = {"ssl_insecure": "1"} if agent == "fence_redfish" else {}
     return FenceDevice(
@@ -65,7 +65,7 @@ def device(lab: Lab, number: int, agent: str, seconds: float = 20) -> FenceDevic
 
 
 async def act(
-    lab: Lab, action: PowerAction, number: int = 1, agent: str = "fence_redfish", seconds: float = 20
+    lab: Lab, action: PowerAction, number: int = 1, agent: str = "fence_redfish", seconds: float = 60
 ) -> PowerAnswer:
     secrets = {"password": lab.bmc(number).login[1]}
     return await running.run(action, device(lab, number, agent, seconds), secrets)

@@ -86,6 +86,7 @@ def redfish(directory: Path, certificate: Path) -> Iterator[Machine]:
         address="127.0.0.1",
         port=server.server_port,
         username=LOGIN[0],
+        timeout_seconds=60,
         options={"ssl_insecure": "1", "systems_uri": SYSTEM, "power_wait": "0"},
     )
     try:
@@ -119,6 +120,7 @@ def ipmi(directory: Path) -> Iterator[Machine]:
         address="127.0.0.1",
         port=port,
         username=LOGIN[0],
+        timeout_seconds=60,
         options={"power_wait": "0"},
     )
     try:
