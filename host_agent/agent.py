@@ -24,6 +24,7 @@ from host_agent.action import Action, Host
 from host_agent.clock import BootClock
 from host_agent.config import AgentConfig
 from host_agent.enrolment import Identity
+from host_agent.fencing import Executor
 from host_agent.ground import Ground
 from host_agent.journal import Journal
 from host_agent.orders import Orders
@@ -38,10 +39,11 @@ from volery.contracts.agent import (
     REPORT_SUBJECT,
     AskHost,
     CommittedWord,
-    OrderAck,
+    HostCapabilities,
 )
-from volery.contracts.base import encode, fill
+from volery.contracts.base import Message, encode, fill
 from volery.contracts.errors import STATUS, Refused
+from volery.contracts.fencing import POWER_SUBJECT
 from volery.contracts.metrics import BEAT_SUBJECT, METRICS_SUBJECT, Beat, HostSample
 from volery.runtime import connection
 from volery.runtime.bus import ERROR_CODE_HEADER, ERROR_HEADER
@@ -60,8 +62,7 @@ DEAF_SECONDS: Final = 900.0
 """Without the bus and without orders: then a new process is tried, in case it is this one that can't connect."""
 GAP_SECONDS: Final = 10.0
 RENEW_CHECK_SECONDS: Final = 3600.0
-RENEW_BELOW_SECONDS: Final = 30 * 86_400.0
-"""A third of a certificate's 90 days."""
+RENEW_AGAIN_SECONDS: Final = 60.0
 ENROL_AGAIN: Final = (
     "this host was removed or given a new token. To enrol it again end the agent, remove {state_dir}/identity, make a"
     " token with `volery host token` (or `volery host create`), and run `python -m host_agent enrol` with it in"
@@ -98,6 +99,7 @@ class Core:
     journal: Journal
     spool: Spool
     orders: Orders
+    executor: Executor
     reporter: Reporter
     prepared: asyncio.Event
     """Set when it is known which domains run here."""
@@ -192,9 +194,10 @@ class Agent:
         prepared = asyncio.Event()
         verifier = Verifier(self.identity.enrolled.owner_keys)
         orders = Orders(host, journal, self.parts.actions, verifier, clock, gates={"domain": prepared})
+        executor = Executor(host.host_id, journal, verifier, clock, ground.fence)
         reporter = Reporter(host, journal, spool, clock, self.parts.senses)
         hypervisor.on_event(reporter.hear)
-        return Core(host, clock, journal, spool, orders, reporter, prepared)
+        return Core(host, clock, journal, spool, orders, executor, reporter, prepared)
 
     async def _live(self, core: Core, stop: asyncio.Event) -> _Ended:
         ended: BaseException | None = None
@@ -209,7 +212,7 @@ class Agent:
                     self._beat(core),
                     self._sample(core.host),
                     self._mind_gaps(core),
-                    self._renew(core.orders),
+                    self._renew(core),
                     *(background(core.host) for background in self.parts.background),
                 ):
                     group.create_task(work)
@@ -255,19 +258,22 @@ class Agent:
                     if at.gap:
                         core.reporter.ask(owner)
 
-    async def _renew(self, orders: Orders) -> None:
+    async def _renew(self, core: Core) -> None:
         """Keeps the data server's certificate good, and what else the control plane may have changed."""
-        async for _ in _every(RENEW_CHECK_SECONDS):
-            left = enrolment.certificate_seconds_left(self.identity, utc_now().timestamp())
-            if left is None or left > RENEW_BELOW_SECONDS:
-                continue
-            try:
-                self.identity = await enrolment.renew(Path(self.config.state_dir), self.identity)
-            except enrolment.EnrolmentError as problem:
-                log.warning("the certificate ends in %.0f hours: %s", left / 3600, problem)
-                continue
-            orders.trust(Verifier(self.identity.enrolled.owner_keys))
-            log.info("the host's certificate was renewed")
+        while True:
+            pause = RENEW_CHECK_SECONDS
+            if enrolment.is_due(self.identity, utc_now().timestamp()):
+                try:
+                    self.identity = await enrolment.renew(Path(self.config.state_dir), self.identity)
+                except enrolment.EnrolmentError as problem:
+                    log.warning("the certificate and the owners' keys can't be renewed: %s", problem)
+                    pause = RENEW_AGAIN_SECONDS
+                else:
+                    verifier = Verifier(self.identity.enrolled.owner_keys)
+                    core.orders.trust(verifier)
+                    core.executor.trust(verifier)
+                    log.info("the host's certificate, and whom it obeys, were renewed")
+            await asyncio.sleep(pause)
 
     async def _leave(self, core: Core) -> None:
         if self.client.is_connected:
@@ -350,12 +356,8 @@ class Agent:
             if (word := _read_word(message, host.host_id)) is not None:
                 core.reporter.ask(word.owner, rebase=True)
 
-        async def describe(message: Msg) -> None:
-            try:
-                await message.respond(encode(await self.parts.senses.describe(host)))
-            except Refused as problem:
-                headers = {ERROR_HEADER: problem.kind.value, ERROR_CODE_HEADER: str(STATUS[problem.kind])}
-                await self.client.publish(message.reply, encode(problem.problem()), headers=headers)
+        async def describe(*_: object) -> HostCapabilities:
+            return await self.parts.senses.describe(host)
 
         me = AskHost(host_id=host.host_id)
         for subject, hear in (
@@ -363,20 +365,26 @@ class Agent:
             (CANCEL_SUBJECT, self._answering(core.orders.hear_cancel)),
             (COMMITTED_SUBJECT, hear_word),
             (REPORT_SUBJECT, hear_report),
-            (DESCRIBE_HOST.subject, self._in_a_task(describe)),
+            (DESCRIBE_HOST.subject, self._answering(describe)),
+            (POWER_SUBJECT, self._answering(core.executor.hear)),
         ):
             await self.client.subscribe(fill(subject, me), cb=hear)
 
     def _answering(
-        self, hear: Callable[[str, bytes, dict[str, str] | None], Awaitable[OrderAck]]
+        self, hear: Callable[[str, bytes, dict[str, str] | None], Awaitable[Message]]
     ) -> Callable[[Msg], Awaitable[None]]:
         """Orders wait for the disk together, not one after the other."""
 
         async def handle(message: Msg) -> None:
-            ack = await hear(message.subject, message.data, message.headers)
+            headers = None
+            try:
+                answer = encode(await hear(message.subject, message.data, message.headers))
+            except Refused as problem:
+                headers = {ERROR_HEADER: problem.kind.value, ERROR_CODE_HEADER: str(STATUS[problem.kind])}
+                answer = encode(problem.problem())
             if message.reply:
                 with contextlib.suppress(nats.errors.Error):
-                    await message.respond(encode(ack))
+                    await self.client.publish(message.reply, answer, headers=headers)
 
         return self._in_a_task(handle)
 

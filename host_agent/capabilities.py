@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from host_agent import children, listening, runningxml
+from host_agent import children, leases, listening, runningxml
 from host_agent.action import Host
 from host_agent.hypervisor import Hypervisor
 from host_agent.stats import carries_traffic
 from volery.contracts.agent import HostCapabilities, NumaCell
 from volery.contracts.errors import Kind, Refused
+from volery.fencing import catalog
+from volery.fencing.identity import normal
 from volery.setup import kvm
 from volery.setup.home import Home
 
@@ -119,6 +121,9 @@ class Describer:
             migration_address=host.config.migration_address
             or host.config.data_address.rpartition(":")[0].strip("[]"),
             libvirt_uri=host.config.migration_libvirt_uri,
+            dmi_uuid=dmi_uuid(Path(host.config.dmi_uuid_path)),
+            fence_agents=tuple(await asyncio.to_thread(catalog.agents)),
+            leases=await leases.describe(host.config),
         )
 
 
@@ -128,6 +133,15 @@ def _machine_uuid() -> str:
         return str(uuid.UUID(Path("/etc/machine-id").read_text().strip()))
     except (OSError, ValueError):
         return ""
+
+
+def dmi_uuid(path: Path) -> str:
+    """The UUID that the firmware has for this machine, lower case; "" where it can't be read or is nobody's own."""
+    try:
+        digits = normal(path.read_text())
+    except OSError:
+        return ""
+    return str(uuid.UUID(digits)) if digits else ""
 
 
 def agent_version() -> str:

@@ -38,12 +38,15 @@ from volery.contracts.enrolment import (
     EnrolmentToken,
     RenewCertificate,
 )
+from volery.runtime.permissions import SIGNERS
 from volery.runtime.signing import Key, Signer, format_creds
 
 log = logging.getLogger(__name__)
 
 HTTP_SECONDS = 20.0
 ANSWER_MAX_BYTES = 1024 * 1024
+RENEW_BELOW_SECONDS = 30 * 86_400.0
+"""A third of a certificate's 90 days."""
 
 A = TypeVar("A", bound=Message)
 
@@ -204,6 +207,15 @@ async def renew(state_dir: Path, identity: Identity) -> Identity:
     changed = {field: getattr(answer, field) for field in CertificateRenewed.__struct_fields__}
     renewed = msgspec.structs.replace(identity.enrolled, **changed)
     return store(state_dir, msgspec.structs.replace(identity, enrolled=renewed))
+
+
+def is_due(identity: Identity, now: float) -> bool:
+    """Whether to ask for a new certificate: it nears its end, or this host doesn't know the key of somebody whom it must
+    obey, as one that was enrolled under an older release."""
+    left = certificate_seconds_left(identity, now)
+    if left is None:
+        return False
+    return left <= RENEW_BELOW_SECONDS or not set(SIGNERS) <= identity.enrolled.owner_keys.keys()
 
 
 def certificate_seconds_left(identity: Identity, now: float) -> float | None:

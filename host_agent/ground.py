@@ -12,8 +12,10 @@ from nats.aio.client import Client
 from host_agent.clock import boottime_ms, read_boot_id
 from host_agent.config import AgentConfig
 from host_agent.database import Database
+from host_agent.fencing import Run
 from host_agent.hypervisor import Hypervisor
 from host_agent.solitude import alone
+from volery.fencing import running
 from volery.runtime.bus_client import BusClient
 
 
@@ -27,3 +29,4 @@ class Ground:
     alone: Callable[[Path], AbstractAsyncContextManager[None]] = alone
     boot_id: Callable[[Path], str] = read_boot_id
     now_ms: Callable[[], int] = boottime_ms
+    fence: Run = running.run

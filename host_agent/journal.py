@@ -261,6 +261,16 @@ class Journal:
 
         return await self._database.do(work)
 
+    async def see_token(self, owner: str, token: int) -> int:
+        """The highest leadership token this host has seen from the owner, this one among them."""
+
+        def work(db: sqlite3.Connection) -> int:
+            sql = """insert into fencing (owner, token) values (?, ?)
+                     on conflict (owner) do update set token = max(token, excluded.token) returning token"""
+            return int(db.execute(sql, (owner, token)).fetchone()[0])
+
+        return await self._database.do(work)
+
     async def cancel(self, order_id: str) -> OrderAck:
         """Journals the cancel; how far the order is. `unknown`: it will be refused should it come."""
 

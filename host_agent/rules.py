@@ -69,13 +69,8 @@ def _behind(what: str, field: str, value: int, known: Known) -> Problem:
 
 def stale(order: OrderEnvelope, now_beat: int) -> Problem | None:
     """Why an order is too old to be obeyed, or None. `now_beat` is the number a beat sent now would have."""
-    if order.beat_seq >> BOOT_SHIFT != now_beat >> BOOT_SHIFT:
-        age = "names a beat from another boot of this host"
-    elif order.beat_seq > now_beat:
-        age = "names a beat that this host has not sent"
-    elif (age_ms := now_beat - order.beat_seq) > order.ttl_ms:
-        age = f"is {age_ms} ms old by this host's clock and was good for {order.ttl_ms} ms"
-    else:
+    age = too_old(order.beat_seq, order.ttl_ms, now_beat)
+    if age is None:
         return None
     return Problem(
         kind=Kind.STALE,
@@ -83,3 +78,14 @@ def stale(order: OrderEnvelope, now_beat: int) -> Problem | None:
         " send it again with the newest beat, or cancel it",
         details={"beat_seq": now_beat},
     )
+
+
+def too_old(beat_seq: int, ttl_ms: int, now_beat: int) -> str | None:
+    """What is wrong with the age of something that names a beat and how long it is good for; None if it is fresh."""
+    if beat_seq >> BOOT_SHIFT != now_beat >> BOOT_SHIFT:
+        return "names a beat from another boot of this host"
+    if beat_seq > now_beat:
+        return "names a beat that this host has not sent"
+    if (age_ms := now_beat - beat_seq) > ttl_ms:
+        return f"is {age_ms} ms old by this host's clock and was good for {ttl_ms} ms"
+    return None

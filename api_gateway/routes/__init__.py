@@ -5,6 +5,7 @@ from __future__ import annotations
 from api_gateway.route import Route, Special
 from api_gateway.routes import (
     accounts,
+    fencing,
     hosts,
     machinery,
     networks,
@@ -19,6 +20,7 @@ TABLE: tuple[Route | Special, ...] = (
     *accounts.ROUTES,
     *places.ROUTES,
     *hosts.ROUTES,
+    *fencing.ROUTES,
     *vms.ROUTES,
     *storage.ROUTES,
     *networks.ROUTES,

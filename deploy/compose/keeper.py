@@ -47,7 +47,7 @@ PROGRAMS: Final = (*OWNERS, "gateway")
 ALSO: Final[dict[str, tuple[str, ...]]] = {
     "inventory": ("bus/claims.creds", "admin.password"),
     "storage": ("storage.key",),
-    "ha": ("bus/sys.creds",),
+    "ha": ("bus/sys.creds", "ha.key"),
     "gateway": ("bus/sys.creds", "pki/gateway.pem", "pki/gateway.key"),
 }
 """What a program gets of the realm besides its own credentials, its database password and the authority."""
@@ -107,6 +107,7 @@ def identities(volumes: Path) -> tuple[Realm, dict[str, str]]:
     certify(authority, "gateway", own / "pki")
     kept(own / "admin.password", 15)
     kept(own / "storage.key", 48)
+    kept(own / "ha.key", 48)
     kept(volumes / SUPERUSER, mode=0o644)
     routes_password = kept(own / "routes.password")
     passwords = {owner: kept(own / "postgres" / f"{owner}.password") for owner in OWNERS}

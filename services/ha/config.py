@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+LEAST_SILENCE_SECONDS = 35.0
+
 
 class HaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Section VOLERY_HA_. Hosts beat every 0.5 s."""
@@ -15,8 +17,7 @@ class HaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Suspected as soon as this after the NATS server said that its agent left, unless it came back: reconnecting
     takes an agent less."""
     silence_seconds: float = 10.0
-    """Without a beat for this long a host is non-responsive. It is evidence, not proof: nothing is fenced or
-    restarted for it."""
+    """Without a beat for this long a host is non-responsive. It is evidence, not proof: nothing is restarted for it."""
     settle_seconds: float = 2.0
     """After ha started or was cut off from the bus, silence counts from this much later: agents reconnect with
     a random wait of up to two seconds."""
@@ -29,3 +30,37 @@ class HaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     restarts_at_most: int = 10
     """After so many restarts within `restart_window_seconds` ha gives up, and says so."""
     restart_window_seconds: float = 3600.0
+    silence_before_fence_seconds: float = 60.0
+    """A silent host whose BMC says that it is on is left alone for this long. Never below 35 s, in which a host that
+    was only cut off for a moment, or swaps, is back."""
+    start_hold_seconds: float = 300.0
+    """After ha started, or its leader changed, no host is ordered off for this long: what is silent after a blackout is
+    most often still starting. A BMC that says off counts at once."""
+    off_retry_seconds: float = 20.0
+    """A host that is still on this long after it was ordered off is ordered off again."""
+    off_attempts: int = 3
+    """After so many orders that did nothing a person is asked."""
+    on_wait_seconds: float = 60.0
+    """A fenced host is switched on again when inventory has dealt with its VMs, at the latest after this."""
+    brake_percent: float = 10.0
+    """At most this share of a cluster's hosts, and at least one, are ordered off within `brake_window_seconds`."""
+    brake_window_seconds: float = 600.0
+    reboot_quiet_seconds: float = 600.0
+    """A host that a person switched is not fenced for this long, or until it is up under a new boot."""
+    switch_quiet_seconds: float = 180.0
+    """Between two switches of one host by hand."""
+    test_seconds: float = 86400.0
+    """How often power management is tested; what failed is tested again after a tenth of it."""
+    witnesses: str = ""
+    """HOST:PORT of machines outside the clusters, separated by commas: when most hosts of a cluster are silent and these
+    can't be reached either, ha itself is cut off. Without any, a cluster most of which is silent is left to a person."""
+    key_file: str = ""
+    """A file whose content encrypts the BMCs' passwords in the database; made when missing. Without one no passwords are
+    taken."""
+
+    def __post_init__(self) -> None:
+        if self.silence_before_fence_seconds < LEAST_SILENCE_SECONDS:
+            raise ValueError(
+                f"silence_before_fence_seconds is {self.silence_before_fence_seconds:g}, but never below "
+                f"{LEAST_SILENCE_SECONDS:g}: a host that is only cut off for a moment would be shot"
+            )

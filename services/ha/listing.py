@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from services.ha import liveness, restarts, store
+from services.ha import fencing, liveness, restarts, store
 from services.ha.state import Ha
 from volery.contracts.errors import Refused
 from volery.contracts.host import LIST_HOSTS, Host
@@ -23,6 +23,7 @@ LIST_SECONDS = 2.0
 async def leadership_begins(ha: Ha) -> None:
     ha.listed = False
     await liveness.begin(ha)
+    await fencing.begin(ha)
 
 
 async def facts_were_lost(ha: Ha, stream: str) -> None:
@@ -51,9 +52,8 @@ async def _list_hosts(ha: Ha) -> None:
         for host in hosts:
             before.pop(host.id, None)
             await ha.core.commit(*await liveness.host_changed(ha, host))
-    for row in before.values():
-        await ha.core.commit(store.LIVENESS.delete(row))
-        ha.watches.pop(row.id, None)
+    for host_id in before:
+        await ha.core.commit(*await liveness.host_gone(ha, host_id))
 
 
 async def _list_vms(ha: Ha) -> None:

@@ -1,4 +1,4 @@
-"""The liveness of hosts: beats and disconnects weighed four times a second, changes kept with their evidence."""
+"""The liveness of hosts: what was observed weighed four times a second, changes kept with all they were judged by."""
 
 from __future__ import annotations
 
@@ -10,21 +10,38 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-from services.ha import store
-from services.ha.policies.evidence import SENTENCES, UNKNOWN, UP, Kind, is_storm, judge
-from services.ha.state import Ha, Watch, can_ask
+from services.ha import power, store
+from services.ha.opening import can_ask
+from services.ha.policies.evidence import (
+    DEAD,
+    SENTENCES,
+    UNKNOWN,
+    UP,
+    Held,
+    Judgement,
+    Kind,
+    Observations,
+    is_storm,
+    judge,
+)
+from services.ha.policies.replay import evidence_of, with_notes
+from services.ha.state import Ha
+from services.ha.watch import HostFacts, Watch
 from volery.contracts.cluster import GetById
-from volery.contracts.host import HOST_CHANGED, HOST_DELETED, Host
+from volery.contracts.host import HOST_CHANGED, HOST_DELETED, Host, HostStatus
+from volery.contracts.ids import new_id
 from volery.contracts.liveness import (
     GET_LIVENESS,
     LIST_LIVENESS,
     Evidence,
     HostLiveness,
     LivenessState,
+    Proof,
+    ProofKind,
 )
 from volery.contracts.operation import ListQuery
 from volery.runtime.bus import Caller
-from volery.runtime.clock import utc_now
+from volery.runtime.clock import monotonic, utc_now
 from volery.runtime.pages import plain_page
 from volery.runtime.service import Part
 from volery.runtime.tables import Change, Stale
@@ -36,11 +53,14 @@ part = Part()
 TICK_SECONDS = 0.25
 STALL_SECONDS = 1.0
 """A tick that comes this late: the process was stopped or starved, and beats still wait in the socket."""
+SUSPICIOUS = (LivenessState.CONNECTING, LivenessState.NON_RESPONSIVE)
 
 
 @part.hears(HOST_CHANGED)
 async def host_changed(ha: Ha, host: Host) -> list[Change]:
     """A host to watch, or its new name, or the journal that inventory admitted."""
+    facts = _facts(host)
+    saw = with_fields(store.saw_host(facts), then=lambda: _learn(ha, facts))
     row = await store.LIVENESS.find(ha.core.pool, host.id)
     private = store.LivenessPrivate(admitted_generation=host.agent_generation)
     if row is None:
@@ -52,27 +72,51 @@ async def host_changed(ha: Ha, host: Host) -> list[Change]:
             updated_at=now,
             host_name=host.name,
             cluster_id=host.cluster_id,
+            boot_id=host.boot_id,
         )
         inserted = store.LIVENESS.insert(liveness, private)
-        return [with_fields(inserted, then=lambda: _watch(ha, liveness, private))]
-    public = replace(row.public, host_name=host.name, cluster_id=host.cluster_id)
+        return [with_fields(inserted, then=lambda: _watch(ha, liveness, private)), saw]
+    boot_id = row.public.boot_id or host.boot_id
+    public = replace(row.public, host_name=host.name, cluster_id=host.cluster_id, boot_id=boot_id)
     if host.agent_generation != row.private.admitted_generation:
         report = Evidence(
             kind=Kind.REPORT, at=utc_now(), details=f"its agent's journal {host.agent_generation}"
         )
-        public = replace(public, evidence=_with(public.evidence, report))
+        kept = [e for e in public.evidence if e.kind != Kind.REPORT]
+        public = replace(public, evidence=(*kept, report))
     if public == row.public and private == row.private:
-        return []
+        return [saw]
     updated = store.LIVENESS.update(row, public, private)
-    return [with_fields(updated, then=lambda: _watch(ha, public, private))]
+    return [with_fields(updated, then=lambda: _watch(ha, public, private)), saw]
+
+
+def _facts(host: Host) -> HostFacts:
+    return HostFacts(
+        id=host.id,
+        revision=host.revision,
+        name=host.name,
+        cluster_id=host.cluster_id,
+        status=str(host.status),
+        hardware_uuid=(host.capabilities.dmi_uuid or host.capabilities.hardware_uuid).lower(),
+        boot_id=host.boot_id,
+    )
+
+
+def _learn(ha: Ha, facts: HostFacts) -> None:
+    watch = ha.watch(facts.id)
+    if facts.revision >= watch.facts.revision:
+        if facts.status == HostStatus.UP and watch.facts.status != HostStatus.UP:
+            ha.capacity_at = monotonic()
+        watch.facts = facts
 
 
 @part.hears(HOST_DELETED)
 async def host_deleted(ha: Ha, host: Host) -> list[Change]:
-    row = await store.LIVENESS.find(ha.core.pool, host.id)
-    if row is None:
-        return []
-    return [with_fields(store.LIVENESS.delete(row), then=lambda: _forget(ha, host.id))]
+    return await host_gone(ha, host.id)
+
+
+async def host_gone(ha: Ha, host_id: str) -> list[Change]:
+    return await store.host_ends(ha.core.pool, host_id, lambda: _forget(ha, host_id))
 
 
 def _watch(ha: Ha, liveness: HostLiveness, private: store.LivenessPrivate) -> None:
@@ -87,13 +131,22 @@ def _forget(ha: Ha, host_id: str) -> None:
 
 async def begin(ha: Ha) -> None:
     """Leadership begins: take up what was concluded before, and hold it until there was time to listen."""
+    now = ha.leading_since = monotonic()
+    ha.ordered_off.clear()
+    for facts in await store.hosts(ha.core.pool):
+        _learn(ha, facts)
     for row in await store.LIVENESS.where(ha.core.pool):
         _watch(ha, row.public, row.private)
+        watch, proof = ha.watch(row.id), row.public.proof
+        # Whatever is heard from now on is newer than what a former leader concluded.
+        watch.proof = None if proof is None else Held(now, proof.boot_id, proof.kind, proof.details)
+        watch.person = None
+        watch.distrust_power()
     _listen_anew(ha)
 
 
 def _listen_anew(ha: Ha) -> None:
-    now = ha.clock()
+    now = monotonic()
     ha.listening_since, ha.ticked_at, ha.storm_since = now + ha.config.settle_seconds, now, None
 
 
@@ -101,20 +154,38 @@ def _listen_anew(ha: Ha) -> None:
 async def tick(ha: Ha) -> None:
     if not await _listens(ha):
         return
-    now = ha.clock()
+    now = monotonic()
     watches = [(host_id, watch) for host_id, watch in ha.watches.items() if watch.known]
-    after = [judge(watch.seen(), ha.listening_since, now, ha.config) for _, watch in watches]
-    if await _holds(ha, [watch.state for _, watch in watches], after, now):
-        after = [state if state in (UP, UNKNOWN) else watch.state
-                 for (_, watch), state in zip(watches, after, strict=True)]  # fmt: skip
-    for (host_id, watch), state in zip(watches, after, strict=True):
-        if state is not watch.state or _booted(watch):
-            await _conclude(ha, host_id, watch, state, now)
+    seen = [watch.seen(ha.listening_since, now) for _, watch in watches]
+    judged = [judge(each, ha.config, 0.0) for each in seen]
+    for (_, watch), judgement in zip(watches, judged, strict=True):
+        watch.suspected = judgement.state in SUSPICIOUS
+    held = await _holds(ha, [watch.state for _, watch in watches], [j.state for j in judged], now)
+    for (host_id, watch), each, judgement in zip(watches, seen, judged, strict=True):
+        if held and judgement.state in SUSPICIOUS:
+            continue
+        if _differs(watch, judgement):
+            await conclude(ha, host_id, watch, each, judgement)
+
+
+def _differs(watch: Watch, judgement: Judgement) -> bool:
+    return (
+        judgement.state is not watch.state
+        or judgement.boot_id != watch.boot_id
+        or _is_new(watch, judgement)
+        or judgement.voided
+    )
+
+
+def _is_new(watch: Watch, judgement: Judgement) -> bool:
+    """Whether it found another proof than it had."""
+    old, new = watch.proof, judgement.proof
+    return new is not None and (old is None or (old.boot_id, old.kind) != (new.boot_id, new.kind))
 
 
 async def _listens(ha: Ha) -> bool:
     """Whether nothing was missed since the last tick; if something was, listening begins anew."""
-    now, client = ha.clock(), ha.core.bus.client
+    now, client = monotonic(), ha.core.bus.client
     stalled = now - ha.ticked_at > STALL_SECONDS
     ha.ticked_at = now
     reconnects = client.stats["reconnects"]
@@ -139,78 +210,117 @@ async def _holds(ha: Ha, before: list[LivenessState], after: list[LivenessState]
     return now - ha.storm_since < ha.config.storm_hold_seconds
 
 
-def _booted(watch: Watch) -> bool:
-    return watch.beat is not None and watch.beat.boot_id != watch.boot_id
-
-
-async def _conclude(ha: Ha, host_id: str, watch: Watch, state: LivenessState, now: float) -> None:
-    """Write a new state, or a new boot, with the evidence."""
+async def conclude(
+    ha: Ha,
+    host_id: str,
+    watch: Watch,
+    seen: Observations,
+    judgement: Judgement,
+    *more: Change,
+    caller: Caller | None = None,
+) -> HostLiveness | None:
+    """Write a judgement, with everything that it was made of. None when somebody else wrote first."""
     row = await store.LIVENESS.find(ha.core.pool, host_id)
     if row is None:
-        return
-    old, at = row.public, utc_now()
+        return None
+    old, at, now = row.public, utc_now(), monotonic()
+    state = judgement.state
+    last_beat_at = at + timedelta(seconds=seen.beat.at) if seen.beat is not None else old.last_beat_at
     new = replace(
         old,
         state=state,
         since=at if state is not old.state else old.since,
-        boot_id=watch.beat.boot_id if watch.beat is not None else old.boot_id,
-        last_beat_at=_when(watch.beat_at, now, at) or old.last_beat_at,
-        evidence=_with(old.evidence, *_evidence(watch, old, state, now, at)),
+        boot_id=judgement.boot_id,
+        last_beat_at=last_beat_at,
+        judged_at=at,
+        evidence=with_notes(
+            old.evidence,
+            evidence_of(seen, at, watch.disconnect_reason),
+            *_notes(watch, old, seen, judgement, at),
+        ),
+        proof=_proof(watch, old, judgement, at),
+        fencing="" if state is UP else old.fencing,
     )
+    change = store.LIVENESS.update(row, new)
+    lied = await _lied(ha, old, judgement)
     try:
-        await ha.core.commit(store.LIVENESS.update(row, new))
+        await ha.core.commit(change, *lied, *more, caller=caller, answer=change.document)
     except Stale:
-        return
+        return None
+    found = judgement.proof
     watch.state, watch.boot_id = new.state, new.boot_id
-    level = logging.INFO if state is UP else logging.WARNING
-    log.log(level, "host %s is %s, was %s: %s", old.host_name, state, old.state, _sentence(watch, state, now))
+    if found is not None and _is_new(watch, judgement):
+        watch.proof = with_fields(found, at=now + found.at)
+    elif found is None:
+        watch.proof = None
+    if lied:
+        watch.distrust_power()
+    _say(old, new, judgement, seen)
+    written: HostLiveness = change.document
+    return written
 
 
-def _sentence(watch: Watch, state: LivenessState, now: float) -> str:
-    return SENTENCES[state].format(silence=now - watch.beat_at if watch.beat_at is not None else now)
+async def _lied(ha: Ha, old: HostLiveness, judgement: Judgement) -> list[Change]:
+    """The end of trust in a BMC that said off while the host lived."""
+    if not judgement.voided or old.proof is None or old.proof.kind is not ProofKind.BMC_OFF:
+        return []
+    row = await store.POWER.find(ha.core.pool, old.id)
+    return [] if row is None else [power.lied(row)]
 
 
-def _evidence(
-    watch: Watch, old: HostLiveness, state: LivenessState, now: float, at: datetime
-) -> list[Evidence]:
-    found = [
-        _dated(Kind.BEAT, watch.beat_at, now, at, _beat_details(watch)),
-        _dated(Kind.DISCONNECTED, watch.disconnected_at, now, at, watch.disconnect_reason),
-        _dated(Kind.CONNECTED, watch.connected_at, now, at, ""),
-    ]
-    if state not in (UP, UNKNOWN):
-        found.append(Evidence(kind=Kind.SILENCE, at=at, details=_silence(watch, now)))
-    if old.boot_id and watch.beat is not None and watch.beat.boot_id != old.boot_id:
-        details = f"boot {watch.beat.boot_id}, before {old.boot_id}"
-        found.append(Evidence(kind=Kind.NEW_BOOT, at=at, details=details))
-    return [evidence for evidence in found if evidence is not None]
-
-
-def _silence(watch: Watch, now: float) -> str:
-    if watch.stranger_beat_at is not None:
-        return "beats come from an agent whose journal inventory has not admitted"
-    return (
-        f"no beat for {now - watch.beat_at:.1f} s" if watch.beat_at is not None else "no beat since ha began"
+def _proof(watch: Watch, old: HostLiveness, judgement: Judgement, at: datetime) -> Proof | None:
+    found = judgement.proof
+    if found is None:
+        return None
+    if old.proof is not None and not _is_new(watch, judgement):
+        return old.proof
+    return Proof(
+        id=new_id(),
+        kind=found.kind,
+        at=at + timedelta(seconds=found.at),
+        boot_id=found.boot_id,
+        details=found.details,
     )
 
 
-def _beat_details(watch: Watch) -> str:
-    return f"number {watch.beat.beat_seq}, boot {watch.beat.boot_id}" if watch.beat is not None else ""
+def _say(old: HostLiveness, new: HostLiveness, judgement: Judgement, seen: Observations) -> None:
+    name, proof = old.host_name, new.proof
+    if judgement.voided:
+        log.error("host %s was believed dead (%s) and shows signs of life", name, old.proof)
+    if proof is not None and proof != old.proof:
+        log.warning("host %s: boot %s has ended: %s", name, proof.boot_id, proof.details)
+    silence = -seen.beat.at if seen.beat is not None else -seen.listening_since
+    sentence = SENTENCES[new.state].format(silence=silence, proof=proof.details if proof else "")
+    level = logging.INFO if new.state is UP else logging.WARNING
+    log.log(level, "host %s is %s, was %s: %s", name, new.state, old.state, sentence)
 
 
-def _dated(kind: Kind, at: float | None, now: float, wall: datetime, details: str) -> Evidence | None:
-    when = _when(at, now, wall)
-    return None if when is None else Evidence(kind=kind, at=when, details=details)
+def _notes(
+    watch: Watch, old: HostLiveness, seen: Observations, judgement: Judgement, at: datetime
+) -> list[Evidence]:
+    """What follows, for people."""
+    found: list[Evidence] = []
+    if judgement.state not in (UP, UNKNOWN, DEAD):
+        found.append(Evidence(kind=Kind.SILENCE, at=at, details=_silence(watch, seen)))
+    if judgement.voided and old.proof is not None:
+        details = f"boot {old.proof.boot_id} lives, against the proof: {old.proof.details}"
+        found.append(Evidence(kind=Kind.NEW_BOOT, at=at, details=details))
+    elif old.boot_id and judgement.boot_id != old.boot_id:
+        details = f"boot {judgement.boot_id}, before {old.boot_id}"
+        found.append(Evidence(kind=Kind.NEW_BOOT, at=at, details=details))
+    return found
 
 
-def _when(at: float | None, now: float, wall: datetime) -> datetime | None:
-    return None if at is None else wall - timedelta(seconds=now - at)
-
-
-def _with(evidence: tuple[Evidence, ...], *new: Evidence) -> tuple[Evidence, ...]:
-    """The newest of each kind."""
-    newest = {e.kind: e for e in evidence} | {e.kind: e for e in new}
-    return tuple(sorted(newest.values(), key=lambda e: e.at))
+def _silence(watch: Watch, seen: Observations) -> str:
+    if seen.stranger_beat is not None and (seen.beat is None or seen.stranger_beat.at > seen.beat.at):
+        return "beats come from an agent whose journal inventory has not admitted"
+    if watch.disconnected_at is not None and watch.disconnect_reason:
+        left = f"; the NATS server said that its agent left: {watch.disconnect_reason}"
+    else:
+        left = ""
+    return (
+        f"no beat for {-seen.beat.at:.1f} s" if seen.beat is not None else "no beat since ha began"
+    ) + left
 
 
 @part.answers(GET_LIVENESS)
@@ -237,6 +347,4 @@ def _as_heard(ha: Ha, liveness: HostLiveness) -> HostLiveness:
     watch = ha.watches.get(liveness.id)
     if watch is None or watch.beat_at is None:
         return liveness
-    at = _when(watch.beat_at, ha.clock(), utc_now())
-    beat = Evidence(kind=Kind.BEAT, at=at or liveness.updated_at, details=_beat_details(watch))
-    return replace(liveness, last_beat_at=at, evidence=_with(liveness.evidence, beat))
+    return replace(liveness, last_beat_at=utc_now() - timedelta(seconds=monotonic() - watch.beat_at))

@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
-from services.ha import listing, liveness, restarts
+from services.ha import confirming, fencing, listing, liveness, pauses, power, restarts
 from services.ha.config import HaConfig
-from services.ha.state import open_ha
+from services.ha.opening import open_ha
+from services.ha.state import Ha
 from volery.contracts.base import Owner
 from volery.runtime.service import Service
+
+
+async def reconcile(ha: Ha, key: str) -> None:
+    """The restarts of all VMs, or one silent host."""
+    if key == restarts.KEY:
+        await restarts.look(ha, key)
+    else:
+        await fencing.treat(ha, key)
+
 
 service = Service(
     name=Owner.HA,
     open=open_ha,
     config=HaConfig,
-    parts=[liveness.part, restarts.part, listing.part],
-    reconcile=restarts.look,
+    parts=[
+        liveness.part,
+        power.part,
+        pauses.part,
+        confirming.part,
+        fencing.part,
+        restarts.part,
+        listing.part,
+    ],
+    reconcile=reconcile,
     on_gap=listing.facts_were_lost,
     on_lead=listing.leadership_begins,
 )

@@ -2,72 +2,57 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import nats.errors
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from services.ha.config import HaConfig
-from services.ha.policies.evidence import UNKNOWN, Seen
-from volery.contracts.liveness import LivenessState
-from volery.contracts.metrics import BEAT_SUBJECT, Beat
+from services.ha.watch import Watch
+from volery.contracts.metrics import Beat
 from volery.runtime.clock import monotonic
-from volery.runtime.connection import read_presence, settle
+from volery.runtime.connection import read_presence
 from volery.runtime.core import Core
+from volery.runtime.vault import Vault
 
 log = logging.getLogger(__name__)
-
-CONNECTIONS = ("$SYS.ACCOUNT.*.CONNECT", "$SYS.ACCOUNT.*.DISCONNECT")
-
-
-@dataclass(slots=True)
-class Watch:
-    """One host as it was heard; times on the monotonic clock."""
-
-    known: bool = False
-    """Whether it is a host of inventory's; others are heard, but not judged."""
-    state: LivenessState = UNKNOWN
-    generation: str = ""
-    """The journal that inventory admitted; "" is any."""
-    boot_id: str = ""
-    beat: Beat | None = None
-    beat_at: float | None = None
-    stranger_beat_at: float | None = None
-    connected_at: float | None = None
-    disconnected_at: float | None = None
-    disconnect_reason: str = ""
-
-    def seen(self) -> Seen:
-        return Seen(self.state, self.beat_at, self.stranger_beat_at, self.disconnected_at)
-
-    def hear(self, beat: Beat, now: float) -> None:
-        """A beat that doesn't come after the last one of its journal is a late copy, no sign of life."""
-        if self.generation not in ("", beat.generation):
-            self.stranger_beat_at = now
-            return
-        last = self.beat
-        if last is not None and last.generation == beat.generation and beat.beat_seq <= last.beat_seq:
-            return
-        self.beat, self.beat_at = beat, now
-        self.stranger_beat_at = None
 
 
 @dataclass(slots=True)
 class Ha:
     core: Core
-    clock: Callable[[], float] = monotonic
+    vault: Vault
+    orders: Client
+    """The connection for what must not be sent late: publishing while it is disconnected fails at once."""
+    sign: Callable[[str, bytes], str]
     watches: dict[str, Watch] = field(default_factory=dict)
+    leading_since: float = 0.0
     listening_since: float = 0.0
     ticked_at: float = 0.0
     reconnects: int = -1
     storm_since: float | None = None
     listed: bool = False
     """Whether inventory was listed since this process leads."""
+    at_power: defaultdict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
+    """One action per host at a time."""
+    read_at: dict[str, float] = field(default_factory=dict)
+    """Host → when its BMC last answered, or failed to."""
+    identified_at: dict[str, float] = field(default_factory=dict)
+    """Host → when its BMC last said whose it is, and it was right."""
+    acted_at: dict[str, float] = field(default_factory=dict)
+    """Host → when a person last switched its power."""
+    ordered_off: list[tuple[str, str, float]] = field(default_factory=list)
+    """(cluster, host, when) of this process's own orders: the brake's window, should the database's clock jump."""
+    capacity_at: float = 0.0
+    """When there was last more room for VMs."""
+    exhausted: dict[str, float] = field(default_factory=dict)
+    """VM → when it was found to fit nowhere."""
+    witnessed: tuple[float, bool] = (float("-inf"), True)
+    """When witnesses were last asked, and whether they answered."""
 
     @property
     def config(self) -> HaConfig:
@@ -93,43 +78,6 @@ class Ha:
         if watch is None:
             return
         if message.subject.endswith(".DISCONNECT"):
-            watch.disconnected_at, watch.disconnect_reason = self.clock(), presence.reason
+            watch.disconnected_at, watch.disconnect_reason = monotonic(), presence.reason
         else:
-            watch.connected_at, watch.disconnected_at = self.clock(), None
-
-
-@asynccontextmanager
-async def open_ha(core: Core) -> AsyncIterator[Ha]:
-    ha = Ha(core)
-    core.beats.listeners.append(ha.hear_beat)
-    await core.bus.client.subscribe(BEAT_SUBJECT.format(host_id="*"), cb=core.beats.hear)
-    await settle(core.bus.client)
-    system = await _watch_connections(ha)
-    try:
-        yield ha
-    finally:
-        if system is not None:
-            await system.close()
-
-
-async def _watch_connections(ha: Ha) -> Client | None:
-    """The system account's events; without the credentials for them beats must do."""
-    directory = ha.core.bus_config.credentials_dir
-    if not directory:
-        return None
-    if not Path(directory, "sys.creds").exists():
-        log.warning("no %s/sys.creds: a host that leaves is noticed by its silence only", directory)
-        return None
-    system = await ha.core.outside.connect(ha.core.bus_config, "sys")
-    for subject in CONNECTIONS:
-        await system.subscribe(subject, cb=ha.hear_presence)
-    return system
-
-
-async def can_ask(client: Client, seconds: float) -> bool:
-    """Whether the server answers us."""
-    try:
-        await client.flush(timeout=max(int(seconds), 1))
-    except (nats.errors.Error, TimeoutError):
-        return False
-    return True
+            watch.connected_at, watch.disconnected_at = monotonic(), None

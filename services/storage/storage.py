@@ -10,7 +10,6 @@ from typing import TypeVar
 
 from services.storage import domain_model
 from services.storage.config import StorageConfig
-from services.storage.sealing import Vault, open_vault
 from services.storage.store import DISKS, DOMAINS, DiskPrivate, DomainPrivate, HostRow, Store
 from volery.contracts.base import Entity, Message
 from volery.contracts.cluster import GET_DATA_CENTER, GetById
@@ -20,6 +19,7 @@ from volery.contracts.storage import Disk, StorageDomain
 from volery.contracts.volume_orders import StorageLocation
 from volery.runtime.core import Core
 from volery.runtime.tables import Change, Row, Stale, Table
+from volery.runtime.vault import Vault, open_vault
 
 T = TypeVar("T", bound=Entity)
 S = TypeVar("S", bound=Message)
@@ -112,4 +112,4 @@ class Storage:
 @asynccontextmanager
 async def open_storage(core: Core) -> AsyncIterator[Storage]:
     config: StorageConfig = core.config
-    yield Storage(core, Store(core.pool), open_vault(config.key_file), config)
+    yield Storage(core, Store(core.pool), open_vault(config.key_file, "VOLERY_STORAGE_KEY_FILE"), config)

@@ -195,7 +195,11 @@ async def test_the_bus_is_three_servers_that_sync_always_and_keep_everything_thr
 
 async def test_every_container_sees_its_own_secrets_only(stack: Stack, session: Session) -> None:
     shared = {"ca.pem", "complete"}
-    also = {"inventory": {"claims.creds", "admin.password"}, "storage": {"storage.key"}, "ha": {"sys.creds"}}
+    also = {
+        "inventory": {"claims.creds", "admin.password"},
+        "storage": {"storage.key"},
+        "ha": {"sys.creds", "ha.key"},
+    }
     for owner in OWNERS:
         wanted = shared | {f"{owner}.creds", f"{owner}.password"} | also.get(owner, set())
         assert set(stack.exec(owner, "ls", "/run/volery").split()) == wanted

@@ -72,6 +72,7 @@ def service_processes(plane: Plane) -> tuple[dict[str, ServiceProcess], str]:
         "VOLERY_DATABASE_PASSWORDS_DIR": database.passwords_dir,
         "VOLERY_INVENTORY_ADMIN_PASSWORD_FILE": str(home.admin_password),
         "VOLERY_STORAGE_KEY_FILE": str(home.secrets / "storage.key"),
+        "VOLERY_HA_KEY_FILE": str(home.secrets / "ha.key"),
         "VOLERY_GATEWAY_LISTEN": f"127.0.0.1:{port}",
         "VOLERY_GATEWAY_CERTIFICATE": str(home.pki / "gateway.pem"),
         "VOLERY_GATEWAY_KEY": str(home.pki / "gateway.key"),

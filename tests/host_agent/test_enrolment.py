@@ -25,9 +25,10 @@ from cryptography import x509
 from nats.js.api import StreamConfig
 
 from host_agent import enrolment
-from host_agent.agent import connect_options
+from host_agent.agent import Agent, connect_options
+from host_agent.config import AgentConfig
 from host_agent.enrolment import EnrolmentError, Unreachable
-from tests.support import nats_realm
+from tests.support import nats_realm, toy_agent
 from tests.support.agent_process import ROOT, AgentProcess
 from volery.contracts.agent import SIGNATURE_HEADER, HostCapabilities, HostReported
 from volery.contracts.base import encode
@@ -292,6 +293,30 @@ async def test_certificates_renew_also_after_they_expired(plane: ControlPlane, t
     assert renewed.host_id == identity.host_id
     assert renewed.keys == identity.keys
     ssl.create_default_context().load_cert_chain(renewed.certificate_path, renewed.key_path)
+
+
+async def test_a_host_of_an_older_release_learns_whom_else_to_obey(
+    plane: ControlPlane, tmp_path: Path
+) -> None:
+    """At its agent's next start, without being enrolled again."""
+    identity = await enrolment.enrol(tmp_path / "state", plane.token)
+    assert not enrolment.is_due(identity, datetime.now(UTC).timestamp())
+    older = {owner: key for owner, key in identity.enrolled.owner_keys.items() if owner != "ha"}
+    enrolled = msgspec.structs.replace(identity.enrolled, owner_keys=older)
+    identity = enrolment.store(tmp_path / "state", msgspec.structs.replace(identity, enrolled=enrolled))
+    assert enrolment.is_due(identity, datetime.now(UTC).timestamp())
+    settings = AgentConfig(state_dir=str(tmp_path / "state"), libvirt_uri="test:///default")
+    stop = asyncio.Event()
+    task = asyncio.create_task(Agent(settings, identity, toy_agent.PARTS).run(stop))
+    try:
+        async with asyncio.timeout(30):
+            while not (found := enrolment.load(tmp_path / "state")) or "ha" not in found.enrolled.owner_keys:
+                await asyncio.sleep(0.02)  # nobody announces it
+    finally:
+        stop.set()
+        await task
+    assert found.enrolled.owner_keys == plane.realm.order_keys()
+    assert not enrolment.is_due(found, datetime.now(UTC).timestamp())
 
 
 @pytest.mark.parametrize("text", ["", "volery", "volery-enrol.", "volery-enrol.!!!", "volery-enrol.e30"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from datetime import UTC, datetime, timedelta
 
 import asyncpg
@@ -98,7 +99,7 @@ def test_what_the_facts_say_of_a_claim(held: Claim, heard: SeenVm | None, verdic
 def eager(configured: Settings) -> Settings:
     """Settings of a scheduler that believes at once, so that the test need not wait."""
     environ = {"VOLERY_SCHEDULER_SETTLED_SECONDS": "0", "VOLERY_SCHEDULER_CLAIM_SECONDS": "0.5"}
-    return Settings(configured.bus, configured.database, configured.telemetry, environ)
+    return dataclasses.replace(configured, environ=environ)
 
 
 def test_of_two_claims_on_one_host_the_later_holds_the_place() -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from services.storage.sealing import MARK, open_vault
 from tests.storage.scripted_storage import GIB, known, site, storage_process
 from tests.storage.test_disks import IQN, iscsi
 from tests.storage.test_transfers import opened
@@ -15,23 +14,25 @@ from volery.contracts.base import Owner
 from volery.contracts.errors import Refused
 from volery.runtime.database import open_direct
 from volery.runtime.programs import Settings
+from volery.runtime.vault import MARK, open_vault
 
 SECRET = "chap-secret-word"
+SETTING = "VOLERY_STORAGE_KEY_FILE"
 
 
 def test_a_vault_opens_what_it_sealed_and_nothing_else(tmp_path: Path) -> None:
     key = tmp_path / "key"
-    vault = open_vault(str(key))
+    vault = open_vault(str(key), SETTING)
     sealed = vault.seal(SECRET)
     assert sealed.startswith(MARK)
     assert SECRET not in sealed
     assert vault.open(sealed) == SECRET
-    assert open_vault(str(key)).open(sealed) == SECRET
+    assert open_vault(str(key), SETTING).open(sealed) == SECRET
     assert key.stat().st_mode & 0o077 == 0
-    for other in (open_vault(str(tmp_path / "other")), open_vault("")):
-        with pytest.raises(Refused, match="VOLERY_STORAGE_KEY_FILE"):
+    for other in (open_vault(str(tmp_path / "other"), SETTING), open_vault("", SETTING)):
+        with pytest.raises(Refused, match=SETTING):
             other.open(sealed)
-    assert open_vault("").seal(SECRET) == SECRET
+    assert open_vault("", SETTING).seal(SECRET) == SECRET
     assert vault.seal("") == ""
     assert vault.open("from before there was a key") == "from before there was a key"
 

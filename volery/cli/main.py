@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from volery.cli import access, admin, estate, storage, streams, vm
+from volery.cli import access, admin, estate, fencing, storage, streams, vm
 
 app = typer.Typer(
     help="Volery: KVM hosts and their virtual machines.",
@@ -25,11 +25,16 @@ NOUNS: dict[str, typer.Typer] = {
     "liveness": admin.liveness,
     "user": access.users,
     "token": access.tokens,
+    "fencing": fencing.fencing,
+    "fence": fencing.records,
     "event-reader": access.readers,
     "admin": admin.app,
 }
 for _name, _noun in NOUNS.items():
     app.add_typer(_noun, name=_name)
+estate.hosts.add_typer(fencing.power_management, name="power-management")
+estate.hosts.command()(fencing.power)
+estate.hosts.command("confirm-rebooted")(fencing.confirm_rebooted)
 app.command()(access.login)
 app.command()(access.logout)
 app.command()(streams.events)

@@ -9,6 +9,7 @@ from volery.contracts.host import Host
 from volery.contracts.liveness import HostLiveness, VmRestart
 from volery.contracts.network import MacPool, Network
 from volery.contracts.operation import Operation
+from volery.contracts.power import FenceRecord, FencingPause, PowerManagement
 from volery.contracts.scheduling import Claim
 from volery.contracts.storage import Disk, StorageDomain, Transfer
 from volery.contracts.template import Template
@@ -38,8 +39,28 @@ USERS = Resource("user", "users", User, ("name", "full_name", "enabled", "id"))
 TOKENS = Resource("token", "tokens", Token, ("user_name", "description", "scopes", "expires_at", "id"))
 EVENT_READERS = Resource("event-reader", "event-readers", EventReader, ("name", "owners", "id"))
 CLAIMS = Resource("claim", "claims", Claim, ("vm_id", "host_id", "epoch", "state", "memory_bytes", "vcpus"))
-LIVENESS = Resource("liveness", "liveness", HostLiveness, ("host_name", "state", "last_beat_at", "id"))
+LIVENESS = Resource(
+    "liveness", "liveness", HostLiveness, ("host_name", "state", "last_beat_at", "fencing", "id")
+)
 RESTARTS = Resource("restart", "restarts", VmRestart, ("vm_name", "attempts", "reason", "gave_up", "vm_id"))
+POWER_MANAGEMENT = Resource(
+    "power management",
+    "power-management",
+    PowerManagement,
+    ("host_name", "enabled", "identity", "power", "test_passed", "tested_at", "test_words"),
+)
+FENCE_RECORDS = Resource(
+    "fence record",
+    "fence-records",
+    FenceRecord,
+    ("created_at", "host_name", "state", "requested_by", "reason", "id"),
+)
+FENCING_PAUSES = Resource(
+    "pause of fencing",
+    "fencing/pauses",
+    FencingPause,
+    ("scope", "object_id", "until", "paused_by", "reason"),
+)
 
 RESOURCES = (
     DATA_CENTERS,
@@ -59,4 +80,7 @@ RESOURCES = (
     CLAIMS,
     LIVENESS,
     RESTARTS,
+    POWER_MANAGEMENT,
+    FENCE_RECORDS,
+    FENCING_PAUSES,
 )

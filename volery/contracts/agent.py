@@ -15,6 +15,7 @@ import msgspec
 from volery.contracts.base import Call, Fact, Message
 from volery.contracts.domain import DomainState, ImageFormat
 from volery.contracts.errors import Problem
+from volery.contracts.leases import LeaseAbility, LockspaceReport
 
 NO_RESULT = msgspec.Raw(b"null")
 """Not None: msgspec can't decode `Raw | None`."""
@@ -226,6 +227,11 @@ class HostCapabilities(Message):
     """Where other hosts reach this host's QEMU for live migration."""
     libvirt_uri: str = ""
     """Where other hosts' libvirtd reach this host's libvirtd for live migration."""
+    dmi_uuid: str = ""
+    """The machine's own UUID, as its firmware says it: what its BMC must say, too. "": it can't be read."""
+    fence_agents: tuple[str, ...] = ()
+    """Names of the installed ones: what this host can be asked to switch other hosts' power with."""
+    leases: LeaseAbility = LeaseAbility()
 
 
 class JournalOrder(Message):
@@ -263,6 +269,8 @@ class StorageDomainReport(Message):
     volumes: tuple[VolumeReport, ...] = ()
     strangers: tuple[str, ...] = ()
     """Files or LUNs found there that no disk of ours explains."""
+    lockspace: LockspaceReport | None = None
+    """As the host has joined it; None when it has not."""
 
 
 class OpenLun(Message):

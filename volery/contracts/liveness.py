@@ -26,10 +26,19 @@ class Evidence(Message):
     """A dated observation."""
 
     kind: str
-    """beat, silence, disconnected, connected, new_boot, report"""
+    """beat, former_beat, stranger_beat, silence, disconnected, connected, new_boot, report, listening (since when ha
+    hears everything), bmc_off_first, bmc, person, lease, proof (held before)"""
     at: datetime
     """The observer's clock."""
     details: str = ""
+    boot_id: str = ""
+    """Of which boot, where it is known."""
+    power: str = ""
+    """What a BMC said: on, off, unknown."""
+    trusted: bool = False
+    """Of a BMC's word: it was known to be this host's when it was asked."""
+    by: str = ""
+    """Who asked the BMC, or who confirmed."""
 
 
 class ProofKind(StrEnum):
@@ -67,7 +76,9 @@ class HostLiveness(Entity):
     boot_id: str = ""
     last_beat_at: datetime | None = None
     evidence: tuple[Evidence, ...] = ()
-    """The newest of each kind."""
+    """The newest of each kind: all that the last judgement was made of."""
+    judged_at: datetime | None = None
+    """When `state` and `proof` were last judged; from then evidence is dated."""
     proof: Proof | None = None
     """The newest proof that a boot of this host ended. It stays after the host came back under another boot."""
     fencing: str = ""

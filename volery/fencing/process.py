@@ -99,6 +99,8 @@ async def _started(command: Sequence[str], environment: Mapping[str, str], feeds
     )
     try:
         return await asyncio.shield(starting)
+    except OSError as error:
+        raise unavailable(f"{command[-1]} can't be started: {error}") from error
     except asyncio.CancelledError:
         await asyncio.wait({starting}, timeout=REAP_SECONDS)
         if starting.done() and not starting.cancelled() and starting.exception() is None:

@@ -104,28 +104,30 @@ async def migrate(config: DatabaseConfig, owner: str) -> None:
 
     Raises SchemaTooNew when newer code has left this code behind.
     """
-    owner = str(owner)
     async with open_direct(config, owner) as connection:
-        await connection.execute("select pg_advisory_lock(hashtext('volery-migrate-' || $1))", owner)
-        await connection.execute("set lock_timeout = '4s'")
-        await connection.execute(
-            """create table if not exists migration (
-                   name text primary key, at timestamptz not null default now(), min_code int not null default 1)"""
+        await apply_migrations(connection, str(owner))
+
+
+async def apply_migrations(connection: asyncpg.Connection[asyncpg.Record], owner: str) -> None:
+    """What `migrate` does, over a connection of the owner. Raises SchemaTooNew."""
+    await connection.execute("select pg_advisory_lock(hashtext('volery-migrate-' || $1))", owner)
+    await connection.execute("set lock_timeout = '4s'")
+    await connection.execute(
+        """create table if not exists migration (
+               name text primary key, at timestamptz not null default now(), min_code int not null default 1)"""
+    )
+    done = {r["name"]: r["min_code"] for r in await connection.fetch("select name, min_code from migration")}
+    newest = max(done.values(), default=0)
+    if newest > CODE_LEVEL:
+        raise SchemaTooNew(
+            f"schema {owner} needs code level {newest}, this is {CODE_LEVEL}: update this replica"
         )
-        done = {
-            r["name"]: r["min_code"] for r in await connection.fetch("select name, min_code from migration")
-        }
-        newest = max(done.values(), default=0)
-        if newest > CODE_LEVEL:
-            raise SchemaTooNew(
-                f"schema {owner} needs code level {newest}, this is {CODE_LEVEL}: update this replica"
+    for name, sql in _migrations(owner):
+        if name in done:
+            continue
+        async with connection.transaction():
+            await connection.execute(sql)
+            await connection.execute(
+                "insert into migration (name, min_code) values ($1, $2)", name, CODE_LEVEL
             )
-        for name, sql in _migrations(owner):
-            if name in done:
-                continue
-            async with connection.transaction():
-                await connection.execute(sql)
-                await connection.execute(
-                    "insert into migration (name, min_code) values ($1, $2)", name, CODE_LEVEL
-                )
-            log.info("migrated %s", name)
+        log.info("migrated %s", name)

@@ -24,9 +24,9 @@ from volery.contracts.ids import is_id
 from volery.runtime.permissions import (
     ACCOUNT_OF,
     ACCOUNTS,
-    COMMANDERS,
     SERVICES,
     SHARED_SUBJECTS,
+    SIGNERS,
     SYSTEM_USERS,
     imported_as,
     permissions_of,
@@ -142,8 +142,8 @@ class Realm:
         return self.directory / f"{user}.creds"
 
     def order_keys(self) -> dict[str, str]:
-        """Owner to public key, for those that may give orders: what an agent pins when it is enrolled."""
-        return {owner: self.users[owner] for owner in COMMANDERS}
+        """Owner to public key, for those whom hosts obey: what an agent pins when it is enrolled."""
+        return {owner: self.users[owner] for owner in SIGNERS}
 
     def revoked(self, account: str) -> frozenset[str]:
         """Public keys that are cut off in this account, as far as this directory knows."""

@@ -12,6 +12,10 @@ SERVICES: Final = (*OWNERS, "gateway", "setup")
 """Programs of the control plane: each has its own user, connection and inbox in the account VOLERY."""
 COMMANDERS: Final = ("inventory", "storage", "network")
 """Owners that give orders to hosts. Agents pin their public keys and refuse every other signature."""
+SIGNERS: Final = (*COMMANDERS, "ha")
+"""Whose public keys agents pin: who gives orders, and ha, which has them switch other hosts' power."""
+ANSWER_SECONDS: Final = 90.0
+"""How long an agent may take to answer: a fence agent's longest time, and what lies around it."""
 LISTENERS: Final = OWNERS
 """Commanders need beats to send orders, ha for its judgement; the scheduler and dwh live on samples."""
 SYSTEM_USERS: Final = ("sys", "claims")
@@ -88,10 +92,11 @@ RULES: Final = (
     Rule("orders, asks and confirms to hosts", COMMANDERS,
          publish=("host.*.order", "host.*.cancel", "host.*.committed", "host.*.report",
                   "host.*.ask", "host.*.ask.>")),
+    Rule("has a host switch another's power", ("ha",), publish=("host.*.power",)),
     Rule("hears beats and metrics", LISTENERS, subscribe=("beat.host.*", "metrics.host.*")),
     Rule("speaks and listens as this host only", ("agent",),
          publish=("fact.host.{me}.>", "beat.host.{me}", "metrics.host.{me}"),
-         subscribe=("host.{me}.>",), answers_within_seconds=5.0),
+         subscribe=("host.{me}.>",), answers_within_seconds=ANSWER_SECONDS),
     Rule("follows facts through its own durable consumer", ("reader",),
          publish=("$JS.volery.API.CONSUMER.MSG.NEXT.{shared}.{me}",
                   "$JS.volery.API.CONSUMER.INFO.{shared}.{me}", "$JS.ACK.{shared}.{me}.>")),

@@ -136,6 +136,7 @@ def derived_environment(home: Home, decided: Decided) -> dict[str, str]:
         "VOLERY_INVENTORY_ADMIN_PASSWORD_FILE": str(home.admin_password),
         "VOLERY_NETWORK_DEVICE_SUFFIX": home.installation,
         "VOLERY_STORAGE_KEY_FILE": str(home.secrets / "storage.key"),
+        "VOLERY_HA_KEY_FILE": str(home.secrets / "ha.key"),
         "VOLERY_GATEWAY_LISTEN": f"0.0.0.0:{decided.gateway_port}",
         "VOLERY_GATEWAY_CERTIFICATE": str(home.pki / "gateway.pem"),
         "VOLERY_GATEWAY_KEY": str(home.pki / "gateway.key"),

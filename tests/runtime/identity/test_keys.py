@@ -11,7 +11,7 @@ import pytest
 from tests.support.nats_realm import ROOT
 from volery.runtime.connection import CredsFile
 from volery.runtime.identity import Realm
-from volery.runtime.permissions import ACCOUNT_OF, COMMANDERS, OWNERS, SERVICES, permissions_of, table
+from volery.runtime.permissions import ACCOUNT_OF, OWNERS, SERVICES, SIGNERS, permissions_of, table
 from volery.runtime.signing import IdentityError, Key, Signer, Verifier, is_public_key, parse_creds, verify
 
 
@@ -119,7 +119,7 @@ def test_an_order_is_known_by_its_signature(tmp_path: Path) -> None:
     for owner, signer in signers.items():
         header = signer.sign(subject, payload)
         assert verify(signer.public_key, subject, payload, header)
-        expected = owner if owner in COMMANDERS else None
+        expected = owner if owner in SIGNERS else None
         assert verifier.owner_of(subject, payload, header) == expected
 
 

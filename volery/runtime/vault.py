@@ -1,4 +1,4 @@
-"""Secrets at rest: CHAP passwords and tickets are written to the database encrypted, when there is a key file."""
+"""Secrets at rest: passwords and tickets are written to the database encrypted, when there is a key file."""
 
 from __future__ import annotations
 
@@ -21,6 +21,12 @@ class Vault:
     """Seals with the key of an installation; without one, text stays as it is."""
 
     fernet: Fernet | None
+    setting: str
+    """The setting that names the key file."""
+
+    @property
+    def seals(self) -> bool:
+        return self.fernet is not None
 
     def seal(self, text: str) -> str:
         if self.fernet is None or not text:
@@ -38,15 +44,15 @@ class Vault:
         except InvalidToken:
             raise Refused(
                 Kind.UNAVAILABLE,
-                "a secret of this storage domain can't be read: VOLERY_STORAGE_KEY_FILE isn't the file that it was "
-                "sealed with; restore that file",
+                f"a secret in the database can't be read: {self.setting} isn't the file that it was sealed with; "
+                "restore that file",
             ) from None
 
 
-def open_vault(key_file: str) -> Vault:
-    """The vault of a key file, which is made when it is missing. Raises OSError."""
+def open_vault(key_file: str, setting: str) -> Vault:
+    """The vault of a key file, which is made when it is missing; `setting` names it. Raises OSError."""
     if not key_file:
-        return Vault(None)
+        return Vault(None, setting)
     path = Path(key_file)
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -58,4 +64,4 @@ def open_vault(key_file: str) -> Vault:
             file.flush()
             os.fsync(file.fileno())
     digest = hashlib.sha256(path.read_bytes().strip()).digest()
-    return Vault(Fernet(base64.urlsafe_b64encode(digest)))
+    return Vault(Fernet(base64.urlsafe_b64encode(digest)), setting)

@@ -1,0 +1,39 @@
+"""Power management of hosts, fencing, and a person's word that a host is off."""
+
+from __future__ import annotations
+
+from api_gateway.route import Route
+from volery.contracts import power as p
+
+POWER, FENCING = "Power management", "Fencing"
+
+ROUTES = (
+    Route("GET", "/power-management", p.LIST_POWER_MANAGEMENT, POWER, "List hosts' power management",
+          items=p.PowerManagement),
+    Route("GET", "/hosts/{id}/power-management", p.GET_POWER_MANAGEMENT, POWER, "Get a host's power management",
+          note="Secrets are never shown."),
+    Route("PUT", "/hosts/{id}/power-management", p.SET_POWER_MANAGEMENT, POWER, "Set a host's power management",
+          note="Replaces all of it, and tests it in the background: see `identity`, `test_passed` and `test_words`. "
+               "`secrets` that are left out are kept for the same agent at the same address and port.",
+          example={"devices": [{"agent": "fence_redfish", "address": "10.0.9.7", "username": "volery",
+                                "secrets": {"password": "…"}, "options": {"ssl_insecure": "1"}}]}),
+    Route("DELETE", "/hosts/{id}/power-management", p.DELETE_POWER_MANAGEMENT, POWER, "Forget a host's power management",
+          note="It is never fenced from now on: when it falls silent a person is asked."),
+    Route("POST", "/hosts/{id}/power-management/test", p.TEST_POWER_MANAGEMENT, POWER, "Test a host's power management",
+          note="Asks every device whose machine it is and whether that is on. Switches nothing."),
+    Route("POST", "/hosts/{id}/power", p.SWITCH_POWER, POWER, "Switch a host's power by hand, or read it",
+          note="`off` ends the VMs that run there, and needs the host's name as `confirm` unless it is in maintenance. "
+               "Between two switches three minutes pass."),
+    Route("POST", "/hosts/{id}/confirm-rebooted", p.CONFIRM_HOST_REBOOTED, FENCING,
+          "Confirm that a host is off, or was rebooted",
+          note="Proof of death: what ran there is started elsewhere, and would run twice if the host lived. Needs its "
+               "name as `confirm`; refused while there is a sign of life."),
+    Route("GET", "/fencing", p.GET_FENCING, FENCING, "How things are with fencing",
+          note="Pauses, the brake of each cluster, and silent hosts with the reason why nothing is done about them."),
+    Route("POST", "/fencing/pause", p.PAUSE_FENCING, FENCING, "Pause fencing: everywhere, of a cluster, of a host",
+          note="It ends by itself after `seconds`. Proofs of death count all the same."),
+    Route("POST", "/fencing/resume", p.RESUME_FENCING, FENCING, "End a pause of fencing"),
+    Route("GET", "/fencing/pauses", p.LIST_FENCING_PAUSES, FENCING, "List pauses of fencing", items=p.FencingPause),
+    Route("GET", "/fence-records", p.LIST_FENCE_RECORDS, FENCING, "List what was switched, when, and what the devices said",
+          items=p.FenceRecord),
+)  # fmt: skip

@@ -1,0 +1,136 @@
+"""One host as it was heard: beats, presence on the bus, its BMC's words; in memory, on one monotonic clock."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from services.ha.policies.evidence import (
+    UNKNOWN,
+    Confirmed,
+    Held,
+    Lease,
+    Observations,
+    Reading,
+    Sign,
+)
+from volery.contracts.fencing import PowerState
+from volery.contracts.liveness import LivenessState
+from volery.contracts.metrics import Beat
+
+
+@dataclass(frozen=True, slots=True)
+class HostFacts:
+    """What inventory says of a host, as far as ha needs it."""
+
+    id: str
+    revision: int
+    name: str = ""
+    cluster_id: str = ""
+    status: str = ""
+    hardware_uuid: str = ""
+    boot_id: str = ""
+
+
+@dataclass(slots=True)
+class Watch:
+    """Times are on the monotonic clock."""
+
+    known: bool = False
+    """Whether it is a host of inventory's; others are heard, but not judged."""
+    facts: HostFacts = HostFacts("", 0)
+    state: LivenessState = UNKNOWN
+    suspected: bool = False
+    """By its silence, also while judgement is held."""
+    generation: str = ""
+    """The journal that inventory admitted; "" is any."""
+    boot_id: str = ""
+    beat: Beat | None = None
+    beat_at: float | None = None
+    former: Sign | None = None
+    stranger: Sign | None = None
+    connected_at: float | None = None
+    disconnected_at: float | None = None
+    disconnect_reason: str = ""
+    off_first: Reading | None = None
+    reading: Reading | None = None
+    person: Confirmed | None = None
+    lease: Lease | None = None
+    proof: Held | None = None
+
+    def seen(self, listening_since: float, now: float, confirmed: Confirmed | None = None) -> Observations:
+        """Everything in seconds before now, to the microsecond: as evidence is dated, so that judging it again later
+        gives the same. `confirmed` is what a person says in this moment."""
+
+        def ago(at: float) -> float:
+            return -round(now - at, 6)
+
+        def maybe(at: float | None) -> float | None:
+            return None if at is None else ago(at)
+
+        def sign(found: Sign | None) -> Sign | None:
+            return None if found is None else Sign(ago(found.at), found.boot_id)
+
+        def reading(found: Reading | None) -> Reading | None:
+            return (
+                None
+                if found is None
+                else Reading(ago(found.at), found.state, found.trusted, found.by, found.words)
+            )
+
+        beat, person, lease, proof = self.beat, confirmed or self.person, self.lease, self.proof
+        return Observations(
+            state=self.state,
+            boot_id=self.boot_id,
+            listening_since=ago(listening_since),
+            beat=Sign(ago(self.beat_at), beat.boot_id)
+            if beat is not None and self.beat_at is not None
+            else None,
+            former_beat=sign(self.former),
+            stranger_beat=sign(self.stranger),
+            connected_at=maybe(self.connected_at),
+            disconnected_at=maybe(self.disconnected_at),
+            off_first=reading(self.off_first),
+            reading=reading(self.reading),
+            person=Confirmed(ago(person.at), person.boot_id, person.by) if person is not None else None,
+            lease=Lease(ago(lease.at), lease.boot_id, lease.expired, lease.watchdog_passed)
+            if lease is not None
+            else None,
+            proof=Held(ago(proof.at), proof.boot_id, proof.kind, proof.details)
+            if proof is not None
+            else None,
+        )
+
+    def hear(self, beat: Beat, now: float) -> None:
+        """A beat that doesn't come after the last one of its journal is a late copy, no sign of life."""
+        if self.generation not in ("", beat.generation):
+            self.stranger = Sign(now, beat.boot_id)
+            return
+        last = self.beat
+        if last is not None and last.generation == beat.generation and beat.beat_seq <= last.beat_seq:
+            return
+        if last is not None and self.beat_at is not None and last.boot_id != beat.boot_id:
+            self.former = Sign(self.beat_at, last.boot_id)
+        self.beat, self.beat_at = beat, now
+        self.off_first = None
+
+    def hear_power(self, reading: Reading, listening_since: float) -> None:
+        """A BMC's word. Off counts from the first reading after the last sign of life, in an unbroken row; a reading
+        that failed breaks nothing and proves nothing."""
+        self.reading = reading
+        first = self.off_first
+        if reading.state is PowerState.ON:
+            self.off_first = None
+        elif reading.state is PowerState.OFF and (
+            first is None or not first.trusted or first.at <= self.last_sign(listening_since)
+        ):
+            self.off_first = reading
+
+    def distrust_power(self) -> None:
+        """Its BMC is another one now, or lied: nothing that it said counts."""
+        self.off_first = self.reading = None
+
+    def last_sign(self, listening_since: float) -> float:
+        """When it was last heard of at all; what nobody could have heard counts as heard."""
+        signs = [s.at for s in (self.former, self.stranger) if s is not None]
+        times = [at for at in (self.beat_at, self.connected_at) if at is not None]
+        return max([*signs, *times, listening_since])

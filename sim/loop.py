@@ -1,0 +1,273 @@
+"""An event loop on virtual time: the same seed gives the same order of everything, and waiting costs nothing.
+
+Whatever is scheduled belongs to the `Process` in whose context that happened. A process may be stopped (its work
+waits), thawed (it catches up) or killed (it never runs again, also not its clean-up, as with SIGKILL).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import heapq
+import itertools
+import signal
+from asyncio import events
+from collections import deque
+from collections.abc import Coroutine
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+MOST_STEPS = 200_000
+"""At one instant."""
+THREAD_SECONDS = 0.001
+"""What work in another thread takes."""
+
+
+class Deadlock(Exception):
+    """Nothing is ready and no timer runs, but somebody still waits."""
+
+
+class Stuck(Exception):
+    """So much happens at one instant that time doesn't go on."""
+
+
+class OutOfTime(Exception):
+    """The virtual time that was allowed has passed."""
+
+
+@dataclass(slots=True, eq=False)
+class Process:
+    """One program on one machine."""
+
+    name: str
+    machine: Any = None
+    stopped: bool = False
+    dead: bool = False
+    held: list[events.Handle] = field(default_factory=list)
+    """What became ready while it was stopped."""
+    buried: list[Any] = field(default_factory=list)
+    """Tasks that must neither run nor be collected: their clean-up would be done."""
+    failure: BaseException | None = None
+    """What ended it."""
+
+
+PROCESS: ContextVar[Process | None] = ContextVar("sim_process", default=None)
+
+
+class SimFuture(asyncio.Future[Any]):
+    """Hashed by its number, so that sets of futures are walked in the same order in every run."""
+
+    def __init__(self, *, loop: SimLoop) -> None:
+        super().__init__(loop=loop)
+        self.number = next(loop.numbers)
+
+    def __hash__(self) -> int:
+        return self.number
+
+
+class SimTask(asyncio.Task[Any]):
+    def __init__(self, coro: Coroutine[Any, Any, Any], *, loop: SimLoop, **options: Any) -> None:
+        self.number = next(loop.numbers)
+        self.process = PROCESS.get()
+        super().__init__(coro, loop=loop, **options)
+
+    def __hash__(self) -> int:
+        return self.number
+
+
+def _make_task(loop: Any, coro: Any, **options: Any) -> Any:
+    return SimTask(coro, loop=loop, **options)
+
+
+class SimLoop(asyncio.AbstractEventLoop):
+    """`run(coroutine)` until it ends. `time()` is virtual seconds since the beginning."""
+
+    def __init__(self, most_seconds: float = 1e9) -> None:
+        self.numbers = itertools.count(1)
+        self.most_seconds = most_seconds
+        self.steps = 0
+        self.failed: list[BaseException] = []
+        """Exceptions that nobody caught."""
+        self.graves: list[Process] = []
+        """The dead are kept: were they collected, their clean-up would run."""
+        self._time = 0.0
+        self._moved_at_step = 0
+        self._ready: deque[events.Handle] = deque()
+        self._timers: list[tuple[float, int, events.TimerHandle]] = []
+        self._running = False
+        self._closed = False
+        self._context = contextvars.copy_context()
+
+    # Time and order
+
+    def time(self) -> float:
+        return self._time
+
+    def call_soon(self, callback: Any, *args: Any, context: Any = None) -> events.Handle:  # type: ignore[override]
+        handle = events.Handle(callback, args, self, context)
+        self._ready.append(handle)
+        return handle
+
+    call_soon_threadsafe = call_soon  # type: ignore[assignment]
+
+    def call_later(  # type: ignore[override]
+        self, delay: float, callback: Any, *args: Any, context: Any = None
+    ) -> events.TimerHandle:
+        return self.call_at(self._time + delay, callback, *args, context=context)
+
+    def call_at(  # type: ignore[override]
+        self, when: float, callback: Any, *args: Any, context: Any = None
+    ) -> events.TimerHandle:
+        handle = events.TimerHandle(when, callback, args, self, context)
+        heapq.heappush(self._timers, (when, next(self.numbers), handle))
+        return handle
+
+    def _timer_handle_cancelled(self, handle: events.TimerHandle) -> None:
+        """It stays in the heap until its time comes."""
+
+    def next_timer(self) -> float | None:
+        """When something happens next, if nothing is ready now."""
+        while self._timers and self._timers[0][2]._cancelled:
+            heapq.heappop(self._timers)
+        return self._timers[0][0] if self._timers else None
+
+    @property
+    def idle(self) -> bool:
+        return not self._ready
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Raises Deadlock, OutOfTime, or what `work` raises."""
+        events._set_running_loop(self)
+        self._running = True
+        try:
+            task: Any = self.create_task(work)
+            while not task.done():
+                self._step()
+            return task.result()  # type: ignore[no-any-return]
+        finally:
+            self._running = False
+            events._set_running_loop(None)
+
+    def _step(self) -> None:
+        if not self._ready:
+            when = self.next_timer()
+            if when is None:
+                raise Deadlock(f"at {self._time:.3f} s nothing is ready and no timer runs")
+            if when > self.most_seconds:
+                raise OutOfTime(f"{self.most_seconds:g} virtual seconds have passed")
+            if when > self._time:
+                self._time, self._moved_at_step = when, self.steps
+            while self._timers and self._timers[0][0] <= self._time:
+                timer = heapq.heappop(self._timers)[2]
+                if not timer._cancelled:
+                    self._ready.append(timer)
+        if self.steps - self._moved_at_step > MOST_STEPS:
+            raise Stuck(f"{MOST_STEPS} steps at {self._time:.3f} s, and no end")
+        ready = self._ready
+        for _ in range(len(ready)):
+            handle = ready.popleft()
+            if handle._cancelled:
+                continue
+            process = handle._context.get(PROCESS)  # type: ignore[attr-defined]
+            if process is not None and (process.stopped or process.dead):
+                (process.buried if process.dead else process.held).append(handle)
+                continue
+            self.steps += 1
+            handle._run()
+
+    # Processes
+
+    def kill(self, process: Process) -> None:
+        """Nothing of it runs any more. May be called by itself: the present step is its last."""
+        process.dead = True
+        process.buried += [
+            task
+            for task in sorted(asyncio.all_tasks(self), key=hash)
+            if isinstance(task, SimTask) and task.process is process
+        ]
+        process.buried += process.held
+        process.held = []
+
+    def stop_process(self, process: Process) -> None:
+        process.stopped = True
+
+    def continue_process(self, process: Process) -> None:
+        """It catches up with what became due meanwhile."""
+        process.stopped = False
+        held, process.held = process.held, []
+        if process.dead:
+            process.buried += held
+        else:
+            self._ready.extend(held)
+
+    # What asyncio asks of a loop
+
+    def create_future(self) -> Any:
+        return SimFuture(loop=self)
+
+    def create_task(self, coro: Any, *, name: Any = None, context: Any = None) -> Any:
+        if context is None:
+            task = SimTask(coro, loop=self, name=name)
+        else:
+            task = SimTask(coro, loop=self, name=name, context=context)
+        return task
+
+    def get_task_factory(self) -> Any:
+        return _make_task
+
+    def run_in_executor(self, executor: Any, func: Any, *args: Any) -> Any:  # type: ignore[override]
+        future = self.create_future()
+
+        def work() -> None:
+            if future.cancelled():
+                return
+            try:
+                result = func(*args)
+            except Exception as error:
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+
+        self.call_later(THREAD_SECONDS, work)
+        return future
+
+    def get_debug(self) -> bool:
+        return False
+
+    def set_debug(self, enabled: bool) -> None:
+        """There is one way to run."""
+
+    def is_running(self) -> bool:
+        return self._running
+
+    def is_closed(self) -> bool:
+        return self._closed
+
+    def close(self) -> None:
+        self._closed = True
+
+    def stop(self) -> None:
+        raise RuntimeError("a simulation ends with its main coroutine")
+
+    def default_exception_handler(self, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        self.failed.append(error if error is not None else RuntimeError(str(context.get("message"))))
+
+    def call_exception_handler(self, context: dict[str, Any]) -> None:
+        self.default_exception_handler(context)
+
+    def add_signal_handler(self, sig: int, callback: Any, *args: Any) -> None:  # type: ignore[override]
+        raise RuntimeError(f"{signal.Signals(sig).name} has no meaning in a simulation")
+
+    async def shutdown_asyncgens(self) -> None:
+        """Nothing is shared with another loop."""
+
+    async def shutdown_default_executor(self, timeout: float | None = None) -> None:
+        """There are no threads."""
+
+
+def new_loop(most_seconds: float = 1e9) -> SimLoop:
+    """A loop that doesn't let more virtual time pass. What it has not, such as sockets, a simulation doesn't use."""
+    return SimLoop(most_seconds)  # type: ignore[abstract]

@@ -1,0 +1,106 @@
+"""What must never happen and what must be in the end, read off hypervisors, storage and BMCs alone.
+
+Of each VM it knows what people asked for (its wish), never what the services believe.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from sim.machines import HostMachine
+from sim.qemu import Domain
+
+if TYPE_CHECKING:
+    from sim.world import World
+
+HEALTHY_SECONDS = 60.0
+"""So long after the last trouble a host counts as healthy again: then nobody may switch it off."""
+
+
+class Wish(StrEnum):
+    UP = "up"
+    DOWN = "down"
+    ANY = "any"
+    """It may run or not: a request about it is under way, or its end has no automatic answer."""
+
+
+@dataclass(eq=False)
+class Oracle:
+    world: World
+    running: dict[str, dict[str, Domain]] = field(default_factory=dict)
+    """VM → host → its domain whose vCPUs run there now."""
+    wishes: dict[str, Wish] = field(default_factory=dict)
+    pending: dict[str, int] = field(default_factory=dict)
+    """VM → requests about it that are under way: meanwhile it may run or not."""
+    highly_available: set[str] = field(default_factory=set)
+    violations: list[str] = field(default_factory=list)
+
+    # Always
+
+    def vcpus(self, host: HostMachine, domain: Domain, runs: bool) -> None:
+        """A domain's vCPUs began or ceased to run, at this virtual instant."""
+        places = self.running.setdefault(domain.vm_id, {})
+        if runs and host.frozen:
+            return
+        self.world.trace(f"{host.name} {domain.name()} {domain.epoch} {runs}")
+        if not runs:
+            if places.pop(host.name, None) is not None:
+                for path in domain.disks:
+                    self.world.shelf.closed(path, host.name)
+            return
+        places[host.name] = domain
+        if len(places) > 1:
+            told = " and ".join(f"{name} (epoch {d.epoch})" for name, d in places.items())
+            self.broken(f"VM {domain.name()} runs on {told} at once")
+        for path in domain.disks:
+            self.world.shelf.opened(path, host.name, domain.name())
+
+    def two_writers(self, path: str, writers: dict[str, str]) -> None:
+        self.broken(f"volume {path} is written by {writers}")
+
+    def switched_off(self, host: HostMachine, by: str) -> None:
+        """A BMC was told to cut a host's power."""
+        quiet = self.world.quiet_seconds(host)
+        if host.on and quiet is not None and quiet > HEALTHY_SECONDS:
+            self.broken(f"{by} switched {host.name} off, which was healthy for {quiet:.0f} s")
+
+    def broken(self, what: str) -> None:
+        self.violations.append(f"{self.world.time.elapsed:.3f} s: {what}")
+        self.world.note(f"VIOLATION: {what}")
+
+    # What people want
+
+    def want(self, vm_id: str, wish: Wish) -> None:
+        self.wishes[vm_id] = wish
+
+    def ended_by_itself(self, vm_id: str, *, asked: bool) -> None:
+        """Its guest powered off (`asked`), or it crashed, or its host died."""
+        stays_down = asked or vm_id not in self.highly_available
+        if stays_down and self.wishes.get(vm_id) is Wish.UP:
+            self.wishes[vm_id] = Wish.ANY
+
+    # In the end
+
+    def unmet(self) -> list[str]:
+        """What isn't as it should be now that nothing is broken any more."""
+        found = []
+        domains: dict[str, list[str]] = {}
+        for host in self.world.hosts.values():
+            for vm_id, domain in host.daemon.domains.items():
+                domains.setdefault(vm_id, []).append(f"{host.name}:{domain.state.value}:{domain.epoch}")
+        for name, vm_id in self.world.vms.items():
+            places, wish = domains.get(vm_id, []), self.wishes[vm_id]
+            if len(places) > 1:
+                found.append(f"{name} has domains on {places}")
+            runs = bool(self.running.get(vm_id))
+            if wish is Wish.UP and not runs:
+                found.append(f"{name} should run and doesn't ({places or 'no domain'})")
+            if wish is Wish.DOWN and places:
+                found.append(f"{name} should be down and is on {places}")
+            if wish is Wish.ANY and places and not runs:
+                found.append(f"{name} stands still on {places}")
+        for vm_id in domains.keys() - set(self.world.vms.values()):
+            found.append(f"a domain of nobody's VM {vm_id} is on {domains[vm_id]}")
+        return found

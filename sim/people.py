@@ -1,0 +1,95 @@
+"""What people ask for meanwhile: start, stop, migrate, maintenance. What they wish is told to the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from sim.faults import Scene
+from sim.oracle import Wish
+from sim.world import World
+from volery.contracts.base import Call
+from volery.contracts.errors import Refused
+from volery.contracts.host import ACTIVATE_HOST, MAINTAIN_HOST, ActivateHost, HostStatus, MaintainHost
+from volery.contracts.operation import Operation, OperationState
+from volery.contracts.vm import MIGRATE_VM, START_VM, STOP_VM, MigrateVm, StartVm, StopVm
+
+
+async def _asked(world: World, what: str, call: Call[Any, Operation], question: Any) -> Operation | None:
+    """The ended operation, or None when it was refused."""
+    try:
+        begun = await world.ask(call, question)
+    except Refused as refused:
+        world.note(f"people: {what} was refused: {refused.message[:100]}")
+        return None
+    world.note(f"people: {what}")
+    operation = await world.ended(begun)
+    world.note(f"people: {what} {operation.state}")
+    world.reached.add(f"{operation.kind} {operation.state}")
+    return operation
+
+
+def _vm(scene: Scene) -> tuple[str, str]:
+    return scene.chance.choice(list(scene.world.vms.items()))
+
+
+async def stop(scene: Scene) -> None:
+    name, vm_id = _vm(scene)
+    ask = StopVm(id=vm_id, force=scene.chance.random() < 0.5, timeout_seconds=40)
+    operation = await _about(scene.world, vm_id, f"stop {name}", STOP_VM, ask)
+    if operation is not None:
+        succeeded = operation.state is OperationState.SUCCEEDED
+        scene.world.oracle.want(vm_id, Wish.DOWN if succeeded else Wish.ANY)
+
+
+async def start(scene: Scene) -> None:
+    world = scene.world
+    stopped = [n for n, vm_id in world.vms.items() if world.oracle.wishes[vm_id] is not Wish.UP]
+    if not stopped:
+        return
+    name = scene.chance.choice(stopped)
+    vm_id = world.vms[name]
+    operation = await _about(world, vm_id, f"start {name}", START_VM, StartVm(id=vm_id))
+    if operation is not None:
+        runs = operation.state is OperationState.SUCCEEDED and world.oracle.running.get(vm_id)
+        world.oracle.want(vm_id, Wish.UP if runs else Wish.ANY)
+
+
+async def _about(
+    world: World, vm_id: str, what: str, call: Call[Any, Operation], question: Any
+) -> Operation | None:
+    pending = world.oracle.pending
+    pending[vm_id] = pending.get(vm_id, 0) + 1
+    try:
+        return await _asked(world, what, call, question)
+    finally:
+        pending[vm_id] -= 1
+
+
+async def migrate(scene: Scene) -> None:
+    name, vm_id = _vm(scene)
+    ask = MigrateVm(id=vm_id, timeout_seconds=60)
+    await _asked(scene.world, f"migrate {name}", MIGRATE_VM, ask)
+
+
+async def maintain(scene: Scene) -> None:
+    world, host = scene.world, scene.host()
+    what = f"maintain {host.name}"
+    await _asked(world, what, MAINTAIN_HOST, MaintainHost(id=host.host_id))
+    await activate_all(world)
+
+
+async def activate_all(world: World) -> None:
+    """No host stays in maintenance."""
+    for host in world.hosts.values():
+        if (await world.host(host)).status is HostStatus.MAINTENANCE:
+            ask = ActivateHost(id=host.host_id)
+            await _asked(world, f"activate {host.name}", ACTIVATE_HOST, ask)
+
+
+REQUESTS: tuple[tuple[Callable[[Scene], Awaitable[None]], float], ...] = (
+    (stop, 2.0),
+    (start, 3.0),
+    (migrate, 5.0),
+    (maintain, 1.0),
+)

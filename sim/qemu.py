@@ -1,0 +1,289 @@
+"""QEMU and libvirtd of one machine, in memory: domains with libvirt's states and events, guests that react to buttons.
+
+A domain *executes* while its vCPUs run: that is what the oracle looks at, and what writes disks. libvirtd may be away
+while QEMUs go on; power takes both at once and says nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import libvirt
+
+from host_agent import runningxml
+from host_agent.domxml import NAMESPACE
+from host_agent.events import EventName, HypervisorEvent
+from host_agent.refusals import LibvirtError
+from volery.contracts.domain import DomainState
+
+STATES: Mapping[DomainState, int] = {
+    DomainState.RUNNING: libvirt.VIR_DOMAIN_RUNNING,
+    DomainState.PAUSED: libvirt.VIR_DOMAIN_PAUSED,
+    DomainState.INCOMING: libvirt.VIR_DOMAIN_PAUSED,
+    DomainState.SHUTTING_DOWN: libvirt.VIR_DOMAIN_SHUTDOWN,
+    DomainState.CRASHED: libvirt.VIR_DOMAIN_CRASHED,
+}
+REASONS: Mapping[tuple[DomainState, str], int] = {
+    (DomainState.RUNNING, "booted"): libvirt.VIR_DOMAIN_RUNNING_BOOTED,
+    (DomainState.RUNNING, "migrated"): libvirt.VIR_DOMAIN_RUNNING_MIGRATED,
+    (DomainState.RUNNING, "unpaused"): libvirt.VIR_DOMAIN_RUNNING_UNPAUSED,
+    (DomainState.RUNNING, "migration_canceled"): libvirt.VIR_DOMAIN_RUNNING_MIGRATION_CANCELED,
+    (DomainState.PAUSED, "user"): libvirt.VIR_DOMAIN_PAUSED_USER,
+    (DomainState.PAUSED, "migration"): libvirt.VIR_DOMAIN_PAUSED_MIGRATION,
+    (DomainState.INCOMING, "migration"): libvirt.VIR_DOMAIN_PAUSED_MIGRATION,
+    (DomainState.SHUTTING_DOWN, "user"): libvirt.VIR_DOMAIN_SHUTDOWN_USER,
+}
+GONE = DomainState.GONE
+
+
+class MemoryError_(libvirt.libvirtError):  # type: ignore[misc]
+    """What libvirt refuses, with its number."""
+
+    def __init__(self, code: LibvirtError, message: str) -> None:
+        Exception.__init__(self, message)
+        self.err = (int(code), 0, message, 0, "", None, None, -1, -1)
+
+
+@dataclass(slots=True)
+class Guest:
+    """How a VM's guest behaves."""
+
+    shutdown_seconds: float | None = 3.0
+    """From the power button until it powers off; None: it doesn't listen."""
+    migration_seconds: float = 4.0
+    """How long its memory takes to move."""
+
+
+@dataclass(slots=True, eq=False)
+class Domain:
+    """A transient domain."""
+
+    daemon: Daemon
+    vm_id: str
+    root: ET.Element
+    state: DomainState = DomainState.RUNNING
+    reason: str = "booted"
+    migrating: Any = None
+    """The move under way, on its source."""
+    pressed: bool = False
+
+    @property
+    def epoch(self) -> int:
+        found = runningxml.metadata_of(self.root)
+        return found.epoch if found is not None else 0
+
+    @property
+    def disks(self) -> tuple[str, ...]:
+        """Paths or LUNs that it writes."""
+        found = []
+        for disk in self.root.iterfind("devices/disk"):
+            source = disk.find("source")
+            if source is not None and disk.find("readonly") is None and disk.find("shareable") is None:
+                found.append(source.get("file") or source.get("name") or "")
+        return tuple(found)
+
+    # libvirt's virDomain
+
+    def UUIDString(self) -> str:
+        return self.vm_id
+
+    def name(self) -> str:
+        return self.root.findtext("name", "")
+
+    def XMLDesc(self, flags: int = 0) -> str:
+        return ET.tostring(self.root, encoding="unicode")
+
+    def state_(self) -> tuple[int, int]:
+        return STATES[self.state], REASONS.get((self.state, self.reason), 0)
+
+    def destroy(self) -> None:
+        self.daemon.end(self, "destroyed")
+
+    def suspend(self) -> None:
+        if self.state is not DomainState.PAUSED:
+            self.daemon.become(self, DomainState.PAUSED, "user", "suspended", "paused")
+
+    def resume(self) -> None:
+        if self.state is DomainState.PAUSED:
+            self.daemon.become(self, DomainState.RUNNING, "unpaused", "resumed", "unpaused")
+
+    def reset(self, flags: int = 0) -> None:
+        self.daemon.tell(HypervisorEvent(EventName.REBOOT, self.vm_id))
+
+    def reboot(self, flags: int = 0) -> None:
+        self.reset()
+
+    def shutdownFlags(self, flags: int) -> None:
+        if flags == libvirt.VIR_DOMAIN_SHUTDOWN_GUEST_AGENT:
+            raise MemoryError_(LibvirtError.AGENT_UNRESPONSIVE, "QEMU guest agent is not connected")
+        self.daemon.press(self)
+
+    def setMetadata(self, kind: int, text: str, key: str, uri: str, flags: int) -> None:
+        holder = self.root.find("metadata")
+        if holder is None:
+            holder = ET.SubElement(self.root, "metadata")
+        for old in holder.findall(f"{{{NAMESPACE}}}domain"):
+            holder.remove(old)
+        element = ET.fromstring(text)  # noqa: S314 - the agent wrote it
+        element.tag = f"{{{NAMESPACE}}}domain"
+        holder.append(element)
+        self.daemon.tell(HypervisorEvent(EventName.METADATA_CHANGED, self.vm_id))
+
+    def migrateSetMaxDowntime(self, milliseconds: int, flags: int = 0) -> None:
+        """Taken, and without effect."""
+
+    def abortJob(self) -> None:
+        if self.migrating is None:
+            raise MemoryError_(LibvirtError.OPERATION_INVALID, "no job is active on the domain")
+        self.migrating.abort("canceled by client")
+
+    def jobStats(self) -> dict[str, Any]:
+        return {} if self.migrating is None else self.migrating.stats()
+
+
+@dataclass(eq=False)
+class Daemon:
+    """`changed(domain, executes)` is told whenever a domain's vCPUs begin or cease to run."""
+
+    host: str
+    changed: Callable[[Domain, bool], None] = lambda domain, executes: None
+    guest_of: Callable[[str], Guest] = lambda vm_id: Guest()
+    up: bool = True
+    """Whether libvirtd answers."""
+    domains: dict[str, Domain] = field(default_factory=dict)
+    listeners: list[Any] = field(default_factory=list)
+    """Connected hypervisors: `hear(event)` and `lose()`."""
+    came_up: asyncio.Event = field(default_factory=asyncio.Event)
+    tasks: set[asyncio.Task[Any]] = field(default_factory=set)
+    run_there: Callable[[Any], Any] | None = None
+    """Starts a coroutine on this machine; None: in the caller's own context."""
+
+    def __post_init__(self) -> None:
+        self.came_up.set()
+
+    def spawn(self, work: Any) -> None:
+        task = self.run_there(work) if self.run_there is not None else asyncio.ensure_future(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    # libvirt's virConnect
+
+    def isAlive(self) -> bool:
+        return self.up
+
+    def listAllDomains(self, flags: int = 0) -> list[Domain]:
+        if flags == libvirt.VIR_CONNECT_LIST_DOMAINS_AUTOSTART:
+            return []
+        return list(self.domains.values())
+
+    def listAllNetworks(self, flags: int = 0) -> list[Any]:
+        return []
+
+    def lookupByUUIDString(self, vm_id: str) -> Domain:
+        found = self.domains.get(vm_id)
+        if found is None:
+            raise MemoryError_(LibvirtError.NO_DOMAIN, f"no domain with matching uuid '{vm_id}'")
+        return found
+
+    def createXML(self, xml: str, flags: int = 0) -> Domain:
+        root = ET.fromstring(xml)  # noqa: S314 - the agent wrote it
+        vm_id = root.findtext("uuid", "")
+        if vm_id in self.domains:
+            raise MemoryError_(LibvirtError.OPERATION_FAILED, f"domain '{vm_id}' is already active")
+        domain = Domain(self, vm_id, root)
+        self.domains[vm_id] = domain
+        self.tell(_life(vm_id, "started", "booted", DomainState.RUNNING))
+        if flags & libvirt.VIR_DOMAIN_START_PAUSED:
+            domain.state, domain.reason = DomainState.PAUSED, "user"
+            self.tell(_life(vm_id, "suspended", "paused", DomainState.PAUSED))
+        else:
+            self.changed(domain, True)
+        return domain
+
+    # What happens to domains
+
+    def become(self, domain: Domain, state: DomainState, reason: str, event: str, detail: str) -> None:
+        executed = domain.state is DomainState.RUNNING
+        domain.state, domain.reason = state, reason
+        executes = state is DomainState.RUNNING
+        if executes != executed:
+            self.changed(domain, executes)
+        self.tell(_life(domain.vm_id, event, detail, state))
+
+    def end(self, domain: Domain, detail: str) -> None:
+        """QEMU has ended. `detail` is libvirt's: destroyed, shutdown, failed, crashed, migrated."""
+        if self.domains.get(domain.vm_id) is not domain:
+            return
+        del self.domains[domain.vm_id]
+        if domain.state is DomainState.RUNNING:
+            self.changed(domain, False)
+        domain.state = GONE
+        if domain.migrating is not None:
+            domain.migrating.abort("the domain ended")
+        self.tell(_life(domain.vm_id, "stopped", detail, GONE))
+
+    def crash(self, domain: Domain, *, panic: bool) -> None:
+        """The guest panicked, or QEMU was killed."""
+        if panic and self.domains.get(domain.vm_id) is domain:
+            self.become(domain, DomainState.CRASHED, "panicked", "crashed", "panicked")
+        self.end(domain, "crashed" if panic else "failed")
+
+    def press(self, domain: Domain) -> None:
+        """The guest's power button."""
+        seconds = self.guest_of(domain.vm_id).shutdown_seconds
+        if seconds is None or domain.pressed or domain.state is not DomainState.RUNNING:
+            return
+        domain.pressed = True
+        self.spawn(self.power_off(domain, seconds))
+
+    async def power_off(self, domain: Domain, seconds: float) -> None:
+        """The guest powers off by itself."""
+        await asyncio.sleep(seconds)
+        if self.domains.get(domain.vm_id) is domain and domain.state is DomainState.RUNNING:
+            self.become(domain, DomainState.SHUTTING_DOWN, "user", "shutdown", "finished")
+            self.end(domain, "shutdown")
+
+    def tell(self, event: HypervisorEvent) -> None:
+        """Events reach whoever is connected; while libvirtd is away they are lost."""
+        if self.up:
+            for listener in tuple(self.listeners):
+                listener.hear(event)
+
+    def stop(self) -> None:
+        """libvirtd dies; QEMUs go on, moves end."""
+        self.up = False
+        self.came_up.clear()
+        listeners, self.listeners = self.listeners, []
+        for listener in listeners:
+            listener.lose()
+        for domain in list(self.domains.values()):
+            if domain.migrating is not None:
+                domain.migrating.abort("libvirtd of the source went away")
+            if domain.state is DomainState.INCOMING:
+                self.end(domain, "failed")
+
+    def start(self) -> None:
+        self.up = True
+        self.came_up.set()
+
+    def power_lost(self) -> None:
+        """Everything ends at this instant, and nobody says so."""
+        self.up = False
+        self.came_up.clear()
+        self.listeners.clear()
+        for domain in list(self.domains.values()):
+            del self.domains[domain.vm_id]
+            if domain.state is DomainState.RUNNING:
+                self.changed(domain, False)
+            domain.state = GONE
+
+
+def _life(vm_id: str, event: str, reason: str, state: DomainState) -> HypervisorEvent:
+    name = EventName.PANIC if state is DomainState.CRASHED else EventName.LIFECYCLE
+    if (event, reason) == ("started", "migrated"):
+        state = DomainState.INCOMING
+    return HypervisorEvent(name, vm_id, {"event": event, "reason": reason}, state)

@@ -1,0 +1,218 @@
+"""One seed: a world, faults in scenes with quiet time between them, and what became of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from sim import people
+from sim.faults import FAULTS, Scene
+from sim.loop import Deadlock, OutOfTime, Stuck, new_loop
+from sim.postgres import Database
+from sim.world import Plan, World
+from volery.contracts.base import Owner
+from volery.contracts.errors import Refused
+from volery.contracts.host import LIST_HOSTS, Host, HostStatus
+from volery.contracts.liveness import LIST_LIVENESS, LIST_RESTARTS, HostLiveness, VmRestart
+from volery.contracts.operation import ENDED, LIST_OPERATIONS, Operation
+from volery.contracts.scheduling import LIST_CLAIMS, Claim
+from volery.contracts.vm import LIST_VMS, Vm
+
+LEAST_SECONDS = 3600.0
+LEAST_FAULTS = 10
+SETTLE_SECONDS = 900.0
+"""So long after the last fault of a scene was mended everything must be as it should."""
+MOST_SECONDS = 40_000.0
+FURNISH_SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a seed."""
+
+    seed: int
+    violations: tuple[str, ...]
+    reached: tuple[str, ...]
+    digest: str
+    virtual_seconds: float
+    active_seconds: float
+    """Without the time that was skipped."""
+    real_seconds: float
+    steps: int
+    timeline: tuple[str, ...]
+
+
+class Log(logging.Handler):
+    """The programs' own words, into the timeline."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__()
+        self.world = world
+        self.lines: list[tuple[float, logging.LogRecord]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append((self.world.time.elapsed, record))
+
+
+def plan_of(chance: random.Random) -> Plan:
+    """3 to 30 hosts, mostly few."""
+    hosts = min(30, 3 + int(chance.expovariate(0.5)))
+    vms = max(2, round(hosts * chance.uniform(0.8, 1.6)))
+    return Plan(hosts, vms, tuple(chance.random() < 0.7 for _ in range(vms)))
+
+
+def episode(seed: int, *, level: int = logging.WARNING) -> Outcome:
+    """Runs a seed to its end. Never raises for what the programs did. Once per process: see `alone`."""
+    began = time.perf_counter()
+    random.seed(seed)  # what the programs draw from
+    chance = random.Random(seed)
+    loop = new_loop(MOST_SECONDS)
+    world = World(loop, chance, Database(seed))
+    log = Log(world)
+    logging.basicConfig(handlers=[log], level=level, force=True)
+    try:
+        loop.run(_play(world, chance))
+    except (Deadlock, OutOfTime, Stuck, TimeoutError) as error:
+        world.oracle.broken(f"{type(error).__name__}: {error}")
+    except Exception as error:  # an episode's own failure is a finding like any other
+        logging.getLogger("sim").exception("the episode ended")
+        world.oracle.broken(f"the episode ended by {type(error).__name__}: {error}")
+    for failed in loop.failed:
+        world.oracle.broken(f"nobody caught {failed!r}")
+    words = [(at, _word(record)) for at, record in log.lines]
+    lines = sorted([*world.timeline, *words], key=lambda line: line[0])
+    return Outcome(
+        seed=seed,
+        violations=tuple(world.oracle.violations),
+        reached=tuple(sorted(world.reached)),
+        digest=world.digest.hexdigest(),
+        virtual_seconds=world.time.elapsed,
+        active_seconds=loop.time(),
+        real_seconds=time.perf_counter() - began,
+        steps=loop.steps,
+        timeline=tuple(f"{at:10.3f}  {what}" for at, what in lines),
+    )
+
+
+def _word(record: logging.LogRecord) -> str:
+    text = f"    {record.levelname.lower()} {record.name}: {record.getMessage()}"
+    if record.exc_info and record.exc_info[1] is not None:
+        import traceback
+
+        text += "\n" + "".join(traceback.format_exception(record.exc_info[1]))
+    return text
+
+
+async def _play(world: World, chance: random.Random) -> None:
+    async with asyncio.timeout(FURNISH_SECONDS):
+        await world.open()
+        await world.furnish(plan_of(chance))
+    await _settled(world)
+    faults = 0
+    while faults < LEAST_FAULTS or world.time.elapsed < LEAST_SECONDS:
+        faults += await _scene(world, chance)
+        await _settled(world)
+        if world.oracle.violations:
+            return
+        quiet = chance.uniform(200, 900)
+        world.note(f"{quiet:.0f} s pass in peace")
+        world.time.skip(quiet)
+
+
+async def _scene(world: World, chance: random.Random) -> int:
+    """Some faults and requests that overlap. How many faults there were."""
+    count = chance.choice((1, 2, 2, 3, 4))
+    faults = chance.choices([f for f, _ in FAULTS], [w for _, w in FAULTS], k=count)
+    asked = chance.choices(
+        [r for r, _ in people.REQUESTS], [w for _, w in people.REQUESTS], k=chance.randrange(4)
+    )
+    works = [_later(chance, act, world) for act in (*faults, *asked)]
+    await asyncio.gather(*works)
+    return count
+
+
+async def _later(chance: random.Random, act: Any, world: World) -> None:
+    scene = Scene(world, random.Random(chance.getrandbits(64)))
+    await asyncio.sleep(scene.chance.uniform(0, 25))
+    world.reached.add(act.__name__)
+    await act(scene)
+
+
+async def _settled(world: World) -> None:
+    """Until everything is as it should; what isn't in time is a violation that names it."""
+    end = world.loop.time() + SETTLE_SECONDS
+    wrong: list[str] = []
+    while world.loop.time() < end:
+        await asyncio.sleep(3.0)
+        if world.oracle.violations:
+            return
+        wrong = _machines(world) or world.oracle.unmet()
+        if wrong:
+            continue
+        try:
+            async with asyncio.timeout(60.0):
+                await people.activate_all(world)
+                wrong = await _told(world)
+        except Exception as error:
+            wrong = [f"the services can't be asked: {error}"]
+        if not wrong:
+            return
+    await _explain(world)
+    for what in wrong:
+        world.oracle.broken(f"{SETTLE_SECONDS:.0f} s after the last fault was mended: {what}")
+
+
+async def _explain(world: World) -> None:
+    """What the services believe, for whoever reads the timeline."""
+    with contextlib.suppress(Refused, TimeoutError):
+        async with asyncio.timeout(30.0):
+            for vm in await world.listed(LIST_VMS, Vm):
+                world.note(
+                    f"VM {vm.name}: {vm.status} wanted {vm.desired} ({vm.status_reason}) epoch {vm.epoch} on"
+                    f" {vm.host_id or 'no host'} busy with {vm.busy_with or 'nothing'} HA {vm.high_availability.enabled}"
+                )
+            for restart in await world.listed(LIST_RESTARTS, VmRestart):
+                world.note(f"restart of {restart.vm_name}: {restart.message}")
+            for host in await world.listed(LIST_HOSTS, Host):
+                world.note(f"{host.name}: {host.status} {host.reasons} boot {host.boot_id} {host.id}")
+            for live in await world.listed(LIST_LIVENESS, HostLiveness):
+                world.note(f"{live.host_name} is {live.state}, proof {live.proof}, fencing {live.fencing!r}")
+
+
+def _machines(world: World) -> list[str]:
+    found = [
+        f"{replica.name} isn't ready" for replica in world.replicas.values() if not replica.service.ready
+    ]
+    for host in world.hosts.values():
+        if not host.on and host.booting is None:
+            host.power_on()  # whoever was switched off by a fence is switched on again by its administrator
+        if not host.on:
+            found.append(f"{host.name} is off")
+    return found
+
+
+async def _told(world: World) -> list[str]:
+    """What the services themselves say is not settled."""
+    found = []
+    for owner in (Owner.INVENTORY, Owner.STORAGE, Owner.NETWORK, Owner.SCHEDULER, Owner.HA):
+        for op in await world.listed(LIST_OPERATIONS[owner], Operation):
+            if op.state not in ENDED:
+                found.append(f"{op.kind} {op.id} of {op.object_name} is {op.state}")
+    for host in await world.listed(LIST_HOSTS, Host):
+        if host.status is not HostStatus.UP:
+            found.append(f"host {host.name} is {host.status} {host.reasons}")
+    running = {
+        (vm_id, places) for vm_id in world.vms.values() for places in world.oracle.running.get(vm_id, {})
+    }
+    names = {host.host_id: host.name for host in world.hosts.values()}
+    for claim in await world.listed(LIST_CLAIMS, Claim):
+        if (claim.vm_id, names.get(claim.host_id, "")) not in running:
+            found.append(
+                f"claim of VM {claim.vm_id} on {names.get(claim.host_id)} epoch {claim.epoch}: it doesn't run there"
+            )
+    return found

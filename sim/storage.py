@@ -1,0 +1,150 @@
+"""Storage that all hosts share, in memory: who has which volume open for writing, and what agents are ordered to do."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from host_agent.action import Action, Host, Running
+from volery.contracts.agent import BridgeReport, StorageDomainReport, VolumeReport
+from volery.contracts.base import Done, Order
+from volery.contracts.domain import FileSource, VolumeSource
+from volery.contracts.errors import Kind, Refused
+from volery.contracts.network_orders import APPLY_NETWORKS, ApplyNetworks, NetworksApplied
+from volery.contracts.volume_orders import (
+    CONNECT_STORAGE,
+    CREATE_VOLUME,
+    DELETE_VOLUME,
+    DISCONNECT_STORAGE,
+    RESIZE_VOLUME,
+    ConnectStorage,
+    CreateVolume,
+    DeleteVolume,
+    DirectoryLocation,
+    DisconnectStorage,
+    ResizeVolume,
+    VolumeInfo,
+)
+
+GIB = 1 << 30
+WORK_SECONDS = 0.05
+
+
+@dataclass
+class Shelf:
+    """A directory that every host has mounted."""
+
+    markers: set[tuple[str, str]] = field(default_factory=set)
+    """(path, domain id)"""
+    volumes: dict[str, VolumeReport] = field(default_factory=dict)
+    writers: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Volume → host → what writes it."""
+    on_two_writers: Callable[[str, dict[str, str]], None] = lambda path, writers: None
+
+    def opened(self, path: str, host: str, what: str) -> None:
+        writers = self.writers.setdefault(path, {})
+        writers[host] = what
+        if len(writers) > 1:
+            self.on_two_writers(path, writers)
+
+    def closed(self, path: str, host: str) -> None:
+        self.writers.get(path, {}).pop(host, None)
+
+    def put(self, source: VolumeSource, size_bytes: int) -> VolumeInfo:
+        assert isinstance(source, FileSource)
+        report = VolumeReport(
+            path=source.path, size_bytes=size_bytes, used_bytes=1 << 20, format=source.format
+        )
+        self.volumes[source.path] = report
+        return VolumeInfo(size_bytes=size_bytes, used_bytes=1 << 20, format=source.format)
+
+
+@dataclass
+class HostStorage:
+    """What one host has connected. Lives as long as its agent's process, as mounts' checks do."""
+
+    shelf: Shelf
+    connected: dict[str, str] = field(default_factory=dict)
+    """Domain → path."""
+    reachable: Callable[[], bool] = lambda: True
+
+    def look(self, domain_id: str) -> StorageDomainReport:
+        path = self.connected[domain_id]
+        top = f"{path}/{domain_id}/"
+        reachable = self.reachable()
+        return StorageDomainReport(
+            domain_id=domain_id,
+            reachable=reachable,
+            problem="" if reachable else "it doesn't answer",
+            capacity_bytes=1000 * GIB,
+            available_bytes=900 * GIB,
+            volumes=tuple(v for p, v in self.shelf.volumes.items() if p.startswith(top)),
+        )
+
+    async def report(self, host: Host) -> tuple[StorageDomainReport, ...]:
+        return tuple(self.look(domain_id) for domain_id in self.connected)
+
+    def actions(self) -> tuple[Action[Any, Any], ...]:
+        def row(order: Order[Any, Any], act: Callable[[Any], Any]) -> Action[Any, Any]:
+            async def run(host: Host, ask: Any, running: Running) -> Any:
+                await asyncio.sleep(WORK_SECONDS)
+                if not self.reachable():
+                    raise Refused(Kind.UNAVAILABLE, "the storage doesn't answer; mend its network")
+                return act(ask)
+
+            return Action(order, run)
+
+        return (
+            row(CONNECT_STORAGE, self._connect),
+            row(DISCONNECT_STORAGE, self._disconnect),
+            row(CREATE_VOLUME, self._create),
+            row(RESIZE_VOLUME, self._resize),
+            row(DELETE_VOLUME, self._delete),
+        )
+
+    def _connect(self, ask: ConnectStorage) -> StorageDomainReport:
+        assert isinstance(ask.location, DirectoryLocation)
+        path = ask.location.path
+        if ask.initialise:
+            self.shelf.markers.add((path, ask.domain_id))
+        if (path, ask.domain_id) not in self.shelf.markers:
+            raise Refused(Kind.NOT_FOUND, f"{path} has no storage domain {ask.domain_id}")
+        self.connected[ask.domain_id] = path
+        return self.look(ask.domain_id)
+
+    def _disconnect(self, ask: DisconnectStorage) -> Done:
+        self.connected.pop(ask.domain_id, None)
+        return Done()
+
+    def _create(self, ask: CreateVolume) -> VolumeInfo:
+        return self.shelf.put(ask.source, ask.size_bytes)
+
+    def _resize(self, ask: ResizeVolume) -> VolumeInfo:
+        return self.shelf.put(ask.source, ask.size_bytes)
+
+    def _delete(self, ask: DeleteVolume) -> Done:
+        if isinstance(ask.source, FileSource):
+            self.shelf.volumes.pop(ask.source.path, None)
+        return Done()
+
+
+@dataclass
+class HostNetworks:
+    """The logical networks of one host: they do whatever they are told."""
+
+    networks: tuple[BridgeReport, ...] = ()
+
+    async def report(self, host: Host) -> tuple[BridgeReport, ...]:
+        return self.networks
+
+    def actions(self) -> tuple[Action[Any, Any], ...]:
+        return (Action(APPLY_NETWORKS, self._apply),)
+
+    async def _apply(self, host: Host, ask: ApplyNetworks, running: Running) -> NetworksApplied:
+        await asyncio.sleep(WORK_SECONDS)
+        self.networks = tuple(
+            BridgeReport(network_id=n.network_id, bridge=n.bridge, in_sync=True) for n in ask.networks
+        )
+        return NetworksApplied(networks=self.networks)

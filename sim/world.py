@@ -1,0 +1,292 @@
+"""A whole installation: machines, servers, services, hosts with agents, VMs; and how it is asked for things."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import msgspec
+
+from sim import agents, plane
+from sim.bmc import AGENT, Bmc, runner
+from sim.clocks import Time
+from sim.loop import SimLoop
+from sim.machines import HostMachine, Machine
+from sim.nats import NatsServer
+from sim.oracle import Oracle, Wish
+from sim.plane import Outside, Replica
+from sim.postgres import Database
+from sim.qemu import Daemon, Guest
+from sim.storage import Shelf
+from volery.contracts.base import Call, Message, Owner
+from volery.contracts.cluster import (
+    CREATE_CLUSTER,
+    CREATE_DATA_CENTER,
+    CreateCluster,
+    CreateDataCenter,
+    GetById,
+)
+from volery.contracts.enrolment import ENROL_HOST, Enrol, read_token
+from volery.contracts.errors import Kind, Refused
+from volery.contracts.fencing import PowerAction
+from volery.contracts.host import CREATE_HOST, GET_HOST, CreateHost, Host, HostStatus
+from volery.contracts.ids import random_id
+from volery.contracts.operation import ENDED, GET_OPERATION, GetOperation, ListQuery, Operation, Page
+from volery.contracts.power import SET_POWER_MANAGEMENT, NewFenceDevice, SetPowerManagement
+from volery.contracts.storage import (
+    CREATE_STORAGE_DOMAIN,
+    GET_STORAGE_DOMAIN,
+    CreateStorageDomain,
+    DomainKind,
+)
+from volery.contracts.vm import CREATE_VM, CreateVm, HighAvailability, NewDisk
+from volery.runtime.bus import Bus, Caller
+from volery.runtime.listing import pages
+
+Q = TypeVar("Q", bound=Message)
+A = TypeVar("A")
+
+GIB = 1 << 30
+SHARED_PATH = "/shared"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a seed's world is like."""
+
+    hosts: int
+    vms: int
+    highly_available: tuple[bool, ...]
+    """Per VM."""
+
+
+@dataclass(eq=False)
+class World:
+    loop: SimLoop
+    chance: random.Random
+    """Decides everything that the seed decides."""
+    database: Database
+    """Empty, or with every schema."""
+    time: Time = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.time = Time(self.loop)
+        self.database.clock = self.time.utc_now
+        self.database.latency = lambda: 0.0004
+        self.server = NatsServer(self.loop)
+        self.shelf = Shelf()
+        self.oracle = Oracle(self)
+        self.shelf.on_two_writers = self.oracle.two_writers
+        self.guests: dict[str, Guest] = {}
+        self.control = [self._machine(f"control-{n}") for n in (1, 2)]
+        self.outsides = {machine.name: Outside(machine, self.database) for machine in self.control}
+        for machine in self.control:
+            machine.killed = self.outsides[machine.name].process_gone
+        self.replicas: dict[str, Replica] = {}
+        self.environ = {"VOLERY_HA_START_HOLD_SECONDS": self.chance.choice(("5", "30", "300"))}
+        for name in ("inventory", "scheduler", "storage", "network"):
+            self._replica(name, name, self.control[0])
+        self._replica("ha-1", "ha", self.control[0])
+        self._replica("ha-2", "ha", self.control[1])
+        self.desk = self._machine("desk")
+        self.hosts: dict[str, HostMachine] = {}
+        self.bmcs: dict[str, Bmc] = {}
+        self.at_off: list[Callable[[Bmc], None]] = []
+        """Called when a BMC is told to cut a host's power, before it does."""
+        self.vms: dict[str, str] = {}
+        """Name → id."""
+        self.cluster_id = ""
+        self.domain_id = ""
+        self.timeline: list[tuple[float, str]] = []
+        self.digest = hashlib.sha256()
+        """Of everything that the oracle saw: the same seed gives the same."""
+        self.reached: set[str] = set()
+        """States that the seed came to."""
+        self.troubles: dict[str, int] = {}
+        """Host, or "" for the bus and the database → troubles that last."""
+        self.troubled_at: dict[str, float] = {}
+
+    # What is told
+
+    def note(self, what: str) -> None:
+        self.timeline.append((self.time.elapsed, what))
+        self.trace(what)
+
+    def trace(self, what: str) -> None:
+        self.digest.update(f"{self.time.elapsed:.6f} {what}\n".encode())
+
+    def trouble(self, where: str, change: int) -> None:
+        """A trouble begins (1) or ends (-1)."""
+        self.troubles[where] = self.troubles.get(where, 0) + change
+        self.troubled_at[where] = self.loop.time()
+
+    def quiet_seconds(self, host: HostMachine) -> float | None:
+        """For how long nothing has been wrong with a host and its way to us; None: something is."""
+        if any(self.troubles.get(where) for where in (host.name, "")):
+            return None
+        return self.loop.time() - max(self.troubled_at.get(where, 0.0) for where in (host.name, ""))
+
+    def _machine(self, name: str) -> Machine:
+        chance = random.Random(self.chance.getrandbits(64))
+        return Machine(name, self.loop, self.server, self.time, chance)
+
+    def _replica(self, name: str, service: str, machine: Machine) -> None:
+        self.replicas[name] = Replica(
+            name, plane.SERVICES[service], machine, self.outsides[machine.name], self.environ
+        )
+
+    # Asking
+
+    async def open(self) -> None:
+        """Starts the control plane; returns when it answers."""
+        client = await Outside(self.desk, self.database).connect(_BUS, "gateway")
+        self.bus = Bus(client, "gateway")
+        for replica in self.replicas.values():
+            replica.start()
+        while not all(replica.service.ready for replica in self.replicas.values()):
+            await asyncio.sleep(0.05)
+
+    async def ask(self, call: Call[Q, A], question: Q, patience: float = 1500.0) -> A:
+        """Asked again under the same id while the answer is unknown, as a client with an idempotency key does."""
+        request_id = random_id()
+        end = self.loop.time() + patience
+        while True:
+            try:
+                return await self.bus.ask(call, question, Caller("user:sim", request_id, request_id))
+            except Refused as refused:
+                passing = refused.details.get("lost") or refused.kind in (Kind.TIMEOUT, Kind.UNAVAILABLE)
+                if not passing or self.loop.time() > end:
+                    raise
+            await asyncio.sleep(0.5)
+
+    async def ended(self, operation: Operation, patience: float = 3000.0) -> Operation:
+        owner = Owner(operation.id.split("-", 1)[0])
+        end = self.loop.time() + patience
+        while True:
+            found = await self.ask(GET_OPERATION[owner], GetOperation(id=operation.id), patience)
+            if found.state in ENDED:
+                return found
+            if self.loop.time() > end:
+                raise TimeoutError(
+                    f"operation {operation.kind} {operation.id} of {operation.object_name} goes on"
+                )
+            await asyncio.sleep(0.5)
+
+    async def listed(self, call: Call[ListQuery, Page], type_: type[A]) -> list[A]:
+        return [one async for page in pages(self.bus, call, type_) for one in page]
+
+    # Setting up
+
+    async def furnish(self, plan: Plan) -> None:
+        """Hosts, storage, VMs; returns when all of it runs."""
+        center = await self.ask(CREATE_DATA_CENTER, CreateDataCenter(name="Default"))
+        cluster = await self.ask(CREATE_CLUSTER, CreateCluster(name="Default", data_center_id=center.id))
+        self.cluster_id = cluster.id
+        await asyncio.gather(*(self._enrol(f"host-{n + 1}") for n in range(plan.hosts)))
+        made = await self.ask(
+            CREATE_STORAGE_DOMAIN,
+            CreateStorageDomain(
+                name="shared", kind=DomainKind.DIRECTORY, path=SHARED_PATH, data_center_id=center.id
+            ),
+        )
+        self.domain_id = _succeeded(await self.ended(made)).object_id
+        while len((await self.ask(GET_STORAGE_DOMAIN, GetById(id=self.domain_id))).host_ids) < plan.hosts:
+            await asyncio.sleep(0.5)
+        await asyncio.gather(
+            *(self._make_vm(f"vm-{n + 1}", plan.highly_available[n]) for n in range(plan.vms))
+        )
+
+    async def _enrol(self, name: str) -> None:
+        made = await self.ask(CREATE_HOST, CreateHost(name=name, cluster_id=self.cluster_id))
+        chance = random.Random(self.chance.getrandbits(64))
+        machine = HostMachine(name, self.loop, self.server, self.time, chance)
+        machine.host_id = made.host.id
+        machine.executes = self.oracle.vcpus
+        machine.died = self._died
+        machine.daemon.guest_of = lambda vm_id: self.guests.setdefault(vm_id, Guest())
+        machine.boot_seconds = chance.uniform(15, 45)
+        ask = Enrol(
+            token=read_token(made.enrolment_token).secret,
+            public_key=f"U{name}",
+            csr_pem="",
+            hostname=name,
+            addresses=(),
+            capabilities=agents.capabilities(machine),
+        )
+        await self.ask(ENROL_HOST, ask)
+        machine.agent = agents.main_of(
+            machine, self.shelf, plane.owner_keys(), self._reach, runner(self.bmcs)
+        )
+        self.hosts[name] = machine
+        self.bmcs[name] = Bmc(machine, told_off=self._told)
+        machine.power_on(0.0)
+        while (await self.host(machine)).status is not HostStatus.UP:
+            await asyncio.sleep(0.5)
+        if chance.random() < 0.85:
+            await self._manage_power(machine)
+
+    async def _manage_power(self, machine: HostMachine) -> None:
+        device = NewFenceDevice(agent=AGENT, address=machine.name, secrets={}, timeout_seconds=10)
+        ask = SetPowerManagement(id=machine.host_id, devices=(device,))
+        while True:
+            try:
+                await self.ask(SET_POWER_MANAGEMENT, ask)
+                return
+            except Refused as refused:
+                if refused.kind is not Kind.NOT_FOUND:
+                    raise
+            await asyncio.sleep(0.5)  # ha has not heard of it yet
+
+    def _told(self, bmc: Bmc, action: PowerAction) -> None:
+        self.note(f"the BMC of {bmc.host.name} is told {action}")
+        self.reached.add(f"BMC told {action}")
+        if action is PowerAction.OFF:
+            self.oracle.switched_off(bmc.host, "ha")
+            for act in list(self.at_off):
+                act(bmc)
+
+    def _died(self, machine: HostMachine) -> None:
+        for vm_id in machine.daemon.domains:
+            self.oracle.ended_by_itself(vm_id, asked=False)
+
+    async def host(self, machine: HostMachine) -> Host:
+        return await self.ask(GET_HOST, GetById(id=machine.host_id))
+
+    def _reach(self, source: HostMachine, uri: str) -> Daemon | None:
+        target = next((m for m in self.hosts.values() if agents.uri_of(m.name) == uri), None)
+        if target is None or not target.reachable or not source.reachable:
+            return None
+        return target.daemon
+
+    async def _make_vm(self, name: str, highly_available: bool) -> None:
+        ask = CreateVm(
+            name=name,
+            cluster_id=self.cluster_id,
+            memory_bytes=2 * GIB,
+            disks=(NewDisk(name=f"{name}-disk", storage_domain_id=self.domain_id, size_bytes=GIB),),
+            high_availability=HighAvailability(enabled=highly_available),
+            start=True,
+        )
+        operation = _succeeded(await self.ended(await self.ask(CREATE_VM, ask)))
+        vm_id = self.vms[name] = operation.object_id
+        self.oracle.want(vm_id, Wish.UP)
+        if highly_available:
+            self.oracle.highly_available.add(vm_id)
+        chance = random.Random(self.chance.getrandbits(64))
+        self.guests[vm_id] = Guest(
+            shutdown_seconds=None if chance.random() < 0.1 else chance.uniform(1, 20),
+            migration_seconds=chance.choice((0.6, 3.0, 12.0, 40.0)),
+        )
+
+
+def _succeeded(operation: Operation) -> Operation:
+    if operation.problem is not None:
+        raise RuntimeError(f"{operation.kind} failed: {operation.problem.message}")
+    return operation
+
+
+_BUS: Any = msgspec.defstruct("NoBus", [])()

@@ -1,0 +1,240 @@
+"""`volery host power…`, `volery fencing`, `volery fence`: BMCs, what they were told, and when they must not be."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+
+from volery.cli import output, work
+from volery.cli.output import Format
+from volery.cli.work import Output
+from volery.client import api
+from volery.client.request import Request, body_of
+from volery.client.transport import Client
+from volery.contracts.base import Done
+from volery.contracts.fencing import PowerAction
+from volery.contracts.liveness import HostLiveness
+from volery.contracts.power import (
+    ConfirmHostRebooted,
+    Fencing,
+    FencingPause,
+    FencingScope,
+    NewFenceDevice,
+    PauseFencing,
+    PowerManagement,
+    PowerSwitched,
+    ResumeFencing,
+    SetPowerManagement,
+    SwitchPower,
+)
+
+Name = Annotated[str, typer.Argument(help="The host's name or id.")]
+Confirm = Annotated[str, typer.Option(help="The host's name; you are asked for it otherwise.")]
+
+power_management = typer.Typer(help="How a host's power is switched.", no_args_is_help=True)
+fencing = typer.Typer(help="Whether silent hosts are switched off.", no_args_is_help=True)
+records = typer.Typer(help="What was switched, by ha or by hand.", no_args_is_help=True)
+
+
+class Switch(StrEnum):
+    ON = "on"
+    OFF = "off"
+    STATUS = "status"
+
+
+@power_management.command("set")
+def set_power(
+    name: Name,
+    agent: Annotated[str, typer.Option(help="fence_redfish, fence_ipmilan, …")] = "",
+    address: Annotated[str, typer.Option(help="Of the BMC.")] = "",
+    port: int = 0,
+    username: str = "",
+    password_file: Annotated[Path | None, typer.Option(help="Else you are asked; - is stdin.")] = None,
+    keep_password: Annotated[bool, typer.Option("--keep-password", help="As it is set already.")] = False,
+    option: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE, as the agent's man page has it.")
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="JSON of the whole, for several devices; - is stdin.")
+    ] = None,
+    enabled: Annotated[bool, typer.Option("--enabled/--disabled")] = True,
+    output_format: Output = Format.TABLE,
+) -> None:
+    """Set one device, or several from a file. It is tested at once."""
+    with work.connected() as client:
+        host = client.find(api.HOSTS, name)
+        if file is not None:
+            question = _from_file(host.id, file)
+        else:
+            if not agent or not address:
+                output.fail("name --agent and --address, or a --file with the devices")
+            secrets: Any = msgspec.UNSET
+            if not keep_password:
+                secrets = {"password": _password(password_file)}
+            device = NewFenceDevice(
+                agent=agent,
+                address=address,
+                port=port,
+                username=username,
+                options=_options(option or []),
+                secrets=secrets,
+            )
+            question = SetPowerManagement(id=host.id, devices=(device,), enabled=enabled)
+        request = Request("PUT", f"hosts/{host.id}/power-management", PowerManagement, body_of(question))
+        output.show(client.send(request), output_format)
+
+
+def _from_file(host_id: str, file: Path) -> SetPowerManagement:
+    text = sys.stdin.read() if str(file) == "-" else file.read_text()
+    try:
+        return msgspec.convert(msgspec.json.decode(text) | {"id": host_id}, SetPowerManagement)
+    except (msgspec.DecodeError, TypeError) as error:
+        output.fail(f"{file} isn't a power management: {error}")
+
+
+def _password(file: Path | None) -> str:
+    if file is None:
+        return str(typer.prompt("Password of the BMC", hide_input=True))
+    return (sys.stdin.read() if str(file) == "-" else file.read_text()).strip()
+
+
+def _options(pairs: list[str]) -> dict[str, str]:
+    for pair in pairs:
+        if "=" not in pair:
+            output.fail(f"--option {pair}: write NAME=VALUE")
+    return dict(pair.split("=", 1) for pair in pairs)
+
+
+@power_management.command("show")
+def show_power(name: Name, output_format: Output = Format.TABLE) -> None:
+    """Show it, without secrets."""
+    with work.connected() as client:
+        host = client.find(api.HOSTS, name)
+        output.show(
+            client.send(Request("GET", f"hosts/{host.id}/power-management", PowerManagement)), output_format
+        )
+
+
+@power_management.command("list")
+def list_power(output_format: Output = Format.TABLE) -> None:
+    """Show it of every host that has one."""
+    with work.connected() as client:
+        resource = api.POWER_MANAGEMENT
+        output.show(list(client.list(resource)), output_format, resource.columns)
+
+
+@power_management.command("test")
+def ask_devices(name: Name, output_format: Output = Format.TABLE) -> None:
+    """Ask every device whose machine it is and whether that is on."""
+    with work.connected() as client:
+        host = client.find(api.HOSTS, name)
+        request = Request("POST", f"hosts/{host.id}/power-management/test", PowerManagement, b"{}")
+        found = client.send(request)
+        output.show(found, output_format)
+    if not found.test_passed:
+        raise SystemExit(1)
+
+
+@power_management.command("delete")
+def delete_power(name: Name) -> None:
+    """Forget it: the host is never fenced from now on."""
+    with work.connected() as client:
+        host = client.find(api.HOSTS, name)
+        client.send(Request("DELETE", f"hosts/{host.id}/power-management", Done))
+    output.out.print(f"power management of {name}: deleted")
+
+
+def power(
+    name: Name,
+    action: Switch,
+    confirm: Confirm = "",
+    reason: str = "",
+    output_format: Output = Format.TABLE,
+) -> None:
+    """Switch a host's power by hand, or read it."""
+    with work.connected() as client:
+        host = client.find(api.HOSTS, name)
+        if action is Switch.OFF and not confirm and sys.stdin.isatty():
+            confirm = typer.prompt(f"This ends what runs on {host.name}. Type its name")
+        question = SwitchPower(id=host.id, action=PowerAction(action), confirm=confirm, reason=reason)
+        request = Request("POST", f"hosts/{host.id}/power", PowerSwitched, body_of(question))
+        output.show(client.send(request), output_format)
+
+
+def confirm_rebooted(
+    name: Name, confirm: Confirm = "", reason: str = "", output_format: Output = Format.TABLE
+) -> None:
+    """Say that a silent host is off or was rebooted: what ran there is started elsewhere."""
+    with work.connected() as client:
+        host = client.find(api.HOSTS, name)
+        if not confirm and sys.stdin.isatty():
+            confirm = typer.prompt(f"If {host.name} lives, its VMs will run twice. Type its name")
+        question = ConfirmHostRebooted(id=host.id, confirm=confirm, reason=reason)
+        request = Request("POST", f"hosts/{host.id}/confirm-rebooted", HostLiveness, body_of(question))
+        output.show(client.send(request), output_format)
+
+
+def _scope(client: Client, cluster: str, host: str) -> tuple[FencingScope, str]:
+    if cluster and host:
+        output.fail("name a --cluster or a --host, not both; neither is everywhere")
+    if cluster:
+        return FencingScope.CLUSTER, client.find(api.CLUSTERS, cluster).id
+    if host:
+        return FencingScope.HOST, client.find(api.HOSTS, host).id
+    return FencingScope.GLOBAL, ""
+
+
+@fencing.command("show")
+def show_fencing(output_format: Output = Format.TABLE) -> None:
+    """Pauses, brakes, and silent hosts with what is done about them."""
+    with work.connected() as client:
+        found = client.send(Request("GET", "fencing", Fencing))
+        if output_format is not Format.TABLE:
+            output.show(found, output_format)
+            return
+        output.show(list(found.pauses), output_format, api.FENCING_PAUSES.columns)
+        brakes = ("cluster_id", "hosts", "ordered_off", "limit", "window_seconds")
+        output.show(list(found.brakes), output_format, brakes)
+        output.show(list(found.held), output_format, ("host_name", "state", "fencing"))
+
+
+@fencing.command()
+def pause(
+    reason: Annotated[str, typer.Option(help="For whoever finds it paused.")] = "",
+    cluster: str = "",
+    host: str = "",
+    minutes: Annotated[float, typer.Option(help="It goes on by itself after this, at most a week.")] = 60,
+    output_format: Output = Format.TABLE,
+) -> None:
+    """Switch no silent host off for a while."""
+    with work.connected() as client:
+        scope, object_id = _scope(client, cluster, host)
+        question = PauseFencing(scope=scope, object_id=object_id, seconds=minutes * 60, reason=reason)
+        request = Request("POST", "fencing/pause", FencingPause, body_of(question) or b"{}")
+        output.show(client.send(request), output_format)
+
+
+@fencing.command()
+def resume(cluster: str = "", host: str = "") -> None:
+    """Go on with fencing."""
+    with work.connected() as client:
+        scope, object_id = _scope(client, cluster, host)
+        question = ResumeFencing(scope=scope, object_id=object_id)
+        client.send(Request("POST", "fencing/resume", Done, body_of(question)))
+    output.out.print("fencing goes on")
+
+
+@records.command("list")
+def list_records(
+    host: Annotated[str, typer.Option(help="Of this host only.")] = "", output_format: Output = Format.TABLE
+) -> None:
+    """What was switched, when, why, and what came of it; all steps with -o yaml."""
+    with work.connected() as client:
+        wanted = {"host_id": client.find(api.HOSTS, host).id} if host else {}
+        items = list(client.list(api.FENCE_RECORDS, filter=wanted, order_by="-id"))
+        output.show(items, output_format, api.FENCE_RECORDS.columns)
