@@ -28,7 +28,7 @@ from volery.runtime.programs import Settings
 from volery.runtime.tables import Change, commit
 from volery.runtime.tasks import end
 
-SECONDS = 20.0
+SECONDS = 40.0
 
 
 class Work(Message):
@@ -73,6 +73,12 @@ class Party:
         await agent.start()
         said = self.ha.holds(agent.host_id, agent.boot_id, LivenessState.UP, former)
         await self.deaths.heard(said)
+
+    async def until_down(self, agent: ScriptedAgent) -> None:
+        """Until all that follows from its death was done."""
+        async with asyncio.timeout(SECONDS):
+            while agent.host_id not in self.deaths.down:
+                await asyncio.sleep(0.01)
 
     async def end_of(self, order_id: str) -> Result:
         async with asyncio.timeout(SECONDS):
@@ -154,9 +160,7 @@ async def test_an_order_of_no_operation_waits_for_the_next_boot(configured: Sett
     async with owner_of(configured) as owner, scripted(worker(configured.bus.servers)) as agent:
         await owner.end_of(await owner.give(agent.host_id, "first"))
         await owner.dies(agent)
-        async with asyncio.timeout(SECONDS):
-            while agent.host_id not in owner.deaths.down:
-                await asyncio.sleep(0.01)
+        await owner.until_down(agent)
         waiting = asyncio.create_task(owner.end_of(await owner.give(agent.host_id, "c", operation_id="")))
         await owner.boots(agent)
         assert (await waiting).outcome is Outcome.SUCCEEDED
@@ -192,6 +196,7 @@ async def test_a_boot_that_lives_on_is_given_orders_again(configured: Settings) 
         await owner.end_of(await owner.give(agent.host_id, "first"))
         said = owner.ha.holds(agent.host_id, agent.boot_id, LivenessState.DEAD, agent.boot_id)
         await owner.deaths.heard(said)
+        await owner.until_down(agent)
         assert (await owner.end_of(await owner.give(agent.host_id, "e"))).outcome is Outcome.HOST_DIED
         await owner.deaths.heard(owner.ha.holds(agent.host_id, agent.boot_id, LivenessState.UP))
         async with asyncio.timeout(SECONDS):
