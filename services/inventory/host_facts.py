@@ -107,8 +107,6 @@ def _see(inv: Inventory, fact: FromHost, domain: DomainReport) -> None:
 
 async def _domain(inv: Inventory, fact: FromHost, report: DomainReport, *, full: bool) -> list[Change]:
     host_id, boot_id = fact.host_id, fact.boot_id
-    if report.state in ALIVE_STATES and inv.core.orders.deaths.has_ended(host_id, boot_id):
-        return []  # said before it died, and heard late
     known = await inv.store.domain_on(host_id, report.vm_id)
     if known is None:
         return []  # the host was deleted

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from services.inventory.service import service as inventory
+from tests.support.bell import Bell
 from tests.support.runtime import running
 from tests.support.scripted_agent import ScriptedAgent
 from tests.support.speaker import Speaker
@@ -20,7 +21,7 @@ from volery.contracts.agent import (
     DomainReport,
     HostCapabilities,
 )
-from volery.contracts.base import Done, Entity, Owner
+from volery.contracts.base import Done, Owner
 from volery.contracts.cluster import (
     CREATE_CLUSTER,
     CREATE_DATA_CENTER,
@@ -45,8 +46,6 @@ from volery.contracts.errors import Kind, Refused
 from volery.contracts.host import CREATE_HOST, GET_HOST, CreateHost, Host, HostStatus
 from volery.contracts.ids import new_id
 from volery.contracts.liveness import (
-    GET_LIVENESS,
-    LIST_LIVENESS,
     LIVENESS_CHANGED,
     HostLiveness,
     LivenessState,
@@ -241,20 +240,6 @@ class Scheduler(Speaker):
         return Done()
 
 
-@dataclass
-class Ha(Speaker):
-    """Lists what it said of hosts, and answers what it is asked about one."""
-
-    def __post_init__(self) -> None:
-        self.lists = [(LIST_LIVENESS, HostLiveness)]
-        self.answers = [(GET_LIVENESS, self._liveness)]
-
-    async def _liveness(self, _: Speaker, ask: GetById, caller: Caller) -> Entity:
-        if ask.id not in self.objects:
-            raise Refused(Kind.NOT_FOUND, "there is no such host")
-        return self.objects[ask.id]
-
-
 def not_claimed(ask: ClaimKey) -> None:
     raise Refused(Kind.NOT_FOUND, "it holds no claim: it expired")
 
@@ -386,7 +371,7 @@ class World:
 async def surroundings(configured: Settings) -> AsyncIterator[World]:
     """Everything but inventory, which is run by `inventory_of` and may be ended and run again."""
     scheduler = Scheduler()
-    ha = Ha(Owner.HA)
+    ha = Bell()
     async with running(configured, scheduler.service(), ha.service()) as bus:
         world = World(bus, configured, scheduler, ha)
         try:

@@ -7,27 +7,19 @@ import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 
 import pytest
 
+from tests.support.bell import Bell
 from tests.support.runtime import running
 from tests.support.scripted_agent import ScriptedAgent, scripted
-from tests.support.speaker import Speaker
 from volery.contracts.agent import HOST_REPORTED, INVENTORY_ORDER_FINISHED, HostReported, Outcome
-from volery.contracts.base import Done, Entity, Message, Order, Owner
-from volery.contracts.cluster import GetById
-from volery.contracts.errors import Kind, Refused
+from volery.contracts.base import Done, Message, Order
+from volery.contracts.errors import Refused
 from volery.contracts.ids import new_id
 from volery.contracts.liveness import (
-    GET_LIVENESS,
-    LIST_LIVENESS,
-    HostLiveness,
     LivenessState,
-    Proof,
-    ProofKind,
 )
-from volery.runtime.bus import Caller
 from volery.runtime.database import migrate, open_pool
 from volery.runtime.deaths import Deaths, host_died
 from volery.runtime.hear import HostHearing, make_host_stream, table_of
@@ -36,7 +28,7 @@ from volery.runtime.programs import Settings
 from volery.runtime.tables import Change, commit
 from volery.runtime.tasks import end
 
-SECONDS = 20.0
+SECONDS = 40.0
 
 
 class Work(Message):
@@ -44,37 +36,6 @@ class Work(Message):
 
 
 WORK = Order("toy.work", Work, Done)
-NOW = datetime.now(UTC)
-
-
-@dataclass
-class Ha(Speaker):
-    owner: Owner = Owner.HA
-
-    def __post_init__(self) -> None:
-        self.lists = [(LIST_LIVENESS, HostLiveness)]
-        self.answers = [(GET_LIVENESS, self._one)]
-
-    async def _one(self, _: Speaker, ask: GetById, caller: Caller) -> Entity:
-        if ask.id not in self.objects:
-            raise Refused(Kind.NOT_FOUND, "there is no such host")
-        return self.objects[ask.id]
-
-    def holds(self, host_id: str, boot_id: str, state: LivenessState, proof_of: str = "") -> HostLiveness:
-        """What it says when it is asked from now on."""
-        proof = Proof(id=new_id(), kind=ProofKind.BMC_OFF, at=NOW, boot_id=proof_of) if proof_of else None
-        said = HostLiveness(
-            id=host_id,
-            revision=1,
-            created_at=NOW,
-            updated_at=NOW,
-            host_name="h1",
-            state=state,
-            boot_id=boot_id,
-            proof=proof,
-        )
-        self.knows(said)
-        return said
 
 
 @dataclass
@@ -83,7 +44,7 @@ class Party:
 
     orders: Orders
     deaths: Deaths
-    ha: Ha
+    ha: Bell
     written: list[str] = field(default_factory=list)
     """What was done with a death before orders ended."""
 
@@ -113,6 +74,12 @@ class Party:
         said = self.ha.holds(agent.host_id, agent.boot_id, LivenessState.UP, former)
         await self.deaths.heard(said)
 
+    async def until_down(self, agent: ScriptedAgent) -> None:
+        """Until all that follows from its death was done."""
+        async with asyncio.timeout(SECONDS):
+            while agent.host_id not in self.deaths.down:
+                await asyncio.sleep(0.01)
+
     async def end_of(self, order_id: str) -> Result:
         async with asyncio.timeout(SECONDS):
             return await self.orders.result(order_id)
@@ -121,7 +88,7 @@ class Party:
 @asynccontextmanager
 async def owner_of(configured: Settings) -> AsyncIterator[Party]:
     await migrate(configured.database, "inventory")
-    ha = Ha()
+    ha = Bell()
     async with running(configured, ha.service()) as bus, open_pool(configured.database, "inventory") as pool:
         await make_host_stream(bus, 1)
         beats = Beats()
@@ -193,9 +160,7 @@ async def test_an_order_of_no_operation_waits_for_the_next_boot(configured: Sett
     async with owner_of(configured) as owner, scripted(worker(configured.bus.servers)) as agent:
         await owner.end_of(await owner.give(agent.host_id, "first"))
         await owner.dies(agent)
-        async with asyncio.timeout(SECONDS):
-            while agent.host_id not in owner.deaths.down:
-                await asyncio.sleep(0.01)
+        await owner.until_down(agent)
         waiting = asyncio.create_task(owner.end_of(await owner.give(agent.host_id, "c", operation_id="")))
         await owner.boots(agent)
         assert (await waiting).outcome is Outcome.SUCCEEDED
@@ -231,6 +196,7 @@ async def test_a_boot_that_lives_on_is_given_orders_again(configured: Settings) 
         await owner.end_of(await owner.give(agent.host_id, "first"))
         said = owner.ha.holds(agent.host_id, agent.boot_id, LivenessState.DEAD, agent.boot_id)
         await owner.deaths.heard(said)
+        await owner.until_down(agent)
         assert (await owner.end_of(await owner.give(agent.host_id, "e"))).outcome is Outcome.HOST_DIED
         await owner.deaths.heard(owner.ha.holds(agent.host_id, agent.boot_id, LivenessState.UP))
         async with asyncio.timeout(SECONDS):

@@ -232,7 +232,13 @@ async def test_a_dry_run_explains_and_claims_nothing(configured: Settings) -> No
         by_name = {h.name: h for h in seen.hosts}
         assert [v.rule for v in by_name["small"].verdicts] == ["memory"]
         assert [v.rule for v in by_name["down"].verdicts] == ["host_state"]
-        assert by_name["up"].weights.keys() == {"cpu_even", "memory_even", "preferred_hosts"}
+        assert by_name["up"].weights.keys() == {
+            "cpu_even",
+            "memory_even",
+            "preferred_hosts",
+            "wished_host",
+            "avoided_hosts",
+        }
 
         nowhere = await bus.ask(PLACE, placing(c.id, place={"dry_run": True, "target_host_id": down.id}))
         assert nowhere.host_id == ""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.fleet import Fleet, HostFigures, NetworkReach
@@ -103,6 +104,8 @@ def places(draw: st.DrawFn) -> Place:
         epoch=1,
         excluded_host_ids=tuple(draw(st.just([]) | subsets(HOSTS))),
         target_host_id=draw(st.sampled_from(["", "", "", *HOSTS])),
+        preferred_host_id=draw(st.sampled_from(["", "", *HOSTS])),
+        avoided_host_ids=tuple(draw(st.just([]) | subsets(HOSTS))),
     )
 
 
@@ -147,6 +150,8 @@ def oracle_weight(world: World, place: Place, host: HostFigures, config: Schedul
     taken = host.memory_used_bytes + need.memory_bytes + config.guest_overhead_mib * MIB
     share = min(taken / max(host.memory_limit_bytes, 1), 1.0)
     bonus = 99.0 if host.id in need.preferred_host_ids else 0.0
+    bonus += 300.0 if host.id == place.preferred_host_id else 0.0
+    bonus -= 1000.0 if host.id in place.avoided_host_ids else 0.0
     if world.policy.balance == "power_saving":
         return bonus + share + (2 * load if load <= 0.8 else 0.0)
     return bonus + (1 - share) + 2 * (1 - min(load, 1.0))
@@ -261,6 +266,24 @@ def test_a_preferred_host_wins_unless_it_can_not() -> None:
     assert decided(fleet_of(*hosts), preferring, ClusterPolicy("a"))[0] == "a2"
     full = (figures("a1"), figures("a2", memory_used_bytes=14 * GIB))
     assert decided(fleet_of(*full), preferring, ClusterPolicy("a"))[0] == "a1"
+
+
+def test_a_placement_s_own_wish_outweighs_the_vm_s_and_avoiding_outweighs_both() -> None:
+    hosts = fleet_of(figures("a1"), figures("a2"), figures("a3", memory_used_bytes=10 * GIB))
+    asked = place_of(preferred_host_ids=("a1",))
+    cases = {
+        "a1": {},
+        "a3": {"preferred_host_id": "a3"},
+        "a2": {"preferred_host_id": "a3", "avoided_host_ids": ("a1", "a3")},
+    }
+    for host_id, wish in cases.items():
+        assert decided(hosts, replace(asked, **wish), ClusterPolicy("a"))[0] == host_id
+
+
+def test_an_avoided_host_is_taken_when_no_other_fits() -> None:
+    hosts = fleet_of(figures("a1", memory_used_bytes=14 * GIB), figures("a2"))
+    avoiding = replace(place_of(), avoided_host_ids=("a2",))
+    assert decided(hosts, avoiding, ClusterPolicy("a"))[0] == "a2"
 
 
 def test_a_refusal_names_each_host_with_figures_and_the_smallest_change() -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from services.storage.service import make_service
 from tests.storage.scripted_storage import GIB, MIB, Site, key, site, storage_process
+from tests.support.bell import Bell
 from tests.support.runtime import running
 from volery.contracts.agent import VolumeReport
 from volery.contracts.base import Owner
@@ -21,6 +22,7 @@ from volery.contracts.domain import ImageFormat
 from volery.contracts.errors import Kind, Refused
 from volery.contracts.host import HOST_CHANGED, HOST_DELETED, HostStatus
 from volery.contracts.ids import new_id
+from volery.contracts.liveness import LIVENESS_CHANGED, LivenessState
 from volery.contracts.operation import (
     CANCEL_OPERATION,
     GET_OPERATION,
@@ -84,6 +86,27 @@ async def test_an_order_survives_its_agent_and_never_moves_to_another_host(confi
         await at.done(op)
         assert other.agent.begun("volume.create") == []
         assert at.shelf.crowded == []
+
+
+async def test_the_volume_of_a_host_that_died_is_removed_by_another(configured: Settings) -> None:
+    """Not before the proof: until then whatever writes there may go on."""
+    ha = Bell()
+    async with running(configured, ha.service()), site(configured) as at:
+        domain = await at.new_domain()
+        for host in at.hosts:
+            host.held[CREATE_VOLUME.kind] = asyncio.Event()
+        op = await at.bus.ask(CREATE_DISK, CreateDisk(name="d", storage_domain_id=domain.id, size_bytes=GIB))
+        first = at.hosts[await working(at, op.object_id)].agent
+        await first.kill()
+        await at.bus.ask(CANCEL_OPERATION[Owner.STORAGE], CancelOperation(id=op.id))
+        with pytest.raises(TimeoutError):
+            await at.ended(op, 0.5)
+        said = ha.holds(first.host_id, first.boot_id, LivenessState.DEAD, first.boot_id)
+        await ha.says(LIVENESS_CHANGED, said)
+        assert (await at.ended(op)).state == "cancelled"
+        assert (await at.bus.ask(LIST_DISKS, ListQuery())).items == ()
+        (other,) = (host.agent for host in at.hosts if host.agent is not first)
+        assert len(other.begun("volume.delete")) == 1
 
 
 async def test_a_cancel_waits_for_a_host_that_is_away(configured: Settings) -> None:

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 LOOK_SECONDS = 15.0
 """How often every host is asked about, for facts that were missed."""
 AGAIN_SECONDS = 0.5
-PAGE = 500
+PAGE = 200
 
 
 def host_died(refused: Refused) -> bool:

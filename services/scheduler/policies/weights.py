@@ -68,18 +68,18 @@ def wished(fleet: Fleet, request: Request) -> Floats:
     return fleet.among((wanted,) if wanted else ()).astype(np.float64)
 
 
-def unavoided(fleet: Fleet, request: Request) -> Floats:
-    """Hosts that this placement would rather not have."""
-    return 1.0 - fleet.among(request.place.avoided_host_ids).astype(np.float64)
+def avoided(fleet: Fleet, request: Request) -> Floats:
+    """Hosts that this placement would rather not have: the only score below 0, so that the others' figures stay."""
+    return -fleet.among(request.place.avoided_host_ids).astype(np.float64)
 
 
 PREFERRED = Weight("preferred_hosts", 99.0, preferred)
 """oVirt's factor: outweighs everything else together."""
 WISHED = Weight("wished_host", 300.0, wished)
 """Outweighs the VM's own preferences: it is asked for once, for a reason of now."""
-UNAVOIDED = Weight("avoided_hosts", 1000.0, unavoided)
+AVOIDED = Weight("avoided_hosts", 1000.0, avoided)
 """Outweighs all others together: an avoided host is taken only when no other fits."""
-ASKED = (PREFERRED, WISHED, UNAVOIDED)
+ASKED = (PREFERRED, WISHED, AVOIDED)
 EVEN = (Weight("cpu_even", 2.0, cpu_even), Weight("memory_even", 1.0, memory_even), *ASKED)
 SAVING = (Weight("cpu_saving", 2.0, cpu_saving), Weight("memory_saving", 1.0, memory_saving), *ASKED)
 

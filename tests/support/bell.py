@@ -1,0 +1,52 @@
+"""An ha that says and answers what a test holds of hosts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from tests.support.speaker import Speaker
+from volery.contracts.base import Entity, Owner
+from volery.contracts.cluster import GetById
+from volery.contracts.errors import Kind, Refused
+from volery.contracts.ids import new_id
+from volery.contracts.liveness import (
+    GET_LIVENESS,
+    LIST_LIVENESS,
+    HostLiveness,
+    LivenessState,
+    Proof,
+    ProofKind,
+)
+from volery.runtime.bus import Caller
+
+
+@dataclass
+class Bell(Speaker):
+    owner: Owner = Owner.HA
+
+    def __post_init__(self) -> None:
+        self.lists = [(LIST_LIVENESS, HostLiveness)]
+        self.answers = [(GET_LIVENESS, self._one)]
+
+    async def _one(self, _: Speaker, ask: GetById, caller: Caller) -> Entity:
+        if ask.id not in self.objects:
+            raise Refused(Kind.NOT_FOUND, "there is no such host")
+        return self.objects[ask.id]
+
+    def holds(self, host_id: str, boot_id: str, state: LivenessState, proof_of: str = "") -> HostLiveness:
+        """What it says when it is asked from now on."""
+        now = datetime.now(UTC)
+        proof = Proof(id=new_id(), kind=ProofKind.BMC_OFF, at=now, boot_id=proof_of) if proof_of else None
+        said = HostLiveness(
+            id=host_id,
+            revision=1,
+            created_at=now,
+            updated_at=now,
+            host_name="h1",
+            state=state,
+            boot_id=boot_id,
+            proof=proof,
+        )
+        self.knows(said)
+        return said
