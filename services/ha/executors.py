@@ -38,18 +38,20 @@ def _heard(watch: Watch, now: float) -> bool:
     )
 
 
-def executors(ha: Ha, target: Watch) -> list[Watch]:
-    """Hosts of its cluster that may be asked, the ones heard last first; none when they are the smaller side."""
+def executors(ha: Ha, target: Watch, agents: list[str]) -> list[Watch]:
+    """Hosts of its cluster that have these agents and may be asked, the ones heard last first; none when they are the
+    smaller side."""
     now = monotonic()
     cluster = in_cluster(ha, target.facts.cluster_id)
-    heard = [w for w in cluster if w is not target and _heard(w, now)]
+    able = [w for w in cluster if w is not target and set(agents) <= set(w.facts.fence_agents)]
+    heard = [w for w in able if _heard(w, now)]
     if not is_majority(sum(_heard(w, now) for w in cluster), len(cluster)):
         return []
     return sorted(heard, key=lambda w: w.beat_at or 0.0, reverse=True)
 
 
 def can_execute(ha: Ha, target: Watch, agents: list[str]) -> bool:
-    return bool(executors(ha, target)) or own_hands(agents)
+    return bool(executors(ha, target, agents)) or own_hands(agents)
 
 
 def own_hands(agents: list[str]) -> bool:
@@ -71,7 +73,7 @@ async def run(
     """What a device said to whoever asked it, and who that was. An answer that was lost says nothing, in words: whoever
     acted reads the status next. Switching is asked of one executor only; a reading that was lost, of the next."""
     words: list[str] = []
-    for executor in executors(ha, target)[:3]:
+    for executor in executors(ha, target, [device.agent])[:3]:
         name = f"host {executor.facts.name}"
         try:
             return await _ask(ha, executor, target, action, device, secrets), name

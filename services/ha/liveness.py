@@ -99,6 +99,7 @@ def _facts(host: Host) -> HostFacts:
         status=str(host.status),
         hardware_uuid=(host.capabilities.dmi_uuid or host.capabilities.hardware_uuid).lower(),
         boot_id=host.boot_id,
+        fence_agents=host.capabilities.fence_agents,
     )
 
 
