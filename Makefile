@@ -5,9 +5,11 @@ VOLERY_HOME ?= /var/lib/volery
 HOSTS ?= 3
 YES ?=
 TESTS ?=
+SEEDS ?= 200
+SEED ?=
 export VOLERY_HOME YES
 
-.PHONY: help up down clean status test check lab lab-down bench docs fmt lock
+.PHONY: help up down clean status test check sim lab lab-down bench docs fmt lock
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +40,10 @@ check: ## types, style, layering
 	@$(PYTHON) -m ruff format --check .
 	@$(PYTHON) -m mypy
 	@.venv/bin/lint-imports
+
+sim: ## SEEDS=200 installations and their faults on virtual time (SEED=7 replays one)
+	@deploy/bootstrap.sh venv
+	@$(PYTHON) -m sim $(if $(SEED),--seed $(SEED),--seeds $(SEEDS))
 
 lab: ## HOSTS=3 hosts on this machine, connected to one control plane
 	@VOLERY_TARGET=lab deploy/bootstrap.sh test

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 from host_agent import domains
 from host_agent.action import Host
@@ -62,7 +63,7 @@ def main_of(
     owner_keys: dict[str, str],
     reach: Callable[[HostMachine, str], Daemon | None],
     fence: Run,
-) -> Callable[[], object]:
+) -> Callable[[], Coroutine[Any, Any, int]]:
     """The agent's main coroutine, anew for every start."""
 
     async def sample(host: Host) -> HostSample:

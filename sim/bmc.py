@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from host_agent.fencing import Run
 from sim.machines import HostMachine
 from volery.contracts.fencing import FenceDevice, PowerAction, PowerAnswer, PowerState
 
@@ -58,7 +59,7 @@ class Bmc:
         return PowerAnswer(ask_id=ask_id, action=action, state=self.state, exit_code=0)
 
 
-def runner(bmcs: Mapping[str, Bmc]) -> Callable[..., object]:
+def runner(bmcs: Mapping[str, Bmc]) -> Run:
     """`volery.fencing.running.run` for BMCs in memory; a device's address is its host's name."""
 
     async def run(

@@ -132,9 +132,10 @@ class MemoryHypervisor(Hypervisor):
             move = await self._call(self._work, f"migrate VM {vm_id}", begin, seconds)
             move.reachable = lambda: self._reach(parameters.destination_uri) is not None
             self._daemon.spawn(move.run())
-            lost = asyncio.ensure_future(self._lost.wait())
+            lost: asyncio.Future[Any] = asyncio.ensure_future(self._lost.wait())
             try:
-                await asyncio.wait([move.done, lost], return_when=asyncio.FIRST_COMPLETED)
+                waits: list[asyncio.Future[Any]] = [move.done, lost]
+                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 lost.cancel()
             if not move.done.done():
@@ -236,16 +237,17 @@ class Move:
         """From here on nobody can call it off: a lost answer leaves the source paused."""
         source, daemon = self.source, self.source.daemon
         self.phase = "switch"
-        if source.state is not DomainState.RUNNING:
-            self.problem = f"the domain is {source.state.value}"
+        if (now := source.state) is not DomainState.RUNNING:
+            self.problem = f"the domain is {now.value}"
             self._drop(arrived)
             return
         daemon.become(source, DomainState.PAUSED, "migration", "suspended", "migrated")
         await asyncio.sleep(SWITCH_SECONDS)
-        if (broken := self._broken(arrived)) or source.state is not DomainState.PAUSED:
+        stands_still = source in daemon.domains.values()
+        if (broken := self._broken(arrived)) or not stands_still:
             self.problem = broken or "the domain ended"
             self._drop(arrived)
-            if source.state is DomainState.PAUSED:
+            if stands_still:
                 daemon.become(source, DomainState.RUNNING, "migration_canceled", "resumed", "unpaused")
             return
         self.phase = "finish"

@@ -13,7 +13,7 @@ import itertools
 import signal
 from asyncio import events
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -105,17 +105,21 @@ class SimLoop(asyncio.AbstractEventLoop):
     def time(self) -> float:
         return self._time
 
-    def call_soon(self, callback: Any, *args: Any, context: Any = None) -> events.Handle:
+    def call_soon(self, callback: Any, *args: Any, context: Any = None) -> events.Handle:  # type: ignore[override]
         handle = events.Handle(callback, args, self, context)
         self._ready.append(handle)
         return handle
 
-    call_soon_threadsafe = call_soon
+    call_soon_threadsafe = call_soon  # type: ignore[assignment]
 
-    def call_later(self, delay: float, callback: Any, *args: Any, context: Any = None) -> events.TimerHandle:
+    def call_later(  # type: ignore[override]
+        self, delay: float, callback: Any, *args: Any, context: Any = None
+    ) -> events.TimerHandle:
         return self.call_at(self._time + delay, callback, *args, context=context)
 
-    def call_at(self, when: float, callback: Any, *args: Any, context: Any = None) -> events.TimerHandle:
+    def call_at(  # type: ignore[override]
+        self, when: float, callback: Any, *args: Any, context: Any = None
+    ) -> events.TimerHandle:
         handle = events.TimerHandle(when, callback, args, self, context)
         heapq.heappush(self._timers, (when, next(self.numbers), handle))
         return handle
@@ -156,9 +160,9 @@ class SimLoop(asyncio.AbstractEventLoop):
             if when > self._time:
                 self._time, self._moved_at_step = when, self.steps
             while self._timers and self._timers[0][0] <= self._time:
-                handle = heapq.heappop(self._timers)[2]
-                if not handle._cancelled:
-                    self._ready.append(handle)
+                timer = heapq.heappop(self._timers)[2]
+                if not timer._cancelled:
+                    self._ready.append(timer)
         if self.steps - self._moved_at_step > MOST_STEPS:
             raise Stuck(f"{MOST_STEPS} steps at {self._time:.3f} s, and no end")
         ready = self._ready
@@ -166,7 +170,7 @@ class SimLoop(asyncio.AbstractEventLoop):
             handle = ready.popleft()
             if handle._cancelled:
                 continue
-            process = handle._context.get(PROCESS)
+            process = handle._context.get(PROCESS)  # type: ignore[attr-defined]
             if process is not None and (process.stopped or process.dead):
                 (process.buried if process.dead else process.held).append(handle)
                 continue
@@ -213,7 +217,7 @@ class SimLoop(asyncio.AbstractEventLoop):
     def get_task_factory(self) -> Any:
         return _make_task
 
-    def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> Any:
+    def run_in_executor(self, executor: Any, func: Any, *args: Any) -> Any:  # type: ignore[override]
         future = self.create_future()
 
         def work() -> None:
@@ -254,7 +258,7 @@ class SimLoop(asyncio.AbstractEventLoop):
     def call_exception_handler(self, context: dict[str, Any]) -> None:
         self.default_exception_handler(context)
 
-    def add_signal_handler(self, sig: int, callback: Any, *args: Any) -> None:
+    def add_signal_handler(self, sig: int, callback: Any, *args: Any) -> None:  # type: ignore[override]
         raise RuntimeError(f"{signal.Signals(sig).name} has no meaning in a simulation")
 
     async def shutdown_asyncgens(self) -> None:
@@ -262,3 +266,8 @@ class SimLoop(asyncio.AbstractEventLoop):
 
     async def shutdown_default_executor(self, timeout: float | None = None) -> None:
         """There are no threads."""
+
+
+def new_loop(most_seconds: float = 1e9) -> SimLoop:
+    """A loop that doesn't let more virtual time pass. What it has not, such as sockets, a simulation doesn't use."""
+    return SimLoop(most_seconds)  # type: ignore[abstract]

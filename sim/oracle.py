@@ -77,9 +77,9 @@ class Oracle:
 
     def ended_by_itself(self, vm_id: str, *, asked: bool) -> None:
         """Its guest powered off (`asked`), or it crashed, or its host died."""
-        if asked or vm_id not in self.highly_available:
-            if self.wishes.get(vm_id) is Wish.UP:
-                self.wishes[vm_id] = Wish.ANY
+        stays_down = asked or vm_id not in self.highly_available
+        if stays_down and self.wishes.get(vm_id) is Wish.UP:
+            self.wishes[vm_id] = Wish.ANY
 
     # In the end
 

@@ -47,9 +47,7 @@ SIGNERS = ("inventory", "storage", "network", "ha")
 def keys() -> dict[str, Key]:
     """Everybody's nkey, the same in every run."""
     seeds = {name: hashlib.sha256(f"sim {name}".encode()).digest() for name in (*SIGNERS, "scheduler", "sys")}
-    return {
-        name: Key(nkeys.encode_seed(seed, PREFIXES["user"]).decode()) for name, seed in seeds.items()
-    }
+    return {name: Key(nkeys.encode_seed(seed, PREFIXES["user"]).decode()) for name, seed in seeds.items()}
 
 
 @cache

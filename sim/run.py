@@ -12,7 +12,7 @@ from typing import Any
 
 from sim import people
 from sim.faults import FAULTS, Scene
-from sim.loop import Deadlock, OutOfTime, SimLoop, Stuck
+from sim.loop import Deadlock, OutOfTime, Stuck, new_loop
 from sim.postgres import Database
 from sim.world import Plan, World
 from volery.contracts.base import Owner
@@ -71,7 +71,7 @@ def episode(seed: int, *, level: int = logging.WARNING) -> Outcome:
     began = time.perf_counter()
     random.seed(seed)  # what the programs draw from
     chance = random.Random(seed)
-    loop = SimLoop(MOST_SECONDS)
+    loop = new_loop(MOST_SECONDS)
     world = World(loop, chance, Database(seed))
     log = Log(world)
     logging.basicConfig(handlers=[log], level=level, force=True)
@@ -128,7 +128,9 @@ async def _scene(world: World, chance: random.Random) -> int:
     """Some faults and requests that overlap. How many faults there were."""
     count = chance.choice((1, 2, 2, 3, 4))
     faults = chance.choices([f for f, _ in FAULTS], [w for _, w in FAULTS], k=count)
-    asked = chance.choices([r for r, _ in people.REQUESTS], [w for _, w in people.REQUESTS], k=chance.randrange(4))
+    asked = chance.choices(
+        [r for r, _ in people.REQUESTS], [w for _, w in people.REQUESTS], k=chance.randrange(4)
+    )
     works = [_later(chance, act, world) for act in (*faults, *asked)]
     await asyncio.gather(*works)
     return count
@@ -183,7 +185,9 @@ async def _explain(world: World) -> None:
 
 
 def _machines(world: World) -> list[str]:
-    found = [f"{replica.name} isn't ready" for replica in world.replicas.values() if not replica.service.ready]
+    found = [
+        f"{replica.name} isn't ready" for replica in world.replicas.values() if not replica.service.ready
+    ]
     for host in world.hosts.values():
         if not host.on and host.booting is None:
             host.power_on()  # whoever was switched off by a fence is switched on again by its administrator
@@ -202,9 +206,13 @@ async def _told(world: World) -> list[str]:
     for host in await world.listed(LIST_HOSTS, Host):
         if host.status is not HostStatus.UP:
             found.append(f"host {host.name} is {host.status} {host.reasons}")
-    running = {(vm_id, places) for vm_id in world.vms.values() for places in world.oracle.running.get(vm_id, {})}
+    running = {
+        (vm_id, places) for vm_id in world.vms.values() for places in world.oracle.running.get(vm_id, {})
+    }
     names = {host.host_id: host.name for host in world.hosts.values()}
     for claim in await world.listed(LIST_CLAIMS, Claim):
         if (claim.vm_id, names.get(claim.host_id, "")) not in running:
-            found.append(f"claim of VM {claim.vm_id} on {names.get(claim.host_id)} epoch {claim.epoch}: it doesn't run there")
+            found.append(
+                f"claim of VM {claim.vm_id} on {names.get(claim.host_id)} epoch {claim.epoch}: it doesn't run there"
+            )
     return found

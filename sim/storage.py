@@ -87,9 +87,7 @@ class HostStorage:
         return tuple(self.look(domain_id) for domain_id in self.connected)
 
     def actions(self) -> tuple[Action[Any, Any], ...]:
-        def row(
-            order: Order[Any, Any], act: Callable[[Any], Any]
-        ) -> Action[Any, Any]:
+        def row(order: Order[Any, Any], act: Callable[[Any], Any]) -> Action[Any, Any]:
             async def run(host: Host, ask: Any, running: Running) -> Any:
                 await asyncio.sleep(WORK_SECONDS)
                 if not self.reachable():
@@ -150,5 +148,3 @@ class HostNetworks:
             BridgeReport(network_id=n.network_id, bridge=n.bridge, in_sync=True) for n in ask.networks
         )
         return NetworksApplied(networks=self.networks)
-
-

@@ -171,7 +171,9 @@ class World:
             if found.state in ENDED:
                 return found
             if self.loop.time() > end:
-                raise TimeoutError(f"operation {operation.kind} {operation.id} of {operation.object_name} goes on")
+                raise TimeoutError(
+                    f"operation {operation.kind} {operation.id} of {operation.object_name} goes on"
+                )
             await asyncio.sleep(0.5)
 
     async def listed(self, call: Call[ListQuery, Page], type_: type[A]) -> list[A]:

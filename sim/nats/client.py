@@ -57,7 +57,7 @@ class MemoryClient(Client):
 
     # Its life
 
-    async def connect(self, servers: Any = "", **options: Any) -> None:
+    async def connect(self, servers: Any = "", **options: Any) -> None:  # type: ignore[override]
         self.process = PROCESS.get()
         self._context = contextvars.copy_context()
         self.options |= options
@@ -86,7 +86,7 @@ class MemoryClient(Client):
                     return
             most = min(FIRST_PAUSE_SECONDS * 2.0**failures, LONGEST_PAUSE_SECONDS)
             failures = min(failures + 1, 10)
-            await asyncio.sleep(random.uniform(most / 2, most))  # noqa: S311
+            await asyncio.sleep(random.uniform(most / 2, most))
 
     def gives_up(self, connection: Connection) -> Callable[[], None]:
         """What the server calls when the client will notice that this connection is dead."""
@@ -98,12 +98,15 @@ class MemoryClient(Client):
                 self.server.drop(connection, "Client Closed" if not connection.link.cut else "")
                 self._reconnection_task = asyncio.get_running_loop().create_task(self._come_back())
 
-        return lambda: asyncio.get_running_loop().call_soon(noticed, context=self._context) and None
+        def tell() -> None:
+            asyncio.get_running_loop().call_soon(noticed, context=self._context)
+
+        return tell
 
     async def _come_back(self) -> None:
         if self._disconnected_cb is not None:
             await self._disconnected_cb()
-        await asyncio.sleep(random.uniform(0, FIRST_PAUSE_SECONDS))  # noqa: S311
+        await asyncio.sleep(random.uniform(0, FIRST_PAUSE_SECONDS))
         await self._reach()
         connection = self._connection
         assert connection is not None
@@ -251,7 +254,7 @@ class MemoryClient(Client):
             pending_msgs_limit=pending_msgs_limit,
             pending_bytes_limit=pending_bytes_limit,
         )
-        sub._start(self._error_cb)
+        sub._start(self._error_cb)  # type: ignore[no-untyped-call]
         self._subs[sid] = sub
         if self.is_connected:
             self._write(lambda connection: self.server.subscribe(connection, sid, subject, queue))

@@ -13,6 +13,7 @@ import json
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sim.loop import Process
@@ -109,14 +110,14 @@ class NatsServer:
         """A process was killed; with `power` its machine can't even close the connection."""
         for connection in self._of(lambda c: c.process is process):
             if power or connection.link.cut:
-                self._later(connection, STALE_SECONDS, lambda c=connection: self.drop(c, "Stale Connection"))
+                self._later(connection, STALE_SECONDS, partial(self.drop, connection, "Stale Connection"))
             else:
                 self.drop(connection, "Client Closed")
 
     def process_stopped(self, process: Process) -> None:
         for connection in self._of(lambda c: c.process is process):
             connection.silent = True
-            self._later(connection, STALE_SECONDS, lambda c=connection: self._stale(c))
+            self._later(connection, STALE_SECONDS, partial(self._stale, connection))
 
     def process_continued(self, process: Process) -> None:
         for connection in self._of(lambda c: c.process is process):
@@ -127,7 +128,7 @@ class NatsServer:
     def cut(self, link: Link) -> None:
         link.cut = True
         for connection in self._of(lambda c: c.link is link):
-            self._later(connection, STALE_SECONDS, lambda c=connection: self._stale(c))
+            self._later(connection, STALE_SECONDS, partial(self._stale, connection))
             gives_up = connection.client.gives_up(connection)
             connection.patience = self.loop.call_later(CLIENT_STALE_SECONDS, gives_up, context=_EMPTY)
 
@@ -217,14 +218,18 @@ class NatsServer:
             return
         stream = self.jetstream.find(subject)
         if stream is not None:
-            answer = self.jetstream.store(stream, subject, data, headers)
+            stored = self.jetstream.store(stream, subject, data, headers)
             if reply:
-                self._reply(reply, json.dumps(answer).encode(), None, DISK_SECONDS)
+                self._reply(reply, json.dumps(stored).encode(), None, DISK_SECONDS)
         elif not interested and reply:
             self._reply(reply, b"", NO_RESPONDERS)
 
     def pong(self, connection: Connection, future: asyncio.Future[Any]) -> None:
-        self._send(connection, lambda: future.done() or future.set_result(None))
+        def arrive() -> None:
+            if not future.done():
+                future.set_result(None)
+
+        self._send(connection, arrive)
 
     # What clients hear
 
@@ -234,9 +239,7 @@ class NatsServer:
         waiting = self.requests.pop(reply, None)
         if waiting is None:
             if more_seconds:
-                self.loop.call_later(
-                    more_seconds, self._route, reply, "", data, headers, context=_EMPTY
-                )
+                self.loop.call_later(more_seconds, self._route, reply, "", data, headers, context=_EMPTY)
             else:
                 self._route(reply, "", data, headers)
             return

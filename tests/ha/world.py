@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -79,7 +80,7 @@ def ha() -> Service:
 
 
 def hurried(configured: Settings, **more: str) -> Settings:
-    return replace(configured, environ=SHORT | more)
+    return dataclasses.replace(configured, environ=SHORT | more)
 
 
 def host(name: str, **fields: Any) -> Host:

@@ -16,7 +16,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.js.api import StorageType, StreamConfig
 
-from sim.loop import SimLoop
+from sim.loop import new_loop
 from sim.nats import Link, MemoryClient, NatsServer
 from volery.contracts.base import Call, Message
 from volery.contracts.errors import Kind, Refused
@@ -63,7 +63,8 @@ async def messages_arrive_in_order_with_headers(open_: Open) -> None:
             await one.publish(f"{subject}.x", str(number).encode(), headers={"N": str(number)})
         heard = [await sub.next_msg(2) for _ in range(50)]
         assert [m.data for m in heard] == [str(n).encode() for n in range(50)]
-        assert heard[7].headers == {"N": "7"} and heard[7].subject == f"{subject}.x"
+        assert heard[7].headers == {"N": "7"}
+        assert heard[7].subject == f"{subject}.x"
 
 
 async def wildcards_match_as_documented(open_: Open) -> None:
@@ -115,11 +116,13 @@ async def one_of_a_queue_group_gets_each_message(open_: Open) -> None:
             await one.publish(subject)
         await settle(one)
         await settle(two)
-        assert counts[0] + counts[1] == 40 and counts[2] == 40 and min(counts) > 0
+        assert counts[0] + counts[1] == 40
+        assert counts[2] == 40
+        assert min(counts) > 0
 
 
 async def a_question_nobody_answers_fails_at_once(open_: Open) -> None:
-    async with pair(open_) as (one, two):
+    async with pair(open_) as (one, _two):
         with pytest.raises(nats.errors.NoRespondersError):
             await one.request(fresh("nobody"), timeout=5)
 
@@ -155,14 +158,15 @@ async def services_answer_refuse_and_close(open_: Open) -> None:
         assert [a.text for a in found] == [f"T{n}" for n in range(20)]
         with pytest.raises(Refused, match="not now") as refused:
             await bus.ask(call, Question(text="no"))
-        assert refused.value.kind is Kind.CONFLICT and refused.value.details == {"object": "x"}
+        assert refused.value.kind is Kind.CONFLICT
+        assert refused.value.details == {"object": "x"}
         await answers.close(1)
         with pytest.raises(Refused, match="nobody answers"):
             await bus.ask(call, Question(), again=False)
 
 
 async def publishing_expects_its_predecessor(open_: Open) -> None:
-    async with pair(open_) as (one, two):
+    async with pair(open_) as (one, _two):
         stream = fresh("S")
         js = one.jetstream(timeout=5)
         config = StreamConfig(
@@ -246,7 +250,8 @@ async def a_closed_client_says_so(open_: Open) -> None:
 
     client = await open_("c", closed_cb=told)
     await client.close()
-    assert closed.is_set() and client.is_closed
+    assert closed.is_set()
+    assert client.is_closed
     with pytest.raises(nats.errors.ConnectionClosedError):
         await client.publish("x")
 
@@ -267,7 +272,7 @@ SUITE: tuple[Callable[[Open], Awaitable[None]], ...] = (
 
 def simulated(case: Callable[[Callable[[str], Any], NatsServer], Awaitable[None]]) -> None:
     """Runs a case on a server in memory; `open_` takes a link, too."""
-    loop = SimLoop(600.0)
+    loop = new_loop(600.0)
     server = NatsServer(loop)
 
     async def open_(name: str, link: Link | None = None, **options: Any) -> Client:
@@ -337,7 +342,8 @@ def test_a_link_cut_for_long_is_noticed_by_both_sides_and_comes_back() -> None:
             await far.publish("x", b"never")
         server.mend(link)
         await asyncio.sleep(5)
-        assert far.is_connected and far.stats["reconnects"] == 1
+        assert far.is_connected
+        assert far.stats["reconnects"] == 1
         await far.publish("x", b"new")
         assert (await sub.next_msg(1)).data == b"new"
         await near.publish("y", b"subscribed again")
@@ -363,5 +369,3 @@ def test_a_server_that_went_away_keeps_its_streams_unless_they_are_lost() -> Non
             await js.stream_info("S")
 
     simulated(case)
-
-
