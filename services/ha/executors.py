@@ -39,15 +39,18 @@ def _heard(watch: Watch, now: float) -> bool:
 
 
 def executors(ha: Ha, target: Watch, agents: list[str]) -> list[Watch]:
-    """Hosts of its cluster that have these agents and may be asked, the ones heard last first; none when they are the
-    smaller side."""
+    """Hosts of its cluster that may be asked, those that have the agents and were heard last first; none when they are
+    the smaller side. Whoever lacks the agent refuses, and the next is asked."""
     now = monotonic()
     cluster = in_cluster(ha, target.facts.cluster_id)
-    able = [w for w in cluster if w is not target and set(agents) <= set(w.facts.fence_agents)]
-    heard = [w for w in able if _heard(w, now)]
+    heard = [w for w in cluster if w is not target and _heard(w, now)]
     if not is_majority(sum(_heard(w, now) for w in cluster), len(cluster)):
         return []
-    return sorted(heard, key=lambda w: w.beat_at or 0.0, reverse=True)
+
+    def fitness(watch: Watch) -> tuple[bool, float]:
+        return set(agents) <= set(watch.facts.fence_agents), watch.beat_at or 0.0
+
+    return sorted(heard, key=fitness, reverse=True)
 
 
 def can_execute(ha: Ha, target: Watch, agents: list[str]) -> bool:

@@ -146,15 +146,15 @@ async def _sealed(
 
 
 async def _check_device(device: FenceDevice, secrets: dict[str, str], agents: set[str]) -> None:
-    """As strictly as this machine can: an agent that isn't installed here is checked by the host that runs it, of which
-    the cluster must have one (`agents`)."""
+    """As strictly as this machine can: an agent that isn't installed here is checked by the host that runs it. `agents`
+    are what the cluster's hosts have, as far as they say."""
     agent_rules.check_frame(device)
     try:
         await CATALOG.check_device(device, secrets)
     except Refused as refused:
         if refused.kind is not Kind.UNAVAILABLE:
             raise
-        if device.agent not in agents:
+        if agents and device.agent not in agents:
             meant = agent_rules.near(device.agent, agents)
             hint = f"did you mean {' or '.join(meant)}?" if meant else "install it on the cluster's hosts"
             raise invalid(
