@@ -11,6 +11,7 @@ from services.ha.state import Ha
 from services.ha.watch import Watch
 from volery.contracts.errors import Refused
 from volery.contracts.fencing import AskPower, FenceDevice, PowerAction, PowerAnswer
+from volery.contracts.host import HostStatus
 from volery.contracts.ids import new_id
 from volery.contracts.liveness import LivenessState
 from volery.fencing import process, running
@@ -23,6 +24,7 @@ HEARD_SECONDS = 2.0
 """An executor has beaten within this: four beats."""
 TTL_MS = 5000
 """An executor that is older than this, by its own clock, refuses: it was frozen, and what it was asked is long past."""
+NOT_EXPECTED = (HostStatus.MAINTENANCE, HostStatus.INSTALLING)
 WITNESS_SECONDS = 1.0
 WITNESSED_SECONDS = 10.0
 """How long the answer of the witnesses counts."""
@@ -32,24 +34,39 @@ def in_cluster(ha: Ha, cluster_id: str) -> list[Watch]:
     return [w for w in ha.watches.values() if w.known and w.facts.cluster_id == cluster_id]
 
 
+def has_majority(ha: Ha, cluster_id: str, now: float) -> bool:
+    """Whether enough of a cluster answers: of its hosts that should, so without those in maintenance or proven dead."""
+    expected = [
+        w
+        for w in in_cluster(ha, cluster_id)
+        if w.facts.status not in NOT_EXPECTED and w.state is not LivenessState.DEAD
+    ]
+    return is_majority(sum(_heard(w, now) for w in expected), len(expected))
+
+
 def _heard(watch: Watch, now: float) -> bool:
     return (
         watch.state is LivenessState.UP and watch.beat_at is not None and now - watch.beat_at < HEARD_SECONDS
     )
 
 
-def executors(ha: Ha, target: Watch) -> list[Watch]:
-    """Hosts of its cluster that may be asked, the ones heard last first; none when they are the smaller side."""
+def executors(ha: Ha, target: Watch, agents: list[str]) -> list[Watch]:
+    """Hosts of its cluster that may be asked, those that have the agents and were heard last first; none when they are
+    the smaller side. Whoever lacks the agent refuses, and the next is asked."""
     now = monotonic()
     cluster = in_cluster(ha, target.facts.cluster_id)
     heard = [w for w in cluster if w is not target and _heard(w, now)]
-    if not is_majority(sum(_heard(w, now) for w in cluster), len(cluster)):
+    if not has_majority(ha, target.facts.cluster_id, now):
         return []
-    return sorted(heard, key=lambda w: w.beat_at or 0.0, reverse=True)
+
+    def fitness(watch: Watch) -> tuple[bool, float]:
+        return set(agents) <= set(watch.facts.fence_agents), watch.beat_at or 0.0
+
+    return sorted(heard, key=fitness, reverse=True)
 
 
 def can_execute(ha: Ha, target: Watch, agents: list[str]) -> bool:
-    return bool(executors(ha, target)) or own_hands(agents)
+    return bool(executors(ha, target, agents)) or own_hands(agents)
 
 
 def own_hands(agents: list[str]) -> bool:
@@ -71,7 +88,7 @@ async def run(
     """What a device said to whoever asked it, and who that was. An answer that was lost says nothing, in words: whoever
     acted reads the status next. Switching is asked of one executor only; a reading that was lost, of the next."""
     words: list[str] = []
-    for executor in executors(ha, target)[:3]:
+    for executor in executors(ha, target, [device.agent])[:3]:
         name = f"host {executor.facts.name}"
         try:
             return await _ask(ha, executor, target, action, device, secrets), name
@@ -118,9 +135,7 @@ async def _ask(
 
 async def is_cut_off(ha: Ha, target: Watch) -> bool:
     """Whether it may be ha that is alone: most hosts of the cluster are silent, and most witnesses too."""
-    now = monotonic()
-    cluster = in_cluster(ha, target.facts.cluster_id)
-    if is_majority(sum(_heard(w, now) for w in cluster), len(cluster)):
+    if has_majority(ha, target.facts.cluster_id, monotonic()):
         return False
     return not await _witnessed(ha)
 

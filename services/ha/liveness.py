@@ -99,6 +99,7 @@ def _facts(host: Host) -> HostFacts:
         status=str(host.status),
         hardware_uuid=(host.capabilities.dmi_uuid or host.capabilities.hardware_uuid).lower(),
         boot_id=host.boot_id,
+        fence_agents=host.capabilities.fence_agents,
     )
 
 
@@ -243,6 +244,8 @@ async def conclude(
     )
     change = store.LIVENESS.update(row, new)
     lied = await _lied(ha, old, judgement)
+    if not _still_proven(ha, watch, judgement):
+        return None
     try:
         await ha.core.commit(change, *lied, *more, caller=caller, answer=change.document)
     except Stale:
@@ -258,6 +261,14 @@ async def conclude(
     _say(old, new, judgement, seen)
     written: HostLiveness = change.document
     return written
+
+
+def _still_proven(ha: Ha, watch: Watch, judgement: Judgement) -> bool:
+    """A beat may have come since it was judged, while the database was asked. Who confirms has looked at it."""
+    found = judgement.proof
+    if found is None or found.kind is ProofKind.PERSON or not _is_new(watch, judgement):
+        return True
+    return judge(watch.seen(ha.listening_since, monotonic()), ha.config, 0.0).proof is not None
 
 
 async def _lied(ha: Ha, old: HostLiveness, judgement: Judgement) -> list[Change]:

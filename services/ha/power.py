@@ -19,7 +19,7 @@ from services.ha.store import POWER, RECORDS, PowerPrivate
 from services.ha.watch import HostFacts, Watch
 from volery.contracts.base import Done
 from volery.contracts.cluster import DeleteById, GetById
-from volery.contracts.errors import Kind, Refused, conflict, not_found
+from volery.contracts.errors import Kind, Refused, conflict, invalid, not_found
 from volery.contracts.fencing import FenceDevice, PowerAction, PowerAnswer, PowerState
 from volery.contracts.ids import new_id
 from volery.contracts.operation import ListQuery
@@ -86,9 +86,13 @@ async def _set_power(ha: Ha, ask: SetPowerManagement, caller: Caller) -> Any:
     _check_revision(ask.if_revision, row, host)
     devices = tuple(rules.device_of(new) for new in ask.devices)
     rules.check_devices(devices)
+    agents = await store.fence_agents_in(ha.core.pool, host.cluster_id)
     old = list(zip(row.public.devices, row.private.secrets, strict=True)) if row is not None else []
     sealed = tuple(
-        [await _sealed(ha, new, device, old) for new, device in zip(ask.devices, devices, strict=True)]
+        [
+            await _sealed(ha, new, device, old, agents)
+            for new, device in zip(ask.devices, devices, strict=True)
+        ]
     )
     now = utc_now()
     made = PowerManagement(
@@ -124,6 +128,7 @@ async def _sealed(
     new: NewFenceDevice,
     device: FenceDevice,
     old: Sequence[tuple[FenceDevice, dict[str, str]]],
+    agents: set[str],
 ) -> dict[str, str]:
     """The device's secrets as they are kept. Raises Refused for a device that can't work."""
     kept = rules.secrets_for(new, device, old)
@@ -132,7 +137,7 @@ async def _sealed(
     else:
         assert new.secrets is not UNSET
         secrets = dict(new.secrets)
-    await _check_device(device, secrets)
+    await _check_device(device, secrets, agents)
     if secrets and not ha.vault.seals:
         raise conflict(
             "ha has no key to encrypt the BMC's password with: set VOLERY_HA_KEY_FILE to a file that only it may read"
@@ -140,14 +145,21 @@ async def _sealed(
     return {name: ha.vault.seal(text) for name, text in secrets.items()}
 
 
-async def _check_device(device: FenceDevice, secrets: dict[str, str]) -> None:
-    """As strictly as this machine can: agents that aren't installed here are checked by the host that runs them."""
+async def _check_device(device: FenceDevice, secrets: dict[str, str], agents: set[str]) -> None:
+    """As strictly as this machine can: an agent that isn't installed here is checked by the host that runs it. `agents`
+    are what the cluster's hosts have, as far as they say."""
     agent_rules.check_frame(device)
     try:
         await CATALOG.check_device(device, secrets)
     except Refused as refused:
         if refused.kind is not Kind.UNAVAILABLE:
             raise
+        if agents and device.agent not in agents:
+            meant = agent_rules.near(device.agent, agents)
+            hint = f"did you mean {' or '.join(meant)}?" if meant else "install it on the cluster's hosts"
+            raise invalid(
+                f"no host of the cluster has {device.agent}: {hint}", rule="agent", near=meant
+            ) from None
 
 
 @part.answers(DELETE_POWER_MANAGEMENT)

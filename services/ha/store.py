@@ -174,17 +174,18 @@ async def vm(pool: Pool, vm_id: str) -> WatchedVm | None:
     return None if record is None else WatchedVm(**dict(record))
 
 
-_HOST = "id, revision, name, cluster_id, status, hardware_uuid, boot_id"
+_HOST = "id, revision, name, cluster_id, status, hardware_uuid, boot_id, fence_agents"
 
 
 def saw_host(host: HostFacts) -> Change:
     """Facts and lists may come twice: a revision already known changes nothing."""
     return Change(
-        """insert into host (id, revision, name, cluster_id, status, hardware_uuid, boot_id)
-           values ({0}, {1}, {2}, {3}, {4}, {5}, {6})
+        """insert into host (id, revision, name, cluster_id, status, hardware_uuid, boot_id, fence_agents)
+           values ({0}, {1}, {2}, {3}, {4}, {5}, {6}, {7})
            on conflict (id) do update set revision = excluded.revision, name = excluded.name,
                cluster_id = excluded.cluster_id, status = excluded.status,
-               hardware_uuid = excluded.hardware_uuid, boot_id = excluded.boot_id
+               hardware_uuid = excluded.hardware_uuid, boot_id = excluded.boot_id,
+               fence_agents = excluded.fence_agents
            where host.revision < excluded.revision""",
         (
             host.id,
@@ -194,18 +195,30 @@ def saw_host(host: HostFacts) -> Change:
             host.status,
             host.hardware_uuid,
             host.boot_id,
+            " ".join(host.fence_agents),
         ),
         guarded=False,
     )
 
 
 async def hosts(pool: Pool) -> list[HostFacts]:
-    return [HostFacts(**dict(r)) for r in await pool.fetch(f"select {_HOST} from host")]
+    return [_host(r) for r in await pool.fetch(f"select {_HOST} from host")]
 
 
 async def host(pool: Pool, host_id: str) -> HostFacts | None:
     record = await pool.fetchrow(f"select {_HOST} from host where id = $1", host_id)
-    return None if record is None else HostFacts(**dict(record))
+    return None if record is None else _host(record)
+
+
+def _host(record: asyncpg.Record) -> HostFacts:
+    fields = dict(record)
+    return HostFacts(**(fields | {"fence_agents": tuple(fields["fence_agents"].split())}))
+
+
+async def fence_agents_in(pool: Pool, cluster_id: str) -> set[str]:
+    """Agents that some host of the cluster can run."""
+    rows = await pool.fetch("select fence_agents from host where cluster_id = $1", cluster_id)
+    return {name for row in rows for name in row["fence_agents"].split()}
 
 
 async def host_ends(pool: Pool, host_id: str, then: Callable[[], None]) -> list[Change]:

@@ -29,6 +29,8 @@ class HostFacts:
     status: str = ""
     hardware_uuid: str = ""
     boot_id: str = ""
+    fence_agents: tuple[str, ...] = ()
+    """Those that it can run against other hosts' BMCs."""
 
 
 @dataclass(slots=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
+from services.ha import store
+from services.ha.watch import HostFacts
 from tests.ha.bmcs import AGENT, PASSWORD, Bmc, Executors, executing
 from tests.ha.world import Heart, Inventory, becomes, ha, hearts, host, hurried, until, vm
 from tests.support.runtime import running
@@ -50,8 +54,9 @@ from volery.contracts.power import (
 )
 from volery.contracts.vm import VM_CHANGED, VmStatus
 from volery.runtime.bus import Bus, Caller
-from volery.runtime.database import open_direct
+from volery.runtime.database import open_direct, open_pool
 from volery.runtime.programs import Settings
+from volery.runtime.tables import Stale
 
 
 def uuid(number: int) -> str:
@@ -137,7 +142,9 @@ async def site(
 ) -> AsyncIterator[Site]:
     owner = Inventory()
     hosts = [
-        host(f"h{n}", capabilities=HostCapabilities(hardware_uuid=uuid(n)), boot_id="boot-1")
+        host(
+            f"h{n}", capabilities=HostCapabilities(dmi_uuid=uuid(n), fence_agents=(AGENT,)), boot_id="boot-1"
+        )
         for n in range(count)
     ]
     owner.knows(*hosts)
@@ -470,6 +477,10 @@ async def bad_power_management_is_refused_with_a_sentence(at: Site) -> None:
     for devices, words in [
         ([device(agent="rm -rf")], "isn't a fence agent's name"),
         ([device(agent="fence_dummy")], "proves nothing"),
+        (
+            [device(agent="fence_scriptd")],
+            "no host of the cluster has fence_scriptd: did you mean fence_scripted",
+        ),
         ([device(address="http://bmc0/")], "neither a host name nor an IP address"),
         ([device(port=70000)], "port 70000"),
         ([device(timeout_seconds=600)], "an action may take"),
@@ -484,3 +495,31 @@ async def bad_power_management_is_refused_with_a_sentence(at: Site) -> None:
     for wrong in ({"scope": FencingScope.HOST}, {"seconds": 8 * 86400.0}, {"object_id": "x"}):
         with pytest.raises(Refused):
             await at.bus.ask(PAUSE_FENCING, PauseFencing(**wrong), caller("pause"))  # type: ignore[arg-type]
+
+
+async def test_the_brakes_last_place_is_taken_once_and_by_the_leader_only(
+    configured: Settings, tmp_path: Path
+) -> None:
+    """Whoever asks at the same time; the same boot again takes none."""
+    async with running(hurried(configured), Inventory().service(), ha()):
+        pass  # its tables are there
+    hosts = [HostFacts(f"h{n}", 1, cluster_id="c") for n in range(8)]
+    now = datetime.now(UTC)
+    since = now - timedelta(minutes=10)
+    async with open_pool(configured.database, "ha") as pool:
+        token = await pool.fetchval("select token from leader")
+
+        async def book(each: HostFacts, token: int) -> bool:
+            return await store.book_power_off(pool, token, each, "boot", 3, since, now)
+
+        taken = await asyncio.gather(*(book(each, token) for each in hosts))
+        assert sum(taken) == 3
+        first = hosts[taken.index(True)]
+        assert await book(first, token)
+        with pytest.raises(Stale):
+            await book(first, token - 1)
+        assert await store.book_power_off(pool, token, HostFacts("x", 1, cluster_id="d"), "b", 1, since, now)
+        later = now + timedelta(minutes=11)
+        assert await store.book_power_off(
+            pool, token, hosts[taken.index(False)], "boot", 3, later - timedelta(minutes=10), later
+        )

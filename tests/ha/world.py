@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from msgspec.structs import replace
+from msgspec.structs import replace as with_fields
 from nats.aio.client import Client
 
 from services.ha.config import HaConfig
@@ -218,7 +218,7 @@ class Inventory(Speaker):
         )
         if self.ends_with is not None:
             problem = self.ends_with.problem()
-            operation = replace(operation, state=OperationState.FAILED, problem=problem, ended_at=now)
+            operation = with_fields(operation, state=OperationState.FAILED, problem=problem, ended_at=now)
             await self._keep(operation)
         return operation
 
