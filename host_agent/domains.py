@@ -13,6 +13,7 @@ from host_agent import devices, domxml, leases, migration, runningxml
 from host_agent.action import Action, Host, Running
 from host_agent.domain_waits import settled, wait_gone
 from host_agent.domxml import Placement
+from host_agent.refusals import LibvirtError, is_libvirt
 from host_agent.suspension import remove_file, restore, save_domain
 from volery.contracts.agent import DomainReport
 from volery.contracts.base import Done, Message
@@ -43,6 +44,8 @@ ALIVE = (DomainState.RUNNING, DomainState.PAUSED, DomainState.PMSUSPENDED, Domai
 ASK_AGAIN_SECONDS = 15.0
 """A guest that is booting doesn't hear the power button: it is pressed again."""
 DESTROY_SECONDS = 60.0
+LET_GO_SECONDS = 2.0
+LOOK_AGAIN_SECONDS = 0.2
 
 
 def check_ours(now: DomainReport, installation: str | None = None) -> None:
@@ -88,7 +91,7 @@ async def run_domain(host: Host, order: RunDomain, running: Running) -> DomainRu
             return await _running(host, order.vm_id, spec, placement)
         await hypervisor.destroy(order.vm_id)
         await wait_gone(hypervisor, order.vm_id, DESTROY_SECONDS)
-    leases.check_lease(spec.lease)
+    await leases.check_lease(spec.lease)
     await devices.prepare_secrets(host, spec.disks, spec.installation)
     if order.restore_path:
         await restore(host, order, placement)
@@ -100,7 +103,7 @@ async def _create(host: Host, order: RunDomain, placement: Placement) -> DomainR
     """Cancelled, it leaves nothing behind. (A cancelled restoration does: its memory can't be restored twice.)"""
     xml = domxml.domain_xml(order.spec, placement, host.hypervisor.machine)
     try:
-        await host.hypervisor.create(xml, paused=order.paused)
+        await _create_leased(host, order, xml)
         await _check_held(host, order)
         return await _running(host, order.vm_id, order.spec, placement)
     except asyncio.CancelledError:
@@ -108,6 +111,19 @@ async def _create(host: Host, order: RunDomain, placement: Placement) -> DomainR
         if now.state not in ENDED and (now.epoch, now.order_seq) == (placement.epoch, placement.order_seq):
             await host.hypervisor.destroy(order.vm_id)
         raise
+
+
+async def _create_leased(host: Host, order: RunDomain, xml: str) -> None:
+    """A lease whose last holder has just ended is free a moment later: sanlock writes so to the storage first."""
+    deadline = monotonic() + LET_GO_SECONDS
+    while True:
+        try:
+            return await host.hypervisor.create(xml, paused=order.paused)
+        except Refused as problem:
+            busy = order.spec.lease is not None and is_libvirt(problem, LibvirtError.RESOURCE_BUSY)
+            if not busy or monotonic() > deadline:
+                raise
+        await asyncio.sleep(LOOK_AGAIN_SECONDS)
 
 
 async def _check_held(host: Host, order: RunDomain) -> None:

@@ -307,9 +307,16 @@ def libvirt_problem(conf: Path = QEMU_CONF, plugins: tuple[str, ...] = PLUGINS) 
     return ""
 
 
-def check_lease(lease: DomainLease | None) -> None:
-    """Raises Refused for a domain whose lease libvirt would not even look at."""
-    if lease is not None and (problem := libvirt_problem()):
+async def check_lease(lease: DomainLease | None) -> None:
+    """Raises Refused for a domain whose lease could not be held here, or that libvirt would not even look at."""
+    if lease is None:
+        return
+    problem = libvirt_problem()
+    if not problem and await joined(lease.lockspace) is None:
+        problem = (
+            f"it has not joined the lockspace of storage domain {lease.lockspace}: connect the domain here"
+        )
+    if problem:
         raise Refused(Kind.UNAVAILABLE, f"this host can't hold the VM's lease: {problem}", key=lease.key)
 
 

@@ -40,7 +40,7 @@ async def admit_migration(host: Host, order: AdmitMigration, running: Running) -
             " here: ask for its state",
             vm_id=order.vm_id,
         )
-    leases.check_lease(order.spec.lease)
+    await leases.check_lease(order.spec.lease)
     await devices.prepare_secrets(host, order.spec.disks, order.spec.installation)
     return Done()
 

@@ -376,8 +376,11 @@ async def test_only_leases_of_connected_domains_are_touched(world: Joined, tmp_p
         )
 
 
-async def test_a_domain_that_holds_no_lease_is_refused(world: Joined) -> None:
+async def test_a_domain_that_can_hold_no_lease_is_refused(world: Joined) -> None:
     lease = DomainLease(lockspace=world.domain_id, key=new_id(), path="/x")
+    await leases.check_lease(None)
+    with pytest.raises(Refused, match="this host can't hold the VM's lease"):
+        await leases.check_lease(lease)
     with pytest.raises(Refused, match="started without its lease"):
         await leases.check_held(lease)
 

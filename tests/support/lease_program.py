@@ -1,12 +1,14 @@
-"""The agent's part for leases and domains on a lab host: one order from the command line, its answer on stdout.
+"""The agent's part for leases and domains on a lab host: orders from the command line, the last answer on stdout.
 
-`python -m tests.support.lease_program STATE_DIR WATCHDOG_CLASS KIND BODY`; a refusal is `{"refused": kind, …}`.
+`python -m tests.support.lease_program STATE_DIR WATCHDOG_CLASS KIND BODY [KIND BODY …]`, up to the first refusal,
+which is `{"refused": kind, "message": …}`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import sys
+from typing import Any
 
 import msgspec
 
@@ -22,7 +24,7 @@ from volery.contracts.ids import new_id
 ACTIONS = {one.order.kind: one for one in (*storage.ACTIONS, *leases.ACTIONS, *domains.ACTIONS)}
 
 
-async def carry_out(state_dir: str, watchdog_class: str, kind: str, body: str) -> None:
+async def main(state_dir: str, watchdog_class: str, *orders: str) -> None:
     config = AgentConfig(
         state_dir=state_dir,
         installation="test01",
@@ -32,8 +34,19 @@ async def carry_out(state_dir: str, watchdog_class: str, kind: str, body: str) -
     hypervisor = Hypervisor(config)
     await hypervisor.start()
     host = Host(config, hypervisor, Tickets(), new_id())
+    try:
+        await hypervisor.wait_connected(30)
+        for kind, body in zip(orders[::2], orders[1::2], strict=True):
+            answer = encode(await carry_out(host, kind, body))
+    except Refused as refused:
+        answer = encode({"refused": refused.kind.value, "message": refused.message})
+    finally:
+        await hypervisor.close()
+    sys.stdout.write(answer.decode() + "\n")
+
+
+async def carry_out(host: Host, kind: str, body: str) -> Any:
     action = ACTIONS[kind]
-    order = msgspec.json.decode(body, type=action.order.question)
     running = Running(
         order_id=new_id(),
         owner="storage",
@@ -44,15 +57,8 @@ async def carry_out(state_dir: str, watchdog_class: str, kind: str, body: str) -
         resumed=False,
         progress=lambda percent, details: None,
     )
-    try:
-        await hypervisor.wait_connected(30)
-        answer = encode(await action.run(host, order, running))
-    except Refused as refused:
-        answer = encode({"refused": refused.kind.value, "message": refused.message})
-    finally:
-        await hypervisor.close()
-    sys.stdout.write(answer.decode() + "\n")
+    return await action.run(host, msgspec.json.decode(body, type=action.order.question), running)
 
 
 if __name__ == "__main__":
-    asyncio.run(carry_out(*sys.argv[1:]))
+    asyncio.run(main(*sys.argv[1:]))
