@@ -150,7 +150,11 @@ def _aggregate(scope: Scope, node: exp.Expr, only_if: Run | None = None) -> tupl
     if isinstance(node.this, exp.Star):
         return Aggregate(lambda f: True, len, only_if), "int8"
     if isinstance(node.this, exp.Distinct):
-        raise refuse(node)
+        (value,) = node.this.expressions
+        only(node.this, "expressions")
+        made = expression(scope, value)
+        once, kind = _FOLDS[type(node)](made.kind)
+        return Aggregate(made.run, lambda values: once(list(dict.fromkeys(values))), only_if), kind
     made = expression(scope, node.this)
     fold, kind = _FOLDS[type(node)](made.kind)
     return Aggregate(made.run, fold, only_if), kind

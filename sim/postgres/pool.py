@@ -31,9 +31,13 @@ class Pool:
         while True:
             if self._closing:
                 raise asyncpg.InterfaceError("pool is closing")
-            self._idle = [each for each in self._idle if not each.is_closed()]
-            if self._idle or len(self._used) < self._max:
-                connection = self._idle.pop() if self._idle else self._connect()
+            while self._idle:
+                connection = self._idle.pop()
+                if not connection.is_closed():
+                    self._used[connection] = None
+                    return connection
+            if len(self._used) < self._max:
+                connection = self._connect()
                 self._used[connection] = None
                 return connection
             turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -66,26 +70,41 @@ class Pool:
         self._next()
 
     async def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:
-        async with self.acquire() as connection:
+        connection = await self.take()
+        try:
             return await connection.execute(query, *args, timeout=timeout)
+        finally:
+            self.give_back(connection)
 
     async def executemany(
         self, command: str, args: Iterable[tuple[Any, ...]], *, timeout: float | None = None
     ) -> None:
-        async with self.acquire() as connection:
+        connection = await self.take()
+        try:
             await connection.executemany(command, args, timeout=timeout)
+        finally:
+            self.give_back(connection)
 
     async def fetch(self, query: str, *args: Any, timeout: float | None = None) -> list[Record]:
-        async with self.acquire() as connection:
+        connection = await self.take()
+        try:
             return await connection.fetch(query, *args, timeout=timeout)
+        finally:
+            self.give_back(connection)
 
     async def fetchrow(self, query: str, *args: Any, timeout: float | None = None) -> Record | None:
-        async with self.acquire() as connection:
+        connection = await self.take()
+        try:
             return await connection.fetchrow(query, *args, timeout=timeout)
+        finally:
+            self.give_back(connection)
 
     async def fetchval(self, query: str, *args: Any, column: int = 0, timeout: float | None = None) -> Any:
-        async with self.acquire() as connection:
+        connection = await self.take()
+        try:
             return await connection.fetchval(query, *args, column=column, timeout=timeout)
+        finally:
+            self.give_back(connection)
 
     async def close(self) -> None:
         """Waits until every connection was given back."""

@@ -181,6 +181,7 @@ SCRIPTS = (
             ("select t.id, t.n, sum(u.v), count(u.v), count(*) from t left join u on u.t_id = t.id group by t.id order by t.id",),
             ("select n, count(*), count(*) filter (where id > 'b') as late from t group by n order by n",),
             ("select n, count(*) from t group by n having count(*) > 1",),
+            ("select count(distinct n), sum(distinct n), count(n) from t",),
             ("select sum(big), max(id), min(n) from t where n > 1",),
             ("select sum(big) from t where false",),
             ("select count(*) from t where false",),
