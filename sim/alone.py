@@ -8,25 +8,45 @@ import os
 import select
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import cache
 
 import msgspec
 
+from sim.loop import new_loop
+from sim.plane import SERVICES
+from sim.postgres import Database, Snapshot
 from sim.run import Outcome, episode
 
 REAL_SECONDS = 300.0
 """A seed that takes longer hangs in a way that virtual time doesn't see."""
 
 
-def warm() -> None:
-    """Loads and compiles what every seed needs."""
-    if not _warmed:
-        _warmed.append(True)
-        run_one(0)
-        gc.freeze()
+@dataclass(frozen=True)
+class Warm:
+    """What every seed begins with."""
+
+    database: Database
+    empty: Snapshot
+    """Every schema, and nothing in it."""
 
 
-_warmed: list[bool] = []
+@cache
+def warm() -> Warm:
+    """Loads and compiles what every seed needs, by playing one in this process."""
+    gc.disable()
+    database = Database()
+    new_loop().run(_migrate(database))
+    made = Warm(database, database.snapshot())
+    episode(0, database)
+    gc.freeze()
+    gc.enable()
+    return made
+
+
+async def _migrate(database: Database) -> None:
+    for owner in SERVICES:
+        await database.migrate(owner)
 
 
 def run_one(seed: int, level: int = logging.WARNING) -> Outcome:
@@ -36,6 +56,7 @@ def run_one(seed: int, level: int = logging.WARNING) -> Outcome:
 
 def run_many(seeds: Iterable[int], at_once: int, level: int = logging.WARNING) -> Iterator[Outcome]:
     """Outcomes in the order in which they end."""
+    warm()
     waiting = iter(seeds)
     running: dict[int, tuple[int, int, float, bytearray]] = {}
     """Pipe → seed, process, began, what it said."""
@@ -63,7 +84,9 @@ def _fork(seed: int, level: int) -> tuple[int, int]:
         return reading, process
     try:
         gc.disable()  # the dead are never collected, and a seed is short
-        said = msgspec.json.encode(asdict(episode(seed, level=level)))
+        loaded = warm()
+        loaded.database.reset(loaded.empty, seed)
+        said = msgspec.json.encode(asdict(episode(seed, loaded.database, level=level)))
         with os.fdopen(writing, "wb") as pipe:
             pipe.write(said)
     finally:

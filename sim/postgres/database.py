@@ -265,6 +265,7 @@ class Database:
 
     def reset(self, snapshot: Snapshot, seed: int) -> None:
         """As new, with this content: for the next run of a simulation, which keeps the compiled statements."""
+        self.sessions.clear()  # of a run that has ended
         self.restore(snapshot)
         self.random.seed(seed)
         self.up = True
