@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
 import os
 import subprocess
 import sys
@@ -9,7 +11,7 @@ import sys
 import pytest
 
 from sim import alone
-from sim.loop import Deadlock, Process, Stuck, new_loop
+from sim.loop import PROCESS, Deadlock, Process, Stuck, new_loop
 from sim.mutants import MUTANTS, caught_by
 
 SEEDS = range(1, 11)
@@ -37,7 +39,8 @@ def test_a_seed_repeats_itself_in_another_process_with_other_hashes() -> None:
         ).stdout
         for hashes in ("1", "2")
     ]
-    assert told[0] == told[1] and len(told[0].strip()) == 64
+    assert told[0] == told[1]
+    assert len(told[0].strip()) == 64
 
 
 @pytest.mark.parametrize("name", [name for name in MUTANTS if MUTANTS[name].quick])
@@ -60,8 +63,6 @@ def test_time_that_does_not_go_on_is_told() -> None:
     loop = new_loop()
 
     async def spins() -> None:
-        import asyncio
-
         while True:
             await asyncio.sleep(0)
 
@@ -70,11 +71,6 @@ def test_time_that_does_not_go_on_is_told() -> None:
 
 
 def test_a_stopped_process_catches_up_and_a_killed_one_never_runs_again() -> None:
-    import asyncio
-    import contextvars
-
-    from sim.loop import PROCESS
-
     loop = new_loop()
     ticks: dict[str, list[float]] = {"stopped": [], "killed": []}
     cleaned: list[str] = []
