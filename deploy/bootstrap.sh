@@ -69,10 +69,13 @@ debian run  syslinux-common            the guest image's boot loader
 debian run  zstd                       compressed kernel modules
 debian run  fence-agents               power through hosts' BMCs
 debian run  ipmitool                   power through IPMI
+debian run  sanlock                    leases of virtual machines on shared storage
+debian run  libvirt-sanlock            makes virtual machines hold them
 debian test tgt                        an iSCSI target
 debian test xorriso                    discs for guests
 debian test cpio                       looks into the guest image
 debian test busybox-static             guests of tests
+debian test iputils-ping               who reaches whom in the lab
 debian test openipmi                   BMCs of the lab's hosts
 debian test openssl                    their certificate
 debian test podman                     runs docker-compose.yml
@@ -105,12 +108,15 @@ el     run  mtools                     the guest image's boot partition
 el     run  syslinux                   the guest image's boot loader
 el     run  cpio                       unpacks packages
 el     run  zstd                       compressed kernel modules
+el     run  sanlock                    leases of virtual machines on shared storage
+el     run  libvirt-daemon-plugin-sanlock makes virtual machines hold them
 el     run  dnf-plugins-core           fetches packages without installing them
 el     run  fence-agents-ipmilan       power through hosts' BMCs
 el     run  fence-agents-redfish       power through hosts' BMCs
 el     run  ipmitool                   power through IPMI
 el     test scsi-target-utils          an iSCSI target
 el     test xorriso                    discs for guests
+el     test iputils                    who reaches whom in the lab
 el     test OpenIPMI-lanserv           BMCs of the lab's hosts
 el     test openssl                    their certificate
 el     test podman                     runs docker-compose.yml

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from host_agent import children, listening, runningxml
+from host_agent import children, leases, listening, runningxml
 from host_agent.action import Host
 from host_agent.hypervisor import Hypervisor
 from host_agent.stats import carries_traffic
@@ -123,6 +123,7 @@ class Describer:
             libvirt_uri=host.config.migration_libvirt_uri,
             dmi_uuid=dmi_uuid(Path(host.config.dmi_uuid_path)),
             fence_agents=tuple(await asyncio.to_thread(catalog.agents)),
+            leases=await leases.describe(host.config),
         )
 
 

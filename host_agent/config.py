@@ -48,6 +48,8 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
     dmi_uuid_path: str = "/sys/class/dmi/id/product_uuid"
     """Where the machine's own UUID is read, which its BMC must confirm before it is believed. Set only where a "host" has
     no firmware of its own, as in the lab."""
+    watchdog_class_path: str = "/sys/class/watchdog"
+    """Where the kernel tells of its watchdog devices. Set only where the watchdog isn't the kernel's, as in the lab."""
     device_suffix: str = ""
     """Short suffix of this installation's bridges, so that several installations share a machine."""
     installation: str = ""

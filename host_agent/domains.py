@@ -9,10 +9,11 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
-from host_agent import devices, domxml, migration, runningxml
+from host_agent import devices, domxml, leases, migration, runningxml
 from host_agent.action import Action, Host, Running
 from host_agent.domain_waits import settled, wait_gone
 from host_agent.domxml import Placement
+from host_agent.refusals import LibvirtError, is_libvirt
 from host_agent.suspension import remove_file, restore, save_domain
 from volery.contracts.agent import DomainReport
 from volery.contracts.base import Done, Message
@@ -43,6 +44,8 @@ ALIVE = (DomainState.RUNNING, DomainState.PAUSED, DomainState.PMSUSPENDED, Domai
 ASK_AGAIN_SECONDS = 15.0
 """A guest that is booting doesn't hear the power button: it is pressed again."""
 DESTROY_SECONDS = 60.0
+LET_GO_SECONDS = 2.0
+LOOK_AGAIN_SECONDS = 0.2
 
 
 def check_ours(now: DomainReport, installation: str | None = None) -> None:
@@ -88,6 +91,7 @@ async def run_domain(host: Host, order: RunDomain, running: Running) -> DomainRu
             return await _running(host, order.vm_id, spec, placement)
         await hypervisor.destroy(order.vm_id)
         await wait_gone(hypervisor, order.vm_id, DESTROY_SECONDS)
+    await leases.check_lease(spec.lease)
     await devices.prepare_secrets(host, spec.disks, spec.installation)
     if order.restore_path:
         await restore(host, order, placement)
@@ -99,12 +103,38 @@ async def _create(host: Host, order: RunDomain, placement: Placement) -> DomainR
     """Cancelled, it leaves nothing behind. (A cancelled restoration does: its memory can't be restored twice.)"""
     xml = domxml.domain_xml(order.spec, placement, host.hypervisor.machine)
     try:
-        await host.hypervisor.create(xml, paused=order.paused)
+        await _create_leased(host, order, xml)
+        await _check_held(host, order)
         return await _running(host, order.vm_id, order.spec, placement)
     except asyncio.CancelledError:
         now = await host.hypervisor.domain(order.vm_id)
         if now.state not in ENDED and (now.epoch, now.order_seq) == (placement.epoch, placement.order_seq):
             await host.hypervisor.destroy(order.vm_id)
+        raise
+
+
+async def _create_leased(host: Host, order: RunDomain, xml: str) -> None:
+    """A lease whose last holder has just ended is free a moment later: sanlock writes so to the storage first."""
+    deadline = monotonic() + LET_GO_SECONDS
+    while True:
+        try:
+            return await host.hypervisor.create(xml, paused=order.paused)
+        except Refused as problem:
+            busy = order.spec.lease is not None and is_libvirt(problem, LibvirtError.RESOURCE_BUSY)
+            if not busy or monotonic() > deadline:
+                raise
+        await asyncio.sleep(LOOK_AGAIN_SECONDS)
+
+
+async def _check_held(host: Host, order: RunDomain) -> None:
+    """Ends a domain that libvirt let start without its lease. (A paused one holds none: it may not run.)"""
+    if order.spec.lease is None or order.paused:
+        return
+    try:
+        await leases.check_held(order.spec.lease)
+    except Refused:
+        await host.hypervisor.destroy(order.vm_id)
+        await wait_gone(host.hypervisor, order.vm_id, DESTROY_SECONDS)
         raise
 
 

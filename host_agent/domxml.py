@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from volery.contracts.domain import (
     DiskBus,
     DomainDisk,
+    DomainLease,
     DomainNic,
     DomainSpec,
     FileSource,
@@ -221,6 +222,8 @@ def _devices(devices: ET.Element, spec: DomainSpec, machine: Machine) -> None:
         disk_element(devices, disk, spec.installation)
     for nic in spec.nics:
         nic_element(devices, nic)
+    if spec.lease is not None:
+        _lease(devices, spec.lease)
     _graphics(devices, spec)
     _sub(_sub(devices, "serial", type="pty"), "target", port="0")
     _sub(_sub(devices, "console", type="pty"), "target", type="serial", port="0")
@@ -230,6 +233,13 @@ def _devices(devices: ET.Element, spec: DomainSpec, machine: Machine) -> None:
     _sub(devices, "panic", model="isa")
     if spec.watchdog_action:
         _sub(devices, "watchdog", model="i6300esb", action=spec.watchdog_action)
+
+
+def _lease(devices: ET.Element, lease: DomainLease) -> None:
+    made = _sub(devices, "lease")
+    _text(made, "lockspace", lease.lockspace)
+    _text(made, "key", lease.key)
+    _sub(made, "target", path=lease.path, offset=str(lease.offset))
 
 
 def _graphics(devices: ET.Element, spec: DomainSpec) -> None:

@@ -24,6 +24,8 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 VOLUME_NAME = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\.(qcow2|raw)")
 MARKER = "domain.json"
 FOLDERS = ("disks", "staging")
+LEASES = "leases"
+"""Beside them where the domain holds leases (`host_agent.lease_files`)."""
 DIRECTORY_MODE = 0o711
 """libvirt's unprivileged QEMU walks through to the one file that it was given."""
 HEAD_BYTES = 65536
@@ -212,7 +214,7 @@ def contents(root: str) -> dict[str, Any]:
             except FileNotFoundError:  # deleted while we look
                 continue
     with folder(root) as directory:
-        own = {MARKER, *FOLDERS}
+        own = {MARKER, LEASES, *FOLDERS}
         strangers += [os.path.join(root, name) for name in os.listdir(directory) if name not in own]
     return {
         "capacity_bytes": usage.f_frsize * usage.f_blocks,

@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import replace
 from typing import Any
 
-from host_agent import devices, runningxml
+from host_agent import devices, leases, runningxml
 from host_agent.action import Action, Host, Running
 from host_agent.domain_waits import settled
 from host_agent.domxml import Placement
@@ -40,6 +40,7 @@ async def admit_migration(host: Host, order: AdmitMigration, running: Running) -
             " here: ask for its state",
             vm_id=order.vm_id,
         )
+    await leases.check_lease(order.spec.lease)
     await devices.prepare_secrets(host, order.spec.disks, order.spec.installation)
     return Done()
 

@@ -253,6 +253,8 @@ class Orders:
 
     def _resumable(self, found: JournaledOrder) -> _Entry | _Ending:
         order = found.envelope
+        if found.boot_id != self._clock.boot_id:
+            return _of_a_former_boot(order)
         admitted = self._read(order)
         what = f"{order.kind} for {order.object_id}"
         if isinstance(admitted, Problem):
@@ -264,10 +266,6 @@ class Orders:
                 " not tried again: look at the object's state"
             )
             return _Ending(Outcome.OUTCOME_UNKNOWN, Problem(kind=Kind.UNAVAILABLE, message=message))
-        if found.boot_id != self._clock.boot_id:
-            # A host that comes back never starts anything by itself: its VMs may run elsewhere by now.
-            message = f"the host was restarted before {what} had ended: order it again"
-            return _Ending(Outcome.FAILED, Problem(kind=Kind.UNAVAILABLE, message=message))
         deadline_ms = found.accepted_ms + int(order.deadline_seconds * 1000)
         entry = _Entry(order, action, body, found.trace, deadline_ms, resumed=True)
         if found.cancelled:
@@ -444,6 +442,19 @@ class Orders:
             "boot_id": self._clock.boot_id,
             "at": utc_now(),
         }
+
+
+def _of_a_former_boot(order: OrderEnvelope) -> _Ending:
+    """A host that comes back never goes on with anything by itself: its VMs may run elsewhere by now."""
+    message = f"the host was rebooted before {order.kind} for {order.object_id} had ended; nothing of it runs any more"
+    if order.repeat_safe:
+        problem = Problem(kind=Kind.UNAVAILABLE, message=f"{message}: order it again")
+        return _Ending(Outcome.FAILED, problem)
+    # Such as a migration: nothing of it runs here, and it may have come to its end before.
+    message += (
+        ". Whether it had happened before is unknown, and it is not tried again: look at the object's state"
+    )
+    return _Ending(Outcome.OUTCOME_UNKNOWN, Problem(kind=Kind.UNAVAILABLE, message=message))
 
 
 async def _if_the_disk_lets(putting: Coroutine[Any, Any, Any]) -> None:

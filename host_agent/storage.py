@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from host_agent import children, iscsi, places
+from host_agent import children, iscsi, leases, places
 from host_agent.action import Action, Host, Running
 from host_agent.places import ConnectedDomain
 from volery.contracts.agent import StorageDomainReport, VolumeReport
@@ -127,7 +127,9 @@ async def report(host: Host) -> tuple[StorageDomainReport, ...]:
     Here strangers are only what can't be a volume: the owner tells unknown volumes from `volumes`.
     """
     domains = places.connected(host.config)
-    return tuple(await asyncio.gather(*(_report_domain(host, domain) for domain in domains)))
+    lockspaces = await leases.lockspaces() if domains else {}
+    reports = await asyncio.gather(*(_report_domain(host, domain) for domain in domains))
+    return tuple(msgspec.structs.replace(one, lockspace=lockspaces.get(one.domain_id)) for one in reports)
 
 
 async def _report_domain(host: Host, domain: ConnectedDomain) -> StorageDomainReport:

@@ -135,18 +135,23 @@ def show(lab: Lab, output: str) -> None:
         "bmc_user": lab.record.bmc_user,
         "bmc_password": lab.record.bmc_password,
     }
-    hosts = [host.status() for host in lab.hosts]
+    hosts = [(host.status(), lab.bmc(host.number)) for host in lab.hosts]
     if output == "json":
-        print(json.dumps({**facts, "hosts": [asdict(host) for host in hosts]}, indent=2))
+        shown = [
+            {**asdict(host), "bmc_address": bmc.address, "bmc_fault": bmc.fault, "dmi_uuid": bmc.board.uuid}
+            for host, bmc in hosts
+        ]
+        print(json.dumps({**facts, "hosts": shown}, indent=2))
         return
     for key, value in facts.items():
         print(f"{key.replace('_', ' '):18}{value}")
-    print(f"\n{'host':6}{'address':16}{'power':8}{'cable':8}{'libvirtd':10}{'agent':8}{'guests':8}")
-    for host in hosts:
+    print(f"\n{'host':6}{'address':16}{'power':8}{'cable':8}{'libvirtd':10}{'agent':8}{'guests':8}{'bmc':16}")
+    for host, bmc in hosts:
         daemons = ("up" if host.libvirtd else "-", "up" if host.agent else "-")
         print(
             f"h{host.number:<5}{host.ip:16}{host.power:8}{host.cable:8}"
             f"{daemons[0]:10}{daemons[1]:8}{host.guests:<8}"
+            f"{bmc.address:16}{'' if bmc.fault is Fault.NONE else bmc.fault}".rstrip()
         )
 
 

@@ -104,6 +104,8 @@ class Bmc:
                 raise LabError(
                     "A lab of one host has no other BMC to swap with: add one with `up --hosts 2`."
                 )
+            if self.fault is Fault.SLOW:
+                self._stop()  # what it still thinks about must not happen later
             write_atomically(self.directory / "fault", fault.value)
             self._start()
 
@@ -138,6 +140,12 @@ class Bmc:
             "redfish", python_module("lab.redfish", str(lab.state), lab.name, str(self._layout.number))
         )
         self._wait_for_listeners()
+
+    def _stop(self) -> None:
+        for pid in cgroups.members(self._group):
+            process = identify(pid)
+            if process is not None:
+                kill_and_wait(process)
 
     def _configured(self) -> str:
         try:
@@ -240,8 +248,3 @@ def make_certificate(path: Path) -> None:
     path.chmod(0o600)
     path.write_text(path.read_text() + key.read_text())
     key.unlink()
-
-
-def describe(bmc: Bmc) -> str:
-    """One line for `python -m lab status`."""
-    return bmc.address if bmc.fault is Fault.NONE else f"{bmc.address} ({bmc.fault})"

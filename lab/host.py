@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lab import cgroups, network, processes
+from lab import cgroups, network, processes, sanlock
 from lab.commands import MODULE_ENVIRONMENT, python_module, run
 from lab.errors import LabError
 from lab.init import EXIT_ALREADY_ON
@@ -23,7 +23,7 @@ from lab.layout import LIBVIRT_PORT, HostLayout, address
 from lab.processes import ProcessId
 from lab.record import LabRecord, write_atomically
 
-UNITS = ("libvirtd", "agent")
+UNITS = (*sanlock.UNITS, "libvirtd", "agent")
 
 LIBVIRTD_CONF = """\
 host_uuid = "{uuid}"
@@ -41,6 +41,13 @@ security_driver = "none"
 stdio_handler = "file"
 vnc_listen = "0.0.0.0"
 remember_owner = 0
+lock_manager = "sanlock"
+"""
+QEMU_SANLOCK_CONF = """\
+auto_disk_leases = 0
+require_lease_for_disks = 0
+user = "root"
+group = "root"
 """
 
 
@@ -250,6 +257,7 @@ class Host:
             new.rename(etc)
         (etc / "libvirtd.conf").write_text(LIBVIRTD_CONF.format(uuid=self.layout.machine_uuid))
         (etc / "qemu.conf").write_text(QEMU_CONF)
+        (etc / "qemu-sanlock.conf").write_text(QEMU_SANLOCK_CONF)
 
     def _start_init(self) -> None:
         lab = self.layout.lab
@@ -277,11 +285,15 @@ class Host:
     def wait_for_libvirtd(self, timeout_seconds: float = 60.0) -> None:
         """Returns when libvirtd answers a call. Raises LabError after the time."""
         deadline = time.monotonic() + timeout_seconds
-        path = f"/proc/{self._on().init.pid}/root/run/libvirt/libvirt-sock"
-        while not _listens(path):  # libvirtd announces its socket to nobody
-            if time.monotonic() > deadline:
-                self._libvirtd_is_silent(timeout_seconds, "nothing listens on its socket.")
-            time.sleep(0.01)
+        root = Path(f"/proc/{self._on().init.pid}/root")
+        wanted = [root / "run/libvirt/libvirt-sock"]
+        if not (self.layout.units / "sanlock.down").exists():
+            wanted.append(root / sanlock.SOCKET)  # guests don't start before it is there
+        for path in wanted:
+            while not _listens(str(path)):  # a daemon announces its socket to nobody
+                if time.monotonic() > deadline:
+                    self._libvirtd_is_silent(timeout_seconds, f"nothing listens on {path.name}.")
+                time.sleep(0.01)
         try:
             # Answered only once its drivers are up.
             run(

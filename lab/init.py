@@ -21,7 +21,7 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from lab import cgroups, kernel
+from lab import cgroups, kernel, sanlock, watchdog
 from lab.layout import STORAGE_OCTET, HostLayout, LabLayout, address
 
 EXIT_ALREADY_ON = 3
@@ -57,13 +57,19 @@ def main(arguments: list[str]) -> int:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return EXIT_ALREADY_ON
+    supervisor = watchdog.start(host)
+    assert supervisor.stdin is not None
     cgroups.join(host.cgroup)
     os.setsid()
     kernel.unshare(NAMESPACES)
     reader, writer = os.pipe()
-    if os.fork() == 0:
+    pid = os.fork()
+    if pid == 0:
         os.close(reader)
+        os.close(supervisor.stdin.fileno())
         _live(host, record["subnet"], record["kvm"], writer)
+    supervisor.stdin.write(f"{pid}\n".encode())
+    supervisor.stdin.close()
     os.close(writer)
     os.close(lock)  # the fork keeps it locked
     return 0 if os.read(reader, len(READY)) == READY else 1
@@ -150,7 +156,7 @@ def _mount_system(kvm: bool) -> None:
     _mount_devices([*DEVICES, "kvm"] if kvm else list(DEVICES))
     _clear("/run")
     kernel.mount("tmpfs", "/run", "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "mode=755")
-    for directory in ("/run/lock", "/run/libvirt"):
+    for directory in ("/run/lock", "/run/libvirt", *sanlock.DIRECTORIES):
         os.mkdir(directory)
     _clear("/sys")
     kernel.mount("sysfs", "/sys", "sysfs")
@@ -217,7 +223,7 @@ class Unit:
 
 def run_units(host: HostLayout, wake: int) -> None:
     """Level-triggered: after every signal each unit is made to be what its files say. Never returns."""
-    units = [Unit("libvirtd"), Unit("agent")]
+    units = [Unit(name) for name in (*sanlock.UNITS, "libvirtd", "agent")]
     while True:
         waits = [_reconcile(unit, host) for unit in units]
         timeout = min((wait for wait in waits if wait is not None), default=None)
@@ -226,7 +232,9 @@ def run_units(host: HostLayout, wake: int) -> None:
         for pid in _reap():
             for unit in units:
                 if unit.pid == pid:
-                    unit.pid, unit.not_before = None, time.monotonic() + RESTART_DELAY_SECONDS
+                    once = unit.name in sanlock.UNITS
+                    delay = float("inf") if once else RESTART_DELAY_SECONDS
+                    unit.pid, unit.not_before = None, time.monotonic() + delay
                     Path("units", f"{unit.name}.pid").unlink(missing_ok=True)
 
 
@@ -249,27 +257,34 @@ def _reconcile(unit: Unit, host: HostLayout) -> float | None:
     if Path("units", f"{unit.name}.down").exists():
         unit.not_before = 0.0  # started by hand, it starts at once
         return None
-    command = _command(unit.name)
+    command = _command(host, unit.name)
     if command is None:
         return None
     wait = unit.not_before - time.monotonic()
     if wait > 0:
-        return wait
-    environment = ENVIRONMENT | _agent_environment(host) if unit.name == "agent" else ENVIRONMENT
-    unit.pid = _spawn(command, environment, f"log/{unit.name}.out")
+        return None if unit.not_before == float("inf") else wait
+    unit.pid = _spawn(command, ENVIRONMENT | _environment(host, unit.name), f"log/{unit.name}.out")
     for kind in ("pid", "last"):
         Path("units", f"{unit.name}.new").write_text(str(unit.pid))
         os.rename(f"units/{unit.name}.new", f"units/{unit.name}.{kind}")
     return None
 
 
-def _command(name: str) -> list[str] | None:
+def _command(host: HostLayout, name: str) -> list[str] | None:
+    if name in sanlock.UNITS:
+        return sanlock.command(host, name, watchdog=not Path("units", "wdmd.down").exists())
     if name == "libvirtd":
         return ["libvirtd", "--listen", "--pid-file", "/run/libvirtd.pid"]
     try:
         return [str(argument) for argument in json.loads(Path("agent.command").read_text())]
     except FileNotFoundError:
         return None
+
+
+def _environment(host: HostLayout, unit: str) -> dict[str, str]:
+    if unit in sanlock.UNITS:
+        return sanlock.environment(host)
+    return _agent_environment(host) if unit == "agent" else {}
 
 
 def _agent_environment(host: HostLayout) -> dict[str, str]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from lab import bmc, cgroups, network
+from lab import bmc, cgroups, network, sanlock
 from lab.bmc import Bmc
 from lab.errors import LabError
 from lab.host import Host
@@ -25,6 +25,9 @@ REQUIRED_PROGRAMS = {
     "nsenter": "util-linux",
     "libvirtd": "libvirt-daemon-system (Debian) or libvirt-daemon (Oracle Linux)",
     "virsh": "libvirt-clients (Debian) or libvirt-client (Oracle Linux)",
+    "sanlock": "sanlock",
+    "wdmd": "sanlock",
+    "gcc": "gcc",
     "tgtd": "tgt (Debian) or scsi-target-utils (Oracle Linux, from EPEL)",
     "tgtadm": "tgt (Debian) or scsi-target-utils (Oracle Linux, from EPEL)",
     "ipmi_sim": "openipmi (Debian) or OpenIPMI-lanserv (Oracle Linux)",
@@ -142,6 +145,7 @@ class Lab:
 
     def _prepare(self, kvm: bool, agent_command: Sequence[str] | None, networks: str) -> None:
         lab = self.layout
+        sanlock.build(lab)
         lab.shared.mkdir(parents=True, exist_ok=True)
         for name in ("shared", "home"):
             (lab.mounts / name).mkdir(parents=True, exist_ok=True)
@@ -200,7 +204,7 @@ class Lab:
         lab = self.layout
         for directory in (lab.hosts_directory, lab.shared, lab.iscsi, lab.capabilities_seed):
             shutil.rmtree(directory, ignore_errors=True)
-        for file in (lab.hosts_file, lab.bmc_certificate, lab.record, lab.lock):
+        for file in (lab.hosts_file, lab.bmc_certificate, lab.record, lab.lock, lab.stand_in):
             file.unlink(missing_ok=True)
         self._record = None
         with contextlib.suppress(OSError):  # somebody keeps other things there

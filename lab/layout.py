@@ -73,6 +73,11 @@ class LabLayout:
         return self.state / "bmc.pem"
 
     @property
+    def stand_in(self) -> Path:
+        """A library for what sanlock and wdmd of the hosts can't have in a lab."""
+        return self.state / "stand_in.so"
+
+    @property
     def mounts(self) -> Path:
         """The one directory outside `state`: mount points that must be at one path on every host."""
         return Path("/srv") / f"volery-lab-{self.name}"
@@ -167,6 +172,16 @@ class HostLayout:
     def agent_environment(self) -> Path:
         """KEY=VALUE lines added to the agent's environment."""
         return self.directory / "agent.env"
+
+    @property
+    def watchdog(self) -> Path:
+        """The FIFO through which the host pets its watchdog."""
+        return self.directory / "watchdog"
+
+    @property
+    def watchdog_class(self) -> Path:
+        """Stands in for the host's /sys/class/watchdog."""
+        return self.directory / "watchdog-class"
 
     @property
     def log(self) -> Path:

@@ -134,6 +134,7 @@ def agent_environment(lab: Lab, host: Host, token: str) -> dict[str, str]:
         "VOLERY_AGENT_STATE_DIR": str(host.home / "agent"),
         "VOLERY_AGENT_ENROLMENT_TOKEN": token,
         "VOLERY_AGENT_HYPERVISOR": "qemu",
+        "VOLERY_AGENT_WATCHDOG_CLASS_PATH": str(host.layout.watchdog_class),
         "VOLERY_AGENT_DATA_ADDRESS": f"{host.ip}:0",
         "VOLERY_AGENT_MIGRATION_ADDRESS": host.ip,
         "VOLERY_AGENT_MIGRATION_LIBVIRT_URI": host.libvirt_uri,

@@ -52,7 +52,8 @@ class RedfishServer(ThreadingHTTPServer):
         # Here, in the connection's own thread: who connects and says nothing holds up nobody else.
         request.settimeout(60)
         try:
-            super().finish_request(self._tls.wrap_socket(request, server_side=True), client_address)
+            with self._tls.wrap_socket(request, server_side=True) as connection:
+                super().finish_request(connection, client_address)
         except OSError:
             return  # the other side went away, as one whose time was over does
 

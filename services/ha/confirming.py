@@ -9,7 +9,7 @@ from services.ha.power import new_record, with_step
 from services.ha.state import Ha
 from services.ha.store import RECORDS
 from services.ha.watch import Watch
-from volery.contracts.errors import conflict, unavailable
+from volery.contracts.errors import conflict
 from volery.contracts.liveness import HostLiveness
 from volery.contracts.power import CONFIRM_HOST_REBOOTED, ConfirmHostRebooted, FenceState
 from volery.runtime.bus import Caller
@@ -31,18 +31,19 @@ async def confirm_rebooted(ha: Ha, ask: ConfirmHostRebooted, caller: Caller) -> 
     )
     if watch.state is DEAD:
         return found
-    _check_silent(ha, watch, found.host_name)
-    watch.person = Confirmed(monotonic(), watch.boot_id, caller.principal)
-    seen = watch.seen(ha.listening_since, monotonic())
     record = new_record(watch, caller.principal, ask.reason or "confirmed that it is off or was rebooted")
     record = with_step(record, "confirmed", ask.reason, FenceState.SUCCEEDED)
-    written = await liveness.conclude(
-        ha, ask.id, watch, seen, judge(seen, ha.config, 0.0), RECORDS.insert(record, Nothing()), caller=caller
-    )
-    if written is None:
-        watch.person = None
-        raise unavailable(f"host {found.host_name} changed in this moment: look at it, then confirm again")
-    return written
+    audited = RECORDS.insert(record, Nothing())
+    while True:
+        _check_silent(ha, watch, found.host_name)
+        person = Confirmed(monotonic(), watch.boot_id, caller.principal)
+        seen = watch.seen(ha.listening_since, monotonic(), person)
+        judgement = judge(seen, ha.config, 0.0)
+        written = await liveness.conclude(ha, ask.id, watch, seen, judgement, audited, caller=caller)
+        if written is not None:
+            watch.person = person
+            return written
+        found = (await store.LIVENESS.get(ha.core.pool, ask.id)).public
 
 
 def _check_silent(ha: Ha, watch: Watch, name: str) -> None:

@@ -60,6 +60,7 @@ async def treat(ha: Ha, host_id: str) -> None:
         return
     row = await POWER.find(ha.core.pool, host_id)
     record = await store.open_record(ha.core.pool, host_id)
+    record = await _proven(ha, watch, record)
     decision = decide(await gather(ha, watch, row, record), ha.config)
     if decision.act is Act.READ and row is not None:
         await _read(ha, watch, row, record)
@@ -71,6 +72,16 @@ async def treat(ha: Ha, host_id: str) -> None:
         await _close(ha, watch, record)
     if decision.act is not Act.READ:
         await say(ha, host_id, decision.sentence)
+
+
+async def _proven(ha: Ha, watch: Watch, record: RecordRow | None) -> RecordRow | None:
+    """The record says so once the death of the boot that it is about was proven."""
+    proof = watch.proof
+    if record is None or proof is None or record.public.state is not FenceState.RUNNING:
+        return record
+    if proof.boot_id != record.public.boot_id:
+        return record
+    return await _keep(ha, record, "proven", f"{proof.kind}: {proof.details}", FenceState.OFF)
 
 
 async def gather(ha: Ha, watch: Watch, row: PowerRow | None, record: RecordRow | None) -> Silent:
@@ -187,10 +198,12 @@ async def _power_on(ha: Ha, watch: Watch, row: PowerRow, record: RecordRow) -> N
 
 
 async def _close(ha: Ha, watch: Watch, record: RecordRow) -> None:
-    if watch.boot_id == record.public.boot_id and watch.state is not LivenessState.DEAD:
+    if watch.state is LivenessState.DEAD:
+        await _keep(ha, record, "left_off", "nobody can switch it on again", FenceState.SUCCEEDED)
+    elif watch.boot_id == record.public.boot_id:
         await _keep(ha, record, "lives", "it showed signs of life", FenceState.CANCELLED)
     else:
-        await _keep(ha, record, "ended", "", FenceState.SUCCEEDED)
+        await _keep(ha, record, "back", f"boot {watch.boot_id}", FenceState.SUCCEEDED)
 
 
 async def _keep(ha: Ha, record: RecordRow, step: str, words: str, state: FenceState) -> RecordRow:

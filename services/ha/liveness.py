@@ -28,7 +28,7 @@ from services.ha.policies.replay import evidence_of, with_notes
 from services.ha.state import Ha
 from services.ha.watch import HostFacts, Watch
 from volery.contracts.cluster import GetById
-from volery.contracts.host import HOST_CHANGED, HOST_DELETED, Host
+from volery.contracts.host import HOST_CHANGED, HOST_DELETED, Host, HostStatus
 from volery.contracts.ids import new_id
 from volery.contracts.liveness import (
     GET_LIVENESS,
@@ -97,7 +97,7 @@ def _facts(host: Host) -> HostFacts:
         name=host.name,
         cluster_id=host.cluster_id,
         status=str(host.status),
-        hardware_uuid=host.capabilities.hardware_uuid.lower(),
+        hardware_uuid=(host.capabilities.dmi_uuid or host.capabilities.hardware_uuid).lower(),
         boot_id=host.boot_id,
     )
 
@@ -105,6 +105,8 @@ def _facts(host: Host) -> HostFacts:
 def _learn(ha: Ha, facts: HostFacts) -> None:
     watch = ha.watch(facts.id)
     if facts.revision >= watch.facts.revision:
+        if facts.status == HostStatus.UP and watch.facts.status != HostStatus.UP:
+            ha.capacity_at = monotonic()
         watch.facts = facts
 
 

@@ -1,23 +1,27 @@
-"""Restarts of highly available VMs that crashed while their host lives: asked of inventory, at most so often."""
+"""Restarts of highly available VMs that ended, by themselves or with their host: asked of inventory, at most so often."""
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import logging
+from collections.abc import Iterator
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeAlias
 
 from msgspec.structs import replace
 
 from services.ha import store
-from services.ha.policies.restart_order import Step, Verdict, WatchedVm, crashed, decide, is_over, within
+from services.ha.policies.restart_order import Step, Verdict, WatchedVm, decide, ended, is_over, within
 from services.ha.state import Ha
 from services.ha.store import RESTARTS, RestartPrivate
+from volery.contracts.base import Owner
 from volery.contracts.errors import Kind, Refused
 from volery.contracts.liveness import LIST_RESTARTS, VmRestart
-from volery.contracts.operation import ListQuery
-from volery.contracts.vm import RESTART_VM, VM_CHANGED, VM_DELETED, RestartVm, Vm
+from volery.contracts.operation import ENDED, GET_OPERATION, GetOperation, ListQuery
+from volery.contracts.vm import RESTART_VM, VM_CHANGED, VM_DELETED, RestartVm, Vm, VmStatus
 from volery.runtime.bus import Caller
-from volery.runtime.clock import utc_now
+from volery.runtime.clock import monotonic, utc_now
 from volery.runtime.pages import page
 from volery.runtime.service import Part
 from volery.runtime.tables import Change, Row, Stale
@@ -29,12 +33,23 @@ part = Part()
 KEY = "restarts"
 LOOK_SECONDS = 1.0
 FORGET_SECONDS = 30.0
+EXHAUSTED_SECONDS = 60.0
+"""What fits nowhere is tried again after this, should it have been missed that there is room."""
+TOGETHER = 16
+"""Restarts of equally important VMs that are asked for at a time."""
+RUNNING = frozenset(
+    {VmStatus.UP, VmStatus.POWERING_UP, VmStatus.PAUSED, VmStatus.POWERING_DOWN, VmStatus.REBOOT_IN_PROGRESS}
+)
+RestartRow: TypeAlias = Row[VmRestart, RestartPrivate]
 UNKNOWN_OUTCOMES = (Kind.TIMEOUT, Kind.UNAVAILABLE, Kind.EXHAUSTED, Kind.INTERNAL)
 """Refusals after which the same request is sent again."""
 
 
 @part.hears(VM_CHANGED)
 async def vm_changed(ha: Ha, vm: Vm) -> list[Change]:
+    before = await store.vm(ha.core.pool, vm.id)
+    if before is not None and before.status in RUNNING and vm.status not in RUNNING:
+        ha.capacity_at = monotonic()
     ha.core.wake(KEY)
     return [store.saw_vm(vm)]
 
@@ -45,13 +60,23 @@ async def vm_deleted(ha: Ha, vm: Vm) -> list[Change]:
 
 
 async def look(ha: Ha, key: str) -> None:
-    """Every crashed VM, the most important first. One look at a time."""
-    for vm in await store.crashed_vms(ha.core.pool):
-        if crashed(vm):
-            try:
-                await _treat(ha, vm)
-            except Stale:
-                ha.core.wake(KEY)
+    """Every VM that ended, the most important first, equals together. One look at a time."""
+    waiting = [vm for vm in await store.crashed_vms(ha.core.pool) if ended(vm)]
+    for _, equals in itertools.groupby(waiting, key=lambda vm: vm.priority):
+        for some in _chunks(list(equals)):
+            await asyncio.gather(*(_look_at(ha, vm) for vm in some))
+
+
+def _chunks(vms: list[WatchedVm]) -> Iterator[list[WatchedVm]]:
+    for start in range(0, len(vms), TOGETHER):
+        yield vms[start : start + TOGETHER]
+
+
+async def _look_at(ha: Ha, vm: WatchedVm) -> None:
+    try:
+        await _treat(ha, vm)
+    except Stale:
+        ha.core.wake(KEY)
 
 
 @part.every(LOOK_SECONDS)
@@ -65,10 +90,17 @@ async def _treat(ha: Ha, vm: WatchedVm) -> None:
     if row is not None and row.private.pending:
         await _ask(ha, vm, row)
         return
+    if row is not None and row.public.last_operation_id not in ("", row.private.learned):
+        row = await _learn_outcome(ha, vm, row)
+        if row is None:
+            return
+    if _fits_nowhere(ha, vm.id):
+        return
     now = utc_now()
     attempts = within(row.private.attempts, now, ha.config) if row is not None else ()
     host = ha.watches.get(vm.host_id)
-    verdict = decide(vm, host.state if host is not None else None, attempts, now, ha.config)
+    last_reason = row.public.reason if row is not None else ""
+    verdict = decide(vm, host.state if host is not None else None, attempts, now, ha.config, last_reason)
     if row is not None and row.private.epoch == vm.epoch and verdict.step is Step.WAIT:
         return  # Asked for already: what came of it is on its way, or it isn't due yet.
     row = await _keep(ha, vm, row, verdict, attempts, now)
@@ -76,20 +108,60 @@ async def _treat(ha: Ha, vm: WatchedVm) -> None:
         await _ask(ha, vm, row)
 
 
+def _fits_nowhere(ha: Ha, vm_id: str) -> bool:
+    """Whether no host had room for it, and none has got any since."""
+    at = ha.exhausted.get(vm_id)
+    if at is None:
+        return False
+    if ha.capacity_at <= at and monotonic() - at < EXHAUSTED_SECONDS:
+        return True
+    del ha.exhausted[vm_id]
+    return False
+
+
+async def _learn_outcome(ha: Ha, vm: WatchedVm, row: RestartRow) -> RestartRow | None:
+    """Having fitted nowhere is no attempt: it is tried again when there is room, as often as it takes. None: it isn't
+    known yet what came of the last one."""
+    try:
+        operation = await ha.core.bus.ask(
+            GET_OPERATION[Owner.INVENTORY], GetOperation(id=row.public.last_operation_id)
+        )
+    except Refused as refused:
+        if refused.kind is not Kind.NOT_FOUND:
+            return None
+        return row  # Long ago: it counts.
+    if operation.state not in ENDED:
+        return None
+    private = replace(row.private, learned=operation.id)
+    public, problem = row.public, operation.problem
+    if problem is not None and problem.kind is Kind.EXHAUSTED:
+        ha.exhausted[vm.id] = monotonic()
+        private = replace(private, attempts=row.private.attempts[:-1])
+        words = f"VM {vm.name} fits nowhere now; it is tried again when there is room: {problem.message}"
+        public = replace(public, attempts=len(private.attempts), message=words)
+        log.warning("%s", words)
+    change = RESTARTS.update(row, public, private)
+    await ha.core.commit(change)
+    return Row(change.document, private)
+
+
 async def _keep(
     ha: Ha,
     vm: WatchedVm,
-    row: Row[VmRestart, RestartPrivate] | None,
+    row: RestartRow | None,
     verdict: Verdict,
     attempts: tuple[datetime, ...],
     now: datetime,
-) -> Row[VmRestart, RestartPrivate]:
+) -> RestartRow:
     """Write what was decided before it is done, so that a crash in between neither forgets nor repeats it."""
     asks = verdict.step is Step.ASK
     private = RestartPrivate(
         attempts=(*attempts, now) if asks else attempts,
         pending=f"restart-{vm.id}-{vm.epoch}-{len(attempts) + 1}" if asks else "",
         epoch=vm.epoch,
+        preferred_host_id=verdict.preferred_host_id,
+        avoided_host_ids=verdict.avoided_host_ids,
+        learned=row.private.learned if row is not None else "",
     )
     old = row.public if row is not None else VmRestart(
         id=vm.id, revision=1, created_at=now, updated_at=now, vm_id=vm.id
@@ -114,10 +186,16 @@ async def _keep(
     return Row(replace(new, revision=old.revision + 1), private)
 
 
-async def _ask(ha: Ha, vm: WatchedVm, row: Row[VmRestart, RestartPrivate]) -> None:
+async def _ask(ha: Ha, vm: WatchedVm, row: RestartRow) -> None:
     """Ask inventory, under the same request id until the outcome is known."""
     request_id = row.private.pending
-    question = RestartVm(vm_id=vm.id, epoch=row.private.epoch, reason=vm.reason)
+    question = RestartVm(
+        vm_id=vm.id,
+        epoch=row.private.epoch,
+        reason=vm.reason,
+        preferred_host_id=row.private.preferred_host_id,
+        avoided_host_ids=row.private.avoided_host_ids,
+    )
     try:
         operation = await ha.core.bus.ask(RESTART_VM, question, Caller("service:ha", request_id, request_id))
     except Refused as refused:
@@ -127,7 +205,7 @@ async def _ask(ha: Ha, vm: WatchedVm, row: Row[VmRestart, RestartPrivate]) -> No
         new = replace(row.public, message=f"the restart of VM {vm.name} was refused: {refused.message}")
     else:
         new = replace(row.public, last_operation_id=operation.id)
-        log.warning("VM %s ended by itself (%s): restart %s", vm.name, vm.reason, operation.id)
+        log.warning("VM %s ended (%s): restart %s", vm.name, vm.reason, operation.id)
     await ha.core.commit(RESTARTS.update(row, new, replace(row.private, pending="")))
 
 

@@ -47,6 +47,10 @@ class Ha:
     """Host → when a person last switched its power."""
     ordered_off: list[tuple[str, str, float]] = field(default_factory=list)
     """(cluster, host, when) of this process's own orders: the brake's window, should the database's clock jump."""
+    capacity_at: float = 0.0
+    """When there was last more room for VMs."""
+    exhausted: dict[str, float] = field(default_factory=dict)
+    """VM → when it was found to fit nowhere."""
     witnessed: tuple[float, bool] = (float("-inf"), True)
     """When witnesses were last asked, and whether they answered."""
 

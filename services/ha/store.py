@@ -47,7 +47,11 @@ class RestartPrivate(Message):
     pending: str = ""
     """The request id of an attempt whose answer isn't known yet."""
     epoch: int = 0
-    """The placement that crashed."""
+    """The placement that ended."""
+    preferred_host_id: str = ""
+    avoided_host_ids: tuple[str, ...] = ()
+    learned: str = ""
+    """The last operation whose outcome was taken into account."""
 
 
 LIVENESS: Table[HostLiveness, LivenessPrivate] = Table(

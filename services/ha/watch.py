@@ -57,9 +57,9 @@ class Watch:
     lease: Lease | None = None
     proof: Held | None = None
 
-    def seen(self, listening_since: float, now: float) -> Observations:
+    def seen(self, listening_since: float, now: float, confirmed: Confirmed | None = None) -> Observations:
         """Everything in seconds before now, to the microsecond: as evidence is dated, so that judging it again later
-        gives the same."""
+        gives the same. `confirmed` is what a person says in this moment."""
 
         def ago(at: float) -> float:
             return -round(now - at, 6)
@@ -77,7 +77,7 @@ class Watch:
                 else Reading(ago(found.at), found.state, found.trusted, found.by, found.words)
             )
 
-        beat, person, lease, proof = self.beat, self.person, self.lease, self.proof
+        beat, person, lease, proof = self.beat, confirmed or self.person, self.lease, self.proof
         return Observations(
             state=self.state,
             boot_id=self.boot_id,

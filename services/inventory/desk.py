@@ -26,6 +26,8 @@ Q = TypeVar("Q", bound=Message)
 A = TypeVar("A")
 V = TypeVar("V")
 HOST_SECONDS = 15.0
+REPORT_SECONDS = 1.0
+"""How often a host is asked for a report that somebody waits for."""
 
 
 @dataclass(slots=True)
@@ -35,6 +37,8 @@ class Inventory:
     config: InventoryConfig
     seen: dict[tuple[str, str], DomainReport] = field(default_factory=dict)
     """(host, VM) → the newest report of its domain. A cache: decisions that need it ask for a report first."""
+    boots: dict[tuple[str, str], str] = field(default_factory=dict)
+    """(host, VM) → the boot whose report that was."""
     foreign: dict[str, asyncio.Event] = field(default_factory=dict)
     """Another service's operation → set when it says that it ended."""
     reports: dict[str, asyncio.Event] = field(default_factory=dict)
@@ -127,13 +131,18 @@ class Inventory:
                 "whether the host is up, then ask again",
             ) from None
 
-    async def fresh_report(self, host_id: str) -> None:
-        """Ask the host for its full state and wait until that was committed."""
+    def has_ended(self, host_id: str, boot_id: str) -> bool:
+        """Whether this boot has ended by proof. An unknown one has not."""
+        return bool(boot_id) and self.core.orders.deaths.has_ended(host_id, boot_id)
+
+    async def fresh_report(self, host_id: str, ended: Callable[[], bool] = lambda: False) -> bool:
+        """Ask the host for its full state and wait until that was committed. False: `ended` became true instead, so
+        that there is nothing any more that the host could say."""
         event = self.reports.setdefault(host_id, asyncio.Event())
         event.clear()
         while not event.is_set():
+            if ended():
+                return False
             await self.core.hosts.ask_report(host_id)
-            try:
-                await asyncio.wait_for(event.wait(), 3.0)
-            except TimeoutError:
-                continue
+            await self._wait(event, REPORT_SECONDS)
+        return True

@@ -10,6 +10,8 @@ from msgspec.structs import replace
 
 from services.inventory import model
 from services.inventory.desk import Inventory
+from services.inventory.endings import ended
+from services.inventory.stop_table import End, end_of
 from services.inventory.store import HOSTS, VMS, HostPrivate, PlacementRow, VmPrivate
 from volery.contracts.agent import (
     DOMAIN_CHANGED,
@@ -18,6 +20,7 @@ from volery.contracts.agent import (
     DomainChanged,
     DomainEventHappened,
     DomainReport,
+    FromHost,
     HostReported,
 )
 from volery.contracts.base import Owner
@@ -49,7 +52,8 @@ async def host_reported(inv: Inventory, fact: HostReported) -> Sequence[Change]:
     named = {domain.vm_id: domain for domain in fact.domains}
     for key in [k for k in inv.seen if k[0] == fact.host_id]:
         del inv.seen[key]
-    inv.seen |= {(fact.host_id, vm_id): domain for vm_id, domain in named.items()}
+    for domain in fact.domains:
+        _see(inv, fact, domain)
     changes: list[Change] = [_host_change(inv, row, fact)]
     for vm_id in await _of_interest(inv, fact.host_id, named):
         gone = DomainReport(
@@ -58,9 +62,9 @@ async def host_reported(inv: Inventory, fact: HostReported) -> Sequence[Change]:
             order_seq=0,
             name="",
             state=DomainState.GONE,
-            reason="crashed" if new_boot else "",
+            reason="host_died" if new_boot else "",
         )
-        changes += await _domain(inv, fact.host_id, named.get(vm_id, gone), full=True)
+        changes += await _domain(inv, fact, named.get(vm_id, gone), full=True)
     event = inv.reports.get(fact.host_id)
     if event is not None:
         changes[0] = dataclasses.replace(changes[0], then=event.set)
@@ -92,11 +96,19 @@ def _host_change(inv: Inventory, row: Row[Host, HostPrivate], fact: HostReported
 
 @part.hears_hosts(DOMAIN_CHANGED)
 async def domain_changed(inv: Inventory, fact: DomainChanged) -> Sequence[Change]:
-    inv.seen[(fact.host_id, fact.domain.vm_id)] = fact.domain
-    return await _domain(inv, fact.host_id, fact.domain, full=False)
+    _see(inv, fact, fact.domain)
+    return await _domain(inv, fact, fact.domain, full=False)
 
 
-async def _domain(inv: Inventory, host_id: str, report: DomainReport, *, full: bool) -> list[Change]:
+def _see(inv: Inventory, fact: FromHost, domain: DomainReport) -> None:
+    inv.seen[fact.host_id, domain.vm_id] = domain
+    inv.boots[fact.host_id, domain.vm_id] = fact.boot_id
+
+
+async def _domain(inv: Inventory, fact: FromHost, report: DomainReport, *, full: bool) -> list[Change]:
+    host_id, boot_id = fact.host_id, fact.boot_id
+    if report.state in ALIVE_STATES and inv.core.orders.deaths.has_ended(host_id, boot_id):
+        return []  # said before it died, and heard late
     known = await inv.store.domain_on(host_id, report.vm_id)
     if known is None:
         return []  # the host was deleted
@@ -104,9 +116,9 @@ async def _domain(inv: Inventory, host_id: str, report: DomainReport, *, full: b
     if row is None or row.public.external:
         return await _external(inv, host_id, row, report)
     if inv.core.quarantine.reason and report.epoch > placement.epoch and report.state in ALIVE_STATES:
-        return _adopted(inv, row, placement, host_id, report)
+        return _adopted(inv, row, placement, host_id, report, boot_id)
     if placement.host_id == host_id and placement.state in ("running", "starting"):
-        return _at_home(inv, row, placement, report, full=full)
+        return _at_home(inv, row, placement, report, boot_id, full=full)
     if placement.state == "moving":
         return []  # the migration's operation decides, from both hosts' words
     if report.state in ALIVE_STATES or report.state is DomainState.INCOMING:
@@ -116,7 +128,12 @@ async def _domain(inv: Inventory, host_id: str, report: DomainReport, *, full: b
 
 
 def _adopted(
-    inv: Inventory, row: Row[Vm, VmPrivate], placement: PlacementRow, host_id: str, report: DomainReport
+    inv: Inventory,
+    row: Row[Vm, VmPrivate],
+    placement: PlacementRow,
+    host_id: str,
+    report: DomainReport,
+    boot_id: str,
 ) -> list[Change]:
     """The database is older than the hosts: a domain under a later epoch is the truth."""
     new = replace(
@@ -130,12 +147,18 @@ def _adopted(
     )
     return [
         VMS.update(row, model.with_actions(new)),
-        inv.store.place(placement, epoch=report.epoch, host_id=host_id, state="running"),
+        inv.store.place(placement, epoch=report.epoch, host_id=host_id, state="running", boot_id=boot_id),
     ]
 
 
 def _at_home(
-    inv: Inventory, row: Row[Vm, VmPrivate], placement: PlacementRow, report: DomainReport, *, full: bool
+    inv: Inventory,
+    row: Row[Vm, VmPrivate],
+    placement: PlacementRow,
+    report: DomainReport,
+    boot_id: str,
+    *,
+    full: bool,
 ) -> list[Change]:
     """A domain on the host where its VM belongs."""
     if report.state in ENDED_STATES:
@@ -143,32 +166,21 @@ def _at_home(
             return []  # the order that starts it is still under way
         if report.epoch not in (-1, placement.epoch):
             return []
-        return _ended(inv, row, placement, report)
+        end = end_of(report.reason, row.public.status_reason)
+        if full and placement.boot_id not in ("", boot_id):
+            end = End.HOST_DIED
+        if row.public.status is VmStatus.SAVING_STATE and end is not End.HOST_DIED:
+            return []  # its operation writes where the memory is
+        return ended(inv, row, placement, end)
     if report.epoch != placement.epoch:
         return []
-    return _alive(inv, row, placement, report)
-
-
-def _ended(
-    inv: Inventory, row: Row[Vm, VmPrivate], placement: PlacementRow, report: DomainReport
-) -> list[Change]:
-    vm = row.public
-    if vm.status is VmStatus.SAVING_STATE:
-        return []  # its operation writes where the memory is
-    end = model.ending(vm, report, row.private.stop_asked)
-    new = replace(
-        vm,
-        status=VmStatus.DOWN,
-        status_reason=end.reason,
-        desired=end.desired,
-        host_id="",
-        stopped_at=utc_now(),
-        guest=replace(vm.guest, agent_connected=False, ip_addresses=()),
-    )
-    return [
-        VMS.update(row, model.with_actions(new), replace(row.private, stop_asked=False)),
-        inv.store.place(placement, epoch=placement.epoch, host_id="", state="none"),
-    ]
+    changes = _alive(inv, row, placement, report)
+    if placement.state == "running" and placement.boot_id != boot_id:
+        here = inv.store.place(
+            placement, epoch=placement.epoch, host_id=placement.host_id, state="running", boot_id=boot_id
+        )
+        changes.append(here)
+    return changes
 
 
 def _alive(
@@ -271,8 +283,11 @@ async def liveness_changed(inv: Inventory, fact: HostLiveness) -> Sequence[Chang
 
 def _vm_of_silent(row: Row[Vm, VmPrivate], word: str) -> list[Change]:
     vm = row.public
-    if word == "non_responsive" and vm.status in model.RUNNING | {VmStatus.PAUSED, VmStatus.POWERING_DOWN}:
-        return [VMS.update(row, replace(vm, status=VmStatus.UNKNOWN, allowed_actions=()))]
+    if word in ("non_responsive", "dead") and vm.status in model.RUNNING | {
+        VmStatus.PAUSED,
+        VmStatus.POWERING_DOWN,
+    }:
+        return [VMS.update(row, model.with_actions(replace(vm, status=VmStatus.UNKNOWN)))]
     if word == "up" and vm.status is VmStatus.UNKNOWN:
         return [VMS.update(row, model.with_actions(replace(vm, status=VmStatus.UP)))]
     return []

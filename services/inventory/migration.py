@@ -10,10 +10,12 @@ from msgspec.structs import replace
 
 from services.inventory import model
 from services.inventory.desk import Inventory
+from services.inventory.endings import down
 from services.inventory.specs import domain_spec, need_of
 from services.inventory.starting import release_claim
+from services.inventory.stop_table import End
 from services.inventory.store import CLUSTERS, HOSTS, VMS
-from volery.contracts.agent import OrderProgressed
+from volery.contracts.agent import DomainReport, OrderProgressed
 from volery.contracts.base import Message
 from volery.contracts.domain import DomainSpec, DomainState
 from volery.contracts.domain_orders import (
@@ -33,6 +35,7 @@ from volery.contracts.scheduling import PLACE, Place, Placement, Purpose
 from volery.contracts.vm import MIGRATE_VM, MigrateVm, Vm, VmStatus
 from volery.runtime import checks
 from volery.runtime.bus import Caller
+from volery.runtime.deaths import host_died
 from volery.runtime.operations import CancelRequested, Run
 from volery.runtime.service import Part
 from volery.runtime.tables import Stale
@@ -46,6 +49,8 @@ class Moving(Message):
     source_id: str
     source_epoch: int
     epoch: int
+    source_boot_id: str = ""
+    """Under which it runs there; "" when nobody has said so yet."""
 
 
 @part.answers(MIGRATE_VM)
@@ -129,12 +134,19 @@ async def _begin_move(inv: Inventory, vm_id: str) -> Moving:
         epoch = await inv.store.next_epoch(before)
         try:
             await inv.core.commit(
-                inv.store.place(before, epoch=epoch, host_id=before.host_id, state="moving"),
+                inv.store.place(
+                    before, epoch=epoch, host_id=before.host_id, state="moving", boot_id=before.boot_id
+                ),
                 VMS.update(row, replace(row.public, epoch=epoch)),
             )
         except Stale:
             continue
-        return Moving(source_id=before.host_id, source_epoch=before.epoch, epoch=epoch)
+        return Moving(
+            source_id=before.host_id,
+            source_epoch=before.epoch,
+            epoch=epoch,
+            source_boot_id=before.boot_id,
+        )
 
 
 async def _choose(inv: Inventory, run: Run, ask: MigrateVm, moving: Moving) -> Placement:
@@ -166,6 +178,7 @@ async def _destined(inv: Inventory, vm_id: str, moving: Moving, target_id: str) 
             host_id=moving.source_id,
             state="moving",
             destination_id=target_id,
+            boot_id=moving.source_boot_id,
         )
         try:
             await inv.core.commit(change)
@@ -224,17 +237,49 @@ async def _transfer(
 
 
 async def _is_there(inv: Inventory, vm_id: str, moving: Moving, source_id: str, target_id: str) -> bool:
-    """Whether the VM has moved, by what both hosts say now. Waits for both: nobody guesses."""
-    await inv.fresh_report(source_id)
-    await inv.fresh_report(target_id)
-    here, there = inv.seen.get((source_id, vm_id)), inv.seen.get((target_id, vm_id))
-    runs_there = (
-        there is not None
-        and there.epoch == moving.epoch
-        and there.state in (DomainState.RUNNING, DomainState.PAUSED)
-    )
+    """Whether the VM has moved, by what both hosts say now: nobody guesses. A source that died by proof need not be
+    heard. The destination must be, unless the source runs the VM: it may have arrived there under any boot."""
+    await _hear_source(inv, moving)
+    here = _seen_at_source(inv, vm_id, moving)
+    if here is not None and here.state is DomainState.RUNNING:
+        return False
+
+    if not await inv.fresh_report(target_id, lambda: _arrived_and_died(inv, vm_id, moving, target_id)):
+        return False
+    there = inv.seen.get((target_id, vm_id))
+    return has_arrived(here, there, moving.epoch, source_died=_source_died(inv, moving))
+
+
+def has_arrived(
+    here: DomainReport | None, there: DomainReport | None, epoch: int, *, source_died: bool
+) -> bool:
+    """Whether the VM is at its destination, whole. One whose memory was still on a source that died never will be."""
+    if there is None or there.epoch != epoch:
+        return False
+    if source_died:
+        return there.state is DomainState.RUNNING and not there.reason.startswith("postcopy")
     runs_here = here is not None and here.state in (DomainState.RUNNING, DomainState.PAUSED)
-    return runs_there and not runs_here
+    return there.state in (DomainState.RUNNING, DomainState.PAUSED) and not runs_here
+
+
+def _source_died(inv: Inventory, moving: Moving) -> bool:
+    return inv.has_ended(moving.source_id, moving.source_boot_id)
+
+
+async def _hear_source(inv: Inventory, moving: Moving) -> None:
+    await inv.fresh_report(moving.source_id, lambda: _source_died(inv, moving))
+
+
+def _seen_at_source(inv: Inventory, vm_id: str, moving: Moving) -> DomainReport | None:
+    """As its source has it now; nothing, when the boot under which it ran there has ended."""
+    return None if _source_died(inv, moving) else inv.seen.get((moving.source_id, vm_id))
+
+
+def _arrived_and_died(inv: Inventory, vm_id: str, moving: Moving, target_id: str) -> bool:
+    """Whether the destination said that it has the VM, and the boot that said so has ended."""
+    there = inv.seen.get((target_id, vm_id))
+    arrived = there is not None and there.epoch == moving.epoch
+    return arrived and inv.has_ended(target_id, inv.boots.get((target_id, vm_id), ""))
 
 
 async def _arrived(inv: Inventory, vm_id: str, moving: Moving, target_id: str) -> None:
@@ -244,7 +289,10 @@ async def _arrived(inv: Inventory, vm_id: str, moving: Moving, target_id: str) -
         if before.epoch != moving.epoch or before.state != "moving":
             return
         seen = inv.seen.get((target_id, vm_id))
-        paused = seen is not None and seen.epoch == moving.epoch and seen.state is DomainState.PAUSED
+        is_it = seen is not None and seen.epoch == moving.epoch
+        paused = is_it and seen is not None and seen.state is DomainState.PAUSED
+        # Not known: then the report that is asked for below says it, and until then no proof of death ends the VM.
+        boot_id = inv.boots.get((target_id, vm_id), "") if is_it else ""
         new = replace(
             row.public,
             status=VmStatus.PAUSED if paused else VmStatus.UP,
@@ -253,7 +301,9 @@ async def _arrived(inv: Inventory, vm_id: str, moving: Moving, target_id: str) -
         )
         try:
             await inv.core.commit(
-                inv.store.place(before, epoch=moving.epoch, host_id=target_id, state="running"),
+                inv.store.place(
+                    before, epoch=moving.epoch, host_id=target_id, state="running", boot_id=boot_id
+                ),
                 VMS.update(row, new),
             )
         except Stale:
@@ -263,23 +313,28 @@ async def _arrived(inv: Inventory, vm_id: str, moving: Moving, target_id: str) -
 
 
 async def _forget(inv: Inventory, run: Run, vm_id: str, moving: Moving, target_id: str) -> None:
-    """No paused incoming domain stays behind."""
+    """No paused incoming domain stays behind. On a destination that died nothing did; should it come to have one under
+    another boot, that is a stray under an epoch below the source's."""
     if not await inv.core.orders.exists(run.order_id("admit")):
         return
-    await run.order(
-        "forget",
-        "Cleaning the destination",
-        FORGET_DOMAIN,
-        ForgetDomain(vm_id=vm_id),
-        host_id=target_id,
-        epoch=moving.epoch,
-    )
+    try:
+        await run.order(
+            "forget",
+            "Cleaning the destination",
+            FORGET_DOMAIN,
+            ForgetDomain(vm_id=vm_id),
+            host_id=target_id,
+            epoch=moving.epoch,
+        )
+    except Refused as refused:
+        if not host_died(refused):
+            raise
 
 
 async def _give_back(inv: Inventory, run: Run, vm_id: str, moving: Moving) -> None:
     """The source goes on, under an epoch above the destination's; or it ended meanwhile, and the VM is down."""
-    await inv.fresh_report(moving.source_id)
-    here = inv.seen.get((moving.source_id, vm_id))
+    await _hear_source(inv, moving)
+    here = _seen_at_source(inv, vm_id, moving)
     alive = here is not None and here.state in (
         DomainState.RUNNING,
         DomainState.PAUSED,
@@ -292,14 +347,18 @@ async def _give_back(inv: Inventory, run: Run, vm_id: str, moving: Moving) -> No
         if before.state != "moving":
             return
         if alive:
-            placed = inv.store.place(before, epoch=epoch, host_id=moving.source_id, state="running")
+            placed = inv.store.place(
+                before, epoch=epoch, host_id=moving.source_id, state="running", boot_id=moving.source_boot_id
+            )
             status = inv.running_status(moving.source_id, vm_id)
-            new = replace(row.public, epoch=epoch, status=status)
+            new, private = model.with_actions(replace(row.public, status=status)), row.private
         else:
             placed = inv.store.place(before, epoch=epoch, host_id="", state="none")
-            new = replace(row.public, epoch=epoch, status=VmStatus.DOWN, status_reason="crashed", host_id="")
+            died = _source_died(inv, moving) or _arrived_and_died(inv, vm_id, moving, before.destination_id)
+            end = End.HOST_DIED if died else End.CRASHED
+            new, private = down(row.public, row.private, end)
         try:
-            await inv.core.commit(placed, VMS.update(row, model.with_actions(new)))
+            await inv.core.commit(placed, VMS.update(row, replace(new, epoch=epoch), private))
         except Stale:
             continue
         break

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from msgspec import UnsetType
 from msgspec.structs import asdict, replace
 
 from services.inventory.config import InventoryConfig
-from volery.contracts.agent import DomainReport
 from volery.contracts.base import Message
 from volery.contracts.domain import DiskBus, DomainState
 from volery.contracts.errors import conflict, invalid
 from volery.contracts.host import Host, HostStatus
-from volery.contracts.vm import CreateVm, DesiredState, UpdateVm, Vm, VmStatus
+from volery.contracts.vm import CreateVm, UpdateVm, Vm, VmStatus
 from volery.runtime import checks
 
 MIB = 1024 * 1024
@@ -32,7 +30,7 @@ ALIVE = RUNNING | {S.PAUSED, S.POWERING_DOWN, S.MIGRATING, S.NOT_RESPONDING, S.U
 
 ALLOWED: dict[str, frozenset[VmStatus]] = {
     "start": frozenset({S.DOWN, S.SUSPENDED}),
-    "stop": RUNNING | {S.PAUSED, S.SUSPENDED, S.POWERING_DOWN, S.NOT_RESPONDING},
+    "stop": RUNNING | {S.PAUSED, S.SUSPENDED, S.POWERING_DOWN, S.NOT_RESPONDING, S.UNKNOWN},
     "reboot": RUNNING,
     "reset": RUNNING | {S.NOT_RESPONDING},
     "pause": RUNNING,
@@ -221,42 +219,15 @@ STATUS_OF: dict[DomainState, VmStatus] = {
     DomainState.GONE: S.DOWN,
 }
 
-END_REASONS: dict[str, str] = {
-    "shutdown": "guest_shutdown",
-    "crashed": "crashed",
-    "failed": "crashed",
-    "panicked": "crashed",
-    "daemon": "crashed",
-    "destroyed": "destroyed",
-    "saved": "saved",
-    "migrated": "migrated",
-}
-"""libvirt's reason for a stop → ours. One that isn't here means that QEMU ended and nobody saw how."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ending:
-    """What the end of a domain means for its VM."""
-
-    reason: str
-    desired: DesiredState
-
-
-def ending(vm: Vm, report: DomainReport, stop_asked: bool) -> Ending:
-    """Why a VM is down now, and what is desired from now on.
-
-    A stop that was asked for, or a guest that shut itself down, leaves it down. A crash of a highly available VM
-    leaves it desired up, and ha asks for its restart.
-    """
-    if stop_asked or vm.desired is DesiredState.DOWN:
-        return Ending("user", DesiredState.DOWN)
-    reason = END_REASONS.get(report.reason, "crashed")
-    if reason == "crashed" and vm.high_availability.enabled:
-        return Ending(reason, DesiredState.UP)
-    return Ending(reason, DesiredState.DOWN)
-
-
 # --- what a host is -----------------------------------------------------------------------------------------
+
+
+LIVENESS: dict[str, HostStatus] = {
+    "connecting": HostStatus.CONNECTING,
+    "non_responsive": HostStatus.NON_RESPONSIVE,
+    "dead": HostStatus.DOWN,
+}
+"""ha's word → how the host is shown for it."""
 
 
 def host_problems(host: Host, minimum_libvirt: int) -> tuple[str, ...]:
@@ -279,8 +250,8 @@ def host_with_status(
         status = HostStatus.INSTALLING
     elif maintenance:
         status = HostStatus.PREPARING_FOR_MAINTENANCE if preparing else HostStatus.MAINTENANCE
-    elif liveness in ("connecting", "non_responsive"):
-        status = HostStatus(liveness)
+    elif liveness in LIVENESS:
+        status = LIVENESS[liveness]
     elif problems:
         status = HostStatus.NON_OPERATIONAL
     else:

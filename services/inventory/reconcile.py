@@ -2,7 +2,8 @@
 
 Keys: `vm/{id}` (a VM whose state is not the desired one), `claims/{id}` (capacity that a VM no longer needs),
 `stray/{host}/{vm}` (a domain of ours where its VM may not run), `host/{id}` (committed sums shown on the host),
-`order/{id}` (an order that a host was too slow for, and that must not come true later).
+`order/{id}` (an order that a host was too slow for, and that must not come true later), `lost/{host}` (VMs that ran under
+a boot that has ended by proof), `boot/{host}` (VMs there of which it isn't known under which boot they run).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from services.inventory.desk import HOST_SECONDS, Inventory
+from services.inventory.endings import bury
 from services.inventory.store import HOSTS, VMS
 from volery.contracts.base import Call, Message
 from volery.contracts.domain import DomainState
@@ -47,6 +49,8 @@ async def reconcile_all(inv: Inventory) -> Sequence[str]:
         *(f"vm/{vm_id}" for vm_id in vms),
         *(f"host/{row.id}" for row in hosts),
         *(f"order/{order_id}" for order_id in orders),
+        *(f"lost/{row.host_id}" for row in await inv.store.lost_placements()),
+        *(f"boot/{host_id}" for host_id in await inv.store.hosts_of_unknown_boots()),
     ]
 
 
@@ -151,10 +155,21 @@ async def _order(inv: Inventory, order_id: str) -> None:
         log.info("order %s can't be taken back yet: its host is silent", order_id)
 
 
+async def _lost(inv: Inventory, host_id: str) -> None:
+    if any(host == host_id for host, _ in inv.core.orders.deaths.ended):
+        await bury(inv)
+
+
+async def _boot(inv: Inventory, host_id: str) -> None:
+    await inv.core.hosts.ask_report(host_id)
+
+
 LOOKS: dict[str, Callable[[Inventory, str], Awaitable[None]]] = {
     "vm": _vm,
     "claims": _claims,
     "stray": _stray,
     "host": _host,
     "order": _order,
+    "lost": _lost,
+    "boot": _boot,
 }

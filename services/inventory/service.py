@@ -24,6 +24,7 @@ from services.inventory import (
 )
 from services.inventory.config import InventoryConfig
 from services.inventory.desk import Inventory
+from services.inventory.endings import bury
 from services.inventory.reconcile import reconcile, reconcile_all
 from services.inventory.store import HOSTS, VMS, Store
 from volery.contracts.agent import HOST_REPORTED, INVENTORY_ORDER_FINISHED, INVENTORY_ORDER_PROGRESSED
@@ -80,6 +81,7 @@ service = Service(
     order_finished=INVENTORY_ORDER_FINISHED,
     order_progressed=INVENTORY_ORDER_PROGRESSED,
     release=release,
+    on_death=bury,
     reconcile=reconcile,
     reconcile_all=reconcile_all,
     on_follow=on_follow,

@@ -14,10 +14,11 @@ from services.inventory import model
 from services.inventory.desk import Inventory
 from services.inventory.specs import domain_spec, need_of
 from services.inventory.store import VMS
+from volery.contracts.agent import Outcome
 from volery.contracts.base import Message
 from volery.contracts.domain import DomainSpec
 from volery.contracts.domain_orders import FORGET_DOMAIN, RUN_DOMAIN, ForgetDomain, RunDomain
-from volery.contracts.errors import Kind, Refused, conflict
+from volery.contracts.errors import Kind, Refused, conflict, unavailable
 from volery.contracts.operation import Operation
 from volery.contracts.scheduling import (
     CONFIRM_CLAIM,
@@ -41,6 +42,7 @@ from volery.contracts.vm import (
 from volery.runtime import checks
 from volery.runtime.bus import LOST, Caller
 from volery.runtime.clock import utc_now
+from volery.runtime.deaths import host_died
 from volery.runtime.operations import Run
 from volery.runtime.service import Part
 from volery.runtime.tables import Stale
@@ -61,6 +63,8 @@ class Starting(Message):
     host_id: str = ""
     run_once: RunOnce | None = None
     purpose: Purpose = Purpose.START
+    preferred_host_id: str = ""
+    avoided_host_ids: tuple[str, ...] = ()
 
 
 @part.answers(START_VM)
@@ -111,7 +115,7 @@ async def _plan(inv: Inventory, vm: Vm, ask: StartVm, caller: Caller) -> Placeme
 
 @part.answers(RESTART_VM)
 async def restart_vm(inv: Inventory, ask: RestartVm, caller: Caller) -> Operation:
-    """ha asks, because the VM's own host said that its QEMU ended."""
+    """ha asks, because the VM's own host said that its QEMU ended, or the boot under which it ran has by proof."""
     while True:
         row = await VMS.get(inv.core.pool, ask.vm_id)
         vm = row.public
@@ -121,6 +125,11 @@ async def restart_vm(inv: Inventory, ask: RestartVm, caller: Caller) -> Operatio
                 f"VM {vm.name} is {vm.status} and wanted {vm.desired}; there is nothing to restart",
                 status=vm.status,
             )
+        if vm.busy_with:
+            raise unavailable(
+                f"VM {vm.name} is still busy with operation {vm.busy_with}, which ends now; ask again",
+                operation=vm.busy_with,
+            )
         if ask.epoch and ask.epoch != placement.epoch:
             raise conflict(f"VM {vm.name} has been placed since (epoch {placement.epoch}, not {ask.epoch})")
         op, begun = inv.core.operations.begin(
@@ -128,7 +137,12 @@ async def restart_vm(inv: Inventory, ask: RestartVm, caller: Caller) -> Operatio
             object_kind="vm",
             object_id=vm.id,
             object_name=vm.name,
-            question=Starting(vm_id=vm.id, purpose=Purpose.RESTART),
+            question=Starting(
+                vm_id=vm.id,
+                purpose=Purpose.RESTART,
+                preferred_host_id=ask.preferred_host_id,
+                avoided_host_ids=ask.avoided_host_ids,
+            ),
             caller=caller,
         )
         new = replace(
@@ -227,6 +241,8 @@ async def _place(
             purpose=ask.purpose,
             excluded_host_ids=excluded,
             target_host_id=ask.host_id,
+            preferred_host_id=ask.preferred_host_id,
+            avoided_host_ids=ask.avoided_host_ids,
             operation_id=run.id,
         )
         placed = await inv.core.bus.ask(PLACE, question, run.caller_for(f"place-{attempt}"))
@@ -274,11 +290,14 @@ async def _run_on(inv: Inventory, run: Run, ask: Starting, attempt: int, epoch: 
         )
 
     await run.order(f"run-{attempt}", "Starting QEMU", RUN_DOMAIN, question, host_id=host_id, epoch=epoch)
-    await _settle_running(inv, ask, epoch, host_id)
+    boot_id = await inv.core.orders.ended_under(run.order_id(f"run-{attempt}"))
+    await _settle_running(inv, ask, epoch, host_id, boot_id)
     await run.only_forward()
+    if not boot_id:
+        await inv.core.hosts.ask_report(host_id)  # says under which boot it runs, if it still does
 
 
-async def _settle_running(inv: Inventory, ask: Starting, epoch: int, host_id: str) -> None:
+async def _settle_running(inv: Inventory, ask: Starting, epoch: int, host_id: str, boot_id: str) -> None:
     """The host said that QEMU runs. It may have ended again since: then its fact was here first."""
     while True:
         before = await inv.store.placement(ask.vm_id)
@@ -306,7 +325,7 @@ async def _settle_running(inv: Inventory, ask: Starting, epoch: int, host_id: st
         private = replace(row.private, saved_path="", saved_host_id="", run_once=None)
         try:
             await inv.core.commit(
-                inv.store.place(before, epoch=epoch, host_id=host_id, state="running"),
+                inv.store.place(before, epoch=epoch, host_id=host_id, state="running", boot_id=boot_id),
                 VMS.update(row, new, private),
             )
         except Stale:
@@ -315,22 +334,32 @@ async def _settle_running(inv: Inventory, ask: Starting, epoch: int, host_id: st
 
 
 async def _give_up_host(inv: Inventory, run: Run, vm_id: str, attempt: int, epoch: int, host_id: str) -> None:
-    """Nothing of this attempt stays on the host, and its claim is given back."""
-    sent = await inv.core.orders.exists(run.order_id(f"run-{attempt}"))
-    if sent:
-        was, run.undoing = run.undoing, True
-        try:
-            await run.order(
-                f"forget-{attempt}",
-                "Making sure that nothing is left there",
-                FORGET_DOMAIN,
-                ForgetDomain(vm_id=vm_id),
-                host_id=host_id,
-                epoch=epoch,
-            )
-        finally:
-            run.undoing = was
+    """Nothing of this attempt stays on the host, and its claim is given back. Of what a boot that died was told to run
+    nothing is left, and no other boot takes an order that was sent to it."""
+    order_id = run.order_id(f"run-{attempt}")
+    result = await inv.core.orders.stored(order_id)
+    died = result is not None and result.outcome is Outcome.HOST_DIED
+    if not died and await inv.core.orders.exists(order_id):
+        await _forget(inv, run, vm_id, attempt, epoch, host_id)
     await release_claim(inv, run, vm_id, epoch)
+
+
+async def _forget(inv: Inventory, run: Run, vm_id: str, attempt: int, epoch: int, host_id: str) -> None:
+    was, run.undoing = run.undoing, True
+    try:
+        await run.order(
+            f"forget-{attempt}",
+            "Making sure that nothing is left there",
+            FORGET_DOMAIN,
+            ForgetDomain(vm_id=vm_id),
+            host_id=host_id,
+            epoch=epoch,
+        )
+    except Refused as refused:
+        if not host_died(refused):
+            raise
+    finally:
+        run.undoing = was
 
 
 async def release_claim(inv: Inventory, run: Run, vm_id: str, epoch: int) -> None:
@@ -371,7 +400,7 @@ async def _stay_down(inv: Inventory, run: Run, ask: Starting) -> None:
                 row.public,
                 status=VmStatus.SUSPENDED if saved else VmStatus.DOWN,
                 desired=DesiredState.UP if restarting else DesiredState.DOWN,
-                status_reason="crashed" if restarting else "start_failed",
+                status_reason=row.public.status_reason or "crashed" if restarting else "start_failed",
                 host_id="",
             )
         )

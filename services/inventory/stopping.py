@@ -19,7 +19,7 @@ from volery.contracts.domain_orders import (
     StopDomain,
     StopMethod,
 )
-from volery.contracts.errors import conflict, invalid
+from volery.contracts.errors import Refused, conflict, invalid
 from volery.contracts.ids import new_id
 from volery.contracts.operation import Operation
 from volery.contracts.vm import (
@@ -38,6 +38,7 @@ from volery.contracts.vm import (
 )
 from volery.runtime import checks
 from volery.runtime.bus import Caller
+from volery.runtime.deaths import host_died
 from volery.runtime.operations import Run
 from volery.runtime.service import Part
 from volery.runtime.tables import Stale
@@ -51,6 +52,8 @@ DOMAIN_ACTIONS: dict[VmAction, DomainAction] = {
     VmAction.UNPAUSE: DomainAction.RESUME,
 }
 MAX_STOP_SECONDS = 3600.0
+STAYS_SHOWN = {VmStatus.SUSPENDED, VmStatus.UNKNOWN}
+"""What a VM is shown as also while it is stopped: of one on a silent host nobody knows that it shuts down."""
 STOPPABLE = model.RUNNING | {VmStatus.POWERING_DOWN, VmStatus.PAUSED}
 
 
@@ -75,7 +78,7 @@ async def stop_vm(inv: Inventory, ask: StopVm, caller: Caller) -> Operation:
         new = replace(
             vm,
             desired=DesiredState.DOWN,
-            status=vm.status if vm.status is VmStatus.SUSPENDED else VmStatus.POWERING_DOWN,
+            status=vm.status if vm.status in STAYS_SHOWN else VmStatus.POWERING_DOWN,
             busy_with=op.id,
             allowed_actions=(),
         )
@@ -107,14 +110,23 @@ async def stop(inv: Inventory, run: Run) -> None:
         methods = (StopMethod.DESTROY,)
     elif ask.force_after_seconds:
         methods = (*mild, StopMethod.DESTROY)
-    await run.order(
-        "stop",
-        "Forcing it off" if ask.force else "Asking the guest to shut down",
-        STOP_DOMAIN,
-        StopDomain(vm_id=ask.id, methods=methods, wait_seconds=wait),
-        host_id=placement.host_id,
-        epoch=placement.epoch,
-    )
+    try:
+        await run.order(
+            "stop",
+            "Forcing it off" if ask.force else "Asking the guest to shut down",
+            STOP_DOMAIN,
+            StopDomain(vm_id=ask.id, methods=methods, wait_seconds=wait),
+            host_id=placement.host_id,
+            epoch=placement.epoch,
+        )
+    except Refused as refused:
+        if not host_died(refused):
+            raise
+        # It stays asked for, whatever becomes of this operation; and a VM that ended with its host has stopped.
+        run.undone("state")
+        now = await inv.store.placement(ask.id)
+        if (now.epoch, now.state) == (placement.epoch, "running"):
+            raise
     await mark_down(inv, ask.id, placement.epoch, "user")
 
 
@@ -144,7 +156,8 @@ async def mark_down(inv: Inventory, vm_id: str, epoch: int, reason: str) -> None
 
 
 async def _still_up(inv: Inventory, vm_id: str) -> None:
-    """The guest did not stop: it runs on as it was, and is wanted to. A stop on a silent host stays asked for."""
+    """The guest did not stop: it runs on as it was, and is wanted to. A stop on a silent host stays asked for, and is
+    asked again when the host is back."""
     while True:
         row = await VMS.find(inv.core.pool, vm_id)
         placement = await inv.store.placement(vm_id)

@@ -162,6 +162,8 @@ class PlacementRow:
     host_id: str
     state: str
     destination_id: str
+    boot_id: str = ""
+    """Of `host_id`, under which it runs; "" until that is known."""
 
 
 def nowhere(vm_id: str) -> PlacementRow:
@@ -179,7 +181,8 @@ class Store:
 
     async def placement(self, vm_id: str) -> PlacementRow:
         row = await self.pool.fetchrow(
-            "select vm_id, epoch, host_id, state, destination_id from placement where vm_id = $1", vm_id
+            "select vm_id, epoch, host_id, state, destination_id, boot_id from placement where vm_id = $1",
+            vm_id,
         )
         if row is None:
             return nowhere(vm_id)
@@ -191,7 +194,7 @@ class Store:
         """What is known of a domain that a host speaks of: its VM, if it is one, and where that may run. None: there is
         no such host. One round trip, since every event of every domain asks it."""
         found = await self.pool.fetchrow(
-            """select v.doc, v.private, p.epoch, p.host_id, p.state, p.destination_id
+            """select v.doc, v.private, p.epoch, p.host_id, p.state, p.destination_id, p.boot_id
                from host h left join vm v on v.id = $2 left join placement p on p.vm_id = $2 where h.id = $1""",
             host_id,
             vm_id,
@@ -202,7 +205,12 @@ class Store:
         if found["epoch"] is None:
             return row, nowhere(vm_id)
         return row, PlacementRow(
-            vm_id, found["epoch"], found["host_id"], found["state"], found["destination_id"]
+            vm_id,
+            found["epoch"],
+            found["host_id"],
+            found["state"],
+            found["destination_id"],
+            found["boot_id"],
         )
 
     async def next_epoch(self, before: PlacementRow) -> int:
@@ -212,14 +220,37 @@ class Store:
 
     async def placements_on(self, host_id: str) -> list[PlacementRow]:
         rows = await self.pool.fetch(
-            """select vm_id, epoch, host_id, state, destination_id from placement
+            """select vm_id, epoch, host_id, state, destination_id, boot_id from placement
                where host_id = $1 or destination_id = $1""",
             host_id,
         )
         return [PlacementRow(**dict(row)) for row in rows]
 
+    async def lost_placements(self) -> list[PlacementRow]:
+        """VMs that run, as far as is written, under a boot that has ended by proof."""
+        rows = await self.pool.fetch(
+            """select p.vm_id, p.epoch, p.host_id, p.state, p.destination_id, p.boot_id
+               from placement p join host_death d on d.host_id = p.host_id and d.boot_id = p.boot_id
+               where p.state = 'running' order by p.vm_id"""
+        )
+        return [PlacementRow(**dict(row)) for row in rows]
+
+    async def hosts_of_unknown_boots(self) -> list[str]:
+        """Hosts on which a VM runs of which nobody has said under which boot."""
+        rows = await self.pool.fetch(
+            "select distinct host_id from placement where state = 'running' and boot_id = ''"
+        )
+        return [row["host_id"] for row in rows]
+
     def place(
-        self, before: PlacementRow, *, epoch: int, host_id: str, state: str, destination_id: str = ""
+        self,
+        before: PlacementRow,
+        *,
+        epoch: int,
+        host_id: str,
+        state: str,
+        destination_id: str = "",
+        boot_id: str = "",
     ) -> Change:
         """The next placement, if it still stands as `before` says. Epochs never go down."""
         assert epoch >= before.epoch
@@ -229,15 +260,27 @@ class Store:
                 self.wake(f"host/{host}")
             if state == "none" or before.state == "moving":
                 self.wake(f"claims/{before.vm_id}")
+            if state == "running":
+                self.wake(f"lost/{host_id}")
 
         return Change(
-            """insert into placement (vm_id, epoch, host_id, state, destination_id)
-               select {0}, {1}::bigint, {2}, {3}, {4}
+            """insert into placement (vm_id, epoch, host_id, state, destination_id, boot_id)
+               select {0}, {1}::bigint, {2}, {3}, {4}, {8}
                on conflict (vm_id) do update set epoch = excluded.epoch, host_id = excluded.host_id,
-                   state = excluded.state, destination_id = excluded.destination_id
+                   state = excluded.state, destination_id = excluded.destination_id, boot_id = excluded.boot_id
                where placement.epoch = {5}::bigint and placement.state = {6} and placement.host_id = {7}
                returning 1""",
-            (before.vm_id, epoch, host_id, state, destination_id, before.epoch, before.state, before.host_id),
+            (
+                before.vm_id,
+                epoch,
+                host_id,
+                state,
+                destination_id,
+                before.epoch,
+                before.state,
+                before.host_id,
+                boot_id,
+            ),
             then=wake,
         )
 

@@ -196,16 +196,17 @@ async def _removal(svc: Storage, row: Row[Disk, DiskPrivate]) -> str:
     """The order that removes the volume: given once, since it may take longer than anybody waits for it."""
     while not (row.private.removal and await svc.core.orders.exists(row.private.removal)):
         domain = await svc.domain(row.public.storage_domain_id)
-        order_id = random_id()
+        order_id, host_id = random_id(), _remover(svc, row, domain.public.host_ids)
         given = svc.core.orders.give(
             DELETE_VOLUME,
             DeleteVolume(disk_id=row.id, source=svc.source(domain, row.public)),
             order_id=order_id,
-            host_id=row.private.writer_host_id,
+            host_id=host_id,
             object_id=row.id,
         )
         try:
-            noted = DISKS.update(row, private=replace(row.private, removal=order_id))
+            private = replace(row.private, removal=order_id, writer_host_id=host_id)
+            noted = DISKS.update(row, private=private)
             await svc.core.commit(*given, noted)
         except Stale:
             fresh = await svc.disk(row.id)
@@ -215,6 +216,14 @@ async def _removal(svc: Storage, row: Row[Disk, DiskPrivate]) -> str:
             continue
         return order_id
     return row.private.removal
+
+
+def _remover(svc: Storage, row: Row[Disk, DiskPrivate], host_ids: Sequence[str]) -> str:
+    """The host that wrote the volume, unless it is proven dead: whatever wrote there has ended, and another may go on."""
+    down, writer_id = svc.core.orders.deaths.down, row.private.writer_host_id
+    if writer_id not in down:
+        return writer_id
+    return domain_model.choose_host([h for h in host_ids if h not in down], row.id) or writer_id
 
 
 async def _is_foreign(svc: Storage, row: Row[Disk, DiskPrivate]) -> bool:

@@ -39,6 +39,7 @@ class Connection:
         self._ended: dict[Callable[[Any], None], contextvars.Context] = {}
         self._closed = False
         self._busy = False
+        self._waiting = False
         self._awaited: asyncio.Future[None] | None = None
 
     # Statements
@@ -122,7 +123,7 @@ class Connection:
         if implicit or self._closed:
             tx.rollback()
         else:
-            tx.failed = True
+            tx.fail()
 
     def _end(self, tx: Transaction, implicit: bool) -> None:
         if implicit:
@@ -147,6 +148,7 @@ class Connection:
     async def _wait(self, tx: Transaction, holder: Transaction, timeout: float | None) -> None:
         seconds = COMMAND_SECONDS if timeout is None else timeout
         ended = self._awaited = tx.wait_for(holder)
+        self._waiting = True
         try:
             if self.lock_timeout is not None and self.lock_timeout < seconds:
                 await self._bounded(ended, self.lock_timeout)
@@ -155,6 +157,7 @@ class Connection:
                     await ended
         finally:
             self._awaited = None
+            self._waiting = False
             tx.waited()
         self._check_alive()
 
@@ -233,6 +236,10 @@ class Connection:
 
     # Its life
 
+    def is_waiting(self) -> bool:
+        """For somebody else's transaction."""
+        return self._waiting and self._awaited is not None and not self._awaited.done()
+
     def is_closed(self) -> bool:
         return self._closed
 
@@ -300,6 +307,7 @@ class Block:
             )
         else:
             self.savepoint = connection.transaction_open.mark()
+            connection.transaction_open.savepoints.append(self.savepoint)
 
     async def commit(self) -> None:
         await self.connection.control(self._commit)
@@ -307,6 +315,12 @@ class Block:
     def _commit(self) -> None:
         connection, tx = self.connection, self._tx()
         if self.savepoint is not None:
+            if tx.failed:
+                raise postgres(
+                    asyncpg.InFailedSQLTransactionError,
+                    "current transaction is aborted, commands ignored until end of transaction block",
+                )
+            tx.savepoints.pop()
             return
         connection.transaction_open = None
         if tx.failed:
@@ -321,7 +335,8 @@ class Block:
     def _rollback(self) -> None:
         tx = self._tx()
         if self.savepoint is not None:
-            tx.undo_to(self.savepoint)
+            tx.back_to(self.savepoint)
+            tx.savepoints.pop()
             tx.failed = False
         else:
             self.connection.abort()

@@ -143,12 +143,11 @@ class Database:
             if tag is not None:
                 return Answer([], tag)
             assert isinstance(node, exp.Expr)
-            schema = connection.schema
-            plan = compile_statement(node, schema.tables, schema.views)
+            plan = compile_statement(node, connection.schema.tables, connection.schema.views)
         except Unsupported as error:
             raise Unsupported(error.what, text) from None
         kept = (plan, record_type(plan.columns))
-        if node is parse.statements(text)[-1] and len(parse.statements(text)) == 1:
+        if len(parse.statements(text)) == 1:
             self._plans[connection.schema.name].known[text] = kept
         return self._execute(connection, tx, kept, args)
 
@@ -157,6 +156,15 @@ class Database:
         if plans is None or plans.version != schema.version:
             plans = self._plans[schema.name] = _Plans(schema.version, {})
         return plans.known.get(text)
+
+    def plan(self, owner: str, text: str) -> Plan:
+        """A query or writing statement compiled, without running it. Raises Unsupported, asyncpg's errors."""
+        (node,) = parse.statements(text)
+        assert isinstance(node, exp.Expr)
+        try:
+            return compile_statement(node, self.schema(owner).tables, self.schema(owner).views)
+        except Unsupported as error:
+            raise Unsupported(error.what, text) from None
 
     def _execute(
         self, connection: Connection, tx: Transaction, kept: tuple[Plan, type[Record]], args: tuple[Any, ...]

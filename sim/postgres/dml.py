@@ -56,7 +56,8 @@ def _modify(
         written = 0
         for _ in write(f):
             written += 1
-            rows.append(tuple([each(f) for each in runs]))
+            if runs:
+                rows.append(tuple([each(f) for each in runs]))
         f[COMMAND].memo[memo] = written
         return rows
 
@@ -160,9 +161,12 @@ def _given(
     unit: Unit, table: Table, columns: list[int], defaults: list[Run], nodes: list[exp.Expr]
 ) -> list[Run]:
     if len(nodes) != len(columns):
-        raise postgres(
-            asyncpg.PostgresSyntaxError, "INSERT has another number of expressions than target columns"
+        which = (
+            "expressions than target columns"
+            if len(nodes) > len(columns)
+            else "target columns than expressions"
         )
+        raise postgres(asyncpg.PostgresSyntaxError, f"INSERT has more {which}")
     runs = list(defaults)
     for at, node in zip(columns, nodes, strict=True):
         if isinstance(node, exp.Var) and parse.name(node) == "default":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from decimal import Decimal
 from typing import Any
 
 import asyncpg
@@ -127,7 +128,8 @@ def _literal(scope: Scope, node: exp.Literal, want: str) -> Compiled:
         value = text if want in ("unknown", "text") else types.from_text(want)(text)
         return Compiled(lambda f: value, want)
     if not str(node.this).isdigit():
-        raise Unsupported(f"the number {node.this}")
+        exact = Decimal(str(node.this))
+        return Compiled(lambda f: exact, "numeric")
     number = int(node.this)
     return Compiled(lambda f: number, "int4" if number < 1 << 31 else "int8")
 
@@ -195,6 +197,8 @@ _TIMES = {
 def _arithmetic(scope: Scope, node: exp.Binary, want: str) -> Compiled:
     only(node, "this", "expression", "typed")
     sign, function = _ARITHMETIC[type(node)]
+    if {expression(scope, each).kind for each in (node.left, node.right)} == {"unknown"}:
+        raise postgres(asyncpg.AmbiguousFunctionError, f"operator is not unique: unknown {sign} unknown")
     one, other = pair(scope, node.left, node.right)
     if one.kind not in types.NUMBERS or other.kind not in types.NUMBERS:
         kind = _TIMES.get((one.kind, sign, other.kind))

@@ -177,6 +177,8 @@ def _replace(scope: Scope, node: exp.Replace, want: str) -> Compiled:
 @compiles(exp.Substring)
 def _substring(scope: Scope, node: exp.Substring, want: str) -> Compiled:
     only(node, "this", "start", "length")
+    if node.args.get("start") is None or node.args["start"].is_string:
+        raise refuse(node)
     text, start = _text(scope, node.this), _whole(scope, node.args["start"])
     length = _whole(scope, node.args["length"]) if node.args.get("length") else None
 
@@ -241,7 +243,7 @@ _BY_NAME: dict[str, Callable[[Scope, list[exp.Expr]], Compiled]] = {
     "convert_from": _convert_from,
     "hashtext": _hash_text,
     "json_build_object": _build_object,
-    "pg_advisory_lock": _locking("advisory_lock", "text"),
+    "pg_advisory_lock": _locking("advisory_lock", "void"),
     "pg_try_advisory_lock": _locking("try_advisory_lock", "bool"),
     "pg_advisory_unlock": _locking("advisory_unlock", "bool"),
 }

@@ -11,6 +11,8 @@ class Record(tuple[Any, ...]):
 
     __slots__ = ()
     columns: ClassVar[dict[str, int]] = {}
+    names: ClassVar[tuple[str, ...]] = ()
+    """Of all columns; two may have one name."""
     arrays: ClassVar[tuple[int, ...]] = ()
 
     def __getitem__(self, key: Any) -> Any:
@@ -25,13 +27,13 @@ class Record(tuple[Any, ...]):
         return self[key] if key in self.columns else default
 
     def keys(self) -> Iterator[str]:
-        return iter(self.columns)
+        return iter(self.names)
 
     def values(self) -> Iterator[Any]:
         return iter(self)
 
     def items(self) -> Iterator[tuple[str, Any]]:
-        return ((name, self[name]) for name in self.columns)
+        return zip(self.names, self, strict=True)
 
     def __repr__(self) -> str:
         return "<Record " + " ".join(f"{name}={value!r}" for name, value in self.items()) + ">"
@@ -45,6 +47,7 @@ def record_type(columns: tuple[tuple[str, str], ...]) -> type[Record]:
         {
             "__slots__": (),
             "columns": {name: at for at, (name, _) in enumerate(columns)},
+            "names": tuple(name for name, _ in columns),
             "arrays": tuple(at for at, (_, kind) in enumerate(columns) if kind.endswith("[]")),
         },
     )

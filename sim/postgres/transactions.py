@@ -30,6 +30,8 @@ class Transaction:
     undo: list[_Undo] = field(default_factory=list)
     touched: dict[Row, list[Values]] = field(default_factory=dict)
     """Every row that it locked, with every version that it made."""
+    savepoints: list[int] = field(default_factory=list)
+    """Marks, the innermost last."""
     shared: dict[Row, None] = field(default_factory=dict)
     told: dict[tuple[str, str], None] = field(default_factory=dict)
     """Notifications for when it commits."""
@@ -54,10 +56,25 @@ class Transaction:
         self.shared.clear()
         self.touched.clear()
         self.undo.clear()
+        self._wake()
+
+    def _wake(self) -> None:
         waiting, self.waiters = self.waiters, []
         for waiter in waiting:
             if not waiter.done():
                 waiter.set_result(None)
+
+    def fail(self) -> None:
+        """A statement failed: what was done since the last savepoint is undone at once, and nothing more will be."""
+        self.failed = True
+        if self.savepoints:
+            self.back_to(self.savepoints[-1])
+        else:
+            self.rollback()
+
+    def back_to(self, savepoint: int) -> None:
+        self.undo_to(savepoint)
+        self._wake()
 
     def commit(self) -> None:
         for row, versions in self.touched.items():

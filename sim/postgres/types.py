@@ -231,7 +231,7 @@ def _read_json(text: str) -> str:
     try:
         msgspec.json.decode(text)
     except msgspec.DecodeError:
-        raise unreadable("json", text) from None
+        raise postgres(asyncpg.InvalidTextRepresentationError, "invalid input syntax for type json") from None
     return text
 
 

@@ -19,7 +19,7 @@ from lab.board import Fault
 from tests.support.machines import LOGIN, FileChassis, Machine, processes
 from volery.contracts.errors import Kind, Refused
 from volery.contracts.fencing import FenceDevice, PowerAction, PowerAnswer, PowerState
-from volery.fencing import catalog, process, running
+from volery.fencing import catalog, process, rules, running
 from volery.fencing.identity import same_machine
 
 SECRET = LOGIN[1]
@@ -129,6 +129,28 @@ async def test_no_process_shows_the_password_and_none_is_left(machine: Machine) 
         assert mine == []
 
 
+async def test_ipmitool_reads_the_password_from_memory(ipmi: Machine, tmp_path: Path) -> None:
+    """It hides what it was given in its arguments at once; whoever looks in that moment sees it. So it is given none."""
+    places, shown = tmp_path / "bin", tmp_path / "shown"
+    places.mkdir()
+    program = places / "ipmitool"
+    program.write_text(f'#!/bin/sh\ncat /proc/$$/cmdline /proc/$$/environ >> {shown}\nexec {REAL} "$@"\n')
+    program.chmod(0o755)
+    path = os.environ["PATH"]
+    os.environ["PATH"] = f"{places}:{path}"
+    try:
+        assert (await act(ipmi, PowerAction.STATUS)).state is PowerState.OFF
+        assert (await act(ipmi, PowerAction.IDENTITY)).identity
+    finally:
+        os.environ["PATH"] = path
+    calls = shown.read_bytes()
+    assert calls.count(b"\0chassis\0power\0status\0") == 1
+    assert calls.count(b"\0mc\0guid\0") == 1
+    assert calls.count(b"\0-f\0/proc/") == 2
+    assert SECRET.encode() not in calls
+
+
+REAL = process.find_program("ipmitool")
 PARROT = """\
 #!/bin/sh
 told=$(cat)
@@ -142,10 +164,9 @@ case "$told" in *action=metadata*) cat <<'XML'
 XML
 exit 0;; esac
 echo "Status: ON"
-printf '%s\\n' "$told" "$(printf '%s' "$told" | sed -n 's/^password=//p' | base64 -w0)"
+env
 printf '%s\\n' "$told" | sed -n 's/^username=//p; s/^password=//p' | paste -sd: | tr -d '\\n' | base64 -w0 >&2
-printf '\\n%s' "$(env)" >&2
-echo "$@"
+printf '\\n%s\\n' "$told" | tail -n 2 >&2
 """
 
 
@@ -162,6 +183,7 @@ async def test_what_an_agent_repeats_is_hidden(parrot: catalog.Catalog) -> None:
     device = FenceDevice(agent="fence_parrot", address="10.0.0.1", username="admin", options={"plug": "7"})
     answer = await running.run(PowerAction.STATUS, device, {"password": SECRET}, catalog=parrot)
     assert answer.state is PowerState.ON
+    assert answer.words.count(rules.HIDDEN) == 2, "a line of each"
     assert SECRET not in answer.words
     assert base64.b64encode(f"admin:{SECRET}".encode()).decode() not in answer.words
     with pytest.raises(Refused, match=r"fence_parrot needs plug: which outlet") as refused:
@@ -181,8 +203,8 @@ async def test_the_environment_of_an_agent_is_its_own(parrot: catalog.Catalog) -
         )
     finally:
         del os.environ["VOLERY_TEST_SECRET"]
-    assert "PATH=" in ended.errors
-    assert "of-another" not in ended.errors
+    assert "PATH=" in ended.output
+    assert "of-another" not in ended.output
 
 
 def test_an_agent_that_was_frozen_too_long_does_nothing_more(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from services.ha.config import HaConfig
-from services.ha.policies.restart_order import Step, WatchedVm, crashed, decide, is_over, within
+from services.ha.policies.restart_order import Step, WatchedVm, decide, ended, is_over, within
 from volery.contracts.liveness import LivenessState
 
 CONFIG = HaConfig()
@@ -32,14 +32,18 @@ def watched(**fields: object) -> WatchedVm:
         ({"status": "unknown"}, False),
         ({"status": "not_responding"}, False),
         ({"reason": "user"}, False),
-        ({"reason": "guest_shutdown"}, False),
+        ({"reason": "guest_shutdown"}, True),  # still desired up: inventory's option
+        ({"reason": "guest_shutdown", "desired": "down"}, False),
+        ({"reason": "host_died"}, True),
+        ({"reason": "host_shutdown"}, True),
+        ({"reason": "host_died", "desired": "down"}, False),
         ({"reason": "host_lost"}, False),
         ({"reason": "start_failed"}, False),
         ({"busy": True}, False),
     ],
 )
 def test_only_a_proven_unasked_end_is_a_crash(fields: dict, expected: bool) -> None:
-    assert crashed(watched(**fields)) is expected
+    assert ended(watched(**fields)) is expected
 
 
 def test_the_first_is_at_once_and_each_next_waits_longer() -> None:
@@ -86,3 +90,41 @@ def test_a_record_ends_when_it_says_nothing_any_more() -> None:
     assert is_over(watched(status="up"), (), False)
     assert not is_over(watched(status="up"), (NOW,), False)
     assert not is_over(watched(), (NOW,), True)
+
+
+def ago(*seconds: float) -> tuple[datetime, ...]:
+    return tuple(NOW - timedelta(seconds=s) for s in seconds)
+
+
+@pytest.mark.parametrize(
+    ("reason", "host", "attempts", "preferred", "avoided"),
+    [
+        ("crashed", LivenessState.UP, (), "h", ()),
+        ("crashed", LivenessState.UP, ago(1800, 1700), "h", ()),
+        ("crashed", LivenessState.UP, ago(1800, 1700, 1600), "", ("h",)),
+        ("crashed", LivenessState.DEAD, (), "", ("h",)),
+        ("host_died", LivenessState.DEAD, (), "", ("h",)),
+        ("host_died", LivenessState.UP, (), "", ("h",)),
+        ("host_died", LivenessState.NON_RESPONSIVE, (), "", ("h",)),
+        ("host_shutdown", None, (), "", ("h",)),
+    ],
+)
+def test_where(
+    reason: str,
+    host: LivenessState | None,
+    attempts: tuple[datetime, ...],
+    preferred: str,
+    avoided: tuple[str, ...],
+) -> None:
+    verdict = decide(watched(reason=reason), host, attempts, NOW, CONFIG)
+    assert verdict.step is Step.ASK
+    assert (verdict.preferred_host_id, verdict.avoided_host_ids) == (preferred, avoided)
+
+
+def test_the_first_restart_after_a_hosts_death_never_waits_for_the_vms_own_crashes() -> None:
+    crashes = ago(300, 200, 1)
+    dead = watched(reason="host_died")
+    assert decide(dead, None, crashes, NOW, CONFIG, "crashed").step is Step.ASK
+    again = decide(dead, None, crashes, NOW, CONFIG, "host_died")
+    assert again.step is Step.WAIT
+    assert again.due == NOW + timedelta(seconds=9)

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from tests.ha.world import Inventory, becomes, ha, hearts, host, hurried, until, vm
 from tests.support.runtime import running
 from volery.contracts.errors import Kind, Refused
-from volery.contracts.host import HOST_CHANGED
+from volery.contracts.host import HOST_CHANGED, HostStatus
 from volery.contracts.liveness import LIST_RESTARTS, VmRestart
 from volery.contracts.operation import ListQuery
 from volery.contracts.vm import VM_CHANGED, HighAvailability, Vm, VmStatus
@@ -202,3 +202,60 @@ async def test_the_more_important_vm_is_asked_for_first(configured: Settings) ->
         await until(all_asked)
         names = {c.id: c.name for c in crashes}
         assert [names[ask.vm_id] for ask, _, _ in owner.asked[:3]] == ["90", "50", "10"]
+
+
+async def test_a_vm_whose_host_died_is_restarted_elsewhere_at_once(configured: Settings) -> None:
+    """Whatever it crashed for before."""
+    slow = {
+        "VOLERY_HA_RESTART_FIRST_DELAY_SECONDS": "60",
+        "VOLERY_HA_RESTART_LONGEST_DELAY_SECONDS": "60",
+    }
+    owner, h1 = Inventory(), host("h1")
+    async with running(hurried(configured, **slow), owner.service(), ha()) as bus:
+        await owner.says(HOST_CHANGED, h1)
+        async with hearts(bus.client, h1):
+            await becomes(bus, h1.id, "up")
+            up = vm(host_id=h1.id, epoch=3)
+            await owner.says(VM_CHANGED, up, down(up))
+
+            async def asked(count: int = 1) -> bool:
+                return len(owner.asked) >= count
+
+            await until(asked)
+            again = replace(up, revision=3, epoch=4)
+            await owner.says(VM_CHANGED, again, down(again, status_reason="host_died"))
+            await until(lambda: asked(2))
+            first, second = (ask for ask, _, _ in owner.asked)
+            assert (first.preferred_host_id, first.avoided_host_ids) == (h1.id, ())
+            assert (second.preferred_host_id, second.avoided_host_ids) == ("", (h1.id,))
+            assert second.reason == "host_died"
+
+
+async def test_what_fits_nowhere_is_no_attempt_and_is_tried_again_when_there_is_room(
+    configured: Settings,
+) -> None:
+    owner, h1, h2 = Inventory(), host("h1"), host("h2", status="non_responsive")
+    owner.ends_with = Refused(Kind.EXHAUSTED, "no host has 2 GiB free")
+    async with running(hurried(configured), owner.service(), ha()) as bus:
+        await owner.says(HOST_CHANGED, h1, h2)
+        async with hearts(bus.client, h1):
+            await becomes(bus, h1.id, "up")
+            up = vm(host_id=h1.id, epoch=3)
+            await owner.says(VM_CHANGED, up, down(up, status_reason="host_died"))
+
+            async def asked(count: int = 1) -> bool:
+                return len(owner.asked) >= count
+
+            await until(asked)
+            await owner.says(VM_CHANGED, down(up, revision=9, epoch=4, status_reason="host_died"))
+
+            async def waits() -> bool:
+                found = await restarts(bus)
+                return bool(found) and "fits nowhere" in found[0].message and found[0].attempts == 0
+
+            await until(waits)
+            assert "no host has 2 GiB free" in (await restarts(bus))[0].message
+            assert len(owner.asked) == 1
+            owner.ends_with = None
+            await owner.says(HOST_CHANGED, replace(h2, revision=2, status=HostStatus.UP))
+            await until(lambda: asked(2))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from msgspec.structs import replace
 from nats.aio.client import Client
 
 from services.ha.config import HaConfig
@@ -22,7 +24,7 @@ from volery.contracts.host import LIST_HOSTS, Host, HostStatus
 from volery.contracts.ids import new_id
 from volery.contracts.liveness import GET_LIVENESS, HostLiveness
 from volery.contracts.metrics import BEAT_SUBJECT, Beat
-from volery.contracts.operation import Operation
+from volery.contracts.operation import Operation, OperationState
 from volery.contracts.vm import (
     LIST_VMS,
     RESTART_VM,
@@ -33,8 +35,10 @@ from volery.contracts.vm import (
     VmStatus,
 )
 from volery.runtime.bus import Bus, Caller
+from volery.runtime.operations import OperationPrivate
 from volery.runtime.programs import Settings
 from volery.runtime.service import Service
+from volery.runtime.tables import commit
 
 NOW = datetime.now(UTC)
 
@@ -47,6 +51,10 @@ SHORT = {
     "VOLERY_HA_RESTART_FIRST_DELAY_SECONDS": "0.3",
     "VOLERY_HA_RESTART_LONGEST_DELAY_SECONDS": "0.6",
     "VOLERY_HA_RESTARTS_AT_MOST": "4",
+    "VOLERY_HA_SILENCE_BEFORE_FENCE_SECONDS": "2.5",
+    "VOLERY_HA_START_HOLD_SECONDS": "0.5",
+    "VOLERY_HA_OFF_RETRY_SECONDS": "3",
+    "VOLERY_HA_ON_WAIT_SECONDS": "1",
 }
 """A fifth of the real times: a beat is still several times shorter than the first limit."""
 BEAT_SECONDS = 0.1
@@ -72,7 +80,7 @@ def ha() -> Service:
 
 
 def hurried(configured: Settings, **more: str) -> Settings:
-    return replace(configured, environ=SHORT | more)
+    return dataclasses.replace(configured, environ=SHORT | more)
 
 
 def host(name: str, **fields: Any) -> Host:
@@ -186,6 +194,8 @@ class Inventory(Speaker):
     owner: Owner = Owner.INVENTORY
     asked: list[tuple[RestartVm, str, float]] = field(default_factory=list)
     refusal: Refused | None = None
+    ends_with: Refused | None = None
+    """How every restart fails that is taken."""
 
     def __post_init__(self) -> None:
         self.lists = [(LIST_HOSTS, Host), (LIST_VMS, Vm)]
@@ -196,7 +206,7 @@ class Inventory(Speaker):
         if self.refusal is not None:
             raise self.refusal
         now = datetime.now(UTC)
-        return Operation(
+        operation = Operation(
             id=f"inventory-{new_id()}",
             revision=1,
             created_at=now,
@@ -206,3 +216,13 @@ class Inventory(Speaker):
             object_id=ask.vm_id,
             deadline=now + timedelta(seconds=60),
         )
+        if self.ends_with is not None:
+            problem = self.ends_with.problem()
+            operation = replace(operation, state=OperationState.FAILED, problem=problem, ended_at=now)
+            await self._keep(operation)
+        return operation
+
+    async def _keep(self, operation: Operation) -> None:
+        """So that it can be asked for, as from any service."""
+        assert self.core is not None
+        await commit(self.core.pool, [self.core.operations.table.insert(operation, OperationPrivate())])

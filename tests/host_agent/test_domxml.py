@@ -15,6 +15,7 @@ from host_agent.domxml import Machine, Placement
 from volery.contracts.domain import (
     DiskBus,
     DomainDisk,
+    DomainLease,
     DomainNic,
     DomainSpec,
     DomainState,
@@ -90,6 +91,11 @@ FULL = DomainSpec(
     kernel_cmdline="console=ttyS0 root=LABEL=<x>",
     watchdog_action="reset",
     installation="a1b2c3",
+    lease=DomainLease(
+        lockspace="0192f0c4-4444-7abc-8def-000000000001",
+        key=VM,
+        path=f"/data/0192f0c4-4444-7abc-8def-000000000001/leases/{VM}",
+    ),
 )
 
 

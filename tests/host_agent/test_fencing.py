@@ -61,7 +61,8 @@ class Scripted:
     ) -> PowerAnswer:
         self.asked.append(ask_id)
         self.begun.set()
-        await self.go.wait()
+        async with asyncio.timeout(20):
+            await self.go.wait()
         return PowerAnswer(ask_id=ask_id, action=action, state=PowerState.OFF, exit_code=0)
 
 

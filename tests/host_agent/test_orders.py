@@ -149,6 +149,29 @@ async def test_an_order_is_refused_when_its_time_is_over_and_obeyed_with_a_newer
         await ended(at, await at.give(fresher))
 
 
+async def test_nothing_that_a_former_boot_accepted_is_carried_out_after_a_reboot(tmp_path: Path) -> None:
+    """Neither what was under way, nor what waited behind it, nor what may be repeated."""
+    control, marks = Control(), tmp_path / "marks"
+    async with core(tmp_path, control) as at:
+        slow = Toy(path=str(marks), mark="a", seconds=60)
+        under_way = await at.give(at.make(slow))
+        once = await at.give(at.make(slow, TOY_ONCE, object_id="object-2"))
+        waiting = await at.give(at.make(Toy(path=str(marks), mark="b")))
+        await until(lambda: marks.exists() and marks.read_text() == "aa")
+    async with core(tmp_path, control, boot_id="boot-2") as at:
+        ends = {ack.order_id: await ended(at, ack) for ack in (under_way, once, waiting)}
+        assert at.orders.running == 0
+        again = await at.give(at.make(Toy(path=str(marks), mark="c")))  # the lane is free
+        assert (await ended(at, again)).outcome is Outcome.SUCCEEDED
+    assert marks.read_text() == "aac" + "c."
+    outcomes = [ends[ack.order_id].outcome for ack in (under_way, once, waiting)]
+    assert outcomes == [Outcome.FAILED, Outcome.OUTCOME_UNKNOWN, Outcome.FAILED]
+    for end in ends.values():
+        assert end.problem is not None
+        assert "the host was rebooted before" in end.problem.message
+        assert "nothing of it runs any more" in end.problem.message
+
+
 async def test_age_survives_a_restart_and_a_beat_of_another_boot_is_never_young(tmp_path: Path) -> None:
     control = Control()
     toy = Toy(path=str(tmp_path / "marks"))

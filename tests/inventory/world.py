@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+import msgspec
+
 from services.inventory.service import service as inventory
 from tests.support.runtime import running
 from tests.support.scripted_agent import ScriptedAgent
@@ -18,7 +20,7 @@ from volery.contracts.agent import (
     DomainReport,
     HostCapabilities,
 )
-from volery.contracts.base import Done, Owner
+from volery.contracts.base import Done, Entity, Owner
 from volery.contracts.cluster import (
     CREATE_CLUSTER,
     CREATE_DATA_CENTER,
@@ -42,7 +44,15 @@ from volery.contracts.domain_orders import (
 from volery.contracts.errors import Kind, Refused
 from volery.contracts.host import CREATE_HOST, GET_HOST, CreateHost, Host, HostStatus
 from volery.contracts.ids import new_id
-from volery.contracts.liveness import LIVENESS_CHANGED, HostLiveness, LivenessState, Proof, ProofKind
+from volery.contracts.liveness import (
+    GET_LIVENESS,
+    LIST_LIVENESS,
+    LIVENESS_CHANGED,
+    HostLiveness,
+    LivenessState,
+    Proof,
+    ProofKind,
+)
 from volery.contracts.operation import ENDED, GET_OPERATION, GetOperation, Operation, OperationState
 from volery.contracts.scheduling import (
     CONFIRM_CLAIM,
@@ -56,6 +66,7 @@ from volery.contracts.scheduling import (
 )
 from volery.contracts.vm import CREATE_VM, GET_VM, CreateVm, HighAvailability, Vm, VmStatus
 from volery.runtime.bus import Bus, Caller
+from volery.runtime.database import open_pool
 from volery.runtime.programs import Settings
 
 MIB = 1024 * 1024
@@ -230,6 +241,20 @@ class Scheduler(Speaker):
         return Done()
 
 
+@dataclass
+class Ha(Speaker):
+    """Lists what it said of hosts, and answers what it is asked about one."""
+
+    def __post_init__(self) -> None:
+        self.lists = [(LIST_LIVENESS, HostLiveness)]
+        self.answers = [(GET_LIVENESS, self._liveness)]
+
+    async def _liveness(self, _: Speaker, ask: GetById, caller: Caller) -> Entity:
+        if ask.id not in self.objects:
+            raise Refused(Kind.NOT_FOUND, "there is no such host")
+        return self.objects[ask.id]
+
+
 def not_claimed(ask: ClaimKey) -> None:
     raise Refused(Kind.NOT_FOUND, "it holds no claim: it expired")
 
@@ -306,7 +331,13 @@ class World:
         return end
 
     async def liveness(
-        self, machine: Machine, state: LivenessState, *, boot_id: str = "", proof: Proof | None = None
+        self,
+        machine: Machine,
+        state: LivenessState,
+        *,
+        boot_id: str = "",
+        proof: Proof | None = None,
+        announced: bool = True,
     ) -> None:
         """What ha says of a host. A proof stays until another comes."""
         before = self.livenesses.get(machine.id)
@@ -321,19 +352,41 @@ class World:
             proof=proof if proof is not None else before.proof if before else None,
         )
         self.livenesses[machine.id] = said
-        await self.ha.says(LIVENESS_CHANGED, said)
+        if announced:
+            await self.ha.says(LIVENESS_CHANGED, said)
+        else:
+            self.ha.knows(said)
 
-    async def proven_dead(self, machine: Machine, boot_id: str, kind: ProofKind = ProofKind.BMC_OFF) -> Proof:
-        proof = Proof(id=new_id(), kind=kind, at=datetime.now(UTC), boot_id=boot_id)
-        await self.liveness(machine, LivenessState.DEAD, boot_id=boot_id, proof=proof)
+    async def proven_dead(self, machine: Machine, boot_id: str, *, announced: bool = True) -> Proof:
+        proof = Proof(id=new_id(), kind=ProofKind.BMC_OFF, at=datetime.now(UTC), boot_id=boot_id)
+        await self.liveness(machine, LivenessState.DEAD, boot_id=boot_id, proof=proof, announced=announced)
         return proof
+
+    async def void(self, machine: Machine) -> None:
+        """A sign of life of the boot that was said to have ended."""
+        self.livenesses[machine.id] = msgspec.structs.replace(self.livenesses[machine.id], proof=None)
+        await self.liveness(machine, LivenessState.UP)
+
+    async def until_noted(self, machine: Machine, boot_id: str) -> None:
+        """Until inventory has done all that follows from a death."""
+        marker = Machine(ScriptedAgent("", host_id=new_id()), {})
+        async with open_pool(self.settings.database, "inventory") as pool:
+
+            async def noted(host_id: str, boot_id: str) -> bool:
+                sql = "select 1 from host_death where host_id = $1 and boot_id = $2"
+                return bool(await pool.fetchval(sql, host_id, boot_id))
+
+            await until(lambda: noted(machine.id, boot_id))
+            # One after the other: when a death that was said now is noted, what follows from the former was done.
+            await self.proven_dead(marker, "marker")
+            await until(lambda: noted(marker.id, "marker"))
 
 
 @asynccontextmanager
 async def surroundings(configured: Settings) -> AsyncIterator[World]:
     """Everything but inventory, which is run by `inventory_of` and may be ended and run again."""
     scheduler = Scheduler()
-    ha = Speaker(Owner.HA)
+    ha = Ha(Owner.HA)
     async with running(configured, scheduler.service(), ha.service()) as bus:
         world = World(bus, configured, scheduler, ha)
         try:

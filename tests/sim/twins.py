@@ -32,6 +32,8 @@ class Outcome:
 
     def comparable(self, *, ordered: bool) -> Any:
         if self.error is not None:
+            if "query argument $" in str(self.error):
+                return type(self.error).__name__  # asyncpg's own, in the words of its encoders
             constraint = getattr(self.error, "constraint_name", None)
             return type(self.error).__name__, constraint, str(self.error).split("\n")[0]
         if isinstance(self.answer, list):

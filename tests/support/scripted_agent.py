@@ -117,6 +117,9 @@ class ScriptedAgent:
     drop: Callable[[str], bool] = lambda subject: False
     """Facts whose subject it is true for are spooled but not published the first time."""
     beating: bool = True
+    deaf: bool = False
+    """Orders are counted in `unheard` and get lost."""
+    unheard: int = 0
     heeds_cancels: bool = True
     """False: what is under way is quicker than its cancellation."""
     beats: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
@@ -251,6 +254,9 @@ class ScriptedAgent:
     # Orders
 
     async def _order(self, message: Msg) -> None:
+        if self.deaf:
+            self.unheard += 1
+            return
         envelope = msgspec.json.decode(message.data, type=OrderEnvelope)
         await message.respond(encode(self._accept(envelope)))
 

@@ -15,12 +15,22 @@ import pytest
 from rich.console import Console
 
 from lab import plane
+from lab.board import Fault
 from lab.lab import Lab
 from volery.client import api
 from volery.client.request import Request, body_of
 from volery.client.transport import Client, OperationFailed, ProblemError
 from volery.contracts.cluster import Cluster
+from volery.contracts.fencing import PowerState
+from volery.contracts.liveness import HostLiveness, LivenessState, ProofKind
 from volery.contracts.operation import Operation, OperationState
+from volery.contracts.power import (
+    ConfirmHostRebooted,
+    Identity,
+    NewFenceDevice,
+    PowerManagement,
+    SetPowerManagement,
+)
 from volery.contracts.storage import CreateDisk
 from volery.contracts.vm import CreateVm, HighAvailability, MigrationPolicy, NewDisk, NewNic, Vm, VmStatus
 from volery.setup.console import Output
@@ -117,6 +127,14 @@ def stage() -> Iterator[Stage]:
     try:
         lab.up(2)
         output = Output(Console(quiet=True))
+        # The least silence that ha accepts, and no hold for a control plane that has only just begun.
+        hurried = {
+            "VOLERY_HA_SILENCE_BEFORE_FENCE_SECONDS": "35",
+            "VOLERY_HA_START_HOLD_SECONDS": "5",
+            "VOLERY_HA_SWITCH_QUIET_SECONDS": "1",
+        }
+        plane.home_of(lab).create()
+        plane.home_of(lab).change_settings(hurried)
         client = plane.connect(lab, output)
         yield Stage(lab, client)
         client.http.close()
@@ -273,3 +291,119 @@ def test_a_silent_host_is_noticed_and_nothing_of_it_is_started_elsewhere(stage: 
     back = stage.until(vm.id, lambda now: now.status is VmStatus.UP, 60)
     assert (back.host_id, back.epoch) == (vm.host_id, vm.epoch)
     stage.remove(back)
+
+
+@pytest.fixture(scope="module")
+def survivor(stage: Stage) -> Iterator[Vm]:
+    """A highly available guest, on hosts whose BMCs were tested."""
+    for host in stage.lab.hosts:
+        manage_power(stage, host.number)
+    vm = stage.guest("phoenix", high_availability=HighAvailability(enabled=True))
+    yield vm
+    stage.remove(vm)
+
+
+def manage_power(stage: Stage, number: int) -> None:
+    bmc = stage.lab.bmc(number)
+    user, password = bmc.login
+    device = NewFenceDevice(
+        agent="fence_redfish",
+        address=bmc.address,
+        username=user,
+        options={"ssl_insecure": "1"},
+        secrets={"password": password},
+    )
+    host = stage.client.find(api.HOSTS, f"h{number}")
+    question = SetPowerManagement(id=host.id, devices=(device,))
+    path = f"hosts/{host.id}/power-management"
+    stage.client.send(Request("PUT", path, PowerManagement, body_of(question)))
+    tested = stage.client.send(Request("POST", f"{path}/test", PowerManagement, b"{}"))
+    assert tested.test_passed, tested.test_words
+    assert (tested.identity, tested.power) == (Identity.CHECKED, PowerState.ON)
+
+
+def restarted_elsewhere(stage: Stage, vm: Vm, seconds: float) -> tuple[Vm, HostLiveness]:
+    """The VM runs on the other host, its disk and all, and nowhere else; with what is known of where it ran."""
+    back = stage.until(
+        vm.id,
+        lambda now: now.status is VmStatus.UP and now.epoch > vm.epoch and now.host_id != vm.host_id,
+        seconds,
+    )
+    return back, stage.client.send(api.LIVENESS.get(vm.host_id))
+
+
+def host_is_up(stage: Stage, host_id: str, seconds: float = 90.0) -> None:
+    until = time.monotonic() + seconds
+    while (now := stage.client.send(api.HOSTS.get(host_id))).status != "up":
+        assert time.monotonic() < until, now
+        time.sleep(0.2)
+
+
+def test_a_host_whose_plug_is_pulled_is_dead_by_its_bmc_and_its_guest_is_back_elsewhere(
+    stage: Stage, survivor: Vm
+) -> None:
+    vm = stage.client.send(api.VMS.get(survivor.id))
+    host = stage.lab.host(stage.host_number(vm.host_id))
+    host.power_off()
+    pulled = time.monotonic()
+    back, liveness = restarted_elsewhere(stage, vm, 90)
+    print(f"runs elsewhere after {time.monotonic() - pulled:.1f} s")
+    assert liveness.proof is not None
+    assert (liveness.state, liveness.proof.kind) == (LivenessState.DEAD, ProofKind.BMC_OFF)
+    assert back.status_reason != "crashed"
+    records = list(stage.client.list(api.FENCE_RECORDS, filter={"host_id": vm.host_id}))
+    assert [r for r in records if r.requested_by == "service:ha"] == []
+    host.power_on()
+    host_is_up(stage, vm.host_id)
+    assert not [name for name in stage.domains(host) if name.endswith(vm.id[-12:])]
+
+
+def test_a_frozen_host_is_fenced_and_comes_back_without_its_guest(stage: Stage, survivor: Vm) -> None:
+    vm = stage.client.send(api.VMS.get(survivor.id))
+    host = stage.lab.host(stage.host_number(vm.host_id))
+    boot = host.boot
+    host.freeze()
+    frozen = time.monotonic()
+    _, liveness = restarted_elsewhere(stage, vm, 150)
+    took = time.monotonic() - frozen
+    print(f"runs elsewhere after {took:.1f} s")
+    assert took >= 35
+    assert liveness.proof is not None
+    assert liveness.proof.kind is ProofKind.BMC_OFF
+    host_is_up(stage, vm.host_id, 120)  # ha switched it on again
+    assert host.boot != boot
+    assert not [name for name in stage.domains(host) if name.endswith(vm.id[-12:])]
+    (record,) = stage.client.list(
+        api.FENCE_RECORDS, filter={"host_id": vm.host_id, "requested_by": "service:ha"}
+    )
+    steps = [step.step for step in record.steps]
+    assert steps.index("ordered_off") < steps.index("proven") < steps.index("ordered_on")
+
+
+def test_with_power_and_bmc_gone_its_guest_waits_for_a_person(stage: Stage, survivor: Vm) -> None:
+    vm = stage.client.send(api.VMS.get(survivor.id))
+    number = stage.host_number(vm.host_id)
+    host, bmc = stage.lab.host(number), stage.lab.bmc(number)
+    path = f"hosts/{vm.host_id}/confirm-rebooted"
+    yes = ConfirmHostRebooted(id=vm.host_id, confirm=host.name, reason="burnt")
+    with pytest.raises(ProblemError, match="sign of life"):
+        stage.client.send(Request("POST", path, HostLiveness, body_of(yes)))
+    bmc.set_fault(Fault.UNREACHABLE)
+    host.power_off()
+    try:
+        stage.until(vm.id, lambda now: now.status is VmStatus.UNKNOWN, 60)
+        until = time.monotonic() + 120
+        while (
+            "its BMC can't be asked" not in (now := stage.client.send(api.LIVENESS.get(vm.host_id))).fencing
+        ):
+            assert time.monotonic() < until, now
+            time.sleep(0.2)
+        assert stage.client.send(api.VMS.get(vm.id)).status is VmStatus.UNKNOWN
+        stage.client.send(Request("POST", path, HostLiveness, body_of(yes)))
+        _, liveness = restarted_elsewhere(stage, vm, 90)
+        assert liveness.proof is not None
+        assert liveness.proof.kind is ProofKind.PERSON
+    finally:
+        bmc.set_fault(Fault.NONE)
+        host.power_on()
+    host_is_up(stage, vm.host_id)

@@ -15,6 +15,7 @@ import msgspec
 from volery.contracts.base import Call, Fact, Message
 from volery.contracts.domain import DomainState, ImageFormat
 from volery.contracts.errors import Problem
+from volery.contracts.leases import LeaseAbility, LockspaceReport
 
 NO_RESULT = msgspec.Raw(b"null")
 """Not None: msgspec can't decode `Raw | None`."""
@@ -62,6 +63,9 @@ class Outcome(StrEnum):
     CANCELLED = "cancelled"
     OUTCOME_UNKNOWN = "outcome_unknown"
     """The agent died in the middle of something that can't be repeated. It never tries it again."""
+    HOST_DIED = "host_died"
+    """Said by no agent: the boot that had the order ended by proof before it said how the order ended. Nothing of it
+    runs there any more; what it wrote, it may have written."""
 
 
 class OrderAck(Message):
@@ -227,6 +231,7 @@ class HostCapabilities(Message):
     """The machine's own UUID, as its firmware says it: what its BMC must say, too. "": it can't be read."""
     fence_agents: tuple[str, ...] = ()
     """Names of the installed ones: what this host can be asked to switch other hosts' power with."""
+    leases: LeaseAbility = LeaseAbility()
 
 
 class JournalOrder(Message):
@@ -264,6 +269,8 @@ class StorageDomainReport(Message):
     volumes: tuple[VolumeReport, ...] = ()
     strangers: tuple[str, ...] = ()
     """Files or LUNs found there that no disk of ours explains."""
+    lockspace: LockspaceReport | None = None
+    """As the host has joined it; None when it has not."""
 
 
 class OpenLun(Message):

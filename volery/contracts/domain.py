@@ -92,6 +92,18 @@ class DomainNic(Message):
     boot_order: int = 0
 
 
+class DomainLease(Message):
+    """libvirt's `<lease>`: held by QEMU while its vCPUs may run, moved along by a live migration."""
+
+    lockspace: str
+    """The storage domain's id."""
+    key: str
+    """The VM's id."""
+    path: str
+    offset: int = 0
+    """In bytes."""
+
+
 class DomainSpec(Message):
     """A whole domain. Everything has a value that runs on any host with QEMU."""
 
@@ -124,3 +136,5 @@ class DomainSpec(Message):
     graphics: bool = True
     installation: str = ""
     """Which Volery made it: kept in the domain's metadata; other installations leave it alone."""
+    lease: DomainLease | None = None
+    """The host must have joined its lockspace. Without one, nothing but epochs keeps the VM from running twice."""

@@ -25,6 +25,8 @@ class HostStatus(StrEnum):
     """It answers, but can't run VMs of its cluster: see `reasons`."""
     CONNECTING = "connecting"
     """ha misses its beats, but has not given it up."""
+    DOWN = "down"
+    """ha has proof that it is off or was reset, and it has not come back: its VMs have ended."""
 
 
 class Host(Entity):

@@ -43,6 +43,10 @@ class Place(Message):
     """Tried already, or the source of a migration."""
     target_host_id: str = ""
     """Only this one."""
+    preferred_host_id: str = ""
+    """This one, if it fits."""
+    avoided_host_ids: tuple[str, ...] = ()
+    """These only when no other fits; weighs more than any preference."""
     dry_run: bool = False
     """Decide and explain, claim nothing."""
     operation_id: str = ""

@@ -89,6 +89,8 @@ class HighAvailability(Message):
     enabled: bool = False
     priority: int = 50
     """1 to 100; higher restarts first."""
+    restart_after_guest_shutdown: bool = False
+    """Also bring it back when its guest switched itself off."""
 
 
 class Affinity(Message):
@@ -116,7 +118,7 @@ class Vm(Entity):
     status: VmStatus = VmStatus.DOWN
     desired: DesiredState = DesiredState.DOWN
     status_reason: str = ""
-    """Why it is in this state: booted, user, guest_shutdown, crashed, host_lost, migrated, io_error, …"""
+    """Why it is in this state: booted, user, guest_shutdown, crashed, host_died, migrated, io_error, …"""
     description: str = ""
     tags: tuple[str, ...] = ()
     template_id: str = ""
@@ -369,11 +371,15 @@ class ConsoleTicket(Message):
 
 
 class RestartVm(Message):
-    """ha to inventory: bring back a VM that ended on a living host, whose agent said so."""
+    """ha to inventory: bring back a VM that ended, by its host's own word or with its host."""
 
     vm_id: str
     epoch: int
     reason: str
+    preferred_host_id: str = ""
+    """There first, if it fits: after a crash, where it ran."""
+    avoided_host_ids: tuple[str, ...] = ()
+    """Only when it fits nowhere else."""
 
 
 class ExplainVm(Message):

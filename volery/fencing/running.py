@@ -65,4 +65,9 @@ def words_of(agent: AgentInfo, device: FenceDevice, secrets: Mapping[str, str], 
     if ended.exit_code is None:
         late = f"{agent.name} did not end within {device.timeout_seconds:g} s"
         return f"{late}; {words}" if words else late
+    if not words:
+        # So ends fence_redfish when its login is refused.
+        return (
+            f"{agent.name} ended with {ended.exit_code} and gave no reason: check the login and the options"
+        )
     return words

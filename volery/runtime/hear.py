@@ -360,4 +360,16 @@ async def make_host_stream(bus: Bus, replicas: int) -> None:
 def table_of(
     facts: Sequence[tuple[Fact[Any], FactHandler]],
 ) -> dict[str, tuple[Fact[Any], FactHandler]]:
-    return {wildcard(fact.subject): (fact, handler) for fact, handler in facts}
+    """Wildcard subject → fact and handler. A fact with several has their effects together, in this order."""
+    table: dict[str, tuple[Fact[Any], FactHandler]] = {}
+    for fact, handler in facts:
+        subject = wildcard(fact.subject)
+        table[subject] = (fact, _both(table[subject][1], handler) if subject in table else handler)
+    return table
+
+
+def _both(first: FactHandler, second: FactHandler) -> FactHandler:
+    async def handle(payload: Any) -> Sequence[Change]:
+        return [*(await first(payload) or ()), *(await second(payload) or ())]
+
+    return handle

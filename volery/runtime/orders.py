@@ -1,7 +1,9 @@
 """Orders to hosts: durable in their owner's PostgreSQL, sent until the agent has journaled them, their result kept.
 
 A result comes as a fact, or as the answer to sending the order again; whichever commits first counts. An order
-is given up only when the agent refused or finished it, or journaled its cancellation.
+is given up only when the agent refused or finished it, or journaled its cancellation, or when the boot that it was sent
+to has ended by proof: an order names a beat, so no other boot than that beat's ever takes it. An operation's order to a
+host none of whose boots lives ends so without being sent; one of a reconcile loop waits for the next boot.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from volery.contracts.ids import random_id
 from volery.contracts.metrics import BEAT_SUBJECT, Beat
 from volery.runtime import telemetry
 from volery.runtime.clock import monotonic
+from volery.runtime.deaths import Deaths
 from volery.runtime.hear import HostHearing
 from volery.runtime.tables import Change, commit
 
@@ -61,6 +64,8 @@ class Result:
     outcome: Outcome
     problem: Problem | None
     body: bytes | None
+    boot_id: str = ""
+    """Of the host when it ended; "" when that isn't known."""
 
     def answer(self, order: Order[Any, A]) -> A:
         """The decoded answer, or Refused with the host's own sentence."""
@@ -96,6 +101,11 @@ class Beats:
         found = self.newest.get(host_id)
         return None if found is None else found[0].beat_seq
 
+    def boot(self, host_id: str) -> str:
+        """The boot that beat last; "" when none was heard."""
+        found = self.newest.get(host_id)
+        return "" if found is None else found[0].boot_id
+
 
 @dataclass(slots=True)
 class Orders:
@@ -108,6 +118,7 @@ class Orders:
     hosts: HostHearing
     beats: Beats
     sign: Sign
+    deaths: Deaths
     token: int = 0
     waiting: dict[str, asyncio.Future[Result]] = field(default_factory=dict)
     progress: dict[str, Callable[[OrderProgressed], None]] = field(default_factory=dict)
@@ -138,9 +149,9 @@ class Orders:
         )
         write = Change(
             """insert into host_order (order_id, host_id, object_id, kind, epoch, order_seq, operation_id, body,
-                   state, fencing_token, deadline_seconds, repeat_safe)
+                   state, fencing_token, deadline_seconds, repeat_safe, boot_id)
                select {0}, {1}, {2}, {3}, {4}::bigint, s.seq, {5}, {6}::bytea, 'waiting', l.token,
-                      {7}::float8, {8}::bool
+                      {7}::float8, {8}::bool, {10}
                from {prev} s, leader l where l.token = {9}::bigint returning 1""",
             (
                 order_id,
@@ -153,9 +164,14 @@ class Orders:
                 order.deadline_seconds,
                 order.repeat_safe,
                 self.token,
+                self._living_boot(host_id),
             ),
         )
         return [count, write]
+
+    def _living_boot(self, host_id: str) -> str:
+        boot_id = self.beats.boot(host_id)
+        return "" if self.deaths.has_ended(host_id, boot_id) else boot_id
 
     async def exists(self, order_id: str) -> bool:
         return bool(await self.pool.fetchval("select 1 from host_order where order_id = $1", order_id))
@@ -166,13 +182,19 @@ class Orders:
     async def stored(self, order_id: str) -> Result | None:
         """The result, if the order has ended."""
         row = await self.pool.fetchrow(
-            "select outcome, problem, result from host_order where order_id = $1 and state = 'finished'",
+            """select outcome, problem, result, ended_boot_id from host_order
+               where order_id = $1 and state = 'finished'""",
             order_id,
         )
         if row is None:
             return None
         problem = msgspec.json.decode(row["problem"], type=Problem) if row["problem"] else None
-        return Result(Outcome(row["outcome"]), problem, row["result"])
+        return Result(Outcome(row["outcome"]), problem, row["result"], row["ended_boot_id"])
+
+    async def ended_under(self, order_id: str) -> str:
+        """The boot under which the host said how the order ended; "" when that isn't known."""
+        found = "select ended_boot_id from host_order where order_id = $1"
+        return str(await self.pool.fetchval(found, order_id) or "")
 
     async def result(self, order_id: str, cancelling: asyncio.Event | None = None) -> Result:
         """Send the order until its end is known. With `cancelling` set, its cancellation is sent instead."""
@@ -260,16 +282,26 @@ class Orders:
         """Whether the agent has it."""
         row = await self.pool.fetchrow(
             """select host_id, object_id, kind, epoch, order_seq, operation_id, body, fencing_token,
-                      deadline_seconds, repeat_safe from host_order where order_id = $1""",
+                      deadline_seconds, repeat_safe, boot_id from host_order where order_id = $1""",
             order_id,
         )
         assert row is not None
         at = self.hosts.positions.get(row["host_id"])
-        beat_seq = self.beats.seq(row["host_id"])
+        beat_seq, boot_id = self.beats.seq(row["host_id"]), self.beats.boot(row["host_id"])
+        proof = self.deaths.ended.get((row["host_id"], boot_id))
+        if proof is not None:
+            self.hindered[row["host_id"]] = f"it died ({proof.kind}), and has not come back"
+        if row["host_id"] in self.deaths.down and (row["operation_id"] or row["boot_id"]):
+            await self.end_with_their_hosts()  # given at the moment of its death
+            return False
+        if proof is not None:
+            return False
         if at is None or beat_seq is None:
             missing = "report" if at is None else "beat"
             self.hindered[row["host_id"]] = f"no {missing} of it was heard yet, so no order can be sent to it"
             return False
+        if row["boot_id"] != boot_id:
+            await self._sent_to(order_id, boot_id)
         envelope = OrderEnvelope(
             order_id=order_id,
             host_id=row["host_id"],
@@ -296,6 +328,29 @@ class Orders:
             problem = ack.problem.message if ack is not None and ack.problem is not None else ""
             self.hindered[envelope.host_id] = problem or "it does not answer on the bus"
         return taken
+
+    async def _sent_to(self, order_id: str, boot_id: str) -> None:
+        """Written before it is sent: that boot's journal may have it from now on."""
+        sent = "update host_order set boot_id = {1} where order_id = {0} and state <> 'finished'"
+        await commit(self.pool, [Change(sent, (order_id, boot_id), guarded=False)])
+
+    async def end_with_their_hosts(self) -> None:
+        """Orders end that a boot had which has ended by proof, and those of operations that no boot is left to have."""
+        rows = await self.pool.fetch(
+            """select o.order_id, o.host_id, o.boot_id, o.kind, o.object_id from host_order o
+               where o.state <> 'finished' and (
+                   exists (select 1 from host_death d where d.host_id = o.host_id and d.boot_id = o.boot_id)
+                   or (o.boot_id = '' and o.operation_id <> '' and o.host_id = any($1::text[])))""",
+            list(self.deaths.down),
+        )
+        for row in rows:
+            host_id, what = row["host_id"], f"{row['kind']} for {row['object_id']}"
+            proof = self.deaths.ended.get((host_id, row["boot_id"])) or self.deaths.down.get(host_id)
+            if proof is not None:
+                problem = self.deaths.problem(host_id, what, proof)
+                await commit(
+                    self.pool, [self.finish(row["order_id"], Result(Outcome.HOST_DIED, problem, None))]
+                )
 
     async def _cancel(self, order_id: str) -> bool:
         cancel = CancelOrder(host_id=await self.host_of(order_id), order_id=order_id)
@@ -338,13 +393,15 @@ class Orders:
 
         return Change(
             # The question isn't needed any more; it may hold secrets.
-            """update host_order set state = 'finished', outcome = {1}, problem = {2}, result = {3}, body = ''
+            """update host_order set state = 'finished', outcome = {1}, problem = {2}, result = {3}, body = '',
+                   ended_boot_id = {4}
                where order_id = {0} and state <> 'finished'""",
             (
                 order_id,
                 str(result.outcome),
                 encode(result.problem).decode() if result.problem else "",
                 result.body,
+                result.boot_id,
             ),
             guarded=False,
             then=tell,
@@ -352,7 +409,7 @@ class Orders:
 
     async def on_finished(self, fact: OrderFinished) -> Sequence[Change]:
         body = bytes(fact.result)
-        return [self.finish(fact.order_id, Result(fact.outcome, fact.problem, body))]
+        return [self.finish(fact.order_id, Result(fact.outcome, fact.problem, body, fact.boot_id))]
 
     async def on_progressed(self, fact: OrderProgressed) -> Sequence[Change]:
         listener = self.progress.get(fact.order_id)

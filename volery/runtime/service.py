@@ -20,6 +20,7 @@ import nats.errors
 from volery.contracts.agent import OrderFinished, OrderProgressed
 from volery.contracts.base import Call, Done, Fact, Owner
 from volery.contracts.health import EXCUSE_HOST, GET_HEALTH, AskHealth, ExcuseHost, Health
+from volery.contracts.liveness import LIVENESS_CHANGED
 from volery.contracts.operation import (
     CANCEL_OPERATION,
     GET_OPERATION,
@@ -35,6 +36,7 @@ from volery.runtime.bus import Answers, Bus, Caller, open_bus
 from volery.runtime.config import read
 from volery.runtime.core import Core, once
 from volery.runtime.database import SchemaTooNew
+from volery.runtime.deaths import Deaths
 from volery.runtime.hear import FactHandler, Hearing, HostHearing, make_host_stream, table_of
 from volery.runtime.operations import Operations, Procedure
 from volery.runtime.orders import Beats, Orders
@@ -126,6 +128,8 @@ class Service:
     reconcile_all: Callable[[Any], Awaitable[Sequence[str]]] | None = None
     """Keys to look at when leadership begins and now and then, having missed every event."""
     reconcile_seconds: float = 30.0
+    on_death: Callable[[Any], Awaitable[None]] | None = None
+    """(service): write as ended what ran under boots in `host_death`. Their orders end when it has returned."""
     on_gap: Callable[[Any, str], Awaitable[None]] | None = None
     """(service, stream): facts of this stream were lost for good; list again."""
     on_lead: Callable[[Any], Awaitable[None]] | None = None
@@ -195,7 +199,7 @@ class Service:
             await bus.client.subscribe("beat.host.*", cb=beats.hear)
             if settings.bus.credentials_dir:
                 sign = _signer(settings.bus.credentials_dir, self.name)
-        orders = Orders(self.name, pool, client, hosts, beats, sign)
+        orders = Orders(self.name, pool, client, hosts, beats, sign, Deaths(bus, pool))
         config = read(f"VOLERY_{self.name.upper()}_", self.config, settings.environ)
         return Core(self.name, config, bus, settings.bus, pool, beats, hosts, orders, settings.outside)
 
@@ -322,11 +326,19 @@ class Service:
         if self.report is not None:
             if self.name is Owner.INVENTORY:
                 works.append(_keep_host_stream(core.bus, settings.bus.replicas))
-            works.append(self._hear_hosts(core, made))
+            works += [self._hear_hosts(core, made), self._bury(core, made)]
         if self.reconcile is not None:
             works += [self._reconcile(core, made), self._reconcile_all(core, made)]
         works += [_every(seconds, work, made) for seconds, work in self.rows("every_")]
         return works
+
+    async def _bury(self, core: Core, made: Any) -> None:
+        """What ran under a boot that has ended by proof ends, and then what was ordered from it."""
+        deaths, on_death = core.orders.deaths, self.on_death
+        if on_death is not None:
+            deaths.first = lambda: on_death(made)
+        deaths.then = core.orders.end_with_their_hosts
+        await deaths.run()
 
     def _hinted(self, core: Core) -> Callable[[Any], Awaitable[None]]:
         async def hinted(_: Any) -> None:
@@ -356,6 +368,8 @@ class Service:
         by_owner: dict[Owner, list[tuple[Fact[Any], FactHandler]]] = {}
         for fact, handler in self.rows("hears_"):
             by_owner.setdefault(Owner(fact.owner), []).append((fact, _bound(made, handler)))
+        if self.report is not None:
+            by_owner.setdefault(Owner.HA, []).append((LIVENESS_CHANGED, core.orders.deaths.heard))
         works: list[Coroutine[Any, Any, Any]] = []
         for owner, facts in by_owner.items():
             gap = self._gap(made, stream_name(owner))

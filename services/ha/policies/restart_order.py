@@ -1,4 +1,4 @@
-"""When a crashed VM is restarted, and when no more. Pure: no clock, no bus."""
+"""When a VM that ended is restarted, where, and when no more. Pure: no clock, no bus."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ from services.ha.config import HaConfig
 from volery.contracts.liveness import LivenessState
 from volery.contracts.vm import DesiredState, VmStatus
 
-CRASHES = frozenset({"crashed", "panic", "watchdog", "io_error"})
-"""Reasons with which inventory marks a VM down whose host reported that its QEMU ended, unasked. That report is
-the proof that it runs no more."""
+CRASHES = frozenset({"crashed", "panic", "watchdog", "io_error", "guest_shutdown"})
+"""Reasons with which inventory marks a VM down whose host reported that its QEMU ended. That report is the proof that it
+runs no more; whether it should run is the desired state's to say."""
+WITH_HOST = frozenset({"host_died", "host_shutdown"})
+"""The host is dead by proof, or was shut down by its administrator: elsewhere, at once."""
+SAME_HOST_TRIES = 3
+"""After so many restarts within the window another host is tried: it may be the host."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +37,13 @@ class WatchedVm:
     busy: bool
 
 
-def crashed(vm: WatchedVm) -> bool:
-    """Whether it should run, does not, and its host said that it ended by itself."""
+def ended(vm: WatchedVm) -> bool:
+    """Whether it should run, does not, and it is proven that it doesn't."""
     return (
         vm.enabled
         and vm.status == VmStatus.DOWN
         and vm.desired == DesiredState.UP
-        and vm.reason in CRASHES
+        and vm.reason in CRASHES | WITH_HOST
         and not vm.busy
     )
 
@@ -55,6 +59,8 @@ class Verdict:
     step: Step
     message: str
     due: datetime | None = None
+    preferred_host_id: str = ""
+    avoided_host_ids: tuple[str, ...] = ()
 
 
 def within(attempts: tuple[datetime, ...], now: datetime, config: HaConfig) -> tuple[datetime, ...]:
@@ -63,33 +69,63 @@ def within(attempts: tuple[datetime, ...], now: datetime, config: HaConfig) -> t
 
 
 def decide(
-    vm: WatchedVm, host: LivenessState | None, attempts: tuple[datetime, ...], now: datetime, config: HaConfig
+    vm: WatchedVm,
+    host: LivenessState | None,
+    attempts: tuple[datetime, ...],
+    now: datetime,
+    config: HaConfig,
+    last_reason: str = "",
 ) -> Verdict:
-    """What to do about a crashed VM. `host` is the liveness of where it ran; `attempts` are those of the window,
-    oldest first."""
-    count = len(attempts)
+    """What to do about a VM that ended. `host` is the liveness of where it ran; `attempts` are those of the window,
+    oldest first; `last_reason` is what the newest was for."""
+    count, how = len(attempts), _how(vm)
     if count >= config.restarts_at_most:
         return Verdict(
             Step.GIVE_UP,
             f"VM {vm.name} ended by itself again after {count} restarts within "
             f"{config.restart_window_seconds / 60:g} minutes; it is left down. Look at its console log, then start it",
         )
-    if host is LivenessState.NON_RESPONSIVE:
+    if host is LivenessState.NON_RESPONSIVE and vm.reason in CRASHES:
         return Verdict(
             Step.WAIT,
-            f"VM {vm.name} crashed ({vm.reason}), and its host has fallen silent since; it is restarted when the "
-            "host answers",
+            f"{how}, and its host has fallen silent since; it is restarted when the host answers, or is proven dead",
         )
-    # One in the future was written before this machine's clock was set back: it counts, and nobody waits for it.
-    due = attempts[-1] + delay(count, config) if attempts and attempts[-1] <= now else now
+    due = _due(vm, attempts, now, config, last_reason)
     if now < due:
         return Verdict(
             Step.WAIT,
-            f"VM {vm.name} crashed ({vm.reason}); restart {count + 1} waits until {due:%H:%M:%S} UTC, since "
+            f"{how}; restart {count + 1} waits until {due:%H:%M:%S} UTC, since "
             f"{count} within {config.restart_window_seconds / 60:g} minutes didn't last",
             due,
         )
-    return Verdict(Step.ASK, f"VM {vm.name} crashed ({vm.reason}); restart {count + 1} was asked for")
+    preferred, avoided = _place(vm, host, count)
+    asked = f"{how}; restart {count + 1} was asked for"
+    return Verdict(Step.ASK, asked, preferred_host_id=preferred, avoided_host_ids=avoided)
+
+
+def _how(vm: WatchedVm) -> str:
+    if vm.reason in WITH_HOST:
+        return f"VM {vm.name} ended with its host ({vm.reason})"
+    return f"VM {vm.name} crashed ({vm.reason})"
+
+
+def _due(
+    vm: WatchedVm, attempts: tuple[datetime, ...], now: datetime, config: HaConfig, last_reason: str
+) -> datetime:
+    """A host's death is no fault of the VM's: the first restart after it never waits."""
+    # One in the future was written before this machine's clock was set back: it counts, and nobody waits for it.
+    if not attempts or attempts[-1] > now or (vm.reason in WITH_HOST and last_reason != vm.reason):
+        return now
+    return attempts[-1] + delay(1 if vm.reason in WITH_HOST else len(attempts), config)
+
+
+def _place(vm: WatchedVm, host: LivenessState | None, count: int) -> tuple[str, tuple[str, ...]]:
+    """(host to prefer, hosts to avoid)"""
+    if not vm.host_id:
+        return "", ()
+    if vm.reason in WITH_HOST or count >= SAME_HOST_TRIES or host is LivenessState.DEAD:
+        return "", (vm.host_id,)
+    return vm.host_id, ()
 
 
 def delay(count: int, config: HaConfig) -> timedelta:

@@ -62,10 +62,26 @@ def preferred(fleet: Fleet, request: Request) -> Floats:
     return fleet.among(request.need.preferred_host_ids).astype(np.float64)
 
 
+def wished(fleet: Fleet, request: Request) -> Floats:
+    """The one host that this placement asks for, if it fits."""
+    wanted = request.place.preferred_host_id
+    return fleet.among((wanted,) if wanted else ()).astype(np.float64)
+
+
+def unavoided(fleet: Fleet, request: Request) -> Floats:
+    """Hosts that this placement would rather not have."""
+    return 1.0 - fleet.among(request.place.avoided_host_ids).astype(np.float64)
+
+
 PREFERRED = Weight("preferred_hosts", 99.0, preferred)
 """oVirt's factor: outweighs everything else together."""
-EVEN = (Weight("cpu_even", 2.0, cpu_even), Weight("memory_even", 1.0, memory_even), PREFERRED)
-SAVING = (Weight("cpu_saving", 2.0, cpu_saving), Weight("memory_saving", 1.0, memory_saving), PREFERRED)
+WISHED = Weight("wished_host", 300.0, wished)
+"""Outweighs the VM's own preferences: it is asked for once, for a reason of now."""
+UNAVOIDED = Weight("avoided_hosts", 1000.0, unavoided)
+"""Outweighs all others together: an avoided host is taken only when no other fits."""
+ASKED = (PREFERRED, WISHED, UNAVOIDED)
+EVEN = (Weight("cpu_even", 2.0, cpu_even), Weight("memory_even", 1.0, memory_even), *ASKED)
+SAVING = (Weight("cpu_saving", 2.0, cpu_saving), Weight("memory_saving", 1.0, memory_saving), *ASKED)
 
 POLICIES: dict[str, tuple[Weight, ...]] = {
     Balance.NONE: EVEN,

@@ -1,0 +1,71 @@
+"""What is written when a VM's QEMU has ended: it is down, nowhere, and wanted as the stop table says.
+
+A VM has ended when its host says so, or when the boot under which it runs has ended by proof. The second is looked for
+in the tables, never taken from an event: a proof that came before the VM's boot was known is seen as soon as it is. A VM
+whose boot isn't known, such as one that has just arrived, has not ended until its host says under which boot it runs.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from msgspec.structs import replace
+
+from services.inventory import model, stop_table
+from services.inventory.desk import Inventory
+from services.inventory.stop_table import End
+from services.inventory.store import VMS, PlacementRow, VmPrivate
+from volery.contracts.vm import Vm
+from volery.runtime.clock import utc_now
+from volery.runtime.tables import Change, Row, Stale
+
+log = logging.getLogger(__name__)
+
+
+def down(vm: Vm, private: VmPrivate, end: End) -> tuple[Vm, VmPrivate]:
+    """The VM once it has ended so, and what is wanted of it from now on."""
+    after = stop_table.after(
+        end,
+        stop_table.wish(vm, private.stop_asked),
+        protected=vm.high_availability.enabled,
+        restart_after_guest_shutdown=vm.high_availability.restart_after_guest_shutdown,
+    )
+    new = replace(
+        vm,
+        status=model.S.DOWN,
+        status_reason=after.reason,
+        desired=after.desired,
+        host_id="",
+        stopped_at=utc_now(),
+        guest=replace(vm.guest, agent_connected=False, ip_addresses=()),
+    )
+    return model.with_actions(new), replace(private, stop_asked=False)
+
+
+def ended(inv: Inventory, row: Row[Vm, VmPrivate], placement: PlacementRow, end: End) -> list[Change]:
+    new, private = down(row.public, row.private, end)
+    return [
+        VMS.update(row, new, private),
+        inv.store.place(placement, epoch=placement.epoch, host_id="", state="none"),
+    ]
+
+
+async def bury(inv: Inventory) -> None:
+    """Every VM that ran under a boot that has ended by proof has ended. One that moves is left to its operation, which
+    knows both hosts, and one that starts to its own, whose order ends with the boot that it was sent to."""
+    for placement in await inv.store.lost_placements():
+        await _bury(inv, placement)
+
+
+async def _bury(inv: Inventory, placement: PlacementRow) -> None:
+    while True:
+        row = await VMS.find(inv.core.pool, placement.vm_id)
+        if row is None or await inv.store.placement(placement.vm_id) != placement:
+            return
+        try:
+            await inv.core.commit(*ended(inv, row, placement, End.HOST_DIED))
+        except Stale:
+            continue
+        inv.seen.pop((placement.host_id, placement.vm_id), None)
+        log.warning("VM %s ran on host %s, which died: it has ended", row.public.name, placement.host_id)
+        return

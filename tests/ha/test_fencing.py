@@ -1,0 +1,486 @@
+"""A silent host from the first reading of its BMC to its return, on a real bus and database, with scripted BMCs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from msgspec.structs import replace
+
+from tests.ha.bmcs import AGENT, PASSWORD, Bmc, Executors, executing
+from tests.ha.world import Heart, Inventory, becomes, ha, hearts, host, hurried, until, vm
+from tests.support.runtime import running
+from volery.contracts.agent import HostCapabilities
+from volery.contracts.cluster import DeleteById, GetById
+from volery.contracts.errors import Kind, Refused
+from volery.contracts.fencing import PowerAction, PowerState
+from volery.contracts.host import HOST_CHANGED, Host, HostStatus
+from volery.contracts.ids import new_id
+from volery.contracts.liveness import GET_LIVENESS, HostLiveness, LivenessState, ProofKind
+from volery.contracts.operation import ListQuery
+from volery.contracts.power import (
+    CONFIRM_HOST_REBOOTED,
+    DELETE_POWER_MANAGEMENT,
+    GET_FENCING,
+    GET_POWER_MANAGEMENT,
+    LIST_FENCE_RECORDS,
+    PAUSE_FENCING,
+    RESUME_FENCING,
+    SET_POWER_MANAGEMENT,
+    SWITCH_POWER,
+    TEST_POWER_MANAGEMENT,
+    AskFencing,
+    ConfirmHostRebooted,
+    FenceRecord,
+    FencingScope,
+    Identity,
+    NewFenceDevice,
+    PauseFencing,
+    PowerManagement,
+    ResumeFencing,
+    SetPowerManagement,
+    SwitchPower,
+    TestPowerManagement,
+)
+from volery.contracts.vm import VM_CHANGED, VmStatus
+from volery.runtime.bus import Bus, Caller
+from volery.runtime.database import open_direct
+from volery.runtime.programs import Settings
+
+
+def uuid(number: int) -> str:
+    return f"6b1d2f6e-8f4e-4f4e-9b58-00000000000{number}"
+
+
+@dataclass
+class Site:
+    """One cluster whose hosts beat, with a BMC each."""
+
+    bus: Bus
+    owner: Inventory
+    hosts: list[Host]
+    hearts: list[Heart]
+    executors: Executors
+
+    def bmc(self, number: int) -> Bmc:
+        return self.executors.bmcs[f"bmc{number}"]
+
+    async def liveness(self, number: int) -> HostLiveness:
+        return await self.bus.ask(GET_LIVENESS, GetById(id=self.hosts[number].id))
+
+    async def power(self, number: int) -> PowerManagement:
+        return await self.bus.ask(GET_POWER_MANAGEMENT, GetById(id=self.hosts[number].id))
+
+    async def set_power(self, number: int, **fields: Any) -> PowerManagement:
+        device = NewFenceDevice(
+            agent=AGENT,
+            address=f"bmc{number}",
+            username="u",
+            secrets={"password": PASSWORD},
+            timeout_seconds=2,
+        )
+        ask = SetPowerManagement(id=self.hosts[number].id, devices=(device,))
+        return await self.bus.ask(SET_POWER_MANAGEMENT, replace(ask, **fields), caller("set"))
+
+    async def tested(self, number: int) -> PowerManagement:
+        async def passed() -> PowerManagement | None:
+            found = await self.power(number)
+            return found if found.test_passed else None
+
+        found: PowerManagement = await until(passed)
+        return found
+
+    async def becomes(self, number: int, state: str, seconds: float = 30.0) -> HostLiveness:
+        return await becomes(self.bus, self.hosts[number].id, state, seconds)
+
+    async def says(self, number: int, words: str, seconds: float = 30.0) -> HostLiveness:
+        """Waits until its `fencing` has these words."""
+
+        async def said() -> HostLiveness | None:
+            found = await self.liveness(number)
+            return found if words in found.fencing else None
+
+        found: HostLiveness = await until(said, seconds)
+        return found
+
+    async def records(self) -> list[FenceRecord]:
+        page = await self.bus.ask(LIST_FENCE_RECORDS, ListQuery())
+        return [msgspec.json.decode(item, type=FenceRecord) for item in page.items]
+
+    async def ended(self, state: str, seconds: float = 30.0) -> FenceRecord:
+        async def found() -> FenceRecord | None:
+            return next((r for r in await self.records() if r.state == state), None)
+
+        record: FenceRecord = await until(found, seconds)
+        return record
+
+
+def caller(name: str) -> Caller:
+    return Caller("user:ann", f"{name}-{new_id()}", name)
+
+
+@asynccontextmanager
+async def site(
+    configured: Settings,
+    tmp_path: Path,
+    count: int = 3,
+    replicas: int = 1,
+    *,
+    powered: bool = True,
+    **more: str,
+) -> AsyncIterator[Site]:
+    owner = Inventory()
+    hosts = [
+        host(f"h{n}", capabilities=HostCapabilities(hardware_uuid=uuid(n)), boot_id="boot-1")
+        for n in range(count)
+    ]
+    owner.knows(*hosts)
+    settings = hurried(configured, VOLERY_HA_KEY_FILE=str(tmp_path / "ha.key"), **more)
+    async with AsyncExitStack() as stack:
+        programs = [ha() for _ in range(replicas)]
+        bus = await stack.enter_async_context(running(settings, owner.service(), *programs))
+        executors = await stack.enter_async_context(executing(bus.client, *(h.id for h in hosts)))
+        for n in range(count):
+            executors.bmcs[f"bmc{n}"] = Bmc(uuid(n))
+        beating = await stack.enter_async_context(hearts(bus.client, *hosts))
+        for heart in beating:
+            heart.boot_id = "boot-1"
+        made = Site(bus, owner, hosts, beating, executors)
+        for n in range(count):
+            await made.becomes(n, "up")
+            if powered:
+                await made.set_power(n)
+        for n in range(count if powered else 0):
+            await made.tested(n)
+        yield made
+
+
+async def test_a_bmc_that_says_off_proves_death_without_any_wait(
+    configured: Settings, tmp_path: Path
+) -> None:
+    """Also while fencing is paused, right after ha started, and with a silence that is far from over."""
+    slow = {"VOLERY_HA_SILENCE_BEFORE_FENCE_SECONDS": "600", "VOLERY_HA_START_HOLD_SECONDS": "600"}
+    async with site(configured, tmp_path, **slow) as at:
+        await at.bus.ask(PAUSE_FENCING, PauseFencing(reason="switch replaced"), caller("pause"))
+        at.bmc(0).power = PowerState.OFF
+        at.hearts[0].stop()
+        dead = await at.becomes(0, "dead")
+        assert dead.proof is not None
+        assert (dead.proof.kind, dead.proof.boot_id) == (ProofKind.BMC_OFF, "boot-1")
+        assert "twice" in dead.proof.details
+        kinds = {e.kind: e for e in dead.evidence}
+        assert kinds["bmc"].power == kinds["bmc_off_first"].power == "off"
+        assert kinds["bmc"].trusted
+        assert kinds["bmc"].by.startswith("host h")
+        assert at.bmc(0).did(PowerAction.OFF) == 0
+        # It comes back under another boot, and the proof about the former one stays.
+        at.hearts[0].boot_id = "boot-2"
+        at.hearts[0].start()
+        up = await at.becomes(0, "up")
+        assert up.proof == dead.proof
+        assert up.boot_id == "boot-2"
+        assert at.bmc(0).did(PowerAction.ON) == 0
+
+
+async def test_a_frozen_host_is_switched_off_proven_dead_and_switched_on_again(
+    configured: Settings, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And the BMC's password is nowhere in ha's database, in no log, and in no answer."""
+    caplog.set_level(logging.DEBUG)
+    async with site(configured, tmp_path) as at:
+        on = vm(host_id=at.hosts[0].id, epoch=4)
+        await at.owner.says(VM_CHANGED, on)
+        at.hearts[0].stop()
+        await at.says(0, "its BMC says on; it is fenced once it was silent for 2.5 s")
+        assert at.bmc(0).did(PowerAction.OFF) == 0
+        dead = await at.becomes(0, "dead")
+        assert dead.proof is not None
+        assert dead.proof.kind is ProofKind.BMC_OFF
+        assert at.bmc(0).did(PowerAction.OFF) == 1
+        ask = next(a for a in at.bmc(0).asked if a.action is PowerAction.OFF)
+        assert (ask.target_host_id, ask.target_boot_id) == (at.hosts[0].id, "boot-1")
+        assert ask.host_id in (at.hosts[1].id, at.hosts[2].id)
+        await at.owner.says(
+            VM_CHANGED, replace(on, revision=2, status=VmStatus.DOWN, status_reason="host_died")
+        )
+        record = await at.ended("succeeded")
+        steps = [step.step for step in record.steps]
+        assert steps.index("ordered_off") < steps.index("proven") < steps.index("ordered_on")
+        assert at.bmc(0).power is PowerState.ON
+        assert (record.requested_by, record.boot_id) == ("service:ha", "boot-1")
+        at.hearts[0].boot_id = "boot-2"
+        at.hearts[0].start()
+        up = await at.becomes(0, "up")
+        assert up.fencing == ""
+        assert at.bmc(0).did(PowerAction.OFF) == 1
+        assert ask.secrets["password"] == PASSWORD
+        kept = await at.set_power(
+            0, devices=(NewFenceDevice(agent=AGENT, address="bmc0", timeout_seconds=2),)
+        )
+        await at.tested(0)  # with the password that was kept
+        assert PASSWORD not in msgspec.json.encode(kept).decode()
+        everything = await whole_database(configured)
+        assert AGENT in everything
+        assert PASSWORD not in everything
+        assert PASSWORD not in caplog.text
+
+
+async def whole_database(configured: Settings) -> str:
+    """All that ha keeps: objects, log, requests."""
+    found = ""
+    async with open_direct(configured.database, "ha") as connection:
+        tables = await connection.fetch(
+            "select table_name from information_schema.tables where table_schema = current_schema()"
+        )
+        for row in tables:
+            rows = await connection.fetch(f"select * from {row['table_name']}")
+            found += str([tuple(r) for r in rows])
+    return found
+
+
+async def test_a_host_that_beats_again_in_time_is_left_alone(configured: Settings, tmp_path: Path) -> None:
+    async with site(configured, tmp_path) as at:
+        at.hearts[0].stop()
+        await at.says(0, "it is fenced once")
+        at.hearts[0].start()
+        await at.becomes(0, "up")
+        for n in (1, 2):
+            assert (await at.liveness(n)).state == "up"
+        assert at.bmc(0).did(PowerAction.OFF) == 0
+        assert await at.records() == []
+
+
+async def test_a_bmc_that_says_off_while_the_host_beats_loses_its_trust(
+    configured: Settings, tmp_path: Path
+) -> None:
+    async with site(configured, tmp_path) as at:
+        at.bmc(0).power = PowerState.OFF
+        at.hearts[0].stop()
+        await at.becomes(0, "dead")
+        at.hearts[0].start()
+        up = await at.becomes(0, "up")
+        assert up.proof is None
+        assert up.boot_id == "boot-1"
+
+        async def distrusted() -> bool:
+            return not (await at.power(0)).enabled
+
+        await until(distrusted)
+        assert "signs of life" in (await at.power(0)).test_words
+        at.hearts[0].stop()
+        held = await at.says(0, "its power management is switched off")
+        assert held.proof is None
+
+
+async def test_a_lost_answer_is_read_again_as_status_and_never_repeated_as_an_action(
+    configured: Settings, tmp_path: Path
+) -> None:
+    async with site(configured, tmp_path) as at:
+        at.bmc(0).loses.add(PowerAction.OFF)
+        at.hearts[0].stop()
+        await at.becomes(0, "dead", 60)
+        assert at.bmc(0).did(PowerAction.OFF) == 1
+
+
+async def test_a_bmc_that_stays_on_is_ordered_off_three_times_then_a_person_is_asked(
+    configured: Settings, tmp_path: Path
+) -> None:
+    async with site(configured, tmp_path, VOLERY_HA_OFF_RETRY_SECONDS="0.5") as at:
+        at.bmc(0).obeys = False
+        at.hearts[0].stop()
+        await at.says(0, "Cut its power by hand, then confirm it", 60)
+        assert at.bmc(0).did(PowerAction.OFF) == 3
+        assert (await at.liveness(0)).proof is None
+        found = await at.bus.ask(
+            CONFIRM_HOST_REBOOTED,
+            ConfirmHostRebooted(id=at.hosts[0].id, confirm="h0", reason="plug pulled"),
+            caller("confirm"),
+        )
+        assert found.proof is not None
+        assert (found.state, found.proof.kind) == (LivenessState.DEAD, ProofKind.PERSON)
+        assert "user:ann" in found.proof.details
+
+
+async def test_a_swapped_bmc_proves_nothing(configured: Settings, tmp_path: Path) -> None:
+    """It was right when it was tested; then somebody changed the cables."""
+    async with site(configured, tmp_path) as at:
+        at.executors.bmcs["bmc0"] = Bmc(uuid(9), PowerState.OFF)
+        at.hearts[0].stop()
+        await at.says(0, "its BMC belongs to another machine")
+        assert (await at.power(0)).identity is Identity.MISMATCH
+        assert (await at.liveness(0)).proof is None
+        assert at.bmc(0).did(PowerAction.OFF) == 0
+
+
+async def test_the_brake_lets_one_of_ten_go_and_asks_a_person_for_the_others(
+    configured: Settings, tmp_path: Path
+) -> None:
+    """And hosts that lost their power by themselves don't count."""
+    async with site(configured, tmp_path, 10) as at:
+        at.bmc(9).power = PowerState.OFF
+        for n in (0, 1, 2, 9):
+            at.hearts[n].stop()
+        await at.becomes(9, "dead")
+
+        async def braked() -> bool:
+            said = [await at.liveness(n) for n in (0, 1, 2)]
+            held = ["the most without a person" in s.fencing for s in said]
+            return sum(held) == 2 and any(s.state is LivenessState.DEAD for s in said)
+
+        await until(braked, 60)
+        assert sum(at.bmc(n).did(PowerAction.OFF) for n in range(10)) == 1
+        found = await at.bus.ask(GET_FENCING, AskFencing())
+        assert [(b.hosts, b.ordered_off, b.limit) for b in found.brakes] == [(10, 1, 1)]
+        assert len(found.held) == 2
+
+
+async def test_when_most_of_a_cluster_is_silent_ha_orders_nothing(
+    configured: Settings, tmp_path: Path
+) -> None:
+    async with site(configured, tmp_path, 3, VOLERY_HA_STORM_HOLD_SECONDS="0.5") as at:
+        for n in (0, 1):
+            at.hearts[n].stop()
+        for n in (0, 1):
+            await at.says(n, "it may be ha that is cut off", 60)
+            assert at.bmc(n).did(PowerAction.OFF) == 0
+        # A person tells which of them are off; each is believed by itself.
+        await at.becomes(0, "non_responsive")
+        confirm = ConfirmHostRebooted(id=at.hosts[0].id, confirm="h0")
+        assert (await at.bus.ask(CONFIRM_HOST_REBOOTED, confirm, caller("confirm"))).state == "dead"
+        assert (await at.becomes(1, "non_responsive")).proof is None
+
+
+async def test_maintenance_and_pauses_hold_and_let_go(configured: Settings, tmp_path: Path) -> None:
+    async with site(configured, tmp_path) as at:
+        scope = {"scope": FencingScope.HOST, "object_id": at.hosts[0].id}
+        pause = PauseFencing(**scope, reason="firmware")  # type: ignore[arg-type]
+        await at.bus.ask(PAUSE_FENCING, pause, caller("pause"))
+        kept = replace(at.hosts[1], revision=2, status=HostStatus.MAINTENANCE)
+        await at.owner.says(HOST_CHANGED, kept)
+        at.hearts[0].stop()
+        await at.says(0, "by user:ann: firmware", 60)
+        assert at.bmc(0).did(PowerAction.OFF) == 0
+        await at.bus.ask(RESUME_FENCING, ResumeFencing(**scope), caller("resume"))  # type: ignore[arg-type]
+        await at.becomes(0, "dead", 60)
+        at.hearts[0].boot_id = "boot-2"
+        at.hearts[0].start()
+        await at.becomes(0, "up")
+        at.hearts[1].stop()
+        await at.says(1, "it is in maintenance")
+        assert at.bmc(1).did(PowerAction.OFF) == 0
+
+
+async def test_a_new_leader_ends_what_the_former_one_began(configured: Settings, tmp_path: Path) -> None:
+    """The leader is killed between the order and the proof; the executor then obeys the new one only."""
+    async with site(configured, tmp_path, replicas=2) as at:
+        at.bmc(0).obeys = False
+        at.hearts[0].stop()
+
+        async def ordered() -> bool:
+            return at.bmc(0).did(PowerAction.OFF) >= 1
+
+        await until(ordered, 60)
+        former = at.executors.highest_token
+        assert at.owner.core is not None
+        connection_of = open_direct(configured.database, "ha")
+        async with connection_of as connection:
+            killed = await connection.fetchval(
+                """select count(pg_terminate_backend(pid)) from pg_locks
+                   where locktype = 'advisory' and granted and pid <> pg_backend_pid()
+                     and objid = hashtext('volery-leader-ha')::bigint::bit(32)::bigint::oid"""
+            )
+        assert killed >= 1
+        at.bmc(0).obeys = True
+        at.bmc(0).power = PowerState.OFF
+        await at.becomes(0, "dead", 60)
+        record = await at.ended("succeeded", 60)
+        assert at.executors.highest_token > former
+        assert at.bmc(0).power is PowerState.ON
+        assert [s.step for s in record.steps].count("proven") == 1
+
+
+async def test_a_person_is_not_believed_against_a_sign_of_life(configured: Settings, tmp_path: Path) -> None:
+    async with site(configured, tmp_path, powered=False) as at:
+        confirm = ConfirmHostRebooted(id=at.hosts[0].id, confirm="h0")
+        with pytest.raises(Refused, match="showed a sign of life"):
+            await at.bus.ask(CONFIRM_HOST_REBOOTED, confirm, caller("confirm"))
+        at.hearts[0].stop()
+        await at.says(0, "it has no power management")
+        await at.becomes(0, "non_responsive")
+        with pytest.raises(Refused, match="type the host's name, h0"):
+            await at.bus.ask(CONFIRM_HOST_REBOOTED, replace(confirm, confirm="h1"), caller("confirm"))
+        dead = await at.bus.ask(CONFIRM_HOST_REBOOTED, confirm, caller("confirm"))
+        assert dead.state == "dead"
+        again = await at.bus.ask(CONFIRM_HOST_REBOOTED, confirm, caller("confirm"))
+        assert again.proof == dead.proof
+        at.hearts[0].start()
+        assert (await at.becomes(0, "up")).proof is None
+
+
+async def test_power_by_hand_is_confirmed_quiet_and_remembered(configured: Settings, tmp_path: Path) -> None:
+    async with site(configured, tmp_path) as at:
+        off = SwitchPower(id=at.hosts[0].id, action=PowerAction.OFF)
+        read = SwitchPower(id=at.hosts[0].id, action=PowerAction.STATUS)
+        assert (await at.bus.ask(SWITCH_POWER, read, caller("read"))).state is PowerState.ON
+        with pytest.raises(Refused, match="type the host's name, h0"):
+            await at.bus.ask(SWITCH_POWER, off, caller("off"))
+        done = await at.bus.ask(SWITCH_POWER, replace(off, confirm="h0"), caller("off"))
+        assert done.state is PowerState.OFF
+        with pytest.raises(Refused, match="between two switches 180 s pass"):
+            await at.bus.ask(SWITCH_POWER, replace(off, action=PowerAction.ON), caller("on"))
+        [record] = await at.records()
+        assert (record.requested_by, record.state) == ("user:ann", "succeeded")
+        at.hearts[0].stop()
+        assert (await at.becomes(0, "dead")).proof is not None
+
+
+async def test_power_management_is_tested_and_says_what_is_wrong(
+    configured: Settings, tmp_path: Path
+) -> None:
+    async with site(configured, tmp_path) as at:
+        ask = TestPowerManagement(id=at.hosts[0].id)
+        found = await at.bus.ask(TEST_POWER_MANAGEMENT, ask, caller("test"))
+        assert (found.test_passed, found.identity, found.power) == (True, Identity.CHECKED, PowerState.ON)
+        at.bmc(0).answers = False
+        found = await at.bus.ask(TEST_POWER_MANAGEMENT, ask, caller("test"))
+        assert not found.test_passed
+        assert "connection timed out" in found.test_words
+        at.bmc(0).answers, at.bmc(0).identity = True, uuid(7)
+        found = await at.bus.ask(TEST_POWER_MANAGEMENT, ask, caller("test"))
+        assert found.identity is Identity.MISMATCH
+        assert uuid(7) in found.test_words
+        await at.bus.ask(DELETE_POWER_MANAGEMENT, DeleteById(id=at.hosts[0].id), caller("delete"))
+        with pytest.raises(Refused):
+            await at.power(0)
+        await bad_power_management_is_refused_with_a_sentence(at)
+
+
+async def bad_power_management_is_refused_with_a_sentence(at: Site) -> None:
+    def device(**fields: Any) -> NewFenceDevice:
+        return NewFenceDevice(
+            **({"agent": AGENT, "address": "bmc0", "secrets": {"password": PASSWORD}} | fields)
+        )
+
+    for devices, words in [
+        ([device(agent="rm -rf")], "isn't a fence agent's name"),
+        ([device(agent="fence_dummy")], "proves nothing"),
+        ([device(address="http://bmc0/")], "neither a host name nor an IP address"),
+        ([device(port=70000)], "port 70000"),
+        ([device(timeout_seconds=600)], "an action may take"),
+        ([device(), device()], "two devices are the same"),
+        ([], "1 to 8 devices"),
+        ([device(agent="fence_redfish", options={"sssl": "1"})], "no option"),
+        ([device(agent="fence_apc", username="u")], "needs plug"),
+    ]:
+        with pytest.raises(Refused, match=words) as refused:
+            await at.set_power(0, devices=tuple(devices))
+        assert refused.value.kind is Kind.INVALID
+    for wrong in ({"scope": FencingScope.HOST}, {"seconds": 8 * 86400.0}, {"object_id": "x"}):
+        with pytest.raises(Refused):
+            await at.bus.ask(PAUSE_FENCING, PauseFencing(**wrong), caller("pause"))  # type: ignore[arg-type]

@@ -1,0 +1,419 @@
+"""Leases by the agent against a real sanlock daemon (no watchdog), and the pure parts: its words, times, the watchdog."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from host_agent import children, leased, leases, sanlock, storage
+from host_agent.action import Host
+from host_agent.children import ChildFailed
+from host_agent.sanlock import SanlockFailed
+from host_agent.watchdog import HEADER, Device, Wdmd, ask_wdmd, devices, judged
+from tests.support.agent_host import make_host, running
+from volery.contracts.domain import DomainLease
+from volery.contracts.errors import Kind, Refused
+from volery.contracts.ids import new_id
+from volery.contracts.leases import (
+    CreateLease,
+    DeleteLease,
+    ExpiredLease,
+    HostLeaseReading,
+    JoinLockspace,
+    LeaveLockspace,
+    LockspaceReport,
+    ReadHostLease,
+    ReportLeases,
+    Watchdog,
+    dead_seconds,
+    fail_seconds,
+    proven,
+    unchanged_seconds,
+)
+from volery.contracts.volume_orders import ConnectStorage, DirectoryLocation
+
+NAME = "a-host"
+
+# --- the pure parts
+
+
+def reading(asked: float, timestamp: int = 700, **changes: object) -> HostLeaseReading:
+    values = {
+        "asked_seconds": asked,
+        "answered_seconds": asked + 0.5,
+        "holder": NAME,
+        "generation": 3,
+        "timestamp": timestamp,
+        "io_timeout_seconds": 10,
+    }
+    return HostLeaseReading(**(values | changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("io_timeout", "fails", "dead"), [(1, 8, 68), (2, 16, 76), (10, 80, 140), (20, 160, 220)]
+)
+def test_times_are_sanlocks_own(io_timeout: int, fails: int, dead: int) -> None:
+    assert (fail_seconds(io_timeout), dead_seconds(io_timeout)) == (fails, dead)
+
+
+@pytest.mark.parametrize(
+    ("second", "seconds"),
+    [
+        (reading(250), 149.5),  # from the answer of the first to the question of the second
+        (reading(250, timestamp=701), 0),
+        (reading(250, generation=4), 0),
+        (reading(250, holder="another"), 0),
+        (reading(100.2), 0),  # overlapping
+        (reading(50), 0),  # told in the wrong order
+    ],
+)
+def test_a_lease_was_not_renewed_between_two_readings(second: HostLeaseReading, seconds: float) -> None:
+    assert unchanged_seconds(reading(100), second) == seconds
+
+
+JOINED = LockspaceReport(domain_id="d", host_number=1, generation=3)
+RESETTING = LockspaceReport(domain_id="d", host_number=1, generation=3, reset_host=True)
+EARLIER = LockspaceReport(domain_id="d", host_number=1, generation=2, reset_host=True)
+SAFE = Watchdog(armed=True, inescapable=True)
+SOFT = Watchdog(armed=True)
+
+
+@pytest.mark.parametrize(
+    ("now", "unchanged", "joined", "watchdog", "proof"),
+    [
+        (reading(0), 143.0, JOINED, SAFE, ExpiredLease.NO_HOLDERS),
+        (reading(0), 143.0, RESETTING, SAFE, ExpiredLease.HOST_RESET),
+        (reading(0), 142.9, RESETTING, SAFE, ExpiredLease.NOTHING),
+        (reading(0), 79.0, RESETTING, SAFE, ExpiredLease.NOTHING),
+        (reading(0, io_timeout_seconds=2), 79.0, RESETTING, SAFE, ExpiredLease.HOST_RESET),
+        (reading(0), 1e6, RESETTING, SOFT, ExpiredLease.NOTHING),
+        (reading(0), 1e6, RESETTING, Watchdog(), ExpiredLease.NOTHING),
+        (reading(0), 1e6, None, SAFE, ExpiredLease.NOTHING),
+        (
+            reading(0),
+            1e6,
+            EARLIER,
+            SAFE,
+            ExpiredLease.NOTHING,
+        ),  # reported of another boot than the lease is of
+        (reading(0, timestamp=0), 1e6, RESETTING, SAFE, ExpiredLease.NOTHING),  # given back: its host lives
+    ],
+)
+def test_what_an_expired_lease_proves(
+    now: HostLeaseReading,
+    unchanged: float,
+    joined: LockspaceReport | None,
+    watchdog: Watchdog,
+    proof: ExpiredLease,
+) -> None:
+    assert proven(now, unchanged, joined, watchdog) is proof
+
+
+WDMD = Wdmd(test_interval=10, fire_seconds=60, last_pet=995)
+HARDWARE = Device("watchdog0", "iTCO_wdt", True)
+SOFTWARE = Device("watchdog0", "Software Watchdog", True)
+IDLE = Device("watchdog1", "iTCO_wdt", False)
+
+
+@pytest.mark.parametrize(
+    ("uses", "wdmd", "found", "armed", "inescapable", "problem"),
+    [
+        (True, WDMD, (HARDWARE,), True, True, ""),
+        (True, WDMD, (IDLE, HARDWARE), True, True, ""),
+        (True, WDMD, (SOFTWARE, IDLE), True, False, "a kernel that is stuck"),
+        (True, WDMD, (IDLE,), True, False, "doesn't show as active"),
+        (True, WDMD, (), True, False, "doesn't show as active"),
+        (False, WDMD, (HARDWARE,), False, False, "remove `-w 0`"),
+        (True, None, (HARDWARE,), False, False, "wdmd doesn't run"),
+        (True, Wdmd(10, 30, 995), (HARDWARE,), False, False, "sanlock needs 60 s"),
+        (True, Wdmd(10, 60, 960), (HARDWARE,), False, False, "about to be reset"),
+    ],
+)
+def test_whether_a_host_can_outlive_its_watchdog(
+    uses: bool, wdmd: Wdmd | None, found: tuple[Device, ...], armed: bool, inescapable: bool, problem: str
+) -> None:
+    said = judged(uses, wdmd, found, now=1000.0)
+    assert (said.armed, said.inescapable) == (armed, inescapable)
+    assert problem in said.problem
+    assert bool(said.problem) is not inescapable
+
+
+def test_devices_are_read_as_the_kernel_tells_them(tmp_path: Path) -> None:
+    for name, identity, state in (("watchdog0", "iTCO_wdt\n", "active\n"), ("watchdog1", "", "inactive\n")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "identity").write_text(identity)
+        (tmp_path / name / "state").write_text(state)
+    (tmp_path / "watchdog2").mkdir()
+    assert devices(tmp_path) == (HARDWARE, Device("watchdog1", "", False), Device("watchdog2", "", False))
+    assert devices(tmp_path / "nowhere") == ()
+
+
+async def test_wdmd_is_asked_over_its_socket(tmp_path: Path) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked = HEADER.unpack(await reader.readexactly(HEADER.size))
+        writer.write(HEADER.pack(0, asked[1], 0, 0, 10, 60, 995, 0, 0, b""))
+        writer.close()
+
+    path = str(tmp_path / "wdmd.sock")
+    assert await ask_wdmd(path) is None
+    server = await asyncio.start_unix_server(answer, path)
+    async with server:
+        assert await ask_wdmd(path) == WDMD
+
+
+STATUS = """\
+daemon a-host
+    our_host_name=a-host
+    use_watchdog=1
+    version_str=3.8.5
+p -1 helper
+    ci=0
+p 28 qemu
+s 0192f0c4-4444-7abc-8def-000000000001:7:/a\\:b/lockspace:0
+    io_timeout=2
+    host_generation=4
+    external_used=1
+    space_dead=0
+    renewal_last_result=-202
+r 0192f0c4-4444-7abc-8def-000000000001:0192f0c4-1111-7abc-8def-000000000001:/a\\:b/x:0:1 p 28
+    list=held
+r LS:R2:/x:0:9 p -1
+"""
+
+
+def test_the_daemons_words_are_read() -> None:
+    said = sanlock.read_status(STATUS)
+    assert (said.version, said.name, said.uses_watchdog) == ("3.8.5", "a-host", True)
+    (joined,) = said.lockspaces
+    assert (joined.host_number, joined.generation, joined.io_timeout_seconds) == (7, 4, 2)
+    assert (joined.reset_host, joined.failing) == (True, True)
+    assert [(one.key[:4], one.pid) for one in said.held] == [("0192", 28), ("R2", 0)]
+    assert sanlock.read_status("") == sanlock.Status()
+    assert sanlock.result_of("acquire fd 3\nacquire done -243\n", 1) == -243
+    assert sanlock.result_of("gibberish", 1) == -1
+
+
+def test_libvirt_is_told_apart_by_its_configuration(tmp_path: Path) -> None:
+    conf, plugins = tmp_path / "qemu.conf", tmp_path / "plugins"
+    assert "no sanlock plugin" in leases.libvirt_problem(conf, (str(plugins),))
+    (plugins / "lock-driver").mkdir(parents=True)
+    (plugins / "lock-driver" / "sanlock.so").touch()
+    assert "can't be read" in leases.libvirt_problem(conf, (str(plugins),))
+    for text, works in (
+        ('#lock_manager = "sanlock"\n', False),
+        ('lock_manager = "lockd"\n', False),
+        ('user = "root"\nlock_manager="sanlock"\n', True),
+    ):
+        conf.write_text(text)
+        assert (leases.libvirt_problem(conf, (str(plugins),)) == "") is works
+
+
+# --- against the daemon
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A sanlock of our own, without privileges; programs find it by its directory in the environment."""
+    directory = tmp_path_factory.mktemp("sanlock")
+    before = dict(os.environ)
+    os.environ |= {"SANLOCK_RUN_DIR": str(directory), "SANLOCK_PRIVILEGED": "0"}
+    with (directory / "log").open("wb") as log:
+        process = subprocess.Popen(["sanlock", "daemon", "-D", "-w", "0", "-e", NAME], stdout=log, stderr=log)
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@pytest.fixture
+async def world(daemon: None, tmp_path: Path) -> Joined:
+    """A host with a storage domain; joining its lockspace takes sanlock three seconds."""
+    host = make_host(tmp_path / "state")
+    made = Joined(host, tmp_path, new_id())
+    location = DirectoryLocation(path=str(tmp_path))
+    order = ConnectStorage(domain_id=made.domain_id, location=location, initialise=True)
+    await storage.connect(host, order, running())
+    return made
+
+
+class Joined:
+    def __init__(self, host: Host, directory: Path, domain_id: str) -> None:
+        self.host = host
+        self.domain_id = domain_id
+        self.directory = directory / domain_id / "leases"
+
+    @property
+    def leaving(self) -> LeaveLockspace:
+        return LeaveLockspace(domain_id=self.domain_id, path=str(self.directory / "lockspace"))
+
+    async def join(
+        self, number: int = 7, *, initialise: bool = True, reset_host: bool = False
+    ) -> LockspaceReport:
+        order = JoinLockspace(
+            domain_id=self.domain_id,
+            path=str(self.directory / "lockspace"),
+            host_number=number,
+            io_timeout_seconds=1,
+            reset_host=reset_host,
+            initialise=initialise,
+        )
+        return await leases.join(self.host, order, running())
+
+    async def lease(self) -> DomainLease:
+        key = new_id()
+        order = CreateLease(domain_id=self.domain_id, key=key, path=str(self.directory / key))
+        await leases.create(self.host, order, running())
+        await leases.create(self.host, order, running())  # a repeat changes nothing
+        return DomainLease(lockspace=self.domain_id, key=key, path=str(self.directory / key))
+
+    async def held(self) -> list[str]:
+        said = await leases.report(self.host, ReportLeases(), running())
+        return [one.key for one in said.held if one.lockspace == self.domain_id]
+
+    def deleting(self, lease: DomainLease) -> DeleteLease:
+        return DeleteLease(domain_id=self.domain_id, key=lease.key, path=lease.path)
+
+
+async def test_a_lease_is_made_held_by_a_tool_and_removed(world: Joined) -> None:
+    with pytest.raises(Refused, match="has no lockspace"):
+        await world.join(initialise=False)
+    joined = await world.join()
+    assert (joined.host_number, joined.generation, joined.io_timeout_seconds) == (7, 1, 1)
+    assert not joined.failing
+    assert await world.join(reset_host=True) == LockspaceReport(
+        domain_id=world.domain_id, host_number=7, generation=1, io_timeout_seconds=1, reset_host=True
+    )
+    with pytest.raises(Refused, match="this host is number 7"):
+        await world.join(8)
+    (told,) = await storage.report(world.host)
+    assert told.lockspace is not None
+    assert told.lockspace.host_number == 7
+    assert told.strangers == ()
+
+    lease = await world.lease()
+    assert await leased.run(lease, ["echo", "written"], timeout_seconds=20) == b"written\n"
+    with pytest.raises(ChildFailed) as failed:
+        await leased.run(lease, ["ls", "/nowhere"], timeout_seconds=20)
+    assert "No such file" in failed.value.reason
+
+    async with holding(world, lease) as tool:
+        assert await world.held() == [lease.key]
+        with pytest.raises(SanlockFailed, match="a process of this host holds it already"):
+            await leased.run(lease, ["echo", "never"], timeout_seconds=20)
+        with pytest.raises(Refused, match="holds 1 leases"):
+            await leases.leave(world.host, world.leaving, running())
+        with pytest.raises(SanlockFailed):
+            await leases.delete(world.host, world.deleting(lease), running())
+        assert Path(lease.path).exists()
+        tool.cancel()
+    await leases.delete(world.host, world.deleting(lease), running())
+    await leases.delete(world.host, world.deleting(lease), running())
+    assert sorted(os.listdir(world.directory)) == ["lockspace"]
+
+    await leases.leave(world.host, world.leaving, running())
+    await leases.leave(world.host, world.leaving, running())
+    with pytest.raises(SanlockFailed, match="has not joined the lockspace"):
+        await leased.run(await world.lease(), ["echo", "never"], timeout_seconds=20)
+
+
+async def test_a_lease_is_read_while_it_is_renewed_and_a_tool_ends_when_it_is_lost(world: Joined) -> None:
+    await world.join()
+    order = ReadHostLease(domain_id=world.domain_id, path=world.leaving.path, host_number=7)
+    said = await leases.read_host(world.host, order, running())
+    assert (said.first.holder, said.first.generation, said.first.io_timeout_seconds) == (NAME, 1, 1)
+    assert said.first.answered_seconds <= said.second.asked_seconds
+    free = await read(world, 8)
+    assert (free.holder, free.timestamp, free.generation) == ("", 0, 0)
+    for _ in range(600):  # its daemon renews it every two seconds, and tells nobody
+        if unchanged_seconds(said.first, await read(world, 7)) == 0:
+            break
+        await asyncio.sleep(0.1)
+    else:
+        pytest.fail("the lease was not renewed")
+
+    async with holding(world, await world.lease()) as tool:
+        (world.directory / "lockspace").write_bytes(b"")
+        with pytest.raises(ChildFailed) as ended:
+            await tool
+    assert ended.value.status in (-signal.SIGTERM, -signal.SIGKILL)
+    with pytest.raises(Refused):  # it can't be read, so it says nothing
+        await read(world, 7)
+
+
+async def test_only_leases_of_connected_domains_are_touched(world: Joined, tmp_path: Path) -> None:
+    key = new_id()
+    for path in ("/etc/passwd", str(world.directory / ".." / "disks" / key), str(world.directory / new_id())):
+        with pytest.raises(Refused) as refused:
+            await leases.create(
+                world.host, CreateLease(domain_id=world.domain_id, key=key, path=path), running()
+            )
+        assert refused.value.kind is Kind.INVALID
+    with pytest.raises(Refused, match="give the id of a VM"):
+        await leases.create(
+            world.host,
+            CreateLease(domain_id=world.domain_id, key="lockspace", path=world.leaving.path),
+            running(),
+        )
+    # Something else in a lease's place is never overwritten.
+    first, second = await world.lease(), new_id()
+    os.link(first.path, world.directory / second)
+    with pytest.raises(Refused):
+        await leases.create(
+            world.host,
+            CreateLease(domain_id=world.domain_id, key=second, path=str(world.directory / second)),
+            running(),
+        )
+
+
+async def test_a_domain_that_can_hold_no_lease_is_refused(world: Joined) -> None:
+    lease = DomainLease(lockspace=world.domain_id, key=new_id(), path="/x")
+    await leases.check_lease(None)
+    with pytest.raises(Refused, match="this host can't hold the VM's lease"):
+        await leases.check_lease(lease)
+    with pytest.raises(Refused, match="started without its lease"):
+        await leases.check_held(lease)
+
+
+async def test_without_a_daemon_the_host_says_what_is_missing(tmp_path: Path) -> None:
+    environment = {**os.environ, "SANLOCK_RUN_DIR": str(tmp_path)}
+    script = (
+        "import asyncio; from host_agent import leases; from host_agent.config import AgentConfig;"
+        "print(asyncio.run(leases.describe(AgentConfig())).problem)"
+    )
+    said = await children.run([sys.executable, "-c", script], timeout_seconds=60, environment=environment)
+    assert b"sanlock's daemon doesn't answer" in said
+
+
+async def read(world: Joined, number: int) -> HostLeaseReading:
+    order = ReadHostLease(domain_id=world.domain_id, path=world.leaving.path, host_number=number)
+    return (await leases.read_host(world.host, order, running())).second
+
+
+@contextlib.asynccontextmanager
+async def holding(world: Joined, lease: DomainLease) -> AsyncIterator[asyncio.Task[bytes]]:
+    """A tool that holds the lease until it is ended."""
+    begun = asyncio.Event()
+    script = ["sh", "-c", "echo begun; exec sleep 1000"]
+    tool = asyncio.create_task(
+        leased.run(lease, script, timeout_seconds=120, on_output=lambda piece: begun.set())
+    )
+    waiting = asyncio.create_task(begun.wait())
+    await asyncio.wait({waiting, tool}, return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    try:
+        assert lease.key in await world.held()
+        yield tool
+    finally:
+        tool.cancel()
+        await asyncio.wait({tool})
