@@ -152,9 +152,9 @@ MUTANTS: dict[str, Mutant] = {
     "facts are said once": Mutant(_facts_are_said_once, 0),
     "lost streams are not noticed": Mutant(_lost_streams_are_not_noticed, 0),
     "gaps are not noticed": Mutant(_gaps_are_not_noticed, 0),
-    "crashes are not mended": Mutant(_crashes_are_not_mended, 0, quick=True),
+    "crashes are not mended": Mutant(_crashes_are_not_mended, 0),
     "healthy hosts are shot": Mutant(_healthy_hosts_are_shot, 0),
-    "ends are not written": Mutant(_ends_are_not_written, 0, quick=True),
+    "ends are not written": Mutant(_ends_are_not_written, 0),
 }
 
 
