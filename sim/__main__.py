@@ -9,7 +9,7 @@ import sys
 import time
 from collections import Counter
 
-from sim import alone
+from sim import alone, mutants
 from sim.run import Outcome
 
 
@@ -66,6 +66,8 @@ def main() -> int:
     parser.add_argument("--at-once", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--verbose", action="store_true", help="everything that programs log")
     asked = parser.parse_args()
+    if (mutant := os.environ.get(mutants.VARIABLE)) and mutant not in mutants.MUTANTS:
+        parser.error(f"there is no mutant {mutant!r}; there are: {', '.join(mutants.MUTANTS)}")
     alone.warm()
     if asked.seed is not None:
         return one(asked.seed, asked.verbose)

@@ -47,7 +47,7 @@ async def power_lost(scene: Scene) -> None:
 
 async def _power_lost(scene: Scene, host: HostMachine) -> None:
     host.lose_power()
-    await scene.last(host.name, "no power", scene.seconds(1, 300))
+    await scene.last(host.name, "no power", scene.seconds(1, 120))
     host.power_on()
 
 
@@ -57,7 +57,7 @@ async def host_frozen(scene: Scene) -> None:
         return
     host.freeze()
     boot = host.boot_id
-    await scene.last(host.name, "frozen", scene.seconds(1, 240))
+    await scene.last(host.name, "frozen", scene.seconds(1, 150))
     if host.boot_id == boot and host.frozen:
         host.thaw()
 
@@ -70,7 +70,7 @@ async def _network_cut(scene: Scene, host: HostMachine) -> None:
     if host.link.cut:
         return
     scene.world.server.cut(host.link)
-    await scene.last(host.name, "network cut", scene.seconds(0.5, 300))
+    await scene.last(host.name, "network cut", scene.seconds(0.5, 150))
     scene.world.server.mend(host.link)
 
 
@@ -85,7 +85,7 @@ async def slow_network(scene: Scene) -> None:
 
 async def agent_killed(scene: Scene) -> None:
     host = scene.host()
-    seconds = scene.seconds(0.5, 120)
+    seconds = scene.seconds(0.5, 60)
     host.kill_agent(seconds)
     await scene.last(host.name, "agent killed", seconds)
 
@@ -152,7 +152,7 @@ def _replica(scene: Scene) -> Replica:
 
 
 async def service_killed(scene: Scene) -> None:
-    replica, seconds = _replica(scene), scene.seconds(0.5, 120)
+    replica, seconds = _replica(scene), scene.seconds(0.5, 60)
     replica.kill(seconds)
     await scene.last("", f"{replica.name} killed", seconds)
 
@@ -176,7 +176,7 @@ async def nats_gone(scene: Scene) -> None:
     if lost:
         server.jetstream.lose()
         scene.world.reached.add("NATS store lost")
-    await scene.last("", "NATS away" + (", its store lost" if lost else ""), scene.seconds(1, 400))
+    await scene.last("", "NATS away" + (", its store lost" if lost else ""), scene.seconds(1, 150))
     server.start()
 
 
@@ -185,7 +185,7 @@ async def postgres_gone(scene: Scene) -> None:
     if not database.up:
         return
     database.stop()
-    await scene.last("", "PostgreSQL away", scene.seconds(1, 400))
+    await scene.last("", "PostgreSQL away", scene.seconds(1, 150))
     database.start()
 
 
@@ -200,7 +200,7 @@ async def bmc_troubled(scene: Scene) -> None:
         return
     kind = scene.chance.choice(("unreachable", "deaf", "lying off"))
     bmc.reachable, bmc.obeys, bmc.lies_off = kind != "unreachable", kind != "deaf", kind == "lying off"
-    seconds = scene.seconds(10, 400)
+    seconds = scene.seconds(10, 150)
     scene.world.note(f"{host.name}: BMC {kind} for {seconds:.1f} s")
     await asyncio.sleep(seconds)
     bmc.reachable = bmc.obeys = True

@@ -13,6 +13,7 @@ from typing import Any
 from sim import people
 from sim.faults import FAULTS, Scene
 from sim.loop import Deadlock, OutOfTime, Stuck, new_loop
+from sim.nats import MemoryClient
 from sim.postgres import Database
 from sim.world import Plan, World
 from volery.contracts.base import Owner
@@ -31,6 +32,10 @@ MOST_SECONDS = 40_000.0
 FURNISH_SECONDS = 120.0
 
 
+kept: list[World] = []
+"""What was simulated in this process: were it collected, the clean-up of the dead would run."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What became of a seed."""
@@ -43,6 +48,7 @@ class Outcome:
     active_seconds: float
     """Without the time that was skipped."""
     real_seconds: float
+    """Of one processor."""
     steps: int
     timeline: tuple[str, ...]
 
@@ -66,13 +72,14 @@ def plan_of(chance: random.Random) -> Plan:
     return Plan(hosts, vms, tuple(chance.random() < 0.7 for _ in range(vms)))
 
 
-def episode(seed: int, *, level: int = logging.WARNING) -> Outcome:
+def episode(seed: int, database: Database, *, level: int = logging.WARNING) -> Outcome:
     """Runs a seed to its end. Never raises for what the programs did. Once per process: see `alone`."""
-    began = time.perf_counter()
+    began = time.process_time()
+    MemoryClient.made = 0
     random.seed(seed)  # what the programs draw from
     chance = random.Random(seed)
     loop = new_loop(MOST_SECONDS)
-    world = World(loop, chance, Database(seed))
+    world = World(loop, chance, database)
     log = Log(world)
     logging.basicConfig(handlers=[log], level=level, force=True)
     try:
@@ -82,6 +89,7 @@ def episode(seed: int, *, level: int = logging.WARNING) -> Outcome:
     except Exception as error:  # an episode's own failure is a finding like any other
         logging.getLogger("sim").exception("the episode ended")
         world.oracle.broken(f"the episode ended by {type(error).__name__}: {error}")
+    kept.append(world)
     for failed in loop.failed:
         world.oracle.broken(f"nobody caught {failed!r}")
     words = [(at, _word(record)) for at, record in log.lines]
@@ -93,7 +101,7 @@ def episode(seed: int, *, level: int = logging.WARNING) -> Outcome:
         digest=world.digest.hexdigest(),
         virtual_seconds=world.time.elapsed,
         active_seconds=loop.time(),
-        real_seconds=time.perf_counter() - began,
+        real_seconds=time.process_time() - began,
         steps=loop.steps,
         timeline=tuple(f"{at:10.3f}  {what}" for at, what in lines),
     )

@@ -76,7 +76,8 @@ class World:
     def __post_init__(self) -> None:
         self.time = Time(self.loop)
         self.database.clock = self.time.utc_now
-        self.database.latency = lambda: 0.0004
+        travels = random.Random(self.chance.getrandbits(64))
+        self.database.latency = lambda: 0.001 if travels.random() < 0.1 else 0.0
         self.server = NatsServer(self.loop)
         self.shelf = Shelf()
         self.oracle = Oracle(self)
