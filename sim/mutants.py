@@ -15,7 +15,7 @@ from host_agent import journal, orders
 from host_agent.spool import Spool
 from services.ha import fencing, restarts
 from services.ha.policies.fencing import Decision, Silent, decide
-from services.inventory import host_facts, migration, reconcile, starting
+from services.inventory import migration, reconcile, starting
 from sim import alone
 from volery.contracts.liveness import LivenessState
 from volery.runtime.hear import HostHearing
@@ -135,10 +135,6 @@ def _healthy_hosts_are_shot() -> None:
     fencing.part.every(0.5)(look_at_everybody)
 
 
-def _ends_are_not_written() -> None:
-    host_facts._ended = lambda *_: []
-
-
 MUTANTS: dict[str, Mutant] = {
     "operations are not resumed": Mutant(_operations_are_not_resumed, 0),
     "strays are left": Mutant(_strays_are_left, 0),
@@ -152,9 +148,8 @@ MUTANTS: dict[str, Mutant] = {
     "facts are said once": Mutant(_facts_are_said_once, 0),
     "lost streams are not noticed": Mutant(_lost_streams_are_not_noticed, 0),
     "gaps are not noticed": Mutant(_gaps_are_not_noticed, 0),
-    "crashes are not mended": Mutant(_crashes_are_not_mended, 0),
+    "crashes are not mended": Mutant(_crashes_are_not_mended, 1, quick=True),
     "healthy hosts are shot": Mutant(_healthy_hosts_are_shot, 0),
-    "ends are not written": Mutant(_ends_are_not_written, 0),
 }
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from sim import alone
 from sim.loop import PROCESS, Deadlock, Process, Stuck, new_loop
+from sim.mutants import MUTANTS, caught_by
 
 SEEDS = range(1, 11)
 """Each takes a few seconds of one processor; `make sim SEEDS=1000` plays more."""
@@ -40,6 +41,12 @@ def test_a_seed_repeats_itself_in_another_process_with_other_hashes() -> None:
     ]
     assert told[0] == told[1]
     assert len(told[0].strip()) == 64
+
+
+@pytest.mark.parametrize("name", [name for name, mutant in MUTANTS.items() if mutant.quick])
+def test_what_would_be_wrong_is_noticed(name: str) -> None:
+    """The simulation can fail: a product with this mistake is caught by this seed."""
+    assert caught_by(name, MUTANTS[name].seed), f"mutant {name} isn't caught by seed {MUTANTS[name].seed}"
 
 
 def test_nothing_left_to_do_is_told_at_once() -> None:
