@@ -213,9 +213,10 @@ async def _keep(ha: Ha, record: RecordRow, step: str, words: str, state: FenceSt
 
 
 async def say(ha: Ha, host_id: str, sentence: str) -> None:
-    """What is being done about it, or why nothing is, for people: announced when it differs."""
+    """What is being done about it, or why nothing is, for people: announced when it differs. Nothing is said of a host
+    whose silence isn't believed yet."""
     row = await store.LIVENESS.find(ha.core.pool, host_id)
-    if row is None or row.public.fencing == sentence:
+    if row is None or row.public.fencing == sentence or row.public.state is LivenessState.UP:
         return
     if sentence:
         log.warning("%s", sentence)
