@@ -32,7 +32,8 @@ from volery.contracts.scheduling import PLACE, Place, Purpose
 from volery.contracts.vm import MIGRATE_VM, STOP_VM, MigrateVm, StopVm, Vm
 from volery.runtime import checks
 from volery.runtime.bus import LOST, Caller
-from volery.runtime.operations import CancelRequested, Run, busy
+from volery.runtime.operations import busy
+from volery.runtime.run import CancelRequested, Run
 from volery.runtime.service import Part
 from volery.runtime.tables import Stale
 from volery.runtime.tasks import end

@@ -36,7 +36,7 @@ from volery.contracts.vm import MIGRATE_VM, MigrateVm, Vm, VmStatus
 from volery.runtime import checks
 from volery.runtime.bus import Caller
 from volery.runtime.deaths import host_died
-from volery.runtime.operations import CancelRequested, Run
+from volery.runtime.run import CancelRequested, Run
 from volery.runtime.service import Part
 from volery.runtime.tables import Stale
 

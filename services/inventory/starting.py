@@ -43,7 +43,7 @@ from volery.runtime import checks
 from volery.runtime.bus import LOST, Caller
 from volery.runtime.clock import utc_now
 from volery.runtime.deaths import host_died
-from volery.runtime.operations import Run
+from volery.runtime.run import Run
 from volery.runtime.service import Part
 from volery.runtime.tables import Stale
 

@@ -39,7 +39,7 @@ from volery.contracts.vm import (
 from volery.runtime import checks
 from volery.runtime.bus import Caller
 from volery.runtime.deaths import host_died
-from volery.runtime.operations import Run
+from volery.runtime.run import Run
 from volery.runtime.service import Part
 from volery.runtime.tables import Stale
 

@@ -60,8 +60,8 @@ from volery.contracts.vm import (
 from volery.runtime import checks
 from volery.runtime.bus import Caller
 from volery.runtime.clock import utc_now
-from volery.runtime.operations import Run
 from volery.runtime.pages import page
+from volery.runtime.run import Run
 from volery.runtime.service import Part
 from volery.runtime.tables import Stale, Taken
 

@@ -35,7 +35,7 @@ from volery.contracts.network_orders import (
 from volery.contracts.operation import Operation
 from volery.runtime.bus import Caller
 from volery.runtime.clock import monotonic, utc_now
-from volery.runtime.operations import Run
+from volery.runtime.run import Run
 from volery.runtime.service import Part
 from volery.runtime.tables import Change, Nothing, Row, Stale
 

@@ -38,7 +38,7 @@ from volery.contracts.volume_orders import (
     ResizeVolume,
     VolumeInfo,
 )
-from volery.runtime.operations import Run
+from volery.runtime.run import Run
 from volery.runtime.service import Part
 from volery.runtime.tables import Change, Row, Stale
 

@@ -44,8 +44,9 @@ from volery.contracts.storage import (
 )
 from volery.runtime.bus import Caller
 from volery.runtime.clock import utc_now
-from volery.runtime.operations import Run, busy
+from volery.runtime.operations import busy
 from volery.runtime.pages import page
+from volery.runtime.run import Run
 from volery.runtime.service import Part
 from volery.runtime.tables import Change, Row, Stale, Taken
 

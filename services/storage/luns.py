@@ -19,7 +19,7 @@ from volery.contracts.operation import Operation, OperationState
 from volery.contracts.storage import CreateDisk, Disk, DomainKind, StorageDomain
 from volery.contracts.volume_orders import CLAIM_LUN, ClaimLun
 from volery.runtime.clock import monotonic
-from volery.runtime.operations import Run
+from volery.runtime.run import Run
 from volery.runtime.tables import Change, Row, Taken
 
 log = logging.getLogger(__name__)

@@ -57,8 +57,8 @@ from volery.contracts.volume_orders import (
 )
 from volery.runtime.bus import Caller
 from volery.runtime.clock import utc_now
-from volery.runtime.operations import Run
 from volery.runtime.pages import page
+from volery.runtime.run import Run
 from volery.runtime.service import Part
 from volery.runtime.tables import Change, Row, Stale
 

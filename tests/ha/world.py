@@ -35,8 +35,8 @@ from volery.contracts.vm import (
     VmStatus,
 )
 from volery.runtime.bus import Bus, Caller
-from volery.runtime.operations import OperationPrivate
 from volery.runtime.programs import Settings
+from volery.runtime.run import OperationPrivate
 from volery.runtime.service import Service
 from volery.runtime.tables import commit
 

@@ -18,8 +18,9 @@ from volery.contracts.ids import new_id
 from volery.contracts.operation import ListQuery, Operation, Page
 from volery.runtime.bus import LOST, Caller
 from volery.runtime.core import Core
-from volery.runtime.operations import Run, busy
+from volery.runtime.operations import busy
 from volery.runtime.pages import page
+from volery.runtime.run import Run
 from volery.runtime.service import Part, Service
 from volery.runtime.tables import Change, Nothing, Stale, Table, Taken
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -21,17 +20,17 @@ import msgspec
 from msgspec.structs import replace
 from opentelemetry import trace
 
-from volery.contracts.agent import OrderProgressed
-from volery.contracts.base import Entity, Message, Order, Owner, encode
+from volery.contracts.base import Entity, Message, Owner, encode
 from volery.contracts.errors import Kind, Problem, Refused, conflict
 from volery.contracts.ids import new_id
-from volery.contracts.operation import ENDED, OPERATION_CHANGED, Operation, OperationState, Step
+from volery.contracts.operation import ENDED, OPERATION_CHANGED, Operation, OperationState
 from volery.runtime import telemetry
 from volery.runtime.bus import LOST, Caller
-from volery.runtime.clock import monotonic, utc_now
+from volery.runtime.clock import utc_now
 from volery.runtime.database import AWAY
 from volery.runtime.orders import Orders
 from volery.runtime.quarantine import Quarantine
+from volery.runtime.run import CancelRequested, OperationPrivate, Run
 from volery.runtime.tables import Change, Row, Stale, Table
 from volery.runtime.tasks import end
 
@@ -42,30 +41,11 @@ A = TypeVar("A")
 V = TypeVar("V")
 
 CANCEL_GRACE_SECONDS = 15.0
-PROGRESS_SECONDS = 0.5
 AGAIN_SECONDS = 1.0
 ANSWER_FIRST_SECONDS = 0.005
 """An operation begins when the answer to its request is on its way: in one process they would compete."""
 LEFT_OPEN: tuple[type[BaseException], ...] = (Stale, *AWAY)
 """An operation that meets one of these is taken up again later."""
-
-
-class OperationPrivate(Message):
-    """What only the service knows of an operation."""
-
-    input: msgspec.Raw = msgspec.Raw(b"{}")
-    results: dict[str, msgspec.Raw] = {}
-    """Step → its recorded answer."""
-    failed: Problem | None = None
-    """Set before undoing begins, so that a crash in between goes on undoing."""
-    cancelled: bool = False
-    only_forward: bool = False
-    """What was asked for has happened: see `Run.only_forward`."""
-    traceparent: str = ""
-
-
-class CancelRequested(Exception):
-    """The operation was cancelled, or its deadline passed, at a checkpoint."""
 
 
 def operation_table(owner: Owner) -> Table[Operation, OperationPrivate]:
@@ -95,241 +75,6 @@ class Procedure:
     kind: str
     run: Callable[[Any, Run], Awaitable[None]]
     deadline_seconds: float = 600.0
-
-
-@dataclass(slots=True)
-class Run:
-    """One operation being carried out, as its procedure sees it."""
-
-    operations: Operations
-    row: Row[Operation, OperationPrivate]
-    cancelling: asyncio.Event = field(default_factory=asyncio.Event)
-    reason: Problem | None = None
-    undos: list[tuple[str, Callable[[], Awaitable[None]]]] = field(default_factory=list)
-    pending_order: str = ""
-    undoing: bool = False
-    _progress_at: float = 0.0
-
-    @property
-    def operation(self) -> Operation:
-        return self.row.public
-
-    @property
-    def id(self) -> str:
-        return self.row.public.id
-
-    @property
-    def caller(self) -> Caller:
-        """For calls to other services on behalf of whoever asked; each step gets its own request id."""
-        return Caller(self.operation.principal or f"operation:{self.id}")
-
-    def caller_for(self, step: str) -> Caller:
-        return Caller(self.operation.principal or f"operation:{self.id}", f"{self.id}/{step}", step)
-
-    def input(self, type_: type[Q]) -> Q:
-        return msgspec.json.decode(self.row.private.input, type=type_)
-
-    def undo(self, name: str, action: Callable[[], Awaitable[None]]) -> None:
-        """Do this, in reverse order of registration, if the operation does not succeed."""
-        if not self.goes_only_forward:
-            self.undos.append((name, action))
-
-    def undone(self, name: str) -> None:
-        """Forget an undo that must no longer happen."""
-        self.undos = [(n, a) for n, a in self.undos if n != name]
-
-    @property
-    def goes_only_forward(self) -> bool:
-        return self.row.private.only_forward
-
-    async def only_forward(self) -> None:
-        """What was asked for has happened, and taking it back would do harm: from here on nothing is undone, also after a
-        crash; whoever cancels is told that it is too late, and a cancellation under way has no effect any more. The
-        deadline stops nothing either, so what follows must end by itself."""
-        await self.save(_running_again, private=lambda p: replace(p, only_forward=True))
-        self.undos.clear()
-        self.cancelling.clear()
-        self.reason = None
-
-    async def step(
-        self,
-        name: str,
-        title: str,
-        action: Callable[[], Awaitable[V]],
-        type_: Any = None,
-        *,
-        changes: Sequence[Change] = (),
-    ) -> V:
-        """Do a step once: its answer is recorded, and given again after a crash.
-
-        `type_` is what the answer decodes to (None: the step has no answer worth keeping).
-        """
-        recorded = self.row.private.results.get(name)
-        if recorded is not None:
-            kept: V = msgspec.json.decode(recorded, type=type_) if type_ is not None else None  # type: ignore[assignment]
-            return kept
-        if not self._may_be_done(name):
-            self.checkpoint()
-        await self._begin(name, title, changes)
-        answer = await self.surely(action)
-        await self._end(name, answer if type_ is not None else None)
-        return answer
-
-    def _may_be_done(self, name: str) -> bool:
-        """Whether the step was begun and nobody knows what came of it: then it is asked about before anything is undone,
-        or the question that is still under way would be carried out after its undo."""
-        return self.row.private.failed is None and any(s.name == name for s in self.operation.steps)
-
-    async def surely(self, action: Callable[[], Awaitable[V]]) -> V:
-        """The action's answer; done again, under the same request ids, when a question or answer got lost. Also when the
-        operation is cancelled meanwhile: what can be undone is known only with the answer."""
-        pause = 0.1
-        while True:
-            try:
-                return await action()
-            except Refused as refused:
-                if not refused.details.get(LOST):
-                    raise
-                log.info("asking again: %s", refused.message)
-            await asyncio.sleep(pause)
-            pause = min(pause * 2, 2.0)
-
-    async def order(
-        self,
-        name: str,
-        title: str,
-        order: Order[Q, A],
-        question: Q | Callable[[], Awaitable[Q]],
-        *,
-        host_id: str,
-        object_id: str = "",
-        epoch: int = 0,
-        on_progress: Callable[[OrderProgressed], None] | None = None,
-    ) -> A:
-        """Order a host to do something and wait for its answer. Raises Refused with the host's sentence.
-
-        A question that must be made is made once: an order that was given before a crash needs none.
-        """
-        order_id = self.order_id(name)
-        result = await self.operations.orders.stored(order_id)
-        if result is None:
-            result = await self._carry_out(
-                order_id, name, title, order, question, host_id, object_id, epoch, on_progress
-            )
-        if self.cancelling.is_set() and not self.undoing and result.outcome != "succeeded":
-            self.checkpoint()
-        answer: A = result.answer(order)
-        await self._end(name, None)
-        return answer
-
-    def order_id(self, name: str) -> str:
-        """The id of this operation's order `name`: the same after a crash."""
-        return str(uuid.uuid5(uuid.NAMESPACE_URL, f"{self.id}/{name}"))
-
-    async def _carry_out(
-        self,
-        order_id: str,
-        name: str,
-        title: str,
-        order: Order[Q, A],
-        question: Q | Callable[[], Awaitable[Q]],
-        host_id: str,
-        object_id: str,
-        epoch: int,
-        on_progress: Callable[[OrderProgressed], None] | None,
-    ) -> Any:
-        orders = self.operations.orders
-        if not await orders.exists(order_id):
-            self.checkpoint()
-            given = orders.give(
-                order,
-                question if isinstance(question, Message) else await question(),
-                order_id=order_id,
-                host_id=host_id,
-                object_id=object_id or self.operation.object_id,
-                epoch=epoch,
-                operation_id=self.id,
-            )
-            await self._begin(name, title, given)
-        orders.progress[order_id] = on_progress or (lambda fact: self.say_progress(name, fact.progress))
-        self.pending_order = order_id
-        try:
-            return await orders.result(order_id, None if self.undoing else self.cancelling)
-        finally:
-            orders.progress.pop(order_id, None)
-            self.pending_order = ""
-
-    def checkpoint(self) -> None:
-        """Raises what ended the operation: a failure before a crash, a cancellation, the deadline."""
-        if self.undoing:
-            return
-        if self.row.private.failed is not None:
-            problem = self.row.private.failed
-            raise Refused(problem.kind, problem.message, **problem.details)
-        if self.cancelling.is_set():
-            raise CancelRequested
-
-    async def commit(self, *changes: Change) -> None:
-        """Changes of the service's own, in one statement. Raises Stale."""
-        await self.operations.commit(changes)
-
-    def say_progress(self, name: str, percent: float) -> None:
-        """Show how far a step is, at most twice a second."""
-        now = monotonic()
-        if now - self._progress_at >= PROGRESS_SECONDS:
-            self._progress_at = now
-            self.operations.spawn(self._save_progress(name, percent))
-
-    async def _save_progress(self, name: str, percent: float) -> None:
-        def progressed(op: Operation) -> Operation:
-            steps = tuple(replace(s, progress=percent) if s.name == name else s for s in op.steps)
-            done = sum(s.progress for s in steps if s.name != name)
-            return replace(op, steps=steps, progress=round((done + percent) / max(len(steps), 1), 1))
-
-        await self.save(progressed)
-
-    async def _begin(self, name: str, title: str, changes: Sequence[Change]) -> None:
-        def begun(op: Operation) -> Operation:
-            steps = tuple(s for s in op.steps if s.name != name)
-            running = OperationState.CANCELLING if self.cancelling.is_set() else OperationState.RUNNING
-            return replace(op, state=running, steps=(*steps, Step(name=name, title=title)))
-
-        await self.save(begun, changes=changes)
-
-    async def _end(self, name: str, answer: Any) -> None:
-        def ended(op: Operation) -> Operation:
-            done = OperationState.SUCCEEDED
-            steps = tuple(replace(s, state=done, progress=100.0) if s.name == name else s for s in op.steps)
-            return replace(op, steps=steps)
-
-        await self.save(ended, results={name: msgspec.Raw(encode(answer))})
-
-    async def save(
-        self,
-        public: Callable[[Operation], Operation],
-        *,
-        results: dict[str, msgspec.Raw] | None = None,
-        changes: Sequence[Change] = (),
-        private: Callable[[OperationPrivate], OperationPrivate] | None = None,
-    ) -> None:
-        """Write the operation, whoever else (a cancellation) wrote it meanwhile."""
-        table, pool = self.operations.table, self.operations.pool
-        while True:
-            row = self.row
-            kept = replace(row.private, results=row.private.results | (results or {}))
-            if private is not None:
-                kept = private(kept)
-            update = table.update(row, public(row.public), kept)
-            try:
-                await self.operations.commit([update, *changes])
-            except Stale:
-                fresh = await table.get(pool, self.id)
-                if fresh.public.revision == row.public.revision:
-                    raise
-                self.row = fresh
-                continue
-            self.row = Row(replace(public(row.public), revision=row.public.revision + 1), kept)
-            return
 
 
 @dataclass(slots=True)
@@ -598,10 +343,6 @@ def _ended(
         progress=100.0 if state is OperationState.SUCCEEDED else op.progress,
         steps=tuple(s if s.state in ENDED else replace(s, state=open_to) for s in op.steps),
     )
-
-
-def _running_again(op: Operation) -> Operation:
-    return replace(op, state=OperationState.RUNNING) if op.state not in ENDED else op
 
 
 def _cancelled(run: Run) -> Problem:
