@@ -51,6 +51,8 @@ log = logging.getLogger(__name__)
 part = Part()
 
 TICK_SECONDS = 0.25
+FORMER_PROOFS = 16
+"""How many earlier deaths a host's liveness tells of."""
 STALL_SECONDS = 1.0
 """A tick that comes this late: the process was stopped or starved, and beats still wait in the socket."""
 SUSPICIOUS = (LivenessState.CONNECTING, LivenessState.NON_RESPONSIVE)
@@ -227,6 +229,7 @@ async def conclude(
     old, at, now = row.public, utc_now(), monotonic()
     state = judgement.state
     last_beat_at = at + timedelta(seconds=seen.beat.at) if seen.beat is not None else old.last_beat_at
+    proof = _proof(watch, old, judgement, at)
     new = replace(
         old,
         state=state,
@@ -239,7 +242,8 @@ async def conclude(
             evidence_of(seen, at, watch.disconnect_reason),
             *_notes(watch, old, seen, judgement, at),
         ),
-        proof=_proof(watch, old, judgement, at),
+        proof=proof,
+        former=old.former if judgement.voided else former(old.former, old.proof, proof),
         fencing="" if state is UP else old.fencing,
     )
     change = store.LIVENESS.update(row, new)
@@ -292,6 +296,13 @@ def _proof(watch: Watch, old: HostLiveness, judgement: Judgement, at: datetime) 
         boot_id=found.boot_id,
         details=found.details,
     )
+
+
+def former(kept: tuple[Proof, ...], old: Proof | None, new: Proof | None) -> tuple[Proof, ...]:
+    """The proofs before the newest, one a boot."""
+    if old is None or new is None or old.boot_id == new.boot_id:
+        return kept
+    return (*kept, old)[-FORMER_PROOFS:]
 
 
 def _say(old: HostLiveness, new: HostLiveness, judgement: Judgement, seen: Observations) -> None:

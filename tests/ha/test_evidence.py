@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from services.ha.config import HaConfig
+from services.ha.liveness import FORMER_PROOFS, former
 from services.ha.policies.evidence import (
     Confirmed,
     Held,
@@ -35,6 +36,7 @@ ON, OFF = PowerState.ON, PowerState.OFF
 CONFIG = HaConfig()
 NOW = 1000.0
 B1, B2 = "boot-1", "boot-2"
+AT = datetime(2026, 11, 29, tzinfo=UTC)
 
 
 def seen(
@@ -354,3 +356,16 @@ def test_most_hosts_silent_at_once_is_a_storm() -> None:
     assert not is_storm([UP] * 2, [CONNECTING] * 2)
     assert not is_storm([NON_RESPONSIVE] * 5, [NON_RESPONSIVE] * 5)
     assert not is_storm(up5, [DEAD] * 5)
+
+
+def test_a_host_tells_of_a_few_earlier_deaths() -> None:
+    def proof(boot_id: str) -> Proof:
+        return Proof(id=boot_id, kind=ProofKind.NEW_BOOT, at=AT, boot_id=boot_id)
+
+    assert former((), None, proof("a")) == ()
+    assert former((), proof("a"), proof("a")) == ()
+    assert former((proof("a"),), proof("b"), None) == (proof("a"),)
+    kept: tuple[Proof, ...] = ()
+    for number in range(FORMER_PROOFS + 3):
+        kept = former(kept, proof(f"{number}"), proof(f"{number + 1}"))
+    assert [each.boot_id for each in kept] == [str(n) for n in range(3, FORMER_PROOFS + 3)]

@@ -190,6 +190,22 @@ async def test_an_order_that_a_later_boot_has_is_not_ended_by_the_former_s_death
         assert (await waiting).outcome is Outcome.SUCCEEDED
 
 
+async def test_a_death_that_nobody_heard_before_the_next_one_ends_what_it_had(configured: Settings) -> None:
+    """The service was away for two deaths."""
+    async with (
+        owner_of(configured) as owner,
+        scripted(worker(configured.bus.servers, asyncio.Event())) as agent,
+    ):
+        waiting = asyncio.create_task(owner.end_of(await owner.give(agent.host_id, "a")))
+        await until_begun(agent)
+        await agent.kill()
+        second, third = new_id(), new_id()
+        said = owner.ha.holds(agent.host_id, third, LivenessState.CONNECTING, second, agent.boot_id)
+        await owner.deaths.heard(said)
+        assert (await waiting).outcome is Outcome.HOST_DIED
+        assert set(owner.deaths.ended) == {(agent.host_id, agent.boot_id), (agent.host_id, second)}
+
+
 async def test_a_boot_that_lives_on_is_given_orders_again(configured: Settings) -> None:
     """The proof was wrong, and voided: what was done by it is done, and nothing more."""
     async with owner_of(configured) as owner, scripted(worker(configured.bus.servers)) as agent:

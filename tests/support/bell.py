@@ -34,10 +34,15 @@ class Bell(Speaker):
             raise Refused(Kind.NOT_FOUND, "there is no such host")
         return self.objects[ask.id]
 
-    def holds(self, host_id: str, boot_id: str, state: LivenessState, proof_of: str = "") -> HostLiveness:
-        """What it says when it is asked from now on."""
+    def holds(
+        self, host_id: str, boot_id: str, state: LivenessState, proof_of: str = "", *former: str
+    ) -> HostLiveness:
+        """What it says when it is asked from now on: of the newest proof, and of those before it."""
         now = datetime.now(UTC)
-        proof = Proof(id=new_id(), kind=ProofKind.BMC_OFF, at=now, boot_id=proof_of) if proof_of else None
+
+        def proof(of: str) -> Proof:
+            return Proof(id=new_id(), kind=ProofKind.BMC_OFF, at=now, boot_id=of)
+
         said = HostLiveness(
             id=host_id,
             revision=1,
@@ -46,7 +51,8 @@ class Bell(Speaker):
             host_name="h1",
             state=state,
             boot_id=boot_id,
-            proof=proof,
+            proof=proof(proof_of) if proof_of else None,
+            former=tuple(proof(of) for of in former),
         )
         self.knows(said)
         return said

@@ -81,6 +81,8 @@ class HostLiveness(Entity):
     """When `state` and `proof` were last judged; from then evidence is dated."""
     proof: Proof | None = None
     """The newest proof that a boot of this host ended. It stays after the host came back under another boot."""
+    former: tuple[Proof, ...] = ()
+    """The proofs before that one, of other boots, oldest first: for whoever did not hear them. A few are kept."""
     fencing: str = ""
     """What is being done about it, or why nothing is: a sentence."""
 

@@ -151,8 +151,9 @@ class Deaths:
                 "host %s: the proof of its death is void, boot %s lives", said.host_name, said.boot_id
             )
             await self._forget(said.id, said.boot_id)
-        if proof is not None and proof.boot_id and not (lives and proof.boot_id == said.boot_id):
-            await self._keep(said.id, proof)
+        for ended in (*said.former, *([] if proof is None else [proof])):
+            if ended.boot_id and not (lives and ended.boot_id == said.boot_id):
+                await self._keep(said.id, ended)
         if not lives and said.state is LivenessState.DEAD and proof is not None:
             self.falling[said.id] = proof
         else:
