@@ -16,6 +16,7 @@ from host_agent.enrolment import Identity, Keys
 from host_agent.fencing import Run
 from host_agent.ground import Ground
 from host_agent.reports import Senses
+from sim.bmc import AGENT
 from sim.hypervisor import MemoryHypervisor
 from sim.machines import HostMachine
 from sim.nats import MemoryClient
@@ -38,7 +39,8 @@ def uri_of(host: str) -> str:
 def capabilities(machine: HostMachine) -> HostCapabilities:
     return HostCapabilities(
         hostname=machine.name,
-        hardware_uuid=f"hardware-{machine.name}",
+        dmi_uuid=machine.hardware_uuid,
+        fence_agents=(AGENT,),
         libvirt_version=9_000_000,
         qemu_version=7_002_000,
         kvm=True,

@@ -44,7 +44,7 @@ class Bmc:
         if not self.reachable:
             return PowerAnswer(ask_id=ask_id, action=action, words="no route to the BMC", exit_code=1)
         if action is PowerAction.IDENTITY:
-            identity = f"hardware-{self.host.name}"
+            identity = self.host.hardware_uuid
             return PowerAnswer(ask_id=ask_id, action=action, identity=identity, exit_code=0)
         if action in (PowerAction.ON, PowerAction.OFF):
             self.orders.append(action)

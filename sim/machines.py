@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import random
+import uuid
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
@@ -133,6 +134,11 @@ class HostMachine(Machine):
     agent_process: Process | None = None
     agent_off: bool = False
     """Somebody keeps the agent from being started."""
+
+    @property
+    def hardware_uuid(self) -> str:
+        """What its firmware says, and its BMC."""
+        return str(uuid.uuid5(uuid.NAMESPACE_DNS, self.name))
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -149,7 +149,7 @@ MUTANTS: dict[str, Mutant] = {
     "lost streams are not noticed": Mutant(_lost_streams_are_not_noticed, 0),
     "gaps are not noticed": Mutant(_gaps_are_not_noticed, 0),
     "crashes are not mended": Mutant(_crashes_are_not_mended, 1, quick=True),
-    "healthy hosts are shot": Mutant(_healthy_hosts_are_shot, 0),
+    "healthy hosts are shot": Mutant(_healthy_hosts_are_shot, 1, quick=True),
 }
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import msgspec
+from nats.aio.msg import Msg
 
 from sim import agents, plane
 from sim.bmc import AGENT, Bmc, runner
@@ -22,7 +23,7 @@ from sim.plane import Outside, Replica
 from sim.postgres import Database
 from sim.qemu import Daemon, Guest
 from sim.storage import Shelf
-from volery.contracts.base import Call, Message, Owner
+from volery.contracts.base import Call, Message, Owner, wildcard
 from volery.contracts.cluster import (
     CREATE_CLUSTER,
     CREATE_DATA_CENTER,
@@ -35,6 +36,7 @@ from volery.contracts.errors import Kind, Refused
 from volery.contracts.fencing import PowerAction
 from volery.contracts.host import CREATE_HOST, GET_HOST, CreateHost, Host, HostStatus
 from volery.contracts.ids import random_id
+from volery.contracts.liveness import LIVENESS_CHANGED, HostLiveness
 from volery.contracts.operation import ENDED, GET_OPERATION, GetOperation, ListQuery, Operation, Page
 from volery.contracts.power import SET_POWER_MANAGEMENT, NewFenceDevice, SetPowerManagement
 from volery.contracts.storage import (
@@ -52,6 +54,18 @@ A = TypeVar("A")
 
 GIB = 1 << 30
 SHARED_PATH = "/shared"
+SENTENCES = {
+    "which is the most without a person": "brake held",
+    "it may be ha that is cut off": "ha cut off",
+    "its BMC can't be asked": "fencing held: BMC unreachable",
+    "it was ordered off and is still on": "fence failed",
+    "most hosts fell silent at once": "storm held",
+}
+"""Words of ha's about what it does → the state that they tell of."""
+
+
+class _Event(Message):
+    data: HostLiveness
 
 
 @dataclass(frozen=True)
@@ -146,10 +160,18 @@ class World:
         """Starts the control plane; returns when it answers."""
         client = await Outside(self.desk, self.database).connect(_BUS, "gateway")
         self.bus = Bus(client, "gateway")
+        await client.subscribe(wildcard(LIVENESS_CHANGED.subject), cb=self._judged)
         for replica in self.replicas.values():
             replica.start()
         while not all(replica.service.ready for replica in self.replicas.values()):
             await asyncio.sleep(0.05)
+
+    async def _judged(self, message: Msg) -> None:
+        """What ha says of hosts counts as reached; the oracle doesn't look at it."""
+        said = msgspec.json.decode(message.data, type=_Event).data
+        if said.proof is not None:
+            self.reached.add(f"proof {said.proof.kind}")
+        self.reached |= {state for words, state in SENTENCES.items() if words in said.fencing}
 
     async def ask(self, call: Call[Q, A], question: Q, patience: float = 1500.0) -> A:
         """Asked again under the same id while the answer is unknown, as a client with an idempotency key does."""
