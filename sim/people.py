@@ -1,17 +1,20 @@
-"""What people ask for meanwhile: start, stop, migrate, maintenance. What they wish is told to the oracle."""
+"""What people ask for and do meanwhile: start, stop, migrate, maintenance, a look at a dead host. What they wish is told to the oracle."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from sim.faults import Scene
+from sim.machines import HostMachine
 from sim.oracle import Wish
 from sim.world import World
 from volery.contracts.base import Call
 from volery.contracts.errors import Refused
 from volery.contracts.host import ACTIVATE_HOST, MAINTAIN_HOST, ActivateHost, HostStatus, MaintainHost
 from volery.contracts.operation import Operation, OperationState
+from volery.contracts.power import CONFIRM_HOST_REBOOTED, ConfirmHostRebooted
 from volery.contracts.vm import MIGRATE_VM, START_VM, STOP_VM, MigrateVm, StartVm, StopVm
 
 
@@ -87,9 +90,39 @@ async def activate_all(world: World) -> None:
             await _asked(world, f"activate {host.name}", ACTIVATE_HOST, ask)
 
 
+async def confirm(scene: Scene) -> None:
+    """A host loses its power and its BMC with it: somebody goes and looks, says so, and plugs it in again later."""
+    world, host = scene.world, scene.host()
+    bmc = world.bmcs[host.name]
+    if not host.on or host.frozen or not bmc.honest:
+        return
+    host.lose_power()
+    bmc.reachable = False
+    world.note(f"{host.name}: no power, and nobody can ask its BMC")
+    world.trouble(host.name, 1)
+    await asyncio.sleep(scene.seconds(5, 90))
+    if not host.on:
+        await _confirmed(world, host)
+        await asyncio.sleep(scene.seconds(1, 90))
+    world.trouble(host.name, -1)
+    bmc.reachable = True
+    host.power_on()
+
+
+async def _confirmed(world: World, host: HostMachine) -> None:
+    ask = ConfirmHostRebooted(id=host.host_id, confirm=host.name, reason="somebody looked")
+    try:
+        await world.ask(CONFIRM_HOST_REBOOTED, ask)
+    except Refused as refused:
+        world.note(f"people: {host.name} is off, but that was refused: {refused.message[:100]}")
+    else:
+        world.note(f"people: {host.name} is off")
+
+
 REQUESTS: tuple[tuple[Callable[[Scene], Awaitable[None]], float], ...] = (
     (stop, 2.0),
     (start, 3.0),
     (migrate, 5.0),
     (maintain, 1.0),
+    (confirm, 1.5),
 )
