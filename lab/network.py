@@ -44,7 +44,9 @@ def ensure_switch(lab: LabLayout, subnet: str | None, pool: str) -> str:
     if lab.switch not in namespaces():
         ip("netns", "add", lab.switch)
     if BRIDGE not in links(lab.switch):
-        ip("link", "add", BRIDGE, "type", "bridge", namespace=lab.switch)
+        # An address of its own: otherwise it has that of some port, and changes it when hosts come and go, so that nobody
+        # reaches storage and BMCs for seconds.
+        ip("link", "add", BRIDGE, "address", _bridge_mac(lab), "type", "bridge", namespace=lab.switch)
     if lab.switch not in links():
         ip("link", "add", lab.switch, "type", "veth", "peer", "name", UPLINK, "netns", lab.switch)
     subnet = _claim_subnet(lab, subnet, pool)
@@ -59,6 +61,10 @@ def ensure_switch(lab: LabLayout, subnet: str | None, pool: str) -> str:
     ip("address", "replace", f"{gateway}/24", "dev", lab.switch)
     ip("link", "set", lab.switch, "up")
     return subnet
+
+
+def _bridge_mac(lab: LabLayout) -> str:
+    return "02:" + hashlib.sha256(lab.name.encode()).digest()[:5].hex(":")
 
 
 def _claim_subnet(lab: LabLayout, recorded: str | None, pool: str) -> str:
