@@ -322,7 +322,7 @@ def _spawn(command: list[str], environment: dict[str, str], log: str) -> int:
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.chdir("/")
-        os.execvpe(command[0], command, environment)  # noqa: S606
+        os.execvpe(command[0], command, environment)  # noqa: S606 - by argument list, no shell
     except OSError as error:
         os.write(output, f"{command[0]} did not start: {error}\n".encode())
     finally:

@@ -225,7 +225,7 @@ class SimLoop(asyncio.AbstractEventLoop):
                 return
             try:
                 result = func(*args)
-            except Exception as error:
+            except Exception as error:  # the waiter gets it, as from a thread
                 future.set_exception(error)
             else:
                 future.set_result(result)

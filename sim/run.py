@@ -166,7 +166,7 @@ async def _settled(world: World) -> None:
             async with asyncio.timeout(60.0):
                 await people.activate_all(world)
                 wrong = await _told(world)
-        except Exception as error:
+        except Exception as error:  # while services come back; one that stays is a violation
             wrong = [f"the services can't be asked: {error}"]
         if not wrong:
             return

@@ -278,9 +278,8 @@ async def _run_on(inv: Inventory, run: Run, ask: Starting, attempt: int, epoch: 
 
     async def question() -> RunDomain:
         await run.step(f"prepare-{attempt}", "Preparing disks and networks", prepare)
-        if (
-            not prepared
-        ):  # done before a crash; the spec holds secrets, so it isn't recorded with the operation
+        # Done before a crash: the spec holds secrets, so it isn't recorded with the operation.
+        if not prepared:
             await prepare()
         return RunDomain(
             vm_id=ask.vm_id,

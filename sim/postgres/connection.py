@@ -58,7 +58,7 @@ class Connection:
             try:
                 for each in args:
                     await self._carry_out(tx, command, tuple(each), timeout, script=False)
-            except BaseException:
+            except BaseException:  # also cancelled, or its process killed: nothing of it stays
                 self._fail(tx, implicit)
                 raise
             self._end(tx, implicit)
@@ -84,7 +84,7 @@ class Connection:
             tx, implicit = self._begin()
             try:
                 answer = await self._carry_out(tx, text, args, timeout, script=script)
-            except BaseException:
+            except BaseException:  # also cancelled, or its process killed: nothing of it stays
                 self._fail(tx, implicit)
                 raise
             self._end(tx, implicit)
@@ -141,7 +141,7 @@ class Connection:
             except Blocked as blocked:
                 tx.undo_to(mark)
                 await self._wait(tx, blocked.holder, timeout)
-            except BaseException:
+            except BaseException:  # whatever ended it, a statement is whole or nothing
                 tx.undo_to(mark)
                 raise
 

@@ -85,7 +85,7 @@ class Schema:
             for each in parts:
                 if not isinstance(each, exp.ColumnDef):
                     self._constraint(table, each)
-        except BaseException:
+        except BaseException:  # whatever is wrong with it, no half of a table stays
             self._drop(table)
             raise
         tx.on_rollback.append(lambda: self._drop(table))

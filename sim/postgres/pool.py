@@ -44,7 +44,7 @@ class Pool:
             self._queue.append(turn)
             try:
                 await turn
-            except BaseException:
+            except BaseException:  # also cancelled: the turn goes to the next one
                 if turn.done() and not turn.cancelled():
                     self._next()
                 raise

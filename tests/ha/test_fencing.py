@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
@@ -17,155 +13,31 @@ from msgspec.structs import replace
 
 from services.ha import store
 from services.ha.watch import HostFacts
-from tests.ha.bmcs import AGENT, PASSWORD, Bmc, Executors, executing
-from tests.ha.world import Heart, Inventory, becomes, ha, hearts, host, hurried, until, vm
+from tests.ha.bmcs import AGENT, PASSWORD, Bmc
+from tests.ha.site import caller, site, uuid
+from tests.ha.world import Inventory, ha, hurried, until, vm
 from tests.support.runtime import running
-from volery.contracts.agent import HostCapabilities
-from volery.contracts.cluster import DeleteById, GetById
-from volery.contracts.errors import Kind, Refused
+from volery.contracts.errors import Refused
 from volery.contracts.fencing import PowerAction, PowerState
-from volery.contracts.host import HOST_CHANGED, Host, HostStatus
-from volery.contracts.ids import new_id
-from volery.contracts.liveness import GET_LIVENESS, HostLiveness, LivenessState, ProofKind
-from volery.contracts.operation import ListQuery
+from volery.contracts.host import HOST_CHANGED, HostStatus
+from volery.contracts.liveness import LivenessState, ProofKind
 from volery.contracts.power import (
     CONFIRM_HOST_REBOOTED,
-    DELETE_POWER_MANAGEMENT,
     GET_FENCING,
-    GET_POWER_MANAGEMENT,
-    LIST_FENCE_RECORDS,
     PAUSE_FENCING,
     RESUME_FENCING,
-    SET_POWER_MANAGEMENT,
-    SWITCH_POWER,
-    TEST_POWER_MANAGEMENT,
     AskFencing,
     ConfirmHostRebooted,
-    FenceRecord,
     FencingScope,
     Identity,
     NewFenceDevice,
     PauseFencing,
-    PowerManagement,
     ResumeFencing,
-    SetPowerManagement,
-    SwitchPower,
-    TestPowerManagement,
 )
 from volery.contracts.vm import VM_CHANGED, VmStatus
-from volery.runtime.bus import Bus, Caller
 from volery.runtime.database import open_direct, open_pool
 from volery.runtime.programs import Settings
 from volery.runtime.tables import Stale
-
-
-def uuid(number: int) -> str:
-    return f"6b1d2f6e-8f4e-4f4e-9b58-00000000000{number}"
-
-
-@dataclass
-class Site:
-    """One cluster whose hosts beat, with a BMC each."""
-
-    bus: Bus
-    owner: Inventory
-    hosts: list[Host]
-    hearts: list[Heart]
-    executors: Executors
-
-    def bmc(self, number: int) -> Bmc:
-        return self.executors.bmcs[f"bmc{number}"]
-
-    async def liveness(self, number: int) -> HostLiveness:
-        return await self.bus.ask(GET_LIVENESS, GetById(id=self.hosts[number].id))
-
-    async def power(self, number: int) -> PowerManagement:
-        return await self.bus.ask(GET_POWER_MANAGEMENT, GetById(id=self.hosts[number].id))
-
-    async def set_power(self, number: int, **fields: Any) -> PowerManagement:
-        device = NewFenceDevice(
-            agent=AGENT,
-            address=f"bmc{number}",
-            username="u",
-            secrets={"password": PASSWORD},
-            timeout_seconds=2,
-        )
-        ask = SetPowerManagement(id=self.hosts[number].id, devices=(device,))
-        return await self.bus.ask(SET_POWER_MANAGEMENT, replace(ask, **fields), caller("set"))
-
-    async def tested(self, number: int) -> PowerManagement:
-        async def passed() -> PowerManagement | None:
-            found = await self.power(number)
-            return found if found.test_passed else None
-
-        found: PowerManagement = await until(passed)
-        return found
-
-    async def becomes(self, number: int, state: str, seconds: float = 30.0) -> HostLiveness:
-        return await becomes(self.bus, self.hosts[number].id, state, seconds)
-
-    async def says(self, number: int, words: str, seconds: float = 30.0) -> HostLiveness:
-        """Waits until its `fencing` has these words."""
-
-        async def said() -> HostLiveness | None:
-            found = await self.liveness(number)
-            return found if words in found.fencing else None
-
-        found: HostLiveness = await until(said, seconds)
-        return found
-
-    async def records(self) -> list[FenceRecord]:
-        page = await self.bus.ask(LIST_FENCE_RECORDS, ListQuery())
-        return [msgspec.json.decode(item, type=FenceRecord) for item in page.items]
-
-    async def ended(self, state: str, seconds: float = 30.0) -> FenceRecord:
-        async def found() -> FenceRecord | None:
-            return next((r for r in await self.records() if r.state == state), None)
-
-        record: FenceRecord = await until(found, seconds)
-        return record
-
-
-def caller(name: str) -> Caller:
-    return Caller("user:ann", f"{name}-{new_id()}", name)
-
-
-@asynccontextmanager
-async def site(
-    configured: Settings,
-    tmp_path: Path,
-    count: int = 3,
-    replicas: int = 1,
-    *,
-    powered: bool = True,
-    **more: str,
-) -> AsyncIterator[Site]:
-    owner = Inventory()
-    hosts = [
-        host(
-            f"h{n}", capabilities=HostCapabilities(dmi_uuid=uuid(n), fence_agents=(AGENT,)), boot_id="boot-1"
-        )
-        for n in range(count)
-    ]
-    owner.knows(*hosts)
-    settings = hurried(configured, VOLERY_HA_KEY_FILE=str(tmp_path / "ha.key"), **more)
-    async with AsyncExitStack() as stack:
-        programs = [ha() for _ in range(replicas)]
-        bus = await stack.enter_async_context(running(settings, owner.service(), *programs))
-        executors = await stack.enter_async_context(executing(bus.client, *(h.id for h in hosts)))
-        for n in range(count):
-            executors.bmcs[f"bmc{n}"] = Bmc(uuid(n))
-        beating = await stack.enter_async_context(hearts(bus.client, *hosts))
-        for heart in beating:
-            heart.boot_id = "boot-1"
-        made = Site(bus, owner, hosts, beating, executors)
-        for n in range(count):
-            await made.becomes(n, "up")
-            if powered:
-                await made.set_power(n)
-        for n in range(count if powered else 0):
-            await made.tested(n)
-        yield made
 
 
 async def test_a_bmc_that_says_off_proves_death_without_any_wait(
@@ -428,73 +300,6 @@ async def test_a_person_is_not_believed_against_a_sign_of_life(configured: Setti
         assert again.proof == dead.proof
         at.hearts[0].start()
         assert (await at.becomes(0, "up")).proof is None
-
-
-async def test_power_by_hand_is_confirmed_quiet_and_remembered(configured: Settings, tmp_path: Path) -> None:
-    async with site(configured, tmp_path) as at:
-        off = SwitchPower(id=at.hosts[0].id, action=PowerAction.OFF)
-        read = SwitchPower(id=at.hosts[0].id, action=PowerAction.STATUS)
-        assert (await at.bus.ask(SWITCH_POWER, read, caller("read"))).state is PowerState.ON
-        with pytest.raises(Refused, match="type the host's name, h0"):
-            await at.bus.ask(SWITCH_POWER, off, caller("off"))
-        done = await at.bus.ask(SWITCH_POWER, replace(off, confirm="h0"), caller("off"))
-        assert done.state is PowerState.OFF
-        with pytest.raises(Refused, match="between two switches 180 s pass"):
-            await at.bus.ask(SWITCH_POWER, replace(off, action=PowerAction.ON), caller("on"))
-        [record] = await at.records()
-        assert (record.requested_by, record.state) == ("user:ann", "succeeded")
-        at.hearts[0].stop()
-        assert (await at.becomes(0, "dead")).proof is not None
-
-
-async def test_power_management_is_tested_and_says_what_is_wrong(
-    configured: Settings, tmp_path: Path
-) -> None:
-    async with site(configured, tmp_path) as at:
-        ask = TestPowerManagement(id=at.hosts[0].id)
-        found = await at.bus.ask(TEST_POWER_MANAGEMENT, ask, caller("test"))
-        assert (found.test_passed, found.identity, found.power) == (True, Identity.CHECKED, PowerState.ON)
-        at.bmc(0).answers = False
-        found = await at.bus.ask(TEST_POWER_MANAGEMENT, ask, caller("test"))
-        assert not found.test_passed
-        assert "connection timed out" in found.test_words
-        at.bmc(0).answers, at.bmc(0).identity = True, uuid(7)
-        found = await at.bus.ask(TEST_POWER_MANAGEMENT, ask, caller("test"))
-        assert found.identity is Identity.MISMATCH
-        assert uuid(7) in found.test_words
-        await at.bus.ask(DELETE_POWER_MANAGEMENT, DeleteById(id=at.hosts[0].id), caller("delete"))
-        with pytest.raises(Refused):
-            await at.power(0)
-        await bad_power_management_is_refused_with_a_sentence(at)
-
-
-async def bad_power_management_is_refused_with_a_sentence(at: Site) -> None:
-    def device(**fields: Any) -> NewFenceDevice:
-        return NewFenceDevice(
-            **({"agent": AGENT, "address": "bmc0", "secrets": {"password": PASSWORD}} | fields)
-        )
-
-    for devices, words in [
-        ([device(agent="rm -rf")], "isn't a fence agent's name"),
-        ([device(agent="fence_dummy")], "proves nothing"),
-        (
-            [device(agent="fence_scriptd")],
-            "no host of the cluster has fence_scriptd: did you mean fence_scripted",
-        ),
-        ([device(address="http://bmc0/")], "neither a host name nor an IP address"),
-        ([device(port=70000)], "port 70000"),
-        ([device(timeout_seconds=600)], "an action may take"),
-        ([device(), device()], "two devices are the same"),
-        ([], "1 to 8 devices"),
-        ([device(agent="fence_redfish", options={"sssl": "1"})], "no option"),
-        ([device(agent="fence_apc", username="u")], "needs plug"),
-    ]:
-        with pytest.raises(Refused, match=words) as refused:
-            await at.set_power(0, devices=tuple(devices))
-        assert refused.value.kind is Kind.INVALID
-    for wrong in ({"scope": FencingScope.HOST}, {"seconds": 8 * 86400.0}, {"object_id": "x"}):
-        with pytest.raises(Refused):
-            await at.bus.ask(PAUSE_FENCING, PauseFencing(**wrong), caller("pause"))  # type: ignore[arg-type]
 
 
 async def test_the_brakes_last_place_is_taken_once_and_by_the_leader_only(

@@ -28,4 +28,4 @@ if __name__ == "__main__":
         sys.exit("ipmitool was called too late")
     signal.setitimer(signal.ITIMER_REAL, left)
     program = os.environ["VOLERY_IPMITOOL"]
-    os.execv(program, [program, *arguments(sys.argv[1:], os.environ["VOLERY_PASSWORD_FILE"])])  # noqa: S606
+    os.execv(program, [program, *arguments(sys.argv[1:], os.environ["VOLERY_PASSWORD_FILE"])])  # noqa: S606 - by argument list, no shell
