@@ -2,6 +2,9 @@
 
 Whatever is scheduled belongs to the `Process` in whose context that happened. A process may be stopped (its work
 waits), thawed (it catches up) or killed (it never runs again, also not its clean-up, as with SIGKILL).
+
+The overrides that mypy is told to ignore leave out what nobody on virtual time asks for (readers, signals, subprocesses), or
+give a process's context, which asyncio's own types keep private.
 """
 
 from __future__ import annotations
