@@ -171,11 +171,12 @@ async def attach_disk(inv: Inventory, run: Run) -> None:
             host_id=home.host_id,
             epoch=home.epoch,
         )
-    await _edit(inv, run, vm.id, lambda v: replace(v, disks=(*v.disks, attachment)))
+    await _edit(inv, run, vm.id, lambda v: _with_disk(v, attachment))
 
 
 def _attachment(vm: Vm, ask: AttachVmDisk, disk: Disk) -> DiskAttachment:
-    taken = [d.target for d in vm.disks] + [c.target for c in vm.cdroms] + ["sda"]
+    """The same again after a crash, when the VM may have it already."""
+    taken = [d.target for d in vm.disks if d.disk_id != disk.id] + [c.target for c in vm.cdroms] + ["sda"]
     return DiskAttachment(
         disk_id=disk.id,
         name=disk.name,
@@ -195,11 +196,15 @@ async def _take_back_disk(inv: Inventory, run: Run, vm_id: str, ask: AttachVmDis
         return
     disk = await inv.core.bus.ask(GET_DISK, GetById(id=ask.disk_id), run.caller)
 
-    def kept(vm: Vm) -> Vm:
-        others = tuple(d for d in vm.disks if d.disk_id != disk.id)
-        return replace(vm, disks=(*others, _attachment(replace(vm, disks=others), ask, disk)))
+    await _edit(inv, run, vm_id, lambda v: _with_disk(v, _attachment(v, ask, disk)))
 
-    await _edit(inv, run, vm_id, kept)
+
+def _with_disk(vm: Vm, disk: DiskAttachment) -> Vm:
+    return replace(vm, disks=(*(d for d in vm.disks if d.disk_id != disk.disk_id), disk))
+
+
+def _with_nic(vm: Vm, nic: Nic) -> Vm:
+    return replace(vm, nics=(*(n for n in vm.nics if n.id != nic.id), nic))
 
 
 async def _unplugged(inv: Inventory, run: Run, vm_id: str, order: Order[Q, Done], question: Q) -> bool:
@@ -238,6 +243,7 @@ async def detach_vm_disk_now(inv: Inventory, run: Run) -> None:
             host_id=home.host_id,
             epoch=home.epoch,
         )
+    await run.only_forward()  # or it would be the VM's no more, and kept for it for ever
     await _edit(
         inv,
         run,
@@ -303,7 +309,7 @@ async def attach_nic(inv: Inventory, run: Run) -> None:
             host_id=home.host_id,
             epoch=home.epoch,
         )
-    await _edit(inv, run, work.id, lambda v: replace(v, nics=(*v.nics, nic)))
+    await _edit(inv, run, work.id, lambda v: _with_nic(v, nic))
 
 
 async def _take_back_nic(inv: Inventory, run: Run, work: NicWork) -> None:
@@ -312,7 +318,7 @@ async def _take_back_nic(inv: Inventory, run: Run, work: NicWork) -> None:
         await _release(inv, run, work.id, work.nic.id)
         return
     nic = await _addressed(inv, run, work)
-    await _edit(inv, run, work.id, lambda v: replace(v, nics=(*(n for n in v.nics if n.id != nic.id), nic)))
+    await _edit(inv, run, work.id, lambda v: _with_nic(v, nic))
 
 
 async def _addressed(inv: Inventory, run: Run, work: NicWork) -> Nic:
@@ -362,7 +368,9 @@ async def update_nic(inv: Inventory, run: Run) -> None:
     work = run.input(NicWork)
     vm = (await VMS.get(inv.core.pool, work.id)).public
     nic = work.nic
-    if _nic(vm, nic.id).network_id != nic.network_id:
+    before = _nic(vm, nic.id)
+    if before.network_id != nic.network_id:
+        run.undo("network of its address", lambda: _move_back(inv, run, vm.id, before))
         nic = await _addressed(inv, run, work)
     home = await _home(inv, work.id)
     if home is not None:
@@ -380,6 +388,11 @@ async def update_nic(inv: Inventory, run: Run) -> None:
         work.id,
         lambda v: replace(v, nics=tuple(nic if n.id == nic.id else n for n in v.nics)),
     )
+
+
+async def _move_back(inv: Inventory, run: Run, vm_id: str, nic: Nic) -> None:
+    question = AllocateNic(nic_id=nic.id, vm_id=vm_id, network_id=nic.network_id, mac=nic.mac)
+    await inv.core.bus.ask(ALLOCATE_NIC, question, run.caller_for(f"move-back-{nic.id}"))
 
 
 @part.answers(DETACH_VM_NIC)
@@ -404,6 +417,7 @@ async def detach_nic(inv: Inventory, run: Run) -> None:
             host_id=home.host_id,
             epoch=home.epoch,
         )
+    await run.only_forward()  # likewise its address
     await _edit(inv, run, ask.id, lambda v: replace(v, nics=tuple(n for n in v.nics if n.id != ask.nic_id)))
     await run.step("free", "Freeing its address", lambda: _release(inv, run, ask.id, ask.nic_id))
 

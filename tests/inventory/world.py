@@ -34,6 +34,7 @@ from volery.contracts.domain import DomainState
 from volery.contracts.domain_orders import (
     ACT_ON_DOMAIN,
     ADMIT_MIGRATION,
+    DETACH_NIC,
     FORGET_DOMAIN,
     MIGRATE_DOMAIN,
     RUN_DOMAIN,
@@ -67,6 +68,7 @@ from volery.contracts.vm import CREATE_VM, GET_VM, CreateVm, HighAvailability, V
 from volery.runtime.bus import Bus, Caller
 from volery.runtime.database import open_pool
 from volery.runtime.programs import Settings
+from volery.runtime.service import Service
 
 MIB = 1024 * 1024
 SECONDS = 30.0
@@ -101,6 +103,7 @@ class Machine:
             ACT_ON_DOMAIN: self._act,
             ADMIT_MIGRATION: self._admit,
             MIGRATE_DOMAIN: self._migrate,
+            DETACH_NIC: self._act,
         }
         for order, act in acts.items():
             self.agent.does(order, self._gated(order.kind, act))
@@ -368,11 +371,11 @@ class World:
 
 
 @asynccontextmanager
-async def surroundings(configured: Settings) -> AsyncIterator[World]:
-    """Everything but inventory, which is run by `inventory_of` and may be ended and run again."""
+async def surroundings(configured: Settings, *beside: Service) -> AsyncIterator[World]:
+    """Everything but inventory, which is run by `inventory_of` and may be ended and run again. `beside`: more services."""
     scheduler = Scheduler()
     ha = Bell()
-    async with running(configured, scheduler.service(), ha.service()) as bus:
+    async with running(configured, scheduler.service(), ha.service(), *beside) as bus:
         world = World(bus, configured, scheduler, ha)
         try:
             yield world
@@ -388,10 +391,12 @@ async def inventory_of(world: World) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
-async def world_of(configured: Settings, hosts: int = 2) -> AsyncIterator[tuple[World, list[Machine]]]:
+async def world_of(
+    configured: Settings, *beside: Service, hosts: int = 2
+) -> AsyncIterator[tuple[World, list[Machine]]]:
     """A cluster with hosts that are up."""
     async with AsyncExitStack() as stack:
-        world = await stack.enter_async_context(surroundings(configured))
+        world = await stack.enter_async_context(surroundings(configured, *beside))
         await stack.enter_async_context(inventory_of(world))
         await found_cluster(world)
         yield world, [await world.machine(f"h{number}") for number in range(1, hosts + 1)]

@@ -1,0 +1,49 @@
+"""What a VM no longer has is given back, however the operation that took it away went on."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from tests.inventory.world import world_of
+from tests.support.speaker import Speaker
+from volery.contracts.base import Done, Owner
+from volery.contracts.domain_orders import DETACH_NIC
+from volery.contracts.network import RELEASE_NIC, ReleaseNic
+from volery.contracts.operation import CANCEL_OPERATION, CancelOperation, OperationState
+from volery.contracts.vm import DETACH_VM_NIC, DetachVmNic, NewNic
+from volery.runtime.bus import Caller
+from volery.runtime.programs import Settings
+
+
+@dataclass
+class Network(Speaker):
+    owner: Owner = Owner.NETWORK
+    released: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.answers = [(RELEASE_NIC, self._release)]
+
+    async def _release(self, _: Speaker, ask: ReleaseNic, caller: Caller) -> Done:
+        self.released.append(ask.nic_id)
+        return Done()
+
+
+async def test_the_address_of_a_nic_that_was_unplugged_is_freed_also_when_somebody_cancels(
+    configured: Settings,
+) -> None:
+    """The cancellation is under way while the guest lets go of the NIC."""
+    network = Network()
+    async with world_of(configured, network.service(), hosts=1) as (world, (host,)):
+        vm = await world.vm(nics=(NewNic(mac="52:54:00:00:00:01"),))
+        (nic,) = vm.nics
+        host.begun.clear()
+        host.held[DETACH_NIC.kind] = asyncio.Event()
+        host.agent.heeds_cancels = False
+        op = await world.bus.ask(DETACH_VM_NIC, DetachVmNic(id=vm.id, nic_id=nic.id))
+        await host.begun.wait()
+        await world.bus.ask(CANCEL_OPERATION[Owner.INVENTORY], CancelOperation(id=op.id))
+        host.held[DETACH_NIC.kind].set()
+        assert (await world.ended(op)).state is OperationState.SUCCEEDED
+        assert (await world.get(vm.id)).nics == ()
+        assert network.released == [nic.id]
