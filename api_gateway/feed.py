@@ -77,6 +77,16 @@ class Source:
     live: bool = False
 
 
+Push = Callable[[], bool]
+"""Takes and writes what is at hand; False: wake whoever waits instead."""
+
+
+@dataclass(frozen=True, slots=True)
+class Waiter:
+    woken: asyncio.Future[None]
+    push: Push | None
+
+
 @dataclass(slots=True)
 class Feed:
     """The merged ring and its followers. `on_event` hears every event before clients do."""
@@ -100,7 +110,7 @@ class Feed:
     closing: bool = False
     looked: asyncio.Event = field(default_factory=asyncio.Event)
     """Set once every owner's stream was found, or found not to be there yet."""
-    waiters: list[asyncio.Future[None]] = field(default_factory=list)
+    waiters: list[Waiter] = field(default_factory=list)
     _histories: tuple[str, ...] = (NO_HISTORY,) * COUNT
     _positions: list[int] = field(default_factory=lambda: [0] * COUNT)
     _histories_text: str = NO_HISTORY * COUNT
@@ -122,17 +132,21 @@ class Feed:
     def positions(self) -> list[int]:
         return self._positions
 
-    def waiter(self) -> asyncio.Future[None]:
-        """Done at the next event, heartbeat, or the end."""
-        waiter = asyncio.get_running_loop().create_future()
-        self.waiters.append(waiter)
-        return waiter
+    def waiter(self, push: Push | None = None) -> asyncio.Future[None]:
+        """Done at the next event, heartbeat, or the end. With `push`: only when that says no."""
+        woken = asyncio.get_running_loop().create_future()
+        self.waiters.append(Waiter(woken, push))
+        return woken
 
     def wake(self) -> None:
         waiters, self.waiters = self.waiters, []
         for waiter in waiters:
-            if not waiter.done():
-                waiter.set_result(None)
+            if waiter.woken.done():
+                continue
+            if waiter.push is not None and waiter.push():
+                self.waiters.append(waiter)
+            else:
+                waiter.woken.set_result(None)
 
     def close(self) -> None:
         """Let every client go; they resume elsewhere."""

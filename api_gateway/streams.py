@@ -6,15 +6,17 @@ import asyncio
 import contextlib
 import re
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 
 from api_gateway.auth import RANK, rank
 from api_gateway.cursor import Cursor, not_one, parse
 from api_gateway.desk import Desk
 from api_gateway.exchange import Exchange, unknown_parameter
-from api_gateway.feed import Event, sse_frame
+from api_gateway.feed import Event, Push, sse_frame
 from api_gateway.reader import Lost, Reader, Wants
+from api_gateway.wire import Wire, wire_of
 from volery.contracts.account import Principal, Scope
 from volery.contracts.errors import invalid
 
@@ -91,7 +93,8 @@ class Client:
     principal: Principal
     reader: Reader
     over: bool = False
-    waiter: asyncio.Future[None] | None = field(default=None)
+    waiter: asyncio.Future[None] | None = None
+    push: Push | None = None
 
     def end(self) -> None:
         self.over = True
@@ -104,7 +107,7 @@ class Client:
         try:
             batch: list[Event] = []
             async for event in self.reader.old():
-                if self._is_over():
+                if self.is_over():
                     return
                 batch.append(event)
                 if len(batch) >= BATCH_EVENTS:
@@ -113,7 +116,7 @@ class Client:
             if batch:
                 yield batch
             tick = feed.ticks
-            while not self._is_over():
+            while not self.is_over():
                 found = self.reader.take()
                 for start in range(0, len(found), BATCH_EVENTS):
                     yield found[start : start + BATCH_EVENTS]
@@ -124,12 +127,12 @@ class Client:
                             return
                         yield []
                         continue
-                    self.waiter = feed.waiter()
+                    self.waiter = feed.waiter(self.push)
                     await self.waiter
         except Lost:
             self.desk.meters.streams_lost += 1
 
-    def _is_over(self) -> bool:
+    def is_over(self) -> bool:
         return self.over or self.desk.feed.closing
 
 
@@ -162,12 +165,30 @@ async def sse(desk: Desk, http: Exchange) -> None:
         try:
             await http.start(200, SSE_HEADERS)
             # The first id lets a client resume that was cut off before its first event.
+            if (wire := wire_of(http.send)) is not None:
+                client.push = partial(_pushed, client, wire)
             await _write(http, b": this is Volery\nretry: 1000\nid: " + reader.cursor().encode() + b"\n\n")
             async for batch in client.events():
                 await _write(http, _sse(reader, batch))
             await http.send({"type": "http.response.body", "body": b""})
         finally:
             watching.cancel()
+
+
+def _pushed(client: Client, wire: Wire) -> bool:
+    """Live events, written where they came: no task is woken. Whatever is not that simple is its task's: a heartbeat, its
+    end, a client that takes too slowly or gets its own cursors."""
+    reader = client.reader
+    at_hand = reader.feed.next - reader.number
+    if client.is_over() or not reader.joined or not 0 < at_hand <= BATCH_EVENTS or not wire.takes():
+        return False
+    try:
+        found = reader.take()
+    except Lost:
+        return False  # which it learns again
+    if found:
+        wire.write(_sse(reader, found))
+    return True
 
 
 def _sse(reader: Reader, batch: list[Event]) -> bytes:

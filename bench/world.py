@@ -27,7 +27,7 @@ from volery.contracts.cluster import Cluster, DataCenter
 from volery.contracts.ids import new_id
 from volery.contracts.vm import Nic, Vm, VmStatus
 from volery.runtime.config import BusConfig, DatabaseConfig, read
-from volery.runtime.database import migrate, open_pool
+from volery.runtime.database import connect_arguments, migrate, open_pool
 from volery.runtime.permissions import OWNERS
 from volery.runtime.tables import Nothing, commit
 from volery.setup import servers
@@ -158,6 +158,21 @@ async def bare_pool(there: Installation) -> AsyncIterator[Pool]:
         yield pool
 
 
+@asynccontextmanager
+async def plain_pool(config: DatabaseConfig, owner: str) -> AsyncIterator[Pool]:
+    async def keep(_: object) -> None:
+        """asyncpg would ask the server to reset each session."""
+
+    async with asyncpg.create_pool(
+        min_size=1,
+        max_size=config.pool_max,
+        command_timeout=60,
+        reset=keep,
+        **connect_arguments(config, owner),
+    ) as pool:
+        yield pool
+
+
 @dataclass
 class World:
     """Given to every row."""
@@ -179,6 +194,16 @@ class World:
             opening = bare_pool(await self.installation())
             self.made["bare_pool"] = await self.stack.enter_async_context(opening)
         found: Pool = self.made["bare_pool"]
+        return found
+
+    async def plain_pool(self) -> Pool:
+        """asyncpg's own pool on the same database, as a program opens it; only its reset of sessions is left out."""
+        if "plain_pool" not in self.made:
+            await self.bare_pool()
+            config = (await self.installation()).database("bench", 32)
+            opening = plain_pool(config, "inventory")
+            self.made["plain_pool"] = await self.stack.enter_async_context(opening)
+        found: Pool = self.made["plain_pool"]
         return found
 
     async def vms(self) -> list[Vm]:

@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from bench.load import connect, median_ms, rate, request
 from bench.rows import Line, at_least, at_most, in_turn
-from bench.world import Pool, World, seed
+from bench.world import World, seed
 from services.inventory.store import VMS, VmPrivate
 from volery.runtime.tables import Row, commit
 
@@ -22,6 +22,7 @@ PAUSE_SECONDS = 0.03
 async def state_change(world: World) -> list[Line]:
     """`commit` of `Table.update` with its fact, against `update … where id = $1` of the same document."""
     pool = await world.bare_pool()
+    plain = await world.plain_pool()
     rows = [Row(vm, VmPrivate()) for vm in await seed(pool, 2 * WRITERS)]
     documents = await pool.fetch("select id, doc from vm order by id limit $1", WRITERS)
     await pool.execute("create table if not exists bare (like vm including all)")
@@ -37,7 +38,7 @@ async def state_change(world: World) -> list[Line]:
 
     async def bare(number: int) -> None:
         record = documents[number]
-        await pool.execute(
+        await plain.execute(
             "update bare set revision = $2, doc = $3 where id = $1",
             record["id"],
             next(counter),
@@ -64,7 +65,7 @@ async def accepted(world: World) -> list[Line]:
     """POST …/start until 202, each of another VM, against one commit of a bare update."""
     there = await world.installation()
     vms = iter(await world.vms())
-    pool: Pool = await world.bare_pool()
+    pool = await world.plain_pool()
     await pool.execute("create table if not exists one_commit (id int primary key, value bigint)")
     await pool.execute("insert into one_commit values (1, 0) on conflict do nothing")
     http = await connect(there.url, there.tls)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Sequence
 
@@ -67,7 +66,7 @@ async def host_reported(inv: Inventory, fact: HostReported) -> Sequence[Change]:
         changes += await _domain(inv, fact, named.get(vm_id, gone), full=True)
     event = inv.reports.get(fact.host_id)
     if event is not None:
-        changes[0] = dataclasses.replace(changes[0], then=event.set)
+        changes[0] = changes[0].and_then(event.set)
     inv.core.wake(f"host/{fact.host_id}")
     return changes
 
@@ -244,7 +243,7 @@ async def _external(
 
 
 def _recount(inv: Inventory, host_id: str, change: Change) -> Change:
-    return dataclasses.replace(change, then=lambda: inv.core.wake(f"host/{host_id}"))
+    return change.and_then(lambda: inv.core.wake(f"host/{host_id}"))
 
 
 @part.hears_hosts(DOMAIN_EVENT_HAPPENED)

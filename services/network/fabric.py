@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -73,7 +72,7 @@ class Fabric:
             for key in keys:
                 self.core.wake(key)
 
-        return dataclasses.replace(change, then=wake)
+        return change.and_then(wake)
 
     async def check_data_center(self, data_center_id: str) -> None:
         """Raises Refused(not_found). Inventory is asked when its fact has not been heard (yet)."""

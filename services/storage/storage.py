@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -62,7 +61,7 @@ class Storage:
             for key in keys:
                 self.core.wake(key)
 
-        return dataclasses.replace(change, then=wake)
+        return change.and_then(wake)
 
     async def domain(self, domain_id: str) -> Row[StorageDomain, DomainPrivate]:
         return await DOMAINS.get(self.core.pool, domain_id)

@@ -14,8 +14,10 @@ from typing import Any
 import nats
 import pytest
 import uvloop
+from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
-from nats.errors import OutboundBufferLimitError
+from nats.errors import NoRespondersError, OutboundBufferLimitError
+from nats.errors import TimeoutError as NatsTimeout
 
 from tests.support.interloper import GREETING, between
 from tests.support.nats_realm import enrol, ignore
@@ -307,3 +309,38 @@ async def test_closing_ends_one_that_can_not_connect(world: World) -> None:
         await until(lambda: "hung" in interloper.met)
         await asyncio.wait_for(client.close(), PATIENCE_SECONDS / 3)
         assert client.is_closed
+
+
+async def test_a_question_is_answered_or_ends_in_time_and_nothing_of_it_is_kept(world: World) -> None:
+    server, client = (
+        await open_client(world.options("inventory")),
+        await open_client(world.options("gateway")),
+    )
+    held = asyncio.Event()
+
+    async def echo(message: Msg) -> None:
+        await message.respond(message.data)
+
+    async def never(message: Msg) -> None:
+        held.set()
+
+    await server.subscribe("inventory.test.echo", cb=echo)
+    await server.subscribe("inventory.test.never", cb=never)
+    await settle(server)
+    answers = await asyncio.gather(
+        *(client.request("inventory.test.echo", b"%d" % n, timeout=10) for n in range(50))
+    )
+    assert [answer.data for answer in answers] == [b"%d" % n for n in range(50)]
+    with pytest.raises(NatsTimeout):
+        await client.request("inventory.test.never", timeout=0.05)
+    with pytest.raises(NoRespondersError):
+        await client.request("inventory.test.nobody", timeout=10)
+    held.clear()
+    asked = asyncio.create_task(client.request("inventory.test.never", timeout=10))
+    await held.wait()
+    asked.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asked
+    assert not client._resp_map
+    await client.close()
+    await server.close()

@@ -19,9 +19,11 @@ from typing import Any, Final
 from urllib.parse import ParseResult
 
 from nats.aio.client import Client, Srv
+from nats.aio.msg import Msg
 from nats.aio.transport import TcpTransport
-from nats.errors import AuthorizationError
+from nats.errors import AuthorizationError, ConnectionDrainingError
 from nats.errors import Error as NatsError
+from nats.errors import TimeoutError as NatsTimeout
 
 log = logging.getLogger(__name__)
 
@@ -177,6 +179,30 @@ class BusClient(Client):
         )
         await asyncio.sleep(random.uniform(most / 2, most))  # noqa: S311 - spreads, hides nothing
 
+    async def _request_new_style(
+        self, subject: str, payload: bytes, timeout: float = 1, headers: dict[str, Any] | None = None
+    ) -> Msg:
+        """Asks as nats-py does, with one timer where that has a waiting future and random bytes for each question: they
+        are a tenth of a call. The time also runs while the question waits to be sent."""
+        if self.is_draining_pubs:
+            raise ConnectionDrainingError
+        if self._resp_sub_prefix is None:
+            await self._init_request_sub()
+        assert self._resp_sub_prefix is not None
+        token = self._nuid.next().decode()
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[Msg] = loop.create_future()
+        self._resp_map[token] = answer
+        timer = loop.call_later(timeout, _too_late, answer)
+        try:
+            await self.publish(
+                subject, payload, reply=self._resp_sub_prefix.decode() + token, headers=headers
+            )
+            return await answer
+        finally:
+            timer.cancel()
+            self._resp_map.pop(token, None)
+
     async def _attempt_reconnect(self) -> None:
         while not self.is_closed:
             self._abandon()  # also a server that is cut off, and would not take part in closing TLS
@@ -207,6 +233,11 @@ class BusClient(Client):
         ended_by_itself = task is self._reading_task and task is not None and not task.cancelling()
         if ended_by_itself and self.is_connected:
             await self._process_op_err(NatsError("reading from the server ended"))
+
+
+def _too_late(answer: asyncio.Future[Msg]) -> None:
+    if not answer.done():
+        answer.set_exception(NatsTimeout())
 
 
 async def open_client(options: dict[str, Any], advice: str = ADVICE) -> BusClient:

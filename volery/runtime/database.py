@@ -12,6 +12,7 @@ from typing import Any
 import asyncpg
 
 from volery.runtime.config import DatabaseConfig
+from volery.runtime.pool import create_pool
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ class SchemaTooNew(Exception):
     """The schema was migrated by newer code that this code can't work with."""
 
 
-def _connect_arguments(config: DatabaseConfig, owner: str) -> dict[str, Any]:
+def connect_arguments(config: DatabaseConfig, owner: str) -> dict[str, Any]:
     owner = str(owner)  # asyncpg takes no subclass of str
     arguments: dict[str, Any] = {
         "dsn": config.dsn,
@@ -49,12 +50,8 @@ def _connect_arguments(config: DatabaseConfig, owner: str) -> dict[str, Any]:
 @asynccontextmanager
 async def open_pool(config: DatabaseConfig, owner: str) -> AsyncIterator[asyncpg.Pool[asyncpg.Record]]:
     """The service's pool: its role, its schema on the search path."""
-    pool = await asyncpg.create_pool(
-        min_size=1,
-        max_size=config.pool_max,
-        command_timeout=60,
-        reset=_keep_session,
-        **_connect_arguments(config, owner),
+    pool = await create_pool(
+        min_size=1, max_size=config.pool_max, command_timeout=60, **connect_arguments(config, owner)
     )
     try:
         yield pool
@@ -62,17 +59,12 @@ async def open_pool(config: DatabaseConfig, owner: str) -> AsyncIterator[asyncpg
         await pool.close()
 
 
-async def _keep_session(connection: object) -> None:
-    """Nobody changes a pooled session beyond its transaction, which the pool ends before it asks this; asyncpg's own
-    reset would cost every statement a second round trip."""
-
-
 @asynccontextmanager
 async def open_direct(
     config: DatabaseConfig, owner: str
 ) -> AsyncIterator[asyncpg.Connection[asyncpg.Record]]:
     """One connection outside the pool, for session locks: leadership lives and dies with it."""
-    arguments = _connect_arguments(config, owner)
+    arguments = connect_arguments(config, owner)
     arguments["server_settings"] |= {
         "tcp_keepalives_idle": "2",
         "tcp_keepalives_interval": "1",

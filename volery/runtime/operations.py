@@ -8,7 +8,6 @@ is cancelled. Every operation ends by its deadline.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -360,7 +359,7 @@ def _bug(run: Run, error: Exception) -> Problem:
 
 
 def replace_then(change: Change, then: Callable[[], None]) -> Change:
-    return dataclasses.replace(change, then=then)
+    return change.and_then(then)
 
 
 def busy(entity: Entity, noun: str, busy_with: str) -> None:

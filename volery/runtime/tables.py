@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cache, lru_cache, partial
+from operator import attrgetter
 from typing import Any, Generic, TypeVar
 
 import asyncpg
@@ -57,8 +58,7 @@ class Row(Generic[T, S]):
         return self.public.id
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
+class Change(msgspec.Struct, frozen=True):
     """One guarded write, with the facts that it makes true. Commit it with `commit`.
 
     `sql` uses {0}, {1}, … for its own arguments, {prev} for the rows that the change before it returned, and
@@ -75,6 +75,37 @@ class Change:
     document: Any = None
     """The public object as it will be."""
 
+    def and_then(self, act: Callable[[], None]) -> Change:
+        """The same, with what is to be called once it is committed."""
+        return msgspec.structs.replace(self, then=act)
+
+
+@dataclass(frozen=True, slots=True)
+class Statements:
+    """A table's writes. Each returns one row when its guard holds."""
+
+    insert: str
+    update: str
+    update_both: str
+    """The private part, too."""
+    delete: str
+
+
+def _statements(table: str, columns: tuple[str, ...]) -> Statements:
+    names = (*ENTITY_COLUMNS, *columns)
+    slots = ", ".join(f"{{{i}}}" for i in range(len(names)))
+    return Statements(
+        insert=f"insert into {table} ({', '.join(names)}) values ({slots}) returning 1",
+        update=_update(table, ("revision", "doc", *columns)),
+        update_both=_update(table, ("revision", "doc", *columns, "private")),
+        delete=f"delete from {table} where id = {{0}} and revision = {{1}} returning 1",
+    )
+
+
+def _update(table: str, columns: tuple[str, ...]) -> str:
+    pairs = ", ".join(f"{name} = {{{i}}}" for i, name in enumerate(columns, 2))
+    return f"update {table} set {pairs} where id = {{0}} and revision = {{1}} returning 1"
+
 
 @dataclass(frozen=True, slots=True)
 class Table(Generic[T, S]):
@@ -89,14 +120,21 @@ class Table(Generic[T, S]):
     deleted: Fact[Any] | None = None
     noun: str = ""
     """How a person calls it; the table's name if empty."""
+    sql: Statements = field(init=False)
+
+    copied: Callable[[T], tuple[Any, ...]] = field(init=False)
+    """The attributes that columns are copied from."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sql", _statements(self.name, tuple(self.columns)))
+        object.__setattr__(self, "copied", _attributes(tuple(self.columns.values())))
 
     def _copies(self, public: T) -> list[Any]:
-        return [_plain(getattr(public, attribute)) for attribute in self.columns.values()]
+        return [value if type(value) in _AS_IT_IS else _plain(value) for value in self.copied(public)]
 
     def insert(self, public: T, private: S, *facts: tuple[str, bytes]) -> Change:
         """A new object; its first fact is `changed` with revision 1."""
         doc = encode(public)
-        sql = _insert_sql(self.name, tuple(self.columns))
         values = (
             public.id,
             public.revision,
@@ -104,36 +142,41 @@ class Table(Generic[T, S]):
             encode(private).decode(),
             *self._copies(public),
         )
-        return Change(sql, values, (*self._announce(self.changed, public, doc), *facts), document=public)
+        told = self._announce(self.changed, public, doc, utc_now())
+        return Change(self.sql.insert, values, (*told, *facts), document=public)
 
     def update(
         self, row: Row[T, S], public: T | None = None, private: S | None = None, *facts: tuple[str, bytes]
     ) -> Change:
         """The next revision of `row`. Every revision is announced, so that readers can count them; `updated_at` moves
         only when the public part changed."""
+        now = utc_now()
         changed = public is not None and public != row.public
         new = msgspec.structs.replace(
             public if public is not None else row.public,
             revision=row.public.revision + 1,
-            updated_at=utc_now() if changed else row.public.updated_at,
+            updated_at=now if changed else row.public.updated_at,
         )
         doc = encode(new)
-        kept = private is None or private is row.private
-        sql = _update_sql(self.name, tuple(self.columns), with_private=not kept)
         values = [row.id, row.public.revision, new.revision, doc.decode(), *self._copies(new)]
-        if not kept:
+        sql = self.sql.update
+        if private is not None and private is not row.private:
             values.append(encode(private).decode())
-        return Change(sql, tuple(values), (*self._announce(self.changed, new, doc), *facts), document=new)
+            sql = self.sql.update_both
+        told = self._announce(self.changed, new, doc, now)
+        return Change(sql, tuple(values), (*told, *facts), document=new)
 
     def delete(self, row: Row[T, S], *facts: tuple[str, bytes]) -> Change:
         """The object ends; `deleted` is its only tombstone and carries the final revision."""
-        final = msgspec.structs.replace(row.public, revision=row.public.revision + 1, updated_at=utc_now())
-        sql = f"delete from {self.name} where id = {{0}} and revision = {{1}} returning 1"
-        told = self._announce(self.deleted, final, encode(final))
-        return Change(sql, (row.id, row.public.revision), (*told, *facts), document=final)
+        now = utc_now()
+        final = msgspec.structs.replace(row.public, revision=row.public.revision + 1, updated_at=now)
+        told = self._announce(self.deleted, final, encode(final), now)
+        return Change(self.sql.delete, (row.id, row.public.revision), (*told, *facts), document=final)
 
-    def _announce(self, fact: Fact[Any] | None, public: T, doc: bytes) -> tuple[tuple[str, bytes], ...]:
-        return () if fact is None else (_event(fact, public, doc),)
+    def _announce(
+        self, fact: Fact[Any] | None, public: T, doc: bytes, at: datetime
+    ) -> tuple[tuple[str, bytes], ...]:
+        return () if fact is None else (_event(fact, public, doc, at),)
 
     def row(self, record: asyncpg.Record) -> Row[T, S]:
         return Row(
@@ -169,20 +212,6 @@ class Table(Generic[T, S]):
         return [self.row(record) for record in records]
 
 
-@cache
-def _insert_sql(table: str, columns: tuple[str, ...]) -> str:
-    names = (*ENTITY_COLUMNS, *columns)
-    slots = ", ".join(f"{{{i}}}" for i in range(len(names)))
-    return f"insert into {table} ({', '.join(names)}) values ({slots}) returning 1"
-
-
-@cache
-def _update_sql(table: str, columns: tuple[str, ...], *, with_private: bool) -> str:
-    names = ("revision", "doc", *columns, *(("private",) if with_private else ()))
-    pairs = ", ".join(f"{name} = {{{i}}}" for i, name in enumerate(names, 2))
-    return f"update {table} set {pairs} where id = {{0}} and revision = {{1}} returning 1"
-
-
 def not_there(noun: str, object_id: str) -> Refused:
     return Refused(
         Kind.NOT_FOUND,
@@ -192,23 +221,32 @@ def not_there(noun: str, object_id: str) -> Refused:
     )
 
 
+def _attributes(names: tuple[str, ...]) -> Callable[[Any], tuple[Any, ...]]:
+    if len(names) < 2:  # attrgetter gives no tuple then
+        return lambda public: tuple(getattr(public, name) for name in names)
+    return attrgetter(*names)
+
+
+_AS_IT_IS = frozenset({str, int, bool, float, datetime, type(None)})
+
+
 def _plain(value: Any) -> Any:
     """A column's value: enums and ids as text, numbers, booleans and times as they are, the rest as JSON."""
-    if value is None or isinstance(value, (str, int, float, datetime)):
+    if isinstance(value, str):
         return value
     return encode(value).decode()
 
 
 def say(fact: Fact[Any], payload: Message) -> tuple[str, bytes]:
     """Subject and CloudEvent of a fact, without the id and sequence that its position will give it."""
-    return _event(fact, payload, encode(payload))
+    return _event(fact, payload, encode(payload), utc_now())
 
 
-def _event(fact: Fact[Any], payload: Message, data: bytes) -> tuple[str, bytes]:
+def _event(fact: Fact[Any], payload: Message, data: bytes, at: datetime) -> tuple[str, bytes]:
     subject = fact.subject_for(payload)
-    noun, object_id = subject.split(".", 4)[2:4]
+    _, _, noun, object_id, _ = subject.split(".", 4)
     about = f'{noun}/{object_id}","time":'.encode()
-    return subject, b"".join((_event_head(fact), about, encode(utc_now()), _EVENT_DATA, data, b"}"))
+    return subject, b"".join((_event_head(fact), about, encode(at), _EVENT_DATA, data, b"}"))
 
 
 _EVENT_DATA = b',"datacontenttype":"application/json","data":'
