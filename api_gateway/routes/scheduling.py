@@ -5,6 +5,7 @@ from __future__ import annotations
 from api_gateway.route import Route
 from volery.contracts import history as y
 from volery.contracts import liveness as l
+from volery.contracts import protection as p
 from volery.contracts import scheduling as s
 
 SCHEDULING, LIVENESS, HISTORY = "Scheduling", "Liveness", "History"
@@ -16,6 +17,12 @@ ROUTES = (
     Route("GET", "/liveness", l.LIST_LIVENESS, LIVENESS, "List what is known of hosts' liveness", items=l.HostLiveness),
     Route("GET", "/liveness/{id}", l.GET_LIVENESS, LIVENESS, "Get what is known of one host's liveness"),
     Route("GET", "/restarts", l.LIST_RESTARTS, LIVENESS, "List automatic restarts", items=l.VmRestart),
+    Route("GET", "/protection", p.LIST_PROTECTION, LIVENESS, "List highly available VMs: protected or why not",
+          items=p.VmProtection,
+          note="`filter.cluster_id=…` for one cluster, `filter.protected=false` for those whose host's death would not "
+               "bring them back elsewhere. Each reason has the smallest change that mends it."),
+    Route("GET", "/vms/{id}/protection", p.GET_PROTECTION, LIVENESS, "Get whether a VM is protected, or why not",
+          note="Only highly available VMs have one."),
     Route("GET", "/history/versions", y.LIST_VERSIONS, HISTORY, "List versions of configuration",
           query=("noun", "id", "at", "limit", "page")),
     Route("GET", "/history/samples", y.QUERY_SAMPLES, HISTORY, "Get samples or aggregates of an object",

@@ -161,6 +161,7 @@ async def _keep(
         epoch=vm.epoch,
         preferred_host_id=verdict.preferred_host_id,
         avoided_host_ids=verdict.avoided_host_ids,
+        only_host_id=verdict.only_host_id,
         learned=row.private.learned if row is not None else "",
     )
     old = row.public if row is not None else VmRestart(
@@ -195,6 +196,7 @@ async def _ask(ha: Ha, vm: WatchedVm, row: RestartRow) -> None:
         reason=vm.reason,
         preferred_host_id=row.private.preferred_host_id,
         avoided_host_ids=row.private.avoided_host_ids,
+        only_host_id=row.private.only_host_id,
     )
     try:
         operation = await ha.core.bus.ask(RESTART_VM, question, Caller("service:ha", request_id, request_id))

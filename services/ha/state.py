@@ -23,6 +23,24 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
+class Unjudged:
+    """Whose protection is to be judged anew. Times are monotonic."""
+
+    vm_ids: set[str] = field(default_factory=set)
+    known: set[str] = field(default_factory=set)
+    """VMs of which something is written."""
+    all_due: float = 0.0
+    """When all of them are judged again."""
+    all_at: float = float("-inf")
+    settings: frozenset[tuple[str, int]] = frozenset()
+    """How power management and pauses of fencing were when it was last looked."""
+
+    def mark_all(self, within: float, between: float) -> None:
+        """All of them are due within so many seconds, but not twice within `between`."""
+        self.all_due = min(self.all_due, max(monotonic() + within, self.all_at + between))
+
+
+@dataclass(slots=True)
 class Ha:
     core: Core
     vault: Vault
@@ -51,6 +69,7 @@ class Ha:
     """When there was last more room for VMs."""
     exhausted: dict[str, float] = field(default_factory=dict)
     """VM → when it was found to fit nowhere."""
+    unjudged: Unjudged = field(default_factory=Unjudged)
     witnessed: tuple[float, bool] = (float("-inf"), True)
     """When witnesses were last asked, and whether they answered."""
 

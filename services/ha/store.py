@@ -30,7 +30,8 @@ from volery.contracts.power import (
     FencingPause,
     PowerManagement,
 )
-from volery.contracts.vm import Vm
+from volery.contracts.protection import PROTECTION_CHANGED, PROTECTION_DELETED, VmProtection
+from volery.contracts.vm import RestartWhere, Vm
 from volery.runtime.tables import Change, Nothing, Row, Stale, Table
 
 Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
@@ -50,6 +51,7 @@ class RestartPrivate(Message):
     """The placement that ended."""
     preferred_host_id: str = ""
     avoided_host_ids: tuple[str, ...] = ()
+    only_host_id: str = ""
     learned: str = ""
     """The last operation whose outcome was taken into account."""
 
@@ -121,18 +123,34 @@ PAUSES: Table[FencingPause, Nothing] = Table(
     deleted=FENCING_PAUSE_DELETED,
 )
 
-_VM = "id, name, epoch, status, desired, reason, host_id, enabled, priority, busy"
+PROTECTION: Table[VmProtection, Nothing] = Table(
+    "protection",
+    VmProtection,
+    Nothing,
+    columns={
+        "vm_name": "vm_name",
+        "cluster_id": "cluster_id",
+        "host_id": "host_id",
+        "protected": "protected",
+    },
+    changed=PROTECTION_CHANGED,
+    deleted=PROTECTION_DELETED,
+    noun="protection of VM",
+)
+
+_VM = "id, name, epoch, status, desired, reason, host_id, enabled, priority, busy, same_host"
 
 
 def saw_vm(vm: Vm) -> Change:
     """Facts and lists may come twice: a revision already known changes nothing."""
     return Change(
-        """insert into vm (id, revision, name, epoch, status, desired, reason, host_id, enabled, priority, busy)
-           values ({0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}, {8}, {9}, {10})
+        """insert into vm
+               (id, revision, name, epoch, status, desired, reason, host_id, enabled, priority, busy, same_host)
+           values ({0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}, {8}, {9}, {10}, {11})
            on conflict (id) do update set revision = excluded.revision, name = excluded.name,
                epoch = excluded.epoch, status = excluded.status, desired = excluded.desired,
                reason = excluded.reason, enabled = excluded.enabled, priority = excluded.priority,
-               busy = excluded.busy,
+               busy = excluded.busy, same_host = excluded.same_host,
                host_id = case when excluded.host_id = '' then vm.host_id else excluded.host_id end
            where vm.revision < excluded.revision""",
         (
@@ -147,6 +165,7 @@ def saw_vm(vm: Vm) -> Change:
             vm.high_availability.enabled,
             vm.high_availability.priority,
             bool(vm.busy_with),
+            vm.high_availability.where is RestartWhere.SAME_HOST,
         ),
         guarded=False,
     )
@@ -167,6 +186,10 @@ async def crashed_vms(pool: Pool) -> list[WatchedVm]:
             order by priority desc, id"""
     )
     return [WatchedVm(**dict(r)) for r in records]
+
+
+async def highly_available(pool: Pool) -> set[str]:
+    return {r["id"] for r in await pool.fetch("select id from vm where enabled")}
 
 
 async def vm(pool: Pool, vm_id: str) -> WatchedVm | None:
@@ -282,6 +305,13 @@ async def open_records(pool: Pool) -> set[str]:
 
 async def old_records(pool: Pool, before: datetime) -> list[Row[FenceRecord, Nothing]]:
     return await RECORDS.where(pool, "(doc::jsonb->>'created_at')::timestamptz < $1", before)
+
+
+async def fencing_revisions(pool: Pool) -> frozenset[tuple[str, int]]:
+    """Of all power management and all pauses of fencing: another set once any of them has changed."""
+    rows = await pool.fetch("select id, revision from power_management")
+    paused = await pool.fetch("select id, revision from fencing_pause")
+    return frozenset((row["id"], row["revision"]) for row in (*rows, *paused))
 
 
 async def pauses_of(pool: Pool, host_id: str, cluster_id: str, now: datetime) -> list[FencingPause]:

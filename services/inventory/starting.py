@@ -139,6 +139,7 @@ async def restart_vm(inv: Inventory, ask: RestartVm, caller: Caller) -> Operatio
             object_name=vm.name,
             question=Starting(
                 vm_id=vm.id,
+                host_id=ask.only_host_id,
                 purpose=Purpose.RESTART,
                 preferred_host_id=ask.preferred_host_id,
                 avoided_host_ids=ask.avoided_host_ids,

@@ -10,6 +10,7 @@ from volery.contracts.liveness import HostLiveness, VmRestart
 from volery.contracts.network import MacPool, Network
 from volery.contracts.operation import Operation
 from volery.contracts.power import FenceRecord, FencingPause, PowerManagement
+from volery.contracts.protection import VmProtection
 from volery.contracts.scheduling import Claim
 from volery.contracts.storage import Disk, StorageDomain, Transfer
 from volery.contracts.template import Template
@@ -43,6 +44,9 @@ LIVENESS = Resource(
     "liveness", "liveness", HostLiveness, ("host_name", "state", "last_beat_at", "fencing", "id")
 )
 RESTARTS = Resource("restart", "restarts", VmRestart, ("vm_name", "attempts", "reason", "gave_up", "vm_id"))
+PROTECTION = Resource(
+    "protection", "protection", VmProtection, ("vm_name", "protected", "reasons", "host_id", "vm_id")
+)
 POWER_MANAGEMENT = Resource(
     "power management",
     "power-management",
@@ -80,6 +84,7 @@ RESOURCES = (
     CLAIMS,
     LIVENESS,
     RESTARTS,
+    PROTECTION,
     POWER_MANAGEMENT,
     FENCE_RECORDS,
     FENCING_PAUSES,

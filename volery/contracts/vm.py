@@ -85,12 +85,24 @@ class GuestInfo(Message):
     os: str = ""
 
 
+class RestartWhere(StrEnum):
+    """Where a highly available VM is to be brought back."""
+
+    POSSIBLE = "possible"
+    """Wherever it can, also when that is only its own host."""
+    ELSEWHERE = "elsewhere"
+    """Refused for a VM that could never run on another host: pinned to one, or with a disk in a local directory."""
+    SAME_HOST = "same_host"
+    """On the host on which it ran and nowhere else; when that died, once it is up again."""
+
+
 class HighAvailability(Message):
     enabled: bool = False
     priority: int = 50
     """1 to 100; higher restarts first."""
     restart_after_guest_shutdown: bool = False
     """Also bring it back when its guest switched itself off."""
+    where: RestartWhere = RestartWhere.POSSIBLE
 
 
 class Affinity(Message):
@@ -380,6 +392,8 @@ class RestartVm(Message):
     """There first, if it fits: after a crash, where it ran."""
     avoided_host_ids: tuple[str, ...] = ()
     """Only when it fits nowhere else."""
+    only_host_id: str = ""
+    """There or nowhere."""
 
 
 class ExplainVm(Message):
