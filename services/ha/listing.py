@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from services.ha import fencing, liveness, protection, restarts, store
+from services.ha import fencing, liveness, protection, restarts, rooms, store
 from services.ha.state import Ha
 from volery.contracts.errors import Refused
 from volery.contracts.host import LIST_HOSTS, Host
@@ -45,6 +45,7 @@ async def list_what_was_missed(ha: Ha) -> None:
     else:
         ha.listed = True
         protection.fleet_changed(ha)
+        rooms.may_have_come(ha)
         ha.core.wake(restarts.KEY)
 
 

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from msgspec.structs import replace
 
-from services.ha import store
+from services.ha import rooms, store
 from services.ha.policies.restart_order import Step, Verdict, WatchedVm, decide, ended, is_over, within
 from services.ha.state import Ha
 from services.ha.store import RESTARTS, RestartPrivate
@@ -33,8 +33,6 @@ part = Part()
 KEY = "restarts"
 LOOK_SECONDS = 1.0
 FORGET_SECONDS = 30.0
-EXHAUSTED_SECONDS = 60.0
-"""What fits nowhere is tried again after this, should it have been missed that there is room."""
 TOGETHER = 16
 """Restarts of equally important VMs that are asked for at a time."""
 RUNNING = frozenset(
@@ -49,7 +47,7 @@ UNKNOWN_OUTCOMES = (Kind.TIMEOUT, Kind.UNAVAILABLE, Kind.EXHAUSTED, Kind.INTERNA
 async def vm_changed(ha: Ha, vm: Vm) -> list[Change]:
     before = await store.vm(ha.core.pool, vm.id)
     if before is not None and before.status in RUNNING and vm.status not in RUNNING:
-        ha.capacity_at = monotonic()
+        rooms.may_have_come(ha)
     ha.core.wake(KEY)
     return [store.saw_vm(vm)]
 
@@ -61,6 +59,7 @@ async def vm_deleted(ha: Ha, vm: Vm) -> list[Change]:
 
 async def look(ha: Ha, key: str) -> None:
     """Every VM that ended, the most important first, equals together. One look at a time."""
+    await rooms.look(ha)
     waiting = [vm for vm in await store.crashed_vms(ha.core.pool) if ended(vm)]
     for _, equals in itertools.groupby(waiting, key=lambda vm: vm.priority):
         for some in _chunks(list(equals)):
@@ -94,7 +93,7 @@ async def _treat(ha: Ha, vm: WatchedVm) -> None:
         row = await _learn_outcome(ha, vm, row)
         if row is None:
             return
-    if _fits_nowhere(ha, vm.id):
+    if rooms.fits_nowhere(ha, vm.id):
         return
     now = utc_now()
     attempts = within(row.private.attempts, now, ha.config) if row is not None else ()
@@ -106,17 +105,6 @@ async def _treat(ha: Ha, vm: WatchedVm) -> None:
     row = await _keep(ha, vm, row, verdict, attempts, now)
     if verdict.step is Step.ASK:
         await _ask(ha, vm, row)
-
-
-def _fits_nowhere(ha: Ha, vm_id: str) -> bool:
-    """Whether no host had room for it, and none has got any since."""
-    at = ha.exhausted.get(vm_id)
-    if at is None:
-        return False
-    if ha.capacity_at <= at and monotonic() - at < EXHAUSTED_SECONDS:
-        return True
-    del ha.exhausted[vm_id]
-    return False
 
 
 async def _learn_outcome(ha: Ha, vm: WatchedVm, row: RestartRow) -> RestartRow | None:

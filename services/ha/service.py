@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from services.ha import confirming, fencing, listing, liveness, pauses, power, protection, restarts
+from services.ha import confirming, fencing, listing, liveness, pauses, power, protection, restarts, rooms
 from services.ha.config import HaConfig
 from services.ha.opening import open_ha
 from services.ha.state import Ha
@@ -30,6 +30,7 @@ service = Service(
         fencing.part,
         restarts.part,
         protection.part,
+        rooms.part,
         listing.part,
     ],
     reconcile=reconcile,

@@ -65,8 +65,11 @@ class Ha:
     """Host → when a person last switched its power."""
     ordered_off: list[tuple[str, str, float]] = field(default_factory=list)
     """(cluster, host, when) of this process's own orders: the brake's window, should the database's clock jump."""
-    capacity_at: float = 0.0
-    """When there was last more room for VMs."""
+    capacity_at: float = float("-inf")
+    """When there may last have come room for VMs."""
+    room_found: dict[str, float] = field(default_factory=dict)
+    """VM that fitted nowhere → when room was found for it, which has not gone since."""
+    room_asked_at: float = float("-inf")
     exhausted: dict[str, float] = field(default_factory=dict)
     """VM → when it was found to fit nowhere."""
     unjudged: Unjudged = field(default_factory=Unjudged)

@@ -93,6 +93,7 @@ async def start_vm(inv: Inventory, ask: StartVm, caller: Caller) -> Operation:
             status=VmStatus.RESTORING_STATE if row.private.saved_path else VmStatus.WAIT_FOR_LAUNCH,
             busy_with=op.id,
             restarts=0,
+            fits_nowhere="",
             allowed_actions=(),
         )
         private = replace(row.private, stop_asked=False, run_once=ask.run_once)
@@ -191,6 +192,7 @@ async def bring_up(inv: Inventory, run: Run, ask: Starting) -> None:
         placed = await _place(inv, run, ask, attempt, epoch, tuple(excluded))
         if not placed.host_id:
             await release_claim(inv, run, ask.vm_id, epoch)
+            await _say_why(inv, ask.vm_id, placed.message)
             tried = f" Tried already: {'; '.join(reasons)}." if reasons else ""
             raise Refused(Kind.EXHAUSTED, f"{placed.message}{tried}", placement=placed)
         try:
@@ -207,6 +209,19 @@ async def bring_up(inv: Inventory, run: Run, ask: Starting) -> None:
                 raise Refused(refused.kind, "; ".join(reasons), **refused.details) from None
             continue
         await _confirm(inv, run, ask.vm_id)
+        return
+
+
+async def _say_why(inv: Inventory, vm_id: str, message: str) -> None:
+    """On the VM itself, for as long as it doesn't run."""
+    while True:
+        row = await VMS.get(inv.core.pool, vm_id)
+        if row.public.fits_nowhere == message:
+            return
+        try:
+            await inv.core.commit(VMS.update(row, replace(row.public, fits_nowhere=message)))
+        except Stale:
+            continue
         return
 
 
@@ -317,6 +332,7 @@ async def _settle_running(inv: Inventory, ask: Starting, epoch: int, host_id: st
                 vm,
                 status=status,
                 status_reason="",
+                fits_nowhere="",
                 host_id=host_id,
                 next_run=False,
                 started_at=utc_now(),

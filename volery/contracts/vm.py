@@ -161,6 +161,9 @@ class Vm(Entity):
     """Something was edited that takes effect with the next start."""
     started_at: datetime | None = None
     stopped_at: datetime | None = None
+    fits_nowhere: str = ""
+    """Why no host could take it when it was last tried to start; "" once it runs. A highly available VM that was to be
+    brought back is tried again when there is room."""
     restarts: int = 0
     """Automatic restarts since the last start by a person."""
     allowed_actions: tuple[str, ...] = ()
