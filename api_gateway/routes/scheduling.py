@@ -7,6 +7,7 @@ from volery.contracts import history as y
 from volery.contracts import liveness as l
 from volery.contracts import protection as p
 from volery.contracts import scheduling as s
+from volery.contracts import start_group as g
 
 SCHEDULING, LIVENESS, HISTORY = "Scheduling", "Liveness", "History"
 
@@ -23,6 +24,13 @@ ROUTES = (
                "bring them back elsewhere. Each reason has the smallest change that mends it."),
     Route("GET", "/vms/{id}/protection", p.GET_PROTECTION, LIVENESS, "Get whether a VM is protected, or why not",
           note="Only highly available VMs have one."),
+    Route("GET", "/start-groups", g.LIST_START_GROUPS, LIVENESS, "List start groups", items=g.StartGroup),
+    Route("POST", "/start-groups", g.CREATE_START_GROUP, LIVENESS, "Create a start group", at="/start-groups",
+          note="Its VMs are brought back once every VM of the groups in `after` that is being brought back runs, answers "
+               "by its guest agent, or the group's `wait_seconds` have passed. A circle is refused and named."),
+    Route("GET", "/start-groups/{id}", g.GET_START_GROUP, LIVENESS, "Get a start group"),
+    Route("PATCH", "/start-groups/{id}", g.UPDATE_START_GROUP, LIVENESS, "Change a start group"),
+    Route("DELETE", "/start-groups/{id}", g.DELETE_START_GROUP, LIVENESS, "Delete a start group that none comes after"),
     Route("GET", "/history/versions", y.LIST_VERSIONS, HISTORY, "List versions of configuration",
           query=("noun", "id", "at", "limit", "page")),
     Route("GET", "/history/samples", y.QUERY_SAMPLES, HISTORY, "Get samples or aggregates of an object",

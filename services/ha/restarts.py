@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from msgspec.structs import replace
 
-from services.ha import rooms, store
+from services.ha import rooms, start_groups, store
 from services.ha.policies.restart_order import Step, Verdict, WatchedVm, decide, ended, is_over, within
 from services.ha.state import Ha
 from services.ha.store import RESTARTS, RestartPrivate
@@ -61,9 +61,10 @@ async def look(ha: Ha, key: str) -> None:
     """Every VM that ended, the most important first, equals together. One look at a time."""
     await rooms.look(ha)
     waiting = [vm for vm in await store.crashed_vms(ha.core.pool) if ended(vm)]
+    groups = await start_groups.known(ha) if waiting else {}
     for _, equals in itertools.groupby(waiting, key=lambda vm: vm.priority):
         for some in _chunks(list(equals)):
-            await asyncio.gather(*(_look_at(ha, vm) for vm in some))
+            await asyncio.gather(*(_look_at(ha, vm, groups) for vm in some))
 
 
 def _chunks(vms: list[WatchedVm]) -> Iterator[list[WatchedVm]]:
@@ -71,9 +72,9 @@ def _chunks(vms: list[WatchedVm]) -> Iterator[list[WatchedVm]]:
         yield vms[start : start + TOGETHER]
 
 
-async def _look_at(ha: Ha, vm: WatchedVm) -> None:
+async def _look_at(ha: Ha, vm: WatchedVm, groups: start_groups.Groups) -> None:
     try:
-        await _treat(ha, vm)
+        await _treat(ha, vm, groups)
     except Stale:
         ha.core.wake(KEY)
 
@@ -84,7 +85,7 @@ async def look_again(ha: Ha) -> None:
     ha.core.wake(KEY)
 
 
-async def _treat(ha: Ha, vm: WatchedVm) -> None:
+async def _treat(ha: Ha, vm: WatchedVm, groups: start_groups.Groups) -> None:
     row = await RESTARTS.find(ha.core.pool, vm.id)
     if row is not None and row.private.pending:
         await _ask(ha, vm, row)
@@ -100,11 +101,32 @@ async def _treat(ha: Ha, vm: WatchedVm) -> None:
     host = ha.watches.get(vm.host_id)
     last_reason = row.public.reason if row is not None else ""
     verdict = decide(vm, host.state if host is not None else None, attempts, now, ha.config, last_reason)
-    if row is not None and row.private.epoch == vm.epoch and verdict.step is Step.WAIT:
+    since = _waits_since(vm, row, now)
+    if verdict.step is Step.ASK:
+        verdict = await _in_turn(ha, vm, groups, verdict, (now - since).total_seconds())
+    elif row is not None and row.private.epoch == vm.epoch and verdict.step is Step.WAIT:
         return  # Asked for already: what came of it is on its way, or it isn't due yet.
-    row = await _keep(ha, vm, row, verdict, attempts, now)
+    row = await _keep(ha, vm, row, verdict, attempts, now, since)
     if verdict.step is Step.ASK:
         await _ask(ha, vm, row)
+
+
+def _waits_since(vm: WatchedVm, row: RestartRow | None, now: datetime) -> datetime:
+    """Since when it could have been brought back. Having fitted nowhere since doesn't make it wait anew."""
+    if row is None or row.private.waits_since is None:
+        return now
+    same = row.private.epoch == vm.epoch or not row.private.attempts
+    return row.private.waits_since if same else now
+
+
+async def _in_turn(
+    ha: Ha, vm: WatchedVm, groups: start_groups.Groups, verdict: Verdict, waited: float
+) -> Verdict:
+    """The verdict, unless others come first."""
+    others = await start_groups.waits_for(ha, vm, groups, waited)
+    if not others:
+        return verdict
+    return Verdict(Step.WAIT, f"VM {vm.name} ended ({vm.reason}) and is brought back in its turn: {others}")
 
 
 async def _learn_outcome(ha: Ha, vm: WatchedVm, row: RestartRow) -> RestartRow | None:
@@ -140,6 +162,7 @@ async def _keep(
     verdict: Verdict,
     attempts: tuple[datetime, ...],
     now: datetime,
+    waits_since: datetime,
 ) -> RestartRow:
     """Write what was decided before it is done, so that a crash in between neither forgets nor repeats it."""
     asks = verdict.step is Step.ASK
@@ -150,6 +173,7 @@ async def _keep(
         preferred_host_id=verdict.preferred_host_id,
         avoided_host_ids=verdict.avoided_host_ids,
         only_host_id=verdict.only_host_id,
+        waits_since=waits_since,
         learned=row.private.learned if row is not None else "",
     )
     old = row.public if row is not None else VmRestart(

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from services.ha import confirming, fencing, listing, liveness, pauses, power, protection, restarts, rooms
+from services.ha import (
+    confirming,
+    fencing,
+    listing,
+    liveness,
+    pauses,
+    power,
+    protection,
+    restarts,
+    rooms,
+    start_groups,
+)
 from services.ha.config import HaConfig
 from services.ha.opening import open_ha
 from services.ha.state import Ha
@@ -31,6 +42,7 @@ service = Service(
         restarts.part,
         protection.part,
         rooms.part,
+        start_groups.part,
         listing.part,
     ],
     reconcile=reconcile,

@@ -28,6 +28,7 @@ NOUNS: dict[str, typer.Typer] = {
     "fencing": fencing.fencing,
     "fence": fencing.records,
     "protection": protection.app,
+    "start-group": protection.groups,
     "event-reader": access.readers,
     "admin": admin.app,
 }

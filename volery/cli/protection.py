@@ -1,4 +1,4 @@
-"""`volery protection`: whether the death of its host would bring a highly available VM back elsewhere."""
+"""`volery protection`, `volery start-group`: whether highly available VMs would come back, and in which order."""
 
 from __future__ import annotations
 
@@ -12,8 +12,17 @@ from volery.cli.work import Output
 from volery.client import api
 from volery.client.request import Request
 from volery.contracts.protection import VmProtection
+from volery.contracts.start_group import CreateStartGroup, WaitFor
 
 app = typer.Typer(help="Whether VMs would be brought back elsewhere.", no_args_is_help=True)
+groups = typer.Typer(help="Which VMs are brought back before which others.", no_args_is_help=True)
+work.add_common(groups, api.START_GROUPS)
+
+Vms = Annotated[
+    list[str] | None, typer.Option("--vm", help="Name or id of a VM; as often as there are some.")
+]
+After = Annotated[list[str] | None, typer.Option(help="Name or id of a group that comes before it.")]
+Seconds = Annotated[float, typer.Option(help="Later groups wait no longer than this for it, 0 to 600.")]
 
 COLUMNS = ("vm", "protected", "why", "change")
 
@@ -62,3 +71,46 @@ def show_protection(
             output.show(found, output_format)
             return
         output.show(lines(found), output_format, COLUMNS)
+
+
+@groups.command("create")
+def create_group(
+    name: str,
+    cluster: Annotated[str, typer.Option(help="Name or id of the cluster.")] = "Default",
+    vm: Vms = None,
+    after: After = None,
+    wait_for: WaitFor = WaitFor.RUNS,
+    wait_seconds: Seconds = 600.0,
+    output_format: Output = Format.TABLE,
+) -> None:
+    """Make a start group."""
+    with work.connected() as client:
+        question = CreateStartGroup(
+            name=name,
+            cluster_id=work.id_of(client, api.CLUSTERS, cluster),
+            vm_ids=tuple(work.id_of(client, api.VMS, text) for text in vm or ()),
+            after=tuple(work.id_of(client, api.START_GROUPS, text) for text in after or ()),
+            wait_for=wait_for,
+            wait_seconds=wait_seconds,
+        )
+        output.show(client.send(api.START_GROUPS.create(question)), output_format)
+
+
+@groups.command("edit")
+def edit_group(
+    name: Annotated[str, typer.Argument(help="The group's name or id.")],
+    vm: Vms = None,
+    after: After = None,
+    wait_for: WaitFor | None = None,
+    wait_seconds: float | None = None,
+    output_format: Output = Format.TABLE,
+) -> None:
+    """Change a start group. --vm and --after replace what there was."""
+    with work.connected() as client:
+        group = client.find(api.START_GROUPS, name)
+        fields: dict[str, Any] = {}
+        fields |= {"vm_ids": [work.id_of(client, api.VMS, text) for text in vm]} if vm else {}
+        fields |= {"after": [work.id_of(client, api.START_GROUPS, text) for text in after]} if after else {}
+        fields |= {"wait_for": wait_for} if wait_for is not None else {}
+        fields |= {"wait_seconds": wait_seconds} if wait_seconds is not None else {}
+        output.show(client.send(api.START_GROUPS.update(group.id, fields, group.revision)), output_format)

@@ -12,6 +12,7 @@ from volery.contracts.operation import Operation
 from volery.contracts.power import FenceRecord, FencingPause, PowerManagement
 from volery.contracts.protection import VmProtection
 from volery.contracts.scheduling import Claim
+from volery.contracts.start_group import StartGroup
 from volery.contracts.storage import Disk, StorageDomain, Transfer
 from volery.contracts.template import Template
 from volery.contracts.vm import Vm
@@ -44,6 +45,9 @@ LIVENESS = Resource(
     "liveness", "liveness", HostLiveness, ("host_name", "state", "last_beat_at", "fencing", "id")
 )
 RESTARTS = Resource("restart", "restarts", VmRestart, ("vm_name", "attempts", "reason", "gave_up", "vm_id"))
+START_GROUPS = Resource(
+    "start-group", "start-groups", StartGroup, ("name", "vm_ids", "after", "wait_for", "wait_seconds", "id")
+)
 PROTECTION = Resource(
     "protection", "protection", VmProtection, ("vm_name", "protected", "reasons", "host_id", "vm_id")
 )
@@ -85,6 +89,7 @@ RESOURCES = (
     LIVENESS,
     RESTARTS,
     PROTECTION,
+    START_GROUPS,
     POWER_MANAGEMENT,
     FENCE_RECORDS,
     FENCING_PAUSES,
