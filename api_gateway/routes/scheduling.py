@@ -24,6 +24,10 @@ ROUTES = (
                "bring them back elsewhere. Each reason has the smallest change that mends it."),
     Route("GET", "/vms/{id}/protection", p.GET_PROTECTION, LIVENESS, "Get whether a VM is protected, or why not",
           note="Only highly available VMs have one."),
+    Route("GET", "/reserves", p.LIST_RESERVES, LIVENESS, "List clusters that reserve room for hosts that die",
+          items=p.ClusterReserve,
+          note="Clusters with `reserve_host_failures`. `filter.kept=false` for those that would have no room."),
+    Route("GET", "/clusters/{id}/reserve", p.GET_RESERVE, LIVENESS, "Get whether a cluster keeps its reserve"),
     Route("GET", "/start-groups", g.LIST_START_GROUPS, LIVENESS, "List start groups", items=g.StartGroup),
     Route("POST", "/start-groups", g.CREATE_START_GROUP, LIVENESS, "Create a start group", at="/start-groups",
           note="Its VMs are brought back once every VM of the groups in `after` that is being brought back runs, answers "

@@ -10,8 +10,9 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from services.ha import executors, pauses, store
+from services.ha import executors, pauses, reserve, store
 from services.ha.policies.protection import HostProof, judge
+from services.ha.policies.reserve import Standing
 from services.ha.state import Ha
 from services.ha.store import PAUSES, POWER, PROTECTION
 from volery.contracts.cluster import CLUSTER_CHANGED, Cluster, GetById
@@ -106,15 +107,18 @@ async def look(ha: Ha) -> None:
     if not wanted:
         return
     proofs = await _proofs(ha)
+    found: list[Standing] = []
     for some in _chunks(sorted(wanted), TOGETHER):
         try:
-            await _judge(ha, some, proofs)
+            found += await _judge(ha, some, proofs)
         except Refused as refused:
             log.info("the protection of %d VMs is judged later: %s", len(wanted), refused.message)
             marks.vm_ids |= wanted
             return
         except Stale:
             marks.vm_ids.update(some)
+    if everything:
+        await reserve.judge(ha, found)
 
 
 def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
@@ -151,8 +155,9 @@ def _lacking(ha: Ha, host_id: str, cluster_id: str, power: PowerManagement | Non
     return tuple(sorted(agent for agent in wanted if not executors.own_hands([agent])))
 
 
-async def _judge(ha: Ha, vm_ids: Sequence[str], proofs: Proofs) -> None:
-    """Raises Refused when inventory or the scheduler doesn't answer: then what is written stays."""
+async def _judge(ha: Ha, vm_ids: Sequence[str], proofs: Proofs) -> list[Standing]:
+    """What these VMs take, and where. Raises Refused when inventory or the scheduler doesn't answer: then what is
+    written stays."""
     bus, caller = ha.core.bus, Caller("service:ha")
     told = (await bus.ask(DESCRIBE_NEEDS, VmNeeds(vm_ids=tuple(vm_ids)), caller)).vms
     available = [vm for vm in told if vm.highly_available]
@@ -177,6 +182,11 @@ async def _judge(ha: Ha, vm_ids: Sequence[str], proofs: Proofs) -> None:
     ended = rows.keys() - {vm.need.vm_id for vm in available}
     changes += [PROTECTION.delete(rows[vm_id]) for vm_id in sorted(ended)]
     await _write(ha, changes, ended)
+    takes = {room.vm_id: room.memory_bytes for room in rooms}
+    return [
+        Standing(vm.need.name, vm.need.cluster_id, vm.host_id, takes.get(vm.need.vm_id), vm.need.vcpus)
+        for vm in available
+    ]
 
 
 async def _write(ha: Ha, changes: Sequence[Change], ended: Collection[str]) -> None:

@@ -31,7 +31,14 @@ from volery.contracts.power import (
     FencingPause,
     PowerManagement,
 )
-from volery.contracts.protection import PROTECTION_CHANGED, PROTECTION_DELETED, VmProtection
+from volery.contracts.protection import (
+    PROTECTION_CHANGED,
+    PROTECTION_DELETED,
+    RESERVE_CHANGED,
+    RESERVE_DELETED,
+    ClusterReserve,
+    VmProtection,
+)
 from volery.contracts.start_group import START_GROUP_CHANGED, START_GROUP_DELETED, StartGroup
 from volery.contracts.vm import RestartWhere, Vm
 from volery.runtime.tables import Change, Nothing, Row, Stale, Table
@@ -140,6 +147,16 @@ PROTECTION: Table[VmProtection, Nothing] = Table(
     changed=PROTECTION_CHANGED,
     deleted=PROTECTION_DELETED,
     noun="protection of VM",
+)
+
+RESERVES: Table[ClusterReserve, Nothing] = Table(
+    "reserve",
+    ClusterReserve,
+    Nothing,
+    columns={"cluster_name": "cluster_name", "kept": "kept"},
+    changed=RESERVE_CHANGED,
+    deleted=RESERVE_DELETED,
+    noun="reserve of cluster",
 )
 
 START_GROUPS: Table[StartGroup, Nothing] = Table(

@@ -204,13 +204,19 @@ def edited(vm: Vm, ask: UpdateVm) -> Vm:
 
 
 def check_cluster(
-    name: str, description: str, tags: Sequence[str], memory_percent: int, cpu_ratio: float
+    name: str,
+    description: str,
+    tags: Sequence[str],
+    memory_percent: int,
+    cpu_ratio: float,
+    host_failures: int,
 ) -> None:
     checks.name(name)
     checks.text(description, "description")
     checks.tags(tags)
     checks.between(memory_percent, 50, 400, "memory_overcommit_percent", "%")
     checks.between(cpu_ratio, 0.5, 100, "cpu_overcommit_ratio")
+    checks.between(host_failures, 0, 16, "reserve_host_failures", "hosts")
 
 
 PREFIX: dict[DiskBus, str] = {DiskBus.VIRTIO: "vd", DiskBus.VIRTIO_SCSI: "sd", DiskBus.SATA: "sd"}

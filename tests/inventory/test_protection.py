@@ -15,8 +15,10 @@ from volery.contracts.base import Owner
 from volery.contracts.cluster import (
     CREATE_CLUSTER,
     CREATE_DATA_CENTER,
+    UPDATE_CLUSTER,
     CreateCluster,
     CreateDataCenter,
+    UpdateCluster,
 )
 from volery.contracts.errors import Kind, Refused
 from volery.contracts.ids import new_id
@@ -174,3 +176,13 @@ async def test_a_restart_on_its_own_host_only_is_tried_nowhere_else(configured: 
         assert op.problem.kind is Kind.EXHAUSTED
         assert world.scheduler.asked[-1].target_host_id == h1.id
         assert not h2.domains
+
+
+async def test_a_cluster_reserves_for_0_to_16_hosts(configured: Settings) -> None:
+    async with running(configured, service) as bus:
+        cluster = await cluster_id(bus)
+        ask = UpdateCluster(id=cluster, reserve_host_failures=2)
+        assert (await bus.ask(UPDATE_CLUSTER, ask)).reserve_host_failures == 2
+        for wrong in (-1, 17):
+            with pytest.raises(Refused, match="reserve_host_failures is 0 to 16 hosts"):
+                await bus.ask(UPDATE_CLUSTER, UpdateCluster(id=cluster, reserve_host_failures=wrong))

@@ -59,6 +59,26 @@ def lines(protection: VmProtection) -> list[dict[str, Any]]:
     ]
 
 
+@app.command("reserves")
+def list_reserves(output_format: Output = Format.TABLE) -> None:
+    """Clusters that reserve room for hosts that die, and whether they have it."""
+    with work.connected() as client:
+        output.show(list(client.list(api.RESERVES)), output_format, api.RESERVES.columns)
+
+
+@app.command("reserve")
+def set_reserve(
+    cluster: Annotated[str, typer.Argument(help="Name or id of the cluster.")],
+    host_failures: Annotated[int, typer.Argument(help="Hosts that may die at once; 0 reserves nothing.")],
+    output_format: Output = Format.TABLE,
+) -> None:
+    """Have it told when a cluster has no room for the VMs of so many hosts."""
+    with work.connected() as client:
+        found = client.find(api.CLUSTERS, cluster)
+        fields = {"reserve_host_failures": host_failures}
+        output.show(client.send(api.CLUSTERS.update(found.id, fields, found.revision)), output_format)
+
+
 @app.command("show")
 def show_protection(
     name: Annotated[str, typer.Argument(help="The VM's name or id.")], output_format: Output = Format.TABLE

@@ -10,7 +10,7 @@ from volery.contracts.liveness import HostLiveness, VmRestart
 from volery.contracts.network import MacPool, Network
 from volery.contracts.operation import Operation
 from volery.contracts.power import FenceRecord, FencingPause, PowerManagement
-from volery.contracts.protection import VmProtection
+from volery.contracts.protection import ClusterReserve, VmProtection
 from volery.contracts.scheduling import Claim
 from volery.contracts.start_group import StartGroup
 from volery.contracts.storage import Disk, StorageDomain, Transfer
@@ -47,6 +47,9 @@ LIVENESS = Resource(
 RESTARTS = Resource("restart", "restarts", VmRestart, ("vm_name", "attempts", "reason", "gave_up", "vm_id"))
 START_GROUPS = Resource(
     "start-group", "start-groups", StartGroup, ("name", "vm_ids", "after", "wait_for", "wait_seconds", "id")
+)
+RESERVES = Resource(
+    "reserve", "reserves", ClusterReserve, ("cluster_name", "host_failures", "kept", "message", "change")
 )
 PROTECTION = Resource(
     "protection", "protection", VmProtection, ("vm_name", "protected", "reasons", "host_id", "vm_id")
@@ -89,6 +92,7 @@ RESOURCES = (
     LIVENESS,
     RESTARTS,
     PROTECTION,
+    RESERVES,
     START_GROUPS,
     POWER_MANAGEMENT,
     FENCE_RECORDS,

@@ -53,6 +53,21 @@ class VmProtection(Entity):
     """Why not; empty when it is."""
 
 
+class ClusterReserve(Entity):
+    """Whether a cluster that asks for it (`reserve_host_failures`) has room for the highly available VMs of hosts that
+    die; `id` is the cluster's. Memory and vCPUs are counted, not where a VM may run."""
+
+    cluster_id: str
+    cluster_name: str = ""
+    host_failures: int = 0
+    """So many hosts should be able to die at once."""
+    kept: bool = True
+    message: str = ""
+    """Which hosts could not, and for which VM there would be no room; "" when it is kept."""
+    change: str = ""
+    """The smallest change that mends it."""
+
+
 class VmNeeds(Message):
     """ha to inventory: what these VMs ask of a host. At most 200 at a time."""
 
@@ -84,5 +99,10 @@ DESCRIBE_NEEDS = Call("inventory.vm.needs", VmNeeds, VmNeedsAnswer, timeout_seco
 GET_PROTECTION = Call("ha.protection.get", GetById, VmProtection)
 LIST_PROTECTION = Call("ha.protection.list", ListQuery, Page)
 
+GET_RESERVE = Call("ha.reserve.get", GetById, ClusterReserve)
+LIST_RESERVES = Call("ha.reserve.list", ListQuery, Page)
+
+RESERVE_CHANGED = Fact("fact.ha.reserve.{id}.changed", ClusterReserve)
+RESERVE_DELETED = Fact("fact.ha.reserve.{id}.deleted", ClusterReserve)
 PROTECTION_CHANGED = Fact("fact.ha.protection.{id}.changed", VmProtection)
 PROTECTION_DELETED = Fact("fact.ha.protection.{id}.deleted", VmProtection)

@@ -152,6 +152,8 @@ class Room(Message):
     up: int = 0
     fitting: int = 0
     """Hosts that would take it now."""
+    memory_bytes: int = 0
+    """What it would take of a host, overhead included."""
     nearest: HostVerdict | None = None
     """The host that would have to change least to take it; None when there is none that doesn't fit."""
 

@@ -84,6 +84,7 @@ def room(fleet: Fleet, request: Request) -> Room:
         hosts=len(hosts),
         up=int(up[hosts].sum()),
         fitting=int(fits[hosts].sum()),
+        memory_bytes=request.memory,
         nearest=None if nearest is None else _excluded(fleet, request, masks, nearest),
     )
 
