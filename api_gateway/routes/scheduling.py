@@ -5,7 +5,9 @@ from __future__ import annotations
 from api_gateway.route import Route
 from volery.contracts import history as y
 from volery.contracts import liveness as l
+from volery.contracts import protection as p
 from volery.contracts import scheduling as s
+from volery.contracts import start_group as g
 
 SCHEDULING, LIVENESS, HISTORY = "Scheduling", "Liveness", "History"
 
@@ -16,6 +18,23 @@ ROUTES = (
     Route("GET", "/liveness", l.LIST_LIVENESS, LIVENESS, "List what is known of hosts' liveness", items=l.HostLiveness),
     Route("GET", "/liveness/{id}", l.GET_LIVENESS, LIVENESS, "Get what is known of one host's liveness"),
     Route("GET", "/restarts", l.LIST_RESTARTS, LIVENESS, "List automatic restarts", items=l.VmRestart),
+    Route("GET", "/protection", p.LIST_PROTECTION, LIVENESS, "List highly available VMs: protected or why not",
+          items=p.VmProtection,
+          note="`filter.cluster_id=…` for one cluster, `filter.protected=false` for those whose host's death would not "
+               "bring them back elsewhere. Each reason has the smallest change that mends it."),
+    Route("GET", "/vms/{id}/protection", p.GET_PROTECTION, LIVENESS, "Get whether a VM is protected, or why not",
+          note="Only highly available VMs have one."),
+    Route("GET", "/reserves", p.LIST_RESERVES, LIVENESS, "List clusters that reserve room for hosts that die",
+          items=p.ClusterReserve,
+          note="Clusters with `reserve_host_failures`. `filter.kept=false` for those that would have no room."),
+    Route("GET", "/clusters/{id}/reserve", p.GET_RESERVE, LIVENESS, "Get whether a cluster keeps its reserve"),
+    Route("GET", "/start-groups", g.LIST_START_GROUPS, LIVENESS, "List start groups", items=g.StartGroup),
+    Route("POST", "/start-groups", g.CREATE_START_GROUP, LIVENESS, "Create a start group", at="/start-groups",
+          note="Its VMs are brought back once every VM of the groups in `after` that is being brought back runs, answers "
+               "by its guest agent, or the group's `wait_seconds` have passed. A circle is refused and named."),
+    Route("GET", "/start-groups/{id}", g.GET_START_GROUP, LIVENESS, "Get a start group"),
+    Route("PATCH", "/start-groups/{id}", g.UPDATE_START_GROUP, LIVENESS, "Change a start group"),
+    Route("DELETE", "/start-groups/{id}", g.DELETE_START_GROUP, LIVENESS, "Delete a start group that none comes after"),
     Route("GET", "/history/versions", y.LIST_VERSIONS, HISTORY, "List versions of configuration",
           query=("noun", "id", "at", "limit", "page")),
     Route("GET", "/history/samples", y.QUERY_SAMPLES, HISTORY, "Get samples or aggregates of an object",

@@ -58,6 +58,16 @@ class HaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """A file whose content encrypts the BMCs' passwords in the database; made when missing. Without one no passwords are
     taken."""
 
+    protection_settle_seconds: float = 1.0
+    """After a change of hosts, power management or fencing all VMs' protection is judged anew this much later: others
+    hear of it, too."""
+    protection_capacity_seconds: float = 30.0
+    """After VMs came, went or moved, all the others' protection is judged anew within this."""
+    protection_between_seconds: float = 5.0
+    """All VMs' protection is judged at most this often."""
+    protection_longest_seconds: float = 60.0
+    """It is judged this often in any case: storage and networks may have changed."""
+
     def __post_init__(self) -> None:
         if self.silence_before_fence_seconds < LEAST_SILENCE_SECONDS:
             raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from services.ha import fencing, liveness, restarts, store
+from services.ha import fencing, liveness, protection, restarts, rooms, store
 from services.ha.state import Ha
 from volery.contracts.errors import Refused
 from volery.contracts.host import LIST_HOSTS, Host
@@ -24,6 +24,7 @@ async def leadership_begins(ha: Ha) -> None:
     ha.listed = False
     await liveness.begin(ha)
     await fencing.begin(ha)
+    await protection.begin(ha)
 
 
 async def facts_were_lost(ha: Ha, stream: str) -> None:
@@ -43,6 +44,8 @@ async def list_what_was_missed(ha: Ha) -> None:
         return
     else:
         ha.listed = True
+        protection.fleet_changed(ha)
+        rooms.may_have_come(ha)
         ha.core.wake(restarts.KEY)
 
 

@@ -28,7 +28,7 @@ from services.ha.policies.replay import evidence_of, with_notes
 from services.ha.state import Ha
 from services.ha.watch import HostFacts, Watch
 from volery.contracts.cluster import GetById
-from volery.contracts.host import HOST_CHANGED, HOST_DELETED, Host, HostStatus
+from volery.contracts.host import HOST_CHANGED, HOST_DELETED, Host
 from volery.contracts.ids import new_id
 from volery.contracts.liveness import (
     GET_LIVENESS,
@@ -108,8 +108,6 @@ def _facts(host: Host) -> HostFacts:
 def _learn(ha: Ha, facts: HostFacts) -> None:
     watch = ha.watch(facts.id)
     if facts.revision >= watch.facts.revision:
-        if facts.status == HostStatus.UP and watch.facts.status != HostStatus.UP:
-            ha.capacity_at = monotonic()
         watch.facts = facts
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -46,9 +47,22 @@ def key_of(scope: FencingScope, object_id: str) -> str:
     return str(scope) if scope is FencingScope.GLOBAL else f"{scope}-{object_id}"
 
 
+def keys_of(host: HostFacts) -> tuple[str, ...]:
+    """The pauses that would hold for this host."""
+    return (
+        key_of(FencingScope.GLOBAL, ""),
+        key_of(FencingScope.CLUSTER, host.cluster_id),
+        key_of(FencingScope.HOST, host.id),
+    )
+
+
 async def words(ha: Ha, host: HostFacts) -> str:
     """Until when and why fencing is switched off for this host; "" when it isn't."""
-    found = await store.pauses_of(ha.core.pool, host.id, host.cluster_id, utc_now())
+    return words_of(await store.pauses_of(ha.core.pool, host.id, host.cluster_id, utc_now()))
+
+
+def words_of(found: Sequence[FencingPause]) -> str:
+    """Of pauses that hold for one host."""
     if not found:
         return ""
     last = max(found, key=lambda pause: pause.until)

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from msgspec.structs import replace
 
-from services.ha import store
+from services.ha import rooms, start_groups, store
 from services.ha.policies.restart_order import Step, Verdict, WatchedVm, decide, ended, is_over, within
 from services.ha.state import Ha
 from services.ha.store import RESTARTS, RestartPrivate
@@ -33,8 +33,6 @@ part = Part()
 KEY = "restarts"
 LOOK_SECONDS = 1.0
 FORGET_SECONDS = 30.0
-EXHAUSTED_SECONDS = 60.0
-"""What fits nowhere is tried again after this, should it have been missed that there is room."""
 TOGETHER = 16
 """Restarts of equally important VMs that are asked for at a time."""
 RUNNING = frozenset(
@@ -49,7 +47,7 @@ UNKNOWN_OUTCOMES = (Kind.TIMEOUT, Kind.UNAVAILABLE, Kind.EXHAUSTED, Kind.INTERNA
 async def vm_changed(ha: Ha, vm: Vm) -> list[Change]:
     before = await store.vm(ha.core.pool, vm.id)
     if before is not None and before.status in RUNNING and vm.status not in RUNNING:
-        ha.capacity_at = monotonic()
+        rooms.may_have_come(ha)
     ha.core.wake(KEY)
     return [store.saw_vm(vm)]
 
@@ -61,10 +59,12 @@ async def vm_deleted(ha: Ha, vm: Vm) -> list[Change]:
 
 async def look(ha: Ha, key: str) -> None:
     """Every VM that ended, the most important first, equals together. One look at a time."""
+    await rooms.look(ha)
     waiting = [vm for vm in await store.crashed_vms(ha.core.pool) if ended(vm)]
+    groups = await start_groups.known(ha) if waiting else {}
     for _, equals in itertools.groupby(waiting, key=lambda vm: vm.priority):
         for some in _chunks(list(equals)):
-            await asyncio.gather(*(_look_at(ha, vm) for vm in some))
+            await asyncio.gather(*(_look_at(ha, vm, groups) for vm in some))
 
 
 def _chunks(vms: list[WatchedVm]) -> Iterator[list[WatchedVm]]:
@@ -72,9 +72,9 @@ def _chunks(vms: list[WatchedVm]) -> Iterator[list[WatchedVm]]:
         yield vms[start : start + TOGETHER]
 
 
-async def _look_at(ha: Ha, vm: WatchedVm) -> None:
+async def _look_at(ha: Ha, vm: WatchedVm, groups: start_groups.Groups) -> None:
     try:
-        await _treat(ha, vm)
+        await _treat(ha, vm, groups)
     except Stale:
         ha.core.wake(KEY)
 
@@ -85,7 +85,7 @@ async def look_again(ha: Ha) -> None:
     ha.core.wake(KEY)
 
 
-async def _treat(ha: Ha, vm: WatchedVm) -> None:
+async def _treat(ha: Ha, vm: WatchedVm, groups: start_groups.Groups) -> None:
     row = await RESTARTS.find(ha.core.pool, vm.id)
     if row is not None and row.private.pending:
         await _ask(ha, vm, row)
@@ -94,29 +94,39 @@ async def _treat(ha: Ha, vm: WatchedVm) -> None:
         row = await _learn_outcome(ha, vm, row)
         if row is None:
             return
-    if _fits_nowhere(ha, vm.id):
+    if rooms.fits_nowhere(ha, vm.id):
         return
     now = utc_now()
     attempts = within(row.private.attempts, now, ha.config) if row is not None else ()
     host = ha.watches.get(vm.host_id)
     last_reason = row.public.reason if row is not None else ""
     verdict = decide(vm, host.state if host is not None else None, attempts, now, ha.config, last_reason)
-    if row is not None and row.private.epoch == vm.epoch and verdict.step is Step.WAIT:
+    since = _waits_since(vm, row, now)
+    if verdict.step is Step.ASK:
+        verdict = await _in_turn(ha, vm, groups, verdict, (now - since).total_seconds())
+    elif row is not None and row.private.epoch == vm.epoch and verdict.step is Step.WAIT:
         return  # Asked for already: what came of it is on its way, or it isn't due yet.
-    row = await _keep(ha, vm, row, verdict, attempts, now)
+    row = await _keep(ha, vm, row, verdict, attempts, now, since)
     if verdict.step is Step.ASK:
         await _ask(ha, vm, row)
 
 
-def _fits_nowhere(ha: Ha, vm_id: str) -> bool:
-    """Whether no host had room for it, and none has got any since."""
-    at = ha.exhausted.get(vm_id)
-    if at is None:
-        return False
-    if ha.capacity_at <= at and monotonic() - at < EXHAUSTED_SECONDS:
-        return True
-    del ha.exhausted[vm_id]
-    return False
+def _waits_since(vm: WatchedVm, row: RestartRow | None, now: datetime) -> datetime:
+    """Since when it could have been brought back. Having fitted nowhere since doesn't make it wait anew."""
+    if row is None or row.private.waits_since is None:
+        return now
+    same = row.private.epoch == vm.epoch or not row.private.attempts
+    return row.private.waits_since if same else now
+
+
+async def _in_turn(
+    ha: Ha, vm: WatchedVm, groups: start_groups.Groups, verdict: Verdict, waited: float
+) -> Verdict:
+    """The verdict, unless others come first."""
+    others = await start_groups.waits_for(ha, vm, groups, waited)
+    if not others:
+        return verdict
+    return Verdict(Step.WAIT, f"VM {vm.name} ended ({vm.reason}) and is brought back in its turn: {others}")
 
 
 async def _learn_outcome(ha: Ha, vm: WatchedVm, row: RestartRow) -> RestartRow | None:
@@ -152,6 +162,7 @@ async def _keep(
     verdict: Verdict,
     attempts: tuple[datetime, ...],
     now: datetime,
+    waits_since: datetime,
 ) -> RestartRow:
     """Write what was decided before it is done, so that a crash in between neither forgets nor repeats it."""
     asks = verdict.step is Step.ASK
@@ -161,6 +172,8 @@ async def _keep(
         epoch=vm.epoch,
         preferred_host_id=verdict.preferred_host_id,
         avoided_host_ids=verdict.avoided_host_ids,
+        only_host_id=verdict.only_host_id,
+        waits_since=waits_since,
         learned=row.private.learned if row is not None else "",
     )
     old = row.public if row is not None else VmRestart(
@@ -195,6 +208,7 @@ async def _ask(ha: Ha, vm: WatchedVm, row: RestartRow) -> None:
         reason=vm.reason,
         preferred_host_id=row.private.preferred_host_id,
         avoided_host_ids=row.private.avoided_host_ids,
+        only_host_id=row.private.only_host_id,
     )
     try:
         operation = await ha.core.bus.ask(RESTART_VM, question, Caller("service:ha", request_id, request_id))

@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from services.ha import confirming, fencing, listing, liveness, pauses, power, restarts
+from services.ha import (
+    confirming,
+    fencing,
+    listing,
+    liveness,
+    pauses,
+    power,
+    protection,
+    reserve,
+    restarts,
+    rooms,
+    start_groups,
+)
 from services.ha.config import HaConfig
 from services.ha.opening import open_ha
 from services.ha.state import Ha
@@ -29,6 +41,10 @@ service = Service(
         confirming.part,
         fencing.part,
         restarts.part,
+        protection.part,
+        reserve.part,
+        rooms.part,
+        start_groups.part,
         listing.part,
     ],
     reconcile=reconcile,

@@ -23,6 +23,24 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
+class Unjudged:
+    """Whose protection is to be judged anew. Times are monotonic."""
+
+    vm_ids: set[str] = field(default_factory=set)
+    known: set[str] = field(default_factory=set)
+    """VMs of which something is written."""
+    all_due: float = 0.0
+    """When all of them are judged again."""
+    all_at: float = float("-inf")
+    settings: frozenset[tuple[str, int]] = frozenset()
+    """How power management and pauses of fencing were when it was last looked."""
+
+    def mark_all(self, within: float, between: float) -> None:
+        """All of them are due within so many seconds, but not twice within `between`."""
+        self.all_due = min(self.all_due, max(monotonic() + within, self.all_at + between))
+
+
+@dataclass(slots=True)
 class Ha:
     core: Core
     vault: Vault
@@ -47,10 +65,14 @@ class Ha:
     """Host → when a person last switched its power."""
     ordered_off: list[tuple[str, str, float]] = field(default_factory=list)
     """(cluster, host, when) of this process's own orders: the brake's window, should the database's clock jump."""
-    capacity_at: float = 0.0
-    """When there was last more room for VMs."""
+    capacity_at: float = float("-inf")
+    """When there may last have come room for VMs."""
+    room_found: dict[str, float] = field(default_factory=dict)
+    """VM that fitted nowhere → when room was found for it, which has not gone since."""
+    room_asked_at: float = float("-inf")
     exhausted: dict[str, float] = field(default_factory=dict)
     """VM → when it was found to fit nowhere."""
+    unjudged: Unjudged = field(default_factory=Unjudged)
     witnessed: tuple[float, bool] = (float("-inf"), True)
     """When witnesses were last asked, and whether they answered."""
 

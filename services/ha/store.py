@@ -9,6 +9,7 @@ from typing import TypeAlias
 import asyncpg
 
 from services.ha.policies.restart_order import WatchedVm
+from services.ha.policies.start_groups import Member
 from services.ha.watch import HostFacts
 from volery.contracts.base import Message
 from volery.contracts.liveness import (
@@ -30,7 +31,16 @@ from volery.contracts.power import (
     FencingPause,
     PowerManagement,
 )
-from volery.contracts.vm import Vm
+from volery.contracts.protection import (
+    PROTECTION_CHANGED,
+    PROTECTION_DELETED,
+    RESERVE_CHANGED,
+    RESERVE_DELETED,
+    ClusterReserve,
+    VmProtection,
+)
+from volery.contracts.start_group import START_GROUP_CHANGED, START_GROUP_DELETED, StartGroup
+from volery.contracts.vm import RestartWhere, Vm
 from volery.runtime.tables import Change, Nothing, Row, Stale, Table
 
 Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
@@ -50,6 +60,9 @@ class RestartPrivate(Message):
     """The placement that ended."""
     preferred_host_id: str = ""
     avoided_host_ids: tuple[str, ...] = ()
+    only_host_id: str = ""
+    waits_since: datetime | None = None
+    """Since when it waits for other start groups."""
     learned: str = ""
     """The last operation whose outcome was taken into account."""
 
@@ -121,20 +134,58 @@ PAUSES: Table[FencingPause, Nothing] = Table(
     deleted=FENCING_PAUSE_DELETED,
 )
 
-_VM = "id, name, epoch, status, desired, reason, host_id, enabled, priority, busy"
+PROTECTION: Table[VmProtection, Nothing] = Table(
+    "protection",
+    VmProtection,
+    Nothing,
+    columns={
+        "vm_name": "vm_name",
+        "cluster_id": "cluster_id",
+        "host_id": "host_id",
+        "protected": "protected",
+    },
+    changed=PROTECTION_CHANGED,
+    deleted=PROTECTION_DELETED,
+    noun="protection of VM",
+)
+
+RESERVES: Table[ClusterReserve, Nothing] = Table(
+    "reserve",
+    ClusterReserve,
+    Nothing,
+    columns={"cluster_name": "cluster_name", "kept": "kept"},
+    changed=RESERVE_CHANGED,
+    deleted=RESERVE_DELETED,
+    noun="reserve of cluster",
+)
+
+START_GROUPS: Table[StartGroup, Nothing] = Table(
+    "start_group",
+    StartGroup,
+    Nothing,
+    columns={"name": "name", "cluster_id": "cluster_id"},
+    changed=START_GROUP_CHANGED,
+    deleted=START_GROUP_DELETED,
+    noun="start group",
+)
+
+_VM = "id, name, epoch, status, desired, reason, host_id, enabled, priority, busy, same_host"
 
 
 def saw_vm(vm: Vm) -> Change:
-    """Facts and lists may come twice: a revision already known changes nothing."""
+    """Facts and lists may come twice: an older revision changes nothing, the same one says what a former release of ha
+    didn't write."""
     return Change(
-        """insert into vm (id, revision, name, epoch, status, desired, reason, host_id, enabled, priority, busy)
-           values ({0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}, {8}, {9}, {10})
+        """insert into vm
+               (id, revision, name, epoch, status, desired, reason, host_id, enabled, priority, busy, same_host,
+                agent)
+           values ({0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}, {8}, {9}, {10}, {11}, {12})
            on conflict (id) do update set revision = excluded.revision, name = excluded.name,
                epoch = excluded.epoch, status = excluded.status, desired = excluded.desired,
                reason = excluded.reason, enabled = excluded.enabled, priority = excluded.priority,
-               busy = excluded.busy,
+               busy = excluded.busy, same_host = excluded.same_host, agent = excluded.agent,
                host_id = case when excluded.host_id = '' then vm.host_id else excluded.host_id end
-           where vm.revision < excluded.revision""",
+           where vm.revision <= excluded.revision""",
         (
             vm.id,
             vm.revision,
@@ -147,6 +198,8 @@ def saw_vm(vm: Vm) -> Change:
             vm.high_availability.enabled,
             vm.high_availability.priority,
             bool(vm.busy_with),
+            vm.high_availability.where is RestartWhere.SAME_HOST,
+            vm.guest.agent_connected,
         ),
         guarded=False,
     )
@@ -167,6 +220,46 @@ async def crashed_vms(pool: Pool) -> list[WatchedVm]:
             order by priority desc, id"""
     )
     return [WatchedVm(**dict(r)) for r in records]
+
+
+async def members(pool: Pool, vm_ids: Sequence[str]) -> dict[str, Member]:
+    """VMs of start groups, as far as ha knows them."""
+    rows = await pool.fetch(
+        "select id, name, status, desired, enabled, agent from vm where id = any($1::text[])", list(vm_ids)
+    )
+    restarts = {row.id: row for row in await RESTARTS.where(pool, "id = any($1::text[])", list(vm_ids))}
+    return {
+        row["id"]: Member(
+            name=row["name"],
+            status=row["status"],
+            desired=row["desired"],
+            enabled=row["enabled"],
+            agent=row["agent"],
+            brought_back=row["id"] in restarts and bool(restarts[row["id"]].private.attempts),
+            gave_up=row["id"] in restarts and restarts[row["id"]].public.gave_up,
+        )
+        for row in rows
+    }
+
+
+async def start_order(pool: Pool, cluster_id: str) -> int:
+    """How often the order of a cluster's start groups was changed."""
+    found = await pool.fetchval("select revision from start_order where cluster_id = $1", cluster_id)
+    return 0 if found is None else int(found)
+
+
+def next_start_order(cluster_id: str, seen: int) -> Change:
+    """Guards a change of the order: nobody else changed it since it was looked at."""
+    return Change(
+        """insert into start_order (cluster_id, revision) values ({0}, {1}::bigint + 1)
+           on conflict (cluster_id) do update set revision = excluded.revision
+           where start_order.revision = {1}::bigint returning 1""",
+        (cluster_id, seen),
+    )
+
+
+async def highly_available(pool: Pool) -> set[str]:
+    return {r["id"] for r in await pool.fetch("select id from vm where enabled")}
 
 
 async def vm(pool: Pool, vm_id: str) -> WatchedVm | None:
@@ -282,6 +375,13 @@ async def open_records(pool: Pool) -> set[str]:
 
 async def old_records(pool: Pool, before: datetime) -> list[Row[FenceRecord, Nothing]]:
     return await RECORDS.where(pool, "(doc::jsonb->>'created_at')::timestamptz < $1", before)
+
+
+async def fencing_revisions(pool: Pool) -> frozenset[tuple[str, int]]:
+    """Of all power management and all pauses of fencing: another set once any of them has changed."""
+    rows = await pool.fetch("select id, revision from power_management")
+    paused = await pool.fetch("select id, revision from fencing_pause")
+    return frozenset((row["id"], row["revision"]) for row in (*rows, *paused))
 
 
 async def pauses_of(pool: Pool, host_id: str, cluster_id: str, now: datetime) -> list[FencingPause]:

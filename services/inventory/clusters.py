@@ -114,7 +114,12 @@ async def list_data_centers(inv: Inventory, ask: ListQuery, caller: Caller) -> A
 @part.answers(CREATE_CLUSTER)
 async def create_cluster(inv: Inventory, ask: CreateCluster, caller: Caller) -> Cluster:
     model.check_cluster(
-        ask.name, ask.description, ask.tags, ask.memory_overcommit_percent, ask.cpu_overcommit_ratio
+        ask.name,
+        ask.description,
+        ask.tags,
+        ask.memory_overcommit_percent,
+        ask.cpu_overcommit_ratio,
+        ask.reserve_host_failures,
     )
     checks.object_id(ask.data_center_id, "data center")
     await DATA_CENTERS.get(inv.core.pool, ask.data_center_id)
@@ -134,7 +139,12 @@ async def update_cluster(inv: Inventory, ask: UpdateCluster, caller: Caller) -> 
         checks.revision(row.public, ask.if_revision, "cluster")
         new = replace(row.public, **model.given(ask))
         model.check_cluster(
-            new.name, new.description, new.tags, new.memory_overcommit_percent, new.cpu_overcommit_ratio
+            new.name,
+            new.description,
+            new.tags,
+            new.memory_overcommit_percent,
+            new.cpu_overcommit_ratio,
+            new.reserve_host_failures,
         )
         try:
             update = CLUSTERS.update(row, new)

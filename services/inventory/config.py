@@ -22,3 +22,14 @@ class InventoryConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """libvirt's number; an older host is non-operational (Oracle Linux 8 has 7, Debian 12 has 9)."""
     evacuations_at_once: int = 2
     """VMs that leave a host at the same time when it goes into maintenance (oVirt: two outgoing migrations a host)."""
+    restarts_at_once_on_host: int = 8
+    """Highly available VMs that are brought back on one host at the same time; the others wait their turn."""
+    restarts_at_once_from_storage_domain: int = 32
+    """The same for VMs with disks on one storage domain."""
+
+    def __post_init__(self) -> None:
+        for name in ("restarts_at_once_on_host", "restarts_at_once_from_storage_domain"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, but at least 1: nothing would be brought back"
+                )

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from services.inventory.config import InventoryConfig
 from services.inventory.store import Store
+from services.inventory.turns import Turns
 from volery.contracts.agent import DomainReport
 from volery.contracts.base import Message, Order, Owner
 from volery.contracts.domain import DomainState
@@ -41,6 +42,7 @@ class Inventory:
     """(host, VM) → the boot whose report that was."""
     foreign: dict[str, asyncio.Event] = field(default_factory=dict)
     """Another service's operation → set when it says that it ended."""
+    turns: Turns = field(default_factory=Turns)
     reports: dict[str, asyncio.Event] = field(default_factory=dict)
     """Host → set by its next full report."""
 

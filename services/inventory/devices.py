@@ -15,6 +15,7 @@ from msgspec.structs import replace
 
 from services.inventory import model
 from services.inventory.desk import Inventory
+from services.inventory.protection import check_vm_restartable
 from services.inventory.specs import device_disk, device_nic, prepared_bridges, prepared_disks
 from services.inventory.store import VMS, PlacementRow
 from services.inventory.vms import check_disk, check_iso, detach_disk, new_nic
@@ -136,6 +137,8 @@ async def _home(inv: Inventory, vm_id: str) -> PlacementRow | None:
 @part.answers(ATTACH_VM_DISK)
 async def attach_vm_disk(inv: Inventory, ask: AttachVmDisk, caller: Caller) -> Operation:
     await check_disk(inv, ask.disk_id, ask.id, Caller(caller.principal))
+    found = (await VMS.get(inv.core.pool, ask.id)).public
+    await check_vm_restartable(inv, found, caller, ask.disk_id)
 
     def check(vm: Vm) -> AttachVmDisk:
         if any(d.disk_id == ask.disk_id for d in vm.disks):

@@ -133,6 +133,34 @@ def check_policies(host_ids: Sequence[str], priority: int) -> None:
     checks.between(priority, 1, 100, "high_availability.priority")
 
 
+def check_elsewhere(
+    name: str, host_ids: Sequence[str], local_host_id: str, *, local_data_center: bool
+) -> None:
+    """Raises Refused(conflict) for a VM that could never be restarted on another host. `local_host_id`: whose directory
+    holds a disk of it."""
+    same = "or ask for it to be restarted on its own host only (high_availability.where: same_host)"
+    if len(set(host_ids)) == 1:
+        raise conflict(
+            f"VM {name} can't be restarted elsewhere: it is pinned to host {host_ids[0]} alone. Pin it to another host "
+            f"too, {same}",
+            rule="pinned",
+            host_id=host_ids[0],
+        )
+    if local_data_center:
+        raise conflict(
+            f"VM {name} can't be restarted elsewhere: its data center is local, one host whose storage nobody else "
+            f"reaches. Use a cluster of another data center, {same}",
+            rule="local_data_center",
+        )
+    if local_host_id:
+        raise conflict(
+            f"VM {name} can't be restarted elsewhere: a disk of it is in a local directory of host {local_host_id}. Put "
+            f"its disks on a shared storage domain, {same}",
+            rule="local_disk",
+            host_id=local_host_id,
+        )
+
+
 MAC = re.compile(r"^[0-9a-f]{2}(:[0-9a-f]{2}){5}$")
 
 
@@ -176,13 +204,19 @@ def edited(vm: Vm, ask: UpdateVm) -> Vm:
 
 
 def check_cluster(
-    name: str, description: str, tags: Sequence[str], memory_percent: int, cpu_ratio: float
+    name: str,
+    description: str,
+    tags: Sequence[str],
+    memory_percent: int,
+    cpu_ratio: float,
+    host_failures: int,
 ) -> None:
     checks.name(name)
     checks.text(description, "description")
     checks.tags(tags)
     checks.between(memory_percent, 50, 400, "memory_overcommit_percent", "%")
     checks.between(cpu_ratio, 0.5, 100, "cpu_overcommit_ratio")
+    checks.between(host_failures, 0, 16, "reserve_host_failures", "hosts")
 
 
 PREFIX: dict[DiskBus, str] = {DiskBus.VIRTIO: "vd", DiskBus.VIRTIO_SCSI: "sd", DiskBus.SATA: "sd"}

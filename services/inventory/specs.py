@@ -10,6 +10,7 @@ from msgspec.structs import replace
 
 from services.inventory.desk import Inventory
 from services.inventory.store import CLUSTERS
+from volery.contracts.cluster import Cluster
 from volery.contracts.domain import DiskBus, DomainDisk, DomainNic, DomainSpec
 from volery.contracts.network import PREPARE_NETWORKS, NetworkBridge, PrepareNetworks
 from volery.contracts.scheduling import Need
@@ -146,7 +147,10 @@ async def need_of(inv: Inventory, vm: Vm, caller: Caller, run_once: RunOnce | No
     reach = DiskReach(any_host=True)
     if ids:
         reach = await inv.core.bus.ask(REACH_DISKS, ReachDisks(disk_ids=ids), caller)
-    cluster = (await CLUSTERS.get(inv.core.pool, vm.cluster_id)).public
+    return need(vm, (await CLUSTERS.get(inv.core.pool, vm.cluster_id)).public, reach)
+
+
+def need(vm: Vm, cluster: Cluster, reach: DiskReach) -> Need:
     return Need(
         vm_id=vm.id,
         cluster_id=vm.cluster_id,

@@ -7,13 +7,16 @@ that epoch before another one is tried, so that nothing of the attempt can wake 
 from __future__ import annotations
 
 import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from msgspec.structs import replace
 
 from services.inventory import model
 from services.inventory.desk import Inventory
-from services.inventory.specs import domain_spec, need_of
+from services.inventory.specs import disk_ids, domain_spec, need_of
 from services.inventory.store import VMS
+from services.inventory.turns import Spot
 from volery.contracts.agent import Outcome
 from volery.contracts.base import Message
 from volery.contracts.domain import DomainSpec
@@ -29,6 +32,7 @@ from volery.contracts.scheduling import (
     Placement,
     Purpose,
 )
+from volery.contracts.storage import REACH_DISKS, ReachDisks
 from volery.contracts.vm import (
     RESTART_VM,
     START_VM,
@@ -93,6 +97,7 @@ async def start_vm(inv: Inventory, ask: StartVm, caller: Caller) -> Operation:
             status=VmStatus.RESTORING_STATE if row.private.saved_path else VmStatus.WAIT_FOR_LAUNCH,
             busy_with=op.id,
             restarts=0,
+            fits_nowhere="",
             allowed_actions=(),
         )
         private = replace(row.private, stop_asked=False, run_once=ask.run_once)
@@ -139,6 +144,7 @@ async def restart_vm(inv: Inventory, ask: RestartVm, caller: Caller) -> Operatio
             object_name=vm.name,
             question=Starting(
                 vm_id=vm.id,
+                host_id=ask.only_host_id,
                 purpose=Purpose.RESTART,
                 preferred_host_id=ask.preferred_host_id,
                 avoided_host_ids=ask.avoided_host_ids,
@@ -190,6 +196,7 @@ async def bring_up(inv: Inventory, run: Run, ask: Starting) -> None:
         placed = await _place(inv, run, ask, attempt, epoch, tuple(excluded))
         if not placed.host_id:
             await release_claim(inv, run, ask.vm_id, epoch)
+            await _say_why(inv, ask.vm_id, placed.message)
             tried = f" Tried already: {'; '.join(reasons)}." if reasons else ""
             raise Refused(Kind.EXHAUSTED, f"{placed.message}{tried}", placement=placed)
         try:
@@ -206,6 +213,19 @@ async def bring_up(inv: Inventory, run: Run, ask: Starting) -> None:
                 raise Refused(refused.kind, "; ".join(reasons), **refused.details) from None
             continue
         await _confirm(inv, run, ask.vm_id)
+        return
+
+
+async def _say_why(inv: Inventory, vm_id: str, message: str) -> None:
+    """On the VM itself, for as long as it doesn't run."""
+    while True:
+        row = await VMS.get(inv.core.pool, vm_id)
+        if row.public.fits_nowhere == message:
+            return
+        try:
+            await inv.core.commit(VMS.update(row, replace(row.public, fits_nowhere=message)))
+        except Stale:
+            continue
         return
 
 
@@ -288,12 +308,27 @@ async def _run_on(inv: Inventory, run: Run, ask: Starting, attempt: int, epoch: 
             restore_path=row.private.saved_path,
         )
 
-    await run.order(f"run-{attempt}", "Starting QEMU", RUN_DOMAIN, question, host_id=host_id, epoch=epoch)
+    async with _turn(inv, run, ask, row.public, host_id):
+        await run.order(f"run-{attempt}", "Starting QEMU", RUN_DOMAIN, question, host_id=host_id, epoch=epoch)
     boot_id = await inv.core.orders.ended_under(run.order_id(f"run-{attempt}"))
     await _settle_running(inv, ask, epoch, host_id, boot_id)
     await run.only_forward()
     if not boot_id:
         await inv.core.hosts.ask_report(host_id)  # says under which boot it runs, if it still does
+
+
+@asynccontextmanager
+async def _turn(inv: Inventory, run: Run, ask: Starting, vm: Vm, host_id: str) -> AsyncIterator[None]:
+    """What is brought back by itself waits its turn on the host and its storage; what a person starts doesn't."""
+    if ask.purpose is not Purpose.RESTART:
+        yield
+        return
+    places = [Spot("host", host_id)]
+    if ids := disk_ids(vm):
+        reach = await inv.core.bus.ask(REACH_DISKS, ReachDisks(disk_ids=ids), run.caller)
+        places += [Spot("storage_domain", domain_id) for domain_id in reach.domain_ids]
+    async with inv.turns.turn(places, vm.high_availability.priority, inv.config):
+        yield
 
 
 async def _settle_running(inv: Inventory, ask: Starting, epoch: int, host_id: str, boot_id: str) -> None:
@@ -316,6 +351,7 @@ async def _settle_running(inv: Inventory, ask: Starting, epoch: int, host_id: st
                 vm,
                 status=status,
                 status_reason="",
+                fits_nowhere="",
                 host_id=host_id,
                 next_run=False,
                 started_at=utc_now(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -298,6 +298,9 @@ class Store:
 
     async def vms_on(self, host_id: str) -> list[Row[Vm, VmPrivate]]:
         return await VMS.where(self.pool, "host_id = $1", host_id)
+
+    async def vms_with(self, vm_ids: Sequence[str]) -> list[Row[Vm, VmPrivate]]:
+        return await VMS.where(self.pool, "id = any($1::text[])", list(vm_ids))
 
     async def vms_in_cluster(self, cluster_id: str) -> int:
         return int(await self.pool.fetchval("select count(*) from vm where cluster_id = $1", cluster_id))

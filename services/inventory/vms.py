@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from msgspec import UNSET
 from msgspec.structs import replace
 
 from services.inventory import model
 from services.inventory.clusters import name_taken
 from services.inventory.desk import Inventory
+from services.inventory.protection import check_restartable, check_vm_restartable
 from services.inventory.starting import Starting, bring_up
 from services.inventory.store import CLUSTERS, TEMPLATES, VMS, VmPrivate
 from volery.contracts.base import Done
@@ -80,6 +82,7 @@ async def list_vms(inv: Inventory, ask: ListQuery, caller: Caller) -> Any:
 
 async def check_references(inv: Inventory, ask: CreateVm, cluster: Cluster, caller: Caller) -> None:
     """Everything that a new VM names exists and may be used, before anything is touched."""
+    local_host_id = ""
     bus = inv.core.bus
     if ask.template_id:
         await TEMPLATES.get(inv.core.pool, ask.template_id)
@@ -94,11 +97,16 @@ async def check_references(inv: Inventory, ask: CreateVm, cluster: Cluster, call
                 f"storage domain {domain.name} isn't attached to this VM's data center; attach it first",
                 storage_domain_id=domain_id,
             )
+        local_host_id = local_host_id or domain.host_id
     for disk_id in [d.disk_id for d in ask.disks if d.disk_id]:
         await check_disk(inv, disk_id, "", caller)
     for cdrom in ask.cdroms:
         if cdrom.disk_id:
             await check_iso(inv, cdrom.disk_id, caller)
+    named = [d.disk_id for d in ask.disks] + [c.disk_id for c in ask.cdroms]
+    given = [disk_id for disk_id in named if disk_id]
+    available, affinity = ask.high_availability, ask.affinity
+    await check_restartable(inv, ask.name, cluster.id, available, affinity, given, caller, local_host_id)
 
 
 async def check_disk(inv: Inventory, disk_id: str, vm_id: str, caller: Caller) -> Disk:
@@ -328,6 +336,8 @@ async def update_vm(inv: Inventory, ask: UpdateVm, caller: Caller) -> Any:
         if row.public.external:
             raise conflict(f"VM {row.public.name} was not made by Volery; edit it where it was made")
         new = model.edited(row.public, ask)
+        if ask.high_availability is not UNSET or ask.affinity is not UNSET:
+            await check_vm_restartable(inv, new, caller)
         try:
             update = VMS.update(row, new)
             await inv.core.commit(update, caller=caller, answer=update.document)

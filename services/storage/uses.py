@@ -17,15 +17,18 @@ from volery.contracts.storage import (
     DETACH_DISK_FROM,
     PREPARE_DISKS,
     REACH_DISKS,
+    REACH_DISKS_OF_MANY,
     AttachDiskTo,
     ContentType,
     DetachDiskFrom,
     Disk,
     DiskReach,
+    DiskReaches,
     DomainStatus,
     PreparedDisks,
     PrepareDisks,
     ReachDisks,
+    ReachDisksOfMany,
     StorageDomain,
 )
 from volery.runtime.bus import Caller
@@ -136,15 +139,25 @@ def refuse_unprepared(row: Row[Disk, DiskPrivate], domain: StorageDomain, ask: P
 
 @part.answers(REACH_DISKS)
 async def reach(svc: Storage, ask: ReachDisks, caller: Caller) -> DiskReach:
-    disks, domains = await _rows(svc, ask.disk_ids)
+    return _reach(ask.disk_ids, *await _rows(svc, ask.disk_ids))
+
+
+@part.answers(REACH_DISKS_OF_MANY)
+async def reach_of_many(svc: Storage, ask: ReachDisksOfMany, caller: Caller) -> DiskReaches:
+    rows = await _rows(svc, tuple({disk_id for disk_ids in ask.sets for disk_id in disk_ids}))
+    return DiskReaches(reaches=tuple(_reach(disk_ids, *rows) for disk_ids in ask.sets))
+
+
+def _reach(disk_ids: tuple[str, ...], disks: Disks, domains: Domains) -> DiskReach:
     unready: dict[str, str] = {}
     hosts: set[str] | None = None
-    for disk_id in ask.disk_ids:
+    used: dict[str, StorageDomain] = {}
+    for disk_id in disk_ids:
         row = disks.get(disk_id)
         if row is None:
             unready[disk_id] = f"there is no disk {disk_id}"
             continue
-        domain = domains[row.public.storage_domain_id].public
+        domain = used[row.public.storage_domain_id] = domains[row.public.storage_domain_id].public
         if why := disk_model.why_unready(row.public):
             unready[disk_id] = why
         elif domain.status is not DomainStatus.ACTIVE:
@@ -153,6 +166,7 @@ async def reach(svc: Storage, ask: ReachDisks, caller: Caller) -> DiskReach:
     return DiskReach(
         any_host=hosts is None,
         host_ids=tuple(sorted(hosts or ())),
-        domain_ids=tuple(sorted(domains)),
+        domain_ids=tuple(sorted(used)),
         unready=unready,
+        local_host_id=next((d.host_id for d in used.values() if d.host_id), ""),
     )

@@ -16,11 +16,13 @@ INTERNAL = {
     "inventory.token.check",
     "inventory.token.login",  # /sessions
     "inventory.vm.restart",
+    "inventory.vm.needs",
     "inventory.vm.resize_disk",
     "inventory.vm.open_console",  # a WebSocket
     "inventory.host.enrol",
     "inventory.host.renew_certificate",
     "scheduler.place",
+    "scheduler.room.find",
     "scheduler.claim.confirm",
     "scheduler.claim.release",
     "scheduler.claim.release_vm",
@@ -29,6 +31,7 @@ INTERNAL = {
     "storage.disk.detach",
     "storage.disk.prepare",
     "storage.disk.reach",
+    "storage.disk.reach_of_many",
     "network.nic.allocate",
     "network.nic.release",
     "network.host.prepare",

@@ -128,3 +128,19 @@ def test_the_first_restart_after_a_hosts_death_never_waits_for_the_vms_own_crash
     again = decide(dead, None, crashes, NOW, CONFIG, "host_died")
     assert again.step is Step.WAIT
     assert again.due == NOW + timedelta(seconds=9)
+
+
+@pytest.mark.parametrize("reason", ["crashed", "host_died", "host_shutdown"])
+@pytest.mark.parametrize("tried", range(5))
+def test_restarted_on_its_own_host_only_it_waits_until_that_is_up_and_is_asked_for_nowhere_else(
+    reason: str, tried: int
+) -> None:
+    vm = watched(reason=reason, same_host=True)
+    attempts = tuple(NOW - timedelta(seconds=3000 - n) for n in range(tried))
+    for state in (None, *LivenessState):
+        verdict = decide(vm, state, attempts, NOW, CONFIG, reason)
+        if state is LivenessState.UP:
+            assert (verdict.step, verdict.only_host_id) == (Step.ASK, "h")
+            assert not verdict.avoided_host_ids
+        else:
+            assert verdict.step is Step.WAIT

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from tests.ha.world import Inventory, becomes, ha, hearts, host, hurried, until, vm
 from tests.support.runtime import running
 from volery.contracts.errors import Kind, Refused
-from volery.contracts.host import HOST_CHANGED, HostStatus
+from volery.contracts.host import HOST_CHANGED
 from volery.contracts.liveness import LIST_RESTARTS, VmRestart
 from volery.contracts.operation import ListQuery
 from volery.contracts.vm import VM_CHANGED, HighAvailability, Vm, VmStatus
@@ -229,33 +229,3 @@ async def test_a_vm_whose_host_died_is_restarted_elsewhere_at_once(configured: S
             assert (first.preferred_host_id, first.avoided_host_ids) == (h1.id, ())
             assert (second.preferred_host_id, second.avoided_host_ids) == ("", (h1.id,))
             assert second.reason == "host_died"
-
-
-async def test_what_fits_nowhere_is_no_attempt_and_is_tried_again_when_there_is_room(
-    configured: Settings,
-) -> None:
-    owner, h1, h2 = Inventory(), host("h1"), host("h2", status="non_responsive")
-    owner.ends_with = Refused(Kind.EXHAUSTED, "no host has 2 GiB free")
-    async with running(hurried(configured), owner.service(), ha()) as bus:
-        await owner.says(HOST_CHANGED, h1, h2)
-        async with hearts(bus.client, h1):
-            await becomes(bus, h1.id, "up")
-            up = vm(host_id=h1.id, epoch=3)
-            await owner.says(VM_CHANGED, up, down(up, status_reason="host_died"))
-
-            async def asked(count: int = 1) -> bool:
-                return len(owner.asked) >= count
-
-            await until(asked)
-            await owner.says(VM_CHANGED, down(up, revision=9, epoch=4, status_reason="host_died"))
-
-            async def waits() -> bool:
-                found = await restarts(bus)
-                return bool(found) and "fits nowhere" in found[0].message and found[0].attempts == 0
-
-            await until(waits)
-            assert "no host has 2 GiB free" in (await restarts(bus))[0].message
-            assert len(owner.asked) == 1
-            owner.ends_with = None
-            await owner.says(HOST_CHANGED, replace(h2, revision=2, status=HostStatus.UP))
-            await until(lambda: asked(2))

@@ -20,7 +20,7 @@ from volery.contracts.domain_orders import FORGET_DOMAIN, RUN_DOMAIN
 from volery.contracts.errors import Kind, Refused
 from volery.contracts.operation import CANCEL_OPERATION, CancelOperation, OperationState
 from volery.contracts.scheduling import ClaimKey
-from volery.contracts.vm import VmStatus
+from volery.contracts.vm import START_VM, StartVm, VmStatus
 from volery.runtime.bus import LOST
 from volery.runtime.programs import Settings
 
@@ -102,3 +102,15 @@ async def test_a_cancelled_start_that_was_quicker_is_told_as_what_it_is(configur
         assert (await world.ended(op)).state is OperationState.SUCCEEDED
         await world.vm_is(op.object_id, VmStatus.UP)
         assert runs_on(host, op.object_id)
+
+
+async def test_a_vm_that_fits_nowhere_says_why_until_it_runs(configured: Settings) -> None:
+    async with world_of(configured) as (world, (h1, _)):
+        vm = await world.vm(start=False)
+        world.scheduler.host_ids.clear()
+        op = await world.ended(await world.bus.ask(START_VM, StartVm(id=vm.id)))
+        assert op.state is OperationState.FAILED
+        assert (await world.vm_is(vm.id, VmStatus.DOWN)).fits_nowhere == "no host is left"
+        world.scheduler.host_ids.append(h1.id)
+        await world.ended(await world.bus.ask(START_VM, StartVm(id=vm.id)))
+        assert (await world.vm_is(vm.id, VmStatus.UP)).fits_nowhere == ""

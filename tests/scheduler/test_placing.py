@@ -35,6 +35,7 @@ from volery.contracts.network import NETWORK_CHANGED
 from volery.contracts.operation import ListQuery
 from volery.contracts.scheduling import (
     CONFIRM_CLAIM,
+    FIND_ROOM,
     GET_DECISION,
     LIST_CLAIMS,
     PLACE,
@@ -42,9 +43,11 @@ from volery.contracts.scheduling import (
     RELEASE_VM_CLAIMS,
     Claim,
     ClaimKey,
+    FindRoom,
     GetDecision,
     Purpose,
     ReleaseVm,
+    RoomFor,
 )
 from volery.runtime.bus import Bus, Caller
 from volery.runtime.config import DatabaseConfig
@@ -347,3 +350,22 @@ async def test_impossible_needs_are_refused(configured: Settings, wrong: dict, s
             await bus.ask(PLACE, placing("c", **wrong))
         assert refused.value.kind is Kind.INVALID
         assert says in refused.value.message
+
+
+async def test_room_is_found_for_many_and_nothing_is_claimed(configured: Settings) -> None:
+    owner, c = inventory(), cluster()
+    h1, h2 = host(c.id, name="h1"), host(c.id, name="h2", memory_bytes=4 * GIB)
+    async with running(configured, owner.service(), scheduler()) as bus:
+        await owner.says(CLUSTER_CHANGED, c)
+        await owner.says(HOST_CHANGED, h1, h2)
+        await hosts_known(bus, 2)
+        small, large = placing(c.id).need, placing(c.id, memory_bytes=8 * GIB).need
+        asks = (RoomFor(need=small), RoomFor(need=large, excluded_host_ids=(h1.id,)))
+        first, second = (await bus.ask(FIND_ROOM, FindRoom(asks=asks))).rooms
+        assert (first.vm_id, first.hosts, first.fitting, first.nearest) == (small.vm_id, 2, 2, None)
+        assert (second.hosts, second.up, second.fitting) == (1, 1, 0)
+        assert second.nearest is not None
+        assert [v.rule for v in second.nearest.verdicts] == ["memory"]
+        assert await claims(bus) == []
+        with pytest.raises(Refused, match="at most 200"):
+            await bus.ask(FIND_ROOM, FindRoom(asks=asks * 101))

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.fleet import Fleet, HostFigures, NetworkReach
 from services.scheduler.model import ClusterPolicy
-from services.scheduler.policies.decision import decide, explain, sentence
+from services.scheduler.policies.decision import decide, explain, room, sentence
 from services.scheduler.policies.request import request
 from volery.contracts.cluster import Balance
 from volery.contracts.host import HostStatus
@@ -186,6 +186,31 @@ def test_the_columns_decide_as_the_oracle_does(world: World, place: Place) -> No
         assert oracle_weight(world, place, chosen, config) == pytest.approx(best, abs=1e-6)
     else:
         assert decision.best is None
+
+
+@settings(max_examples=300, deadline=None)
+@given(worlds(), places())
+def test_room_counts_as_the_oracle_does_and_names_the_host_that_would_have_to_change_least(
+    world: World, place: Place
+) -> None:
+    config = SchedulerConfig()
+    place = replace(place, target_host_id="")
+    found = room(world.fleet(), request(place, world.policy, config))
+    refused = {
+        h.id: oracle_refusals(world, place, h, config)
+        for h in world.hosts
+        if h.cluster_id == "a" and h.id not in place.excluded_host_ids
+    }
+    assert found.hosts == len(refused)
+    assert found.up == sum("host_state" not in rules for rules in refused.values())
+    assert found.fitting == sum(not rules for rules in refused.values())
+    against = {host_id: rules for host_id, rules in refused.items() if rules}
+    if not against:
+        assert found.nearest is None
+        return
+    assert found.nearest is not None
+    assert {v.rule for v in found.nearest.verdicts} == against[found.nearest.host_id]
+    assert len(against[found.nearest.host_id]) == min(map(len, against.values()))
 
 
 @settings(max_examples=200, deadline=None)

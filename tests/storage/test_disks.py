@@ -24,6 +24,7 @@ from volery.contracts.storage import (
     LIST_DISKS,
     PREPARE_DISKS,
     REACH_DISKS,
+    REACH_DISKS_OF_MANY,
     RESIZE_DISK,
     UPDATE_DISK,
     ActOnStorageDomain,
@@ -37,6 +38,7 @@ from volery.contracts.storage import (
     DomainKind,
     PrepareDisks,
     ReachDisks,
+    ReachDisksOfMany,
     ResizeDisk,
     StorageDomain,
     UpdateDisk,
@@ -82,6 +84,11 @@ async def test_a_disk_is_made_attached_and_prepared(configured: Settings) -> Non
         assert set(reach.host_ids) == {row.id for row in at.rows}
         assert not reach.any_host
         assert (await at.bus.ask(REACH_DISKS, ReachDisks(disk_ids=()))).any_host
+        many = ReachDisksOfMany(sets=((disk.id,), (), (disk.id, "gone")))
+        first, second, third = (await at.bus.ask(REACH_DISKS_OF_MANY, many)).reaches
+        assert first == reach
+        assert second.any_host
+        assert "gone" in third.unready
 
 
 async def test_a_disk_belongs_to_one_vm_unless_it_is_shareable(configured: Settings) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from volery.cli import access, admin, estate, fencing, storage, streams, vm
+from volery.cli import access, admin, estate, fencing, protection, storage, streams, vm
 
 app = typer.Typer(
     help="Volery: KVM hosts and their virtual machines.",
@@ -27,6 +27,8 @@ NOUNS: dict[str, typer.Typer] = {
     "token": access.tokens,
     "fencing": fencing.fencing,
     "fence": fencing.records,
+    "protection": protection.app,
+    "start-group": protection.groups,
     "event-reader": access.readers,
     "admin": admin.app,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
+from msgspec.structs import replace
 
 from volery.cli import output, work
 from volery.cli.output import Format
@@ -19,10 +20,15 @@ from volery.contracts.vm import (
     HighAvailability,
     NewDisk,
     NewNic,
+    RestartWhere,
 )
 
 app = typer.Typer(help="Virtual machines.", no_args_is_help=True)
 work.add_common(app, api.VMS, deletes=False)
+HaWhere = Annotated[
+    RestartWhere,
+    typer.Option(help="With --ha. elsewhere is refused for a VM that could never run on another host."),
+]
 Name = Annotated[str, typer.Argument(help="Name or id of the VM.")]
 
 
@@ -45,7 +51,8 @@ def create(
     ] = None,
     nic: Annotated[list[str] | None, typer.Option(help="Name or id of a network.")] = None,
     cdrom: Annotated[str, typer.Option(help="Name or id of an ISO disk.")] = "",
-    ha: Annotated[bool, typer.Option("--ha", help="Restart it when it crashes.")] = False,
+    ha: Annotated[bool, typer.Option("--ha", help="Bring it back when it crashes or its host dies.")] = False,
+    ha_where: HaWhere = RestartWhere.ELSEWHERE,
     pin: Annotated[list[str] | None, typer.Option(help="Only on these hosts.")] = None,
     start: Annotated[bool, typer.Option("--start", help="Start it at once.")] = False,
     dry_run: DryRun = False,
@@ -62,7 +69,7 @@ def create(
             disks=tuple(_disk(client, text) for text in disk or ()),
             nics=tuple(NewNic(network_id=work.id_of(client, api.NETWORKS, text)) for text in nic or ()),
             cdroms=(CdRom(disk_id=work.id_of(client, api.DISKS, cdrom)),) if cdrom else (),
-            high_availability=HighAvailability(enabled=ha),
+            high_availability=HighAvailability(enabled=ha, where=ha_where if ha else RestartWhere.POSSIBLE),
             affinity=Affinity(host_ids=tuple(work.id_of(client, api.HOSTS, text) for text in pin or ())),
             start=start,
         )
@@ -90,6 +97,7 @@ def edit(
     vcpus: int = 0,
     description: str = "",
     ha: Annotated[bool | None, typer.Option("--ha/--no-ha")] = None,
+    ha_where: HaWhere = RestartWhere.ELSEWHERE,
     protect: Annotated[bool | None, typer.Option("--protect/--no-protect")] = None,
     output_format: Output = Format.TABLE,
 ) -> None:
@@ -101,7 +109,9 @@ def edit(
         fields |= {"memory_bytes": _size(memory)} if memory else {}
         fields |= {"vcpus": vcpus} if vcpus else {}
         fields |= {"description": description} if description else {}
-        fields |= {"high_availability": {"enabled": ha}} if ha is not None else {}
+        if ha is not None:
+            where = ha_where if ha else RestartWhere.POSSIBLE
+            fields |= {"high_availability": replace(vm.high_availability, enabled=ha, where=where)}
         fields |= {"delete_protected": protect} if protect is not None else {}
         new = client.send(api.VMS.update(vm.id, fields, vm.revision))
     output.show(new, output_format)

@@ -10,7 +10,9 @@ from volery.contracts.liveness import HostLiveness, VmRestart
 from volery.contracts.network import MacPool, Network
 from volery.contracts.operation import Operation
 from volery.contracts.power import FenceRecord, FencingPause, PowerManagement
+from volery.contracts.protection import ClusterReserve, VmProtection
 from volery.contracts.scheduling import Claim
+from volery.contracts.start_group import StartGroup
 from volery.contracts.storage import Disk, StorageDomain, Transfer
 from volery.contracts.template import Template
 from volery.contracts.vm import Vm
@@ -43,6 +45,15 @@ LIVENESS = Resource(
     "liveness", "liveness", HostLiveness, ("host_name", "state", "last_beat_at", "fencing", "id")
 )
 RESTARTS = Resource("restart", "restarts", VmRestart, ("vm_name", "attempts", "reason", "gave_up", "vm_id"))
+START_GROUPS = Resource(
+    "start-group", "start-groups", StartGroup, ("name", "vm_ids", "after", "wait_for", "wait_seconds", "id")
+)
+RESERVES = Resource(
+    "reserve", "reserves", ClusterReserve, ("cluster_name", "host_failures", "kept", "message", "change")
+)
+PROTECTION = Resource(
+    "protection", "protection", VmProtection, ("vm_name", "protected", "reasons", "host_id", "vm_id")
+)
 POWER_MANAGEMENT = Resource(
     "power management",
     "power-management",
@@ -80,6 +91,9 @@ RESOURCES = (
     CLAIMS,
     LIVENESS,
     RESTARTS,
+    PROTECTION,
+    RESERVES,
+    START_GROUPS,
     POWER_MANAGEMENT,
     FENCE_RECORDS,
     FENCING_PAUSES,

@@ -131,12 +131,46 @@ class GetDecision(Message):
     id: str
 
 
+class RoomFor(Message):
+    """One VM, and the hosts that don't count."""
+
+    need: Need
+    excluded_host_ids: tuple[str, ...] = ()
+
+
+class FindRoom(Message):
+    """Which of these VMs would fit, each by itself? Claims nothing. At most 200 at a time."""
+
+    asks: tuple[RoomFor, ...]
+
+
+class Room(Message):
+    """The answer for one VM. Hosts are those of its cluster, without the excluded ones."""
+
+    vm_id: str
+    hosts: int = 0
+    up: int = 0
+    fitting: int = 0
+    """Hosts that would take it now."""
+    memory_bytes: int = 0
+    """What it would take of a host, overhead included."""
+    nearest: HostVerdict | None = None
+    """The host that would have to change least to take it; None when there is none that doesn't fit."""
+
+
+class Rooms(Message):
+    """In the order of the questions."""
+
+    rooms: tuple[Room, ...] = ()
+
+
 PLACE = Call("scheduler.place", Place, Placement, mutates=True)
 CONFIRM_CLAIM = Call("scheduler.claim.confirm", ClaimKey, Done, mutates=True)
 RELEASE_CLAIM = Call("scheduler.claim.release", ClaimKey, Done, mutates=True)
 RELEASE_VM_CLAIMS = Call("scheduler.claim.release_vm", ReleaseVm, Done, mutates=True)
 LIST_CLAIMS = Call("scheduler.claim.list", ListQuery, Page)
 LIST_CAPACITY = Call("scheduler.capacity.list", ListQuery, Page)
+FIND_ROOM = Call("scheduler.room.find", FindRoom, Rooms, timeout_seconds=20)
 GET_DECISION = Call("scheduler.decision.get", GetDecision, Placement)
 """A past decision, as it was explained then. Raises not_found when it is older than the retention."""
 

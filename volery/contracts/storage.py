@@ -318,6 +318,20 @@ class DiskReach(Message):
     domain_ids: tuple[str, ...] = ()
     unready: dict[str, Any] = {}
     """Disk → why it can't be used now."""
+    local_host_id: str = ""
+    """The one host whose local directory holds one of them."""
+
+
+class ReachDisksOfMany(Message):
+    """The same for several sets of disks, such as those of several VMs."""
+
+    sets: tuple[tuple[str, ...], ...]
+
+
+class DiskReaches(Message):
+    """In the order of the questions."""
+
+    reaches: tuple[DiskReach, ...] = ()
 
 
 CREATE_STORAGE_DOMAIN = Call("storage.domain.create", CreateStorageDomain, Operation, mutates=True)
@@ -356,3 +370,4 @@ ATTACH_DISK_TO = Call("storage.disk.attach", AttachDiskTo, Disk, mutates=True)
 DETACH_DISK_FROM = Call("storage.disk.detach", DetachDiskFrom, Done, mutates=True)
 PREPARE_DISKS = Call("storage.disk.prepare", PrepareDisks, PreparedDisks)
 REACH_DISKS = Call("storage.disk.reach", ReachDisks, DiskReach)
+REACH_DISKS_OF_MANY = Call("storage.disk.reach_of_many", ReachDisksOfMany, DiskReaches, timeout_seconds=20)

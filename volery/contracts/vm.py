@@ -85,12 +85,24 @@ class GuestInfo(Message):
     os: str = ""
 
 
+class RestartWhere(StrEnum):
+    """Where a highly available VM is to be brought back."""
+
+    POSSIBLE = "possible"
+    """Wherever it can, also when that is only its own host."""
+    ELSEWHERE = "elsewhere"
+    """Refused for a VM that could never run on another host: pinned to one, or with a disk in a local directory."""
+    SAME_HOST = "same_host"
+    """On the host on which it ran and nowhere else; when that died, once it is up again."""
+
+
 class HighAvailability(Message):
     enabled: bool = False
     priority: int = 50
     """1 to 100; higher restarts first."""
     restart_after_guest_shutdown: bool = False
     """Also bring it back when its guest switched itself off."""
+    where: RestartWhere = RestartWhere.POSSIBLE
 
 
 class Affinity(Message):
@@ -149,6 +161,9 @@ class Vm(Entity):
     """Something was edited that takes effect with the next start."""
     started_at: datetime | None = None
     stopped_at: datetime | None = None
+    fits_nowhere: str = ""
+    """Why no host could take it when it was last tried to start; "" once it runs. A highly available VM that was to be
+    brought back is tried again when there is room."""
     restarts: int = 0
     """Automatic restarts since the last start by a person."""
     allowed_actions: tuple[str, ...] = ()
@@ -380,6 +395,8 @@ class RestartVm(Message):
     """There first, if it fits: after a crash, where it ran."""
     avoided_host_ids: tuple[str, ...] = ()
     """Only when it fits nowhere else."""
+    only_host_id: str = ""
+    """There or nowhere."""
 
 
 class ExplainVm(Message):

@@ -35,6 +35,8 @@ class WatchedVm:
     """Highly available."""
     priority: int
     busy: bool
+    same_host: bool = False
+    """Restarted where it ran and nowhere else."""
 
 
 def ended(vm: WatchedVm) -> bool:
@@ -61,6 +63,7 @@ class Verdict:
     due: datetime | None = None
     preferred_host_id: str = ""
     avoided_host_ids: tuple[str, ...] = ()
+    only_host_id: str = ""
 
 
 def within(attempts: tuple[datetime, ...], now: datetime, config: HaConfig) -> tuple[datetime, ...]:
@@ -90,6 +93,11 @@ def decide(
             Step.WAIT,
             f"{how}, and its host has fallen silent since; it is restarted when the host answers, or is proven dead",
         )
+    if vm.same_host and vm.host_id and host is not LivenessState.UP:
+        return Verdict(
+            Step.WAIT,
+            f"{how}; it is restarted on its own host only, as was asked: once that is up again",
+        )
     due = _due(vm, attempts, now, config, last_reason)
     if now < due:
         return Verdict(
@@ -98,8 +106,10 @@ def decide(
             f"{count} within {config.restart_window_seconds / 60:g} minutes didn't last",
             due,
         )
-    preferred, avoided = _place(vm, host, count)
     asked = f"{how}; restart {count + 1} was asked for"
+    if vm.same_host and vm.host_id:
+        return Verdict(Step.ASK, asked, only_host_id=vm.host_id)
+    preferred, avoided = _place(vm, host, count)
     return Verdict(Step.ASK, asked, preferred_host_id=preferred, avoided_host_ids=avoided)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,7 @@ from services.scheduler.fleet import Bools, Fleet, Floats
 from services.scheduler.policies.filters import FILTERS
 from services.scheduler.policies.request import Request
 from services.scheduler.policies.weights import POLICIES
-from volery.contracts.scheduling import HostVerdict, Verdict
+from volery.contracts.scheduling import HostVerdict, Room, Verdict
 
 NAMED_HOSTS = 5
 """Hosts that a refusal's sentence names; the others are in its list."""
@@ -57,12 +57,36 @@ def _verdict(fleet: Fleet, request: Request, decision: Decision, row: int) -> Ho
             weight=round(float(decision.total[row]), 4),
             weights={name: round(float(score[row]), 4) for name, score in decision.scores.items()},
         )
+    return _excluded(fleet, request, decision.masks, row)
+
+
+def _excluded(fleet: Fleet, request: Request, masks: Mapping[str, Bools], row: int) -> HostVerdict:
     verdicts = []
     for rule in FILTERS:
-        if not decision.masks[rule.name][row]:
+        if not masks[rule.name][row]:
             message, change = rule.explain(fleet, request, row)
             verdicts.append(Verdict(rule=rule.name, passed=False, message=message, change=change))
     return HostVerdict(host_id=fleet.ids[row], name=fleet.names[row], verdicts=tuple(verdicts))
+
+
+def room(fleet: Fleet, request: Request) -> Room:
+    """How many hosts would take the VM, and which of the others would have to change least: the fewest rules against
+    it, one that is up before one that isn't. Explains only that one, so that many VMs can be asked about."""
+    masks = {f.name: f.mask(fleet, request) for f in FILTERS}
+    fits = np.logical_and.reduce(list(masks.values()))
+    hosts = np.flatnonzero(masks["cluster"] & masks["excluded"])
+    against = np.sum([~mask for mask in masks.values()], axis=0)
+    others = [int(row) for row in hosts if not fits[row]]
+    up = masks["host_state"]
+    nearest = min(others, key=lambda r: (int(against[r]), not up[r], fleet.ids[r]), default=None)
+    return Room(
+        vm_id=request.need.vm_id,
+        hosts=len(hosts),
+        up=int(up[hosts].sum()),
+        fitting=int(fits[hosts].sum()),
+        memory_bytes=request.memory,
+        nearest=None if nearest is None else _excluded(fleet, request, masks, nearest),
+    )
 
 
 def sentence(request: Request, hosts: Sequence[HostVerdict], *, known: bool = True) -> str:
