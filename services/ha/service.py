@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from services.ha import confirming, fencing, listing, liveness, pauses, power, restarts
+from services.ha import confirming, fencing, fencing_policies, listing, liveness, pauses, power, restarts
 from services.ha.config import HaConfig
 from services.ha.opening import open_ha
 from services.ha.state import Ha
@@ -26,6 +26,7 @@ service = Service(
         liveness.part,
         power.part,
         pauses.part,
+        fencing_policies.part,
         confirming.part,
         fencing.part,
         restarts.part,

@@ -24,10 +24,13 @@ from volery.contracts.power import (
     FENCE_RECORD_DELETED,
     FENCING_PAUSE_CHANGED,
     FENCING_PAUSE_DELETED,
+    FENCING_POLICY_CHANGED,
+    FENCING_POLICY_DELETED,
     POWER_MANAGEMENT_CHANGED,
     POWER_MANAGEMENT_DELETED,
     FenceRecord,
     FencingPause,
+    FencingPolicy,
     PowerManagement,
 )
 from volery.contracts.vm import Vm
@@ -119,6 +122,16 @@ PAUSES: Table[FencingPause, Nothing] = Table(
     columns={"scope": "scope", "object_id": "object_id"},
     changed=FENCING_PAUSE_CHANGED,
     deleted=FENCING_PAUSE_DELETED,
+)
+
+POLICIES: Table[FencingPolicy, Nothing] = Table(
+    "fencing_policy",
+    FencingPolicy,
+    Nothing,
+    columns={},
+    changed=FENCING_POLICY_CHANGED,
+    deleted=FENCING_POLICY_DELETED,
+    noun="fencing policy of cluster",
 )
 
 _VM = "id, name, epoch, status, desired, reason, host_id, enabled, priority, busy"

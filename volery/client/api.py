@@ -9,7 +9,7 @@ from volery.contracts.host import Host
 from volery.contracts.liveness import HostLiveness, VmRestart
 from volery.contracts.network import MacPool, Network
 from volery.contracts.operation import Operation
-from volery.contracts.power import FenceRecord, FencingPause, PowerManagement
+from volery.contracts.power import FenceRecord, FencingPause, FencingPolicy, PowerManagement
 from volery.contracts.scheduling import Claim
 from volery.contracts.storage import Disk, StorageDomain, Transfer
 from volery.contracts.template import Template
@@ -61,6 +61,18 @@ FENCING_PAUSES = Resource(
     FencingPause,
     ("scope", "object_id", "until", "paused_by", "reason"),
 )
+FENCING_POLICIES = Resource(
+    "fencing policy",
+    "fencing-policies",
+    FencingPolicy,
+    (
+        "id",
+        "skip_while_lease_alive",
+        "skip_if_connectivity_broken",
+        "connectivity_broken_percent",
+        "updated_at",
+    ),
+)
 
 RESOURCES = (
     DATA_CENTERS,
@@ -83,4 +95,5 @@ RESOURCES = (
     POWER_MANAGEMENT,
     FENCE_RECORDS,
     FENCING_PAUSES,
+    FENCING_POLICIES,
 )
