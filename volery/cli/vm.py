@@ -17,6 +17,7 @@ from volery.contracts.vm import (
     CdRom,
     CreateVm,
     HighAvailability,
+    IoErrorPolicy,
     NewDisk,
     NewNic,
 )
@@ -47,6 +48,9 @@ def create(
     cdrom: Annotated[str, typer.Option(help="Name or id of an ISO disk.")] = "",
     ha: Annotated[bool, typer.Option("--ha", help="Restart it when it crashes.")] = False,
     pin: Annotated[list[str] | None, typer.Option(help="Only on these hosts.")] = None,
+    io_error: Annotated[
+        IoErrorPolicy, typer.Option(help="What an I/O error that pauses it leads to.")
+    ] = IoErrorPolicy.RESUME,
     start: Annotated[bool, typer.Option("--start", help="Start it at once.")] = False,
     dry_run: DryRun = False,
     wait: Wait = True,
@@ -64,6 +68,7 @@ def create(
             cdroms=(CdRom(disk_id=work.id_of(client, api.DISKS, cdrom)),) if cdrom else (),
             high_availability=HighAvailability(enabled=ha),
             affinity=Affinity(host_ids=tuple(work.id_of(client, api.HOSTS, text) for text in pin or ())),
+            io_error=io_error,
             start=start,
         )
         op = client.send(api.VMS.create(question, Operation, dry_run=dry_run))
@@ -90,6 +95,9 @@ def edit(
     vcpus: int = 0,
     description: str = "",
     ha: Annotated[bool | None, typer.Option("--ha/--no-ha")] = None,
+    io_error: Annotated[
+        IoErrorPolicy | None, typer.Option(help="What an I/O error that pauses it leads to.")
+    ] = None,
     protect: Annotated[bool | None, typer.Option("--protect/--no-protect")] = None,
     output_format: Output = Format.TABLE,
 ) -> None:
@@ -102,6 +110,7 @@ def edit(
         fields |= {"vcpus": vcpus} if vcpus else {}
         fields |= {"description": description} if description else {}
         fields |= {"high_availability": {"enabled": ha}} if ha is not None else {}
+        fields |= {"io_error": str(io_error)} if io_error is not None else {}
         fields |= {"delete_protected": protect} if protect is not None else {}
         new = client.send(api.VMS.update(vm.id, fields, vm.revision))
     output.show(new, output_format)
