@@ -29,6 +29,7 @@ from host_agent.ground import Ground
 from host_agent.journal import Journal
 from host_agent.orders import Orders
 from host_agent.reports import REPORTED_TO, Reporter, Senses
+from host_agent.shutdown import end_guests
 from host_agent.spool import Spool
 from host_agent.tickets import Tickets
 from volery.contracts.agent import (
@@ -41,7 +42,7 @@ from volery.contracts.agent import (
     CommittedWord,
     HostCapabilities,
 )
-from volery.contracts.base import Message, encode, fill
+from volery.contracts.base import Message, Owner, encode, fill
 from volery.contracts.errors import STATUS, Refused
 from volery.contracts.fencing import POWER_SUBJECT
 from volery.contracts.metrics import BEAT_SUBJECT, METRICS_SUBJECT, Beat, HostSample
@@ -57,6 +58,8 @@ HYPERVISOR_SECONDS: Final = 30.0
 PREPARE_RETRY_SECONDS: Final = 2.0
 REACH_SECONDS: Final = 2
 FLUSH_SECONDS: Final = 2
+FAREWELL_SECONDS: Final = 5.0
+"""How long a host that is being shut down waits until it was heard how its VMs ended."""
 WATCH_SECONDS: Final = 1.0
 DEAF_SECONDS: Final = 900.0
 """Without the bus and without orders: then a new process is tried, in case it is this one that can't connect."""
@@ -195,7 +198,7 @@ class Agent:
         verifier = Verifier(self.identity.enrolled.owner_keys)
         orders = Orders(host, journal, self.parts.actions, verifier, clock, gates={"domain": prepared})
         executor = Executor(host.host_id, journal, verifier, clock, ground.fence)
-        reporter = Reporter(host, journal, spool, clock, self.parts.senses)
+        reporter = Reporter(host, journal, spool, clock, self.parts.senses, self._going_down)
         hypervisor.on_event(reporter.hear)
         return Core(host, clock, journal, spool, orders, executor, reporter, prepared)
 
@@ -204,7 +207,7 @@ class Agent:
         try:
             async with asyncio.TaskGroup() as group:
                 for work in (
-                    self._until(stop),
+                    self._until(core, stop),
                     self._watch(core),
                     core.reporter.run(),
                     self._prepare(core),
@@ -221,9 +224,20 @@ class Agent:
         assert isinstance(ended, _Ended)
         return ended
 
-    async def _until(self, stop: asyncio.Event) -> None:
+    async def _until(self, core: Core, stop: asyncio.Event) -> None:
         await stop.wait()
-        raise _Ended(0, "it was asked to")
+        if not await self._going_down():
+            raise _Ended(0, "it was asked to")
+        log.warning("this host is being shut down: its VMs are, too")
+        core.orders.leaving = True
+        ended = await end_guests(core.host.hypervisor, self.config.shutdown_guests_seconds)
+        await core.reporter.settle(ended)
+        if not await core.spool.wait_committed(Owner.INVENTORY, FAREWELL_SECONDS):
+            log.warning("nobody took note yet of how the VMs ended: it is told after the next boot")
+        raise _Ended(0, f"its host is being shut down; {len(ended)} VMs were ended before")
+
+    async def _going_down(self) -> bool:
+        return await self.parts.ground.going_down(self.config)
 
     async def _watch(self, core: Core) -> None:
         """What only a new process can mend."""

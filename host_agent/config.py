@@ -48,6 +48,12 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
     dmi_uuid_path: str = "/sys/class/dmi/id/product_uuid"
     """Where the machine's own UUID is read, which its BMC must confirm before it is believed. Set only where a "host" has
     no firmware of its own, as in the lab."""
+    shutdown_mark_path: str = ""
+    """A file that is there while this host is being shut down, made before the agent is ended. Set where no systemd says
+    so, as in the lab; "" is none."""
+    shutdown_guests_seconds: float = 30.0
+    """When the host is being shut down its VMs are asked to shut down, and ended after so long. The agent's own stop time
+    must be longer (systemd's TimeoutStopSec is 90 s)."""
     watchdog_class_path: str = "/sys/class/watchdog"
     """Where the kernel tells of its watchdog devices. Set only where the watchdog isn't the kernel's, as in the lab."""
     device_suffix: str = ""

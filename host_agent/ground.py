@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from host_agent.config import AgentConfig
 from host_agent.database import Database
 from host_agent.fencing import Run
 from host_agent.hypervisor import Hypervisor
+from host_agent.shutdown import is_going_down
 from host_agent.solitude import alone
 from volery.fencing import running
 from volery.runtime.bus_client import BusClient
@@ -30,3 +31,5 @@ class Ground:
     boot_id: Callable[[Path], str] = read_boot_id
     now_ms: Callable[[], int] = boottime_ms
     fence: Run = running.run
+    going_down: Callable[[AgentConfig], Awaitable[bool]] = is_going_down
+    """Whether the host is being shut down."""

@@ -42,6 +42,7 @@ from volery.contracts.agent import (
     Outcome,
 )
 from volery.contracts.base import Fact, encode
+from volery.contracts.domain_orders import ADMIT_MIGRATION, RUN_DOMAIN
 from volery.contracts.errors import Kind, Problem, Refused
 from volery.runtime import telemetry
 from volery.runtime.clock import utc_now
@@ -59,6 +60,7 @@ PROGRESSED: Final[dict[str, Fact[OrderProgressed]]] = {
     "storage": STORAGE_ORDER_PROGRESSED,
     "network": NETWORK_ORDER_PROGRESSED,
 }
+TAKES_IN: Final = frozenset({RUN_DOMAIN.kind, ADMIT_MIGRATION.kind})
 RUNNING_AT_ONCE: Final = 64
 """Per family of orders (the first word of their kind), so that long copies never hold up domains."""
 CANCEL_GRACE_SECONDS: Final = 30.0
@@ -124,6 +126,8 @@ class Orders:
         self._entries: dict[str, _Entry] = {}
         self._lanes: dict[tuple[str, str], deque[_Entry]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self.leaving = False
+        """The host is being shut down: no VM is taken in any more."""
         self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Fails when a lane did, which is a bug: the agent ends, and its next run resumes the orders."""
         families = {_family(kind) for kind in self._actions}
@@ -202,6 +206,9 @@ class Orders:
         if action is None:
             message = f"this host doesn't know the order {order.kind}: upgrade its agent"
             return Problem(kind=Kind.INVALID, message=message)
+        if self.leaving and order.kind in TAKES_IN:
+            message = "this host is being shut down by its administrator: it takes in no VM"
+            return Problem(kind=Kind.CONFLICT, message=message)
         try:
             body = msgspec.json.decode(order.body, type=action.order.question)
         except msgspec.DecodeError as error:

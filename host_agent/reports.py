@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import sqlite3
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -22,6 +22,7 @@ from host_agent.clock import BootClock
 from host_agent.events import EventName, HypervisorEvent
 from host_agent.facts import MAX_FACT_BYTES, FactClass, Reservation
 from host_agent.journal import Journal
+from host_agent.shutdown import HOST_SHUTDOWN, KEEPS_ITS_REASON
 from host_agent.spool import Spool
 from volery.contracts.agent import (
     DOMAIN_CHANGED,
@@ -69,12 +70,21 @@ class Senses:
 class Reporter:
     """`ask` and `hear` return at once; `run` does the work for as long as the agent lives."""
 
-    def __init__(self, host: Host, journal: Journal, spool: Spool, clock: BootClock, senses: Senses) -> None:
+    def __init__(
+        self,
+        host: Host,
+        journal: Journal,
+        spool: Spool,
+        clock: BootClock,
+        senses: Senses,
+        going_down: Callable[[], Awaitable[bool]],
+    ) -> None:
         self._host = host
         self._journal = journal
         self._spool = spool
         self._clock = clock
         self._senses = senses
+        self._going_down = going_down
         self._wanted: dict[str, bool] = {}
         self._wake = {owner: asyncio.Event() for owner in REPORTED_TO}
         self._dirty: dict[str, HypervisorEvent] = {}
@@ -215,10 +225,23 @@ class Reporter:
             now = msgspec.structs.replace(
                 before,
                 state=DomainState.GONE,
-                reason=str(event.details.get("reason", "")),
+                reason=await self._why_gone(str(event.details.get("reason", ""))),
                 agent_connected=False,
             )
         return now
+
+    async def _why_gone(self, reason: str) -> str:
+        """On a host that is going down guests are shut down, or killed, for that alone."""
+        if reason in KEEPS_ITS_REASON or not await self._going_down():
+            return reason
+        return HOST_SHUTDOWN
+
+    async def settle(self, ended: Collection[str]) -> None:
+        """Returns when the end of these VMs, and whatever else is being looked at, is spooled."""
+        for vm_id in [vm_id for vm_id in ended if vm_id in self._seen]:
+            self.hear(HypervisorEvent(EventName.LIFECYCLE, vm_id, {"event": "stopped"}, DomainState.GONE))
+        while looks := list(self._looks.values()):
+            await asyncio.wait(looks)
 
     async def _tell_domain(self, domain: DomainReport) -> None:
         said = DomainChanged(**self._from_host(), domain=domain)

@@ -56,6 +56,8 @@ class _Channel:
     complained_at: float = -60.0
     fresh: deque[Spooled] = field(default_factory=lambda: deque(maxlen=READ_AT_ONCE))
     wake: asyncio.Event = field(default_factory=asyncio.Event)
+    heard: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when the owner's word advanced."""
 
     def rewind(self, seq: int) -> None:
         """Everything above `seq` counts as not sent."""
@@ -120,7 +122,18 @@ class Spool:
             channel.progress_at = monotonic()
             channel.outstanding = 0
             channel.wake.set()
+            channel.heard.set()
         return True
+
+    async def wait_committed(self, owner: str, seconds: float) -> bool:
+        """Whether the owner has committed all that was said to it, or did within so many seconds."""
+        channel = self._channel(owner)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while channel.committed < channel.head:
+                    channel.heard.clear()
+                    await channel.heard.wait()
+        return channel.committed >= channel.head
 
     @contextlib.asynccontextmanager
     async def report(self, owner: str, rebase: bool) -> AsyncIterator[Reservation]:

@@ -20,6 +20,7 @@ from volery.setup.errors import SetupError
 
 HOST_ACTIONS: dict[str, tuple[Callable[[Host], None], str]] = {
     "power-off": (Host.power_off, "pull the plug: every process on the host dies"),
+    "power-down": (Host.power_down, "shut it down in order: its agent ends the guests, then it goes off"),
     "power-on": (Host.power_on, "boot it, and wait until libvirtd answers"),
     "cut": (Host.cut, "pull the network cable"),
     "join": (Host.join, "plug the network cable in"),

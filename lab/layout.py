@@ -141,6 +141,11 @@ class HostLayout:
         return self.directory / "boot.json"
 
     @property
+    def shutdown_mark(self) -> Path:
+        """There while the host is being shut down in order: what systemd would say."""
+        return self.directory / "shutdown"
+
+    @property
     def power_lock(self) -> Path:
         """Held by pid 1 for as long as it lives, so that a host never runs twice."""
         return self.directory / "power.lock"

@@ -141,6 +141,7 @@ def agent_environment(lab: Lab, host: Host, token: str) -> dict[str, str]:
         "VOLERY_AGENT_TUNNEL_ADDRESS": host.ip,
         "VOLERY_AGENT_DEVICE_SUFFIX": lab.name,
         "VOLERY_AGENT_DMI_UUID_PATH": str(host.layout.product_uuid),
+        "VOLERY_AGENT_SHUTDOWN_MARK_PATH": str(host.layout.shutdown_mark),
         "VOLERY_AGENT_INSTALLATION": home_of(lab).installation,
     }
 

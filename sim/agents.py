@@ -53,6 +53,10 @@ def capabilities(machine: HostMachine) -> HostCapabilities:
     )
 
 
+async def _never(config: AgentConfig) -> bool:
+    return False
+
+
 @asynccontextmanager
 async def _alone(state_dir: Path) -> AsyncIterator[None]:
     """A machine in memory never starts two agents."""
@@ -90,6 +94,7 @@ def main_of(
             boot_id=lambda path: machine.boot_id,
             now_ms=machine.clock.boot_ms,
             fence=fence,
+            going_down=_never,
         )
         parts = Parts(
             actions=(*domains.ACTIONS, *storage.actions(), *networks.actions()),

@@ -34,6 +34,15 @@ ROUTES = (
           note="It ends by itself after `seconds`. Proofs of death count all the same."),
     Route("POST", "/fencing/resume", p.RESUME_FENCING, FENCING, "End a pause of fencing"),
     Route("GET", "/fencing/pauses", p.LIST_FENCING_PAUSES, FENCING, "List pauses of fencing", items=p.FencingPause),
+    Route("GET", "/clusters/{id}/fencing-policy", p.GET_FENCING_POLICY, FENCING, "Get a cluster's fencing policy",
+          note="The defaults, at revision 0, where none was set."),
+    Route("PUT", "/clusters/{id}/fencing-policy", p.SET_FENCING_POLICY, FENCING, "Set a cluster's fencing policy",
+          note="Which silent hosts are spared. What is left out is the default. To switch fencing off for a while, pause "
+               "it for the cluster.",
+          example={"skip_while_lease_alive": True, "skip_if_connectivity_broken": True,
+                   "connectivity_broken_percent": 50}),
+    Route("GET", "/fencing-policies", p.LIST_FENCING_POLICIES, FENCING, "List the fencing policies that were set",
+          items=p.FencingPolicy),
     Route("GET", "/fence-records", p.LIST_FENCE_RECORDS, FENCING, "List what was switched, when, and what the devices said",
           items=p.FenceRecord),
 )  # fmt: skip

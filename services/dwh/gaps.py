@@ -20,7 +20,12 @@ from volery.contracts.host import LIST_HOSTS
 from volery.contracts.liveness import LIST_LIVENESS, LIST_RESTARTS
 from volery.contracts.network import LIST_ATTACHMENTS, LIST_MAC_POOLS, LIST_NETWORKS
 from volery.contracts.operation import ListQuery
-from volery.contracts.power import LIST_FENCE_RECORDS, LIST_FENCING_PAUSES, LIST_POWER_MANAGEMENT
+from volery.contracts.power import (
+    LIST_FENCE_RECORDS,
+    LIST_FENCING_PAUSES,
+    LIST_FENCING_POLICIES,
+    LIST_POWER_MANAGEMENT,
+)
 from volery.contracts.scheduling import LIST_CLAIMS
 from volery.contracts.storage import LIST_DISKS, LIST_STORAGE_DOMAINS, LIST_TRANSFERS
 from volery.contracts.template import LIST_TEMPLATES
@@ -56,6 +61,7 @@ LISTS: dict[str, Call[ListQuery, Any]] = {
     "restart": LIST_RESTARTS,
     "power_management": LIST_POWER_MANAGEMENT,
     "fencing_pause": LIST_FENCING_PAUSES,
+    "fencing_policy": LIST_FENCING_POLICIES,
     "fence_record": LIST_FENCE_RECORDS,
     "claim": LIST_CLAIMS,
 }

@@ -34,13 +34,18 @@ def in_cluster(ha: Ha, cluster_id: str) -> list[Watch]:
     return [w for w in ha.watches.values() if w.known and w.facts.cluster_id == cluster_id]
 
 
-def has_majority(ha: Ha, cluster_id: str, now: float) -> bool:
-    """Whether enough of a cluster answers: of its hosts that should, so without those in maintenance or proven dead."""
-    expected = [
+def expected_in(ha: Ha, cluster_id: str) -> list[Watch]:
+    """Hosts of a cluster that should answer: without those in maintenance or proven dead."""
+    return [
         w
         for w in in_cluster(ha, cluster_id)
         if w.facts.status not in NOT_EXPECTED and w.state is not LivenessState.DEAD
     ]
+
+
+def has_majority(ha: Ha, cluster_id: str, now: float) -> bool:
+    """Whether enough of a cluster's hosts answers."""
+    expected = expected_in(ha, cluster_id)
     return is_majority(sum(_heard(w, now) for w in expected), len(expected))
 
 

@@ -17,10 +17,11 @@ from services.ha.policies.fencing import (
     brake_limit,
     brake_sentence,
     decide,
+    is_lease_alive,
 )
 from services.ha.power import PowerRow, with_step
 from services.ha.state import Ha
-from services.ha.store import POWER, RECORDS
+from services.ha.store import POLICIES, POWER, RECORDS
 from services.ha.watch import Watch
 from volery.contracts.fencing import PowerAction, PowerState
 from volery.contracts.liveness import LivenessState
@@ -88,6 +89,8 @@ async def gather(ha: Ha, watch: Watch, row: PowerRow | None, record: RecordRow |
     """What the decision is made of, as it is now."""
     now, facts, pool = monotonic(), watch.facts, ha.core.pool
     acted_at = ha.acted_at.get(facts.id)
+    policy = await POLICIES.find(pool, facts.cluster_id)
+    expected = executors.expected_in(ha, facts.cluster_id)
     return Silent(
         name=facts.name,
         status=facts.status,
@@ -106,6 +109,10 @@ async def gather(ha: Ha, watch: Watch, row: PowerRow | None, record: RecordRow |
         cut_off=await executors.is_cut_off(ha, watch),
         quarantine=ha.core.quarantine.reason,
         ours=executors.runs_here(watch),
+        policy=None if policy is None else policy.public,
+        lease_alive=is_lease_alive(watch.lease, watch.boot_id, now),
+        broken_hosts=sum(each.suspected for each in expected),
+        cluster_hosts=len(expected),
     )
 
 

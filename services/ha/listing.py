@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from services.ha import fencing, liveness, protection, restarts, rooms, store
+from services.ha import fencing, fencing_policies, liveness, protection, restarts, rooms, store
 from services.ha.state import Ha
 from volery.contracts.errors import Refused
 from volery.contracts.host import LIST_HOSTS, Host
@@ -38,6 +38,7 @@ async def list_what_was_missed(ha: Ha) -> None:
     try:
         await _list_hosts(ha)
         await _list_vms(ha)
+        await fencing_policies.forget_what_has_no_cluster(ha)
     except Refused as refused:
         log.info("inventory can't be listed yet: %s", refused.message)
     except Stale:

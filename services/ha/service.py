@@ -5,6 +5,7 @@ from __future__ import annotations
 from services.ha import (
     confirming,
     fencing,
+    fencing_policies,
     listing,
     liveness,
     pauses,
@@ -38,6 +39,7 @@ service = Service(
         liveness.part,
         power.part,
         pauses.part,
+        fencing_policies.part,
         confirming.part,
         fencing.part,
         restarts.part,

@@ -25,10 +25,13 @@ from volery.contracts.power import (
     FENCE_RECORD_DELETED,
     FENCING_PAUSE_CHANGED,
     FENCING_PAUSE_DELETED,
+    FENCING_POLICY_CHANGED,
+    FENCING_POLICY_DELETED,
     POWER_MANAGEMENT_CHANGED,
     POWER_MANAGEMENT_DELETED,
     FenceRecord,
     FencingPause,
+    FencingPolicy,
     PowerManagement,
 )
 from volery.contracts.protection import (
@@ -167,6 +170,16 @@ START_GROUPS: Table[StartGroup, Nothing] = Table(
     changed=START_GROUP_CHANGED,
     deleted=START_GROUP_DELETED,
     noun="start group",
+)
+
+POLICIES: Table[FencingPolicy, Nothing] = Table(
+    "fencing_policy",
+    FencingPolicy,
+    Nothing,
+    columns={},
+    changed=FENCING_POLICY_CHANGED,
+    deleted=FENCING_POLICY_DELETED,
+    noun="fencing policy of cluster",
 )
 
 _VM = "id, name, epoch, status, desired, reason, host_id, enabled, priority, busy, same_host"

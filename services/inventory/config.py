@@ -20,6 +20,11 @@ class InventoryConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """The first administrator's password, read once when there is no user yet."""
     minimum_libvirt_version: int = 7_000_000
     """libvirt's number; an older host is non-operational (Oracle Linux 8 has 7, Debian 12 has 9)."""
+    io_error_first_seconds: float = 5.0
+    """A VM that an I/O error paused is told to go on after this; each further time waits twice as long as the last."""
+    io_error_longest_seconds: float = 60.0
+    io_error_kill_seconds: float = 80.0
+    """A VM whose policy is `kill` is ended when it was paused for this long (oVirt's time)."""
     evacuations_at_once: int = 2
     """VMs that leave a host at the same time when it goes into maintenance (oVirt: two outgoing migrations a host)."""
     restarts_at_once_on_host: int = 8

@@ -32,6 +32,16 @@ REPORT_SECONDS = 1.0
 
 
 @dataclass(slots=True)
+class Stalled:
+    """Times are on the monotonic clock."""
+
+    since: float
+    epoch: int
+    tried_at: float
+    tries: int = 0
+
+
+@dataclass(slots=True)
 class Inventory:
     core: Core
     store: Store
@@ -45,6 +55,9 @@ class Inventory:
     turns: Turns = field(default_factory=Turns)
     reports: dict[str, asyncio.Event] = field(default_factory=dict)
     """Host → set by its next full report."""
+
+    stalled: dict[str, Stalled] = field(default_factory=dict)
+    """VM → since when an I/O error keeps it paused, as far as this leader has seen."""
 
     async def operation_ended(self, operation_id: str) -> Operation:
         """One of inventory's own operations, once it has ended."""

@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 def down(vm: Vm, private: VmPrivate, end: End) -> tuple[Vm, VmPrivate]:
     """The VM once it has ended so, and what is wanted of it from now on."""
+    if private.killing and end is not End.HOST_DIED:
+        end = End.IO_ERROR
     after = stop_table.after(
         end,
         stop_table.wish(vm, private.stop_asked),
@@ -39,7 +41,7 @@ def down(vm: Vm, private: VmPrivate, end: End) -> tuple[Vm, VmPrivate]:
         stopped_at=utc_now(),
         guest=replace(vm.guest, agent_connected=False, ip_addresses=()),
     )
-    return model.with_actions(new), replace(private, stop_asked=False)
+    return model.with_actions(new), replace(private, stop_asked=False, killing=False)
 
 
 def ended(inv: Inventory, row: Row[Vm, VmPrivate], placement: PlacementRow, end: End) -> list[Change]:

@@ -38,6 +38,9 @@ part = Part()
 ENDED_STATES = {DomainState.SHUTOFF, DomainState.CRASHED, DomainState.GONE}
 ALIVE_STATES = {DomainState.RUNNING, DomainState.PAUSED, DomainState.SHUTTING_DOWN, DomainState.PMSUSPENDED}
 
+REASONS = {"ioerror": model.IO_ERROR}
+"""libvirt's reason for a pause → what it is called here."""
+
 
 @part.hears_hosts(HOST_REPORTED)
 async def host_reported(inv: Inventory, fact: HostReported) -> Sequence[Change]:
@@ -191,7 +194,8 @@ def _alive(
         status = vm.status  # its operation says when it is up
     if not report.responsive:
         status = VmStatus.NOT_RESPONDING
-    reason = report.reason if status in (VmStatus.PAUSED, VmStatus.NOT_RESPONDING) else vm.status_reason
+    said = REASONS.get(report.reason, report.reason)
+    reason = said if status in (VmStatus.PAUSED, VmStatus.NOT_RESPONDING) else vm.status_reason
     known = vm.guest
     guest = GuestInfo(
         agent_connected=report.agent_connected,
@@ -202,7 +206,11 @@ def _alive(
     new = model.with_actions(
         replace(vm, status=status, status_reason=reason if status is not VmStatus.UP else "", guest=guest)
     )
-    private = replace(row.private, had_agent=row.private.had_agent or report.agent_connected)
+    private = replace(
+        row.private,
+        had_agent=row.private.had_agent or report.agent_connected,
+        killing=row.private.killing and status is VmStatus.PAUSED,
+    )
     if new == vm and private == row.private:
         return []
     return [VMS.update(row, new, private)]

@@ -183,7 +183,16 @@ def given(ask: Message) -> dict[str, Any]:
 
 
 NOW = frozenset(
-    {"name", "description", "tags", "high_availability", "affinity", "migration", "delete_protected"}
+    {
+        "name",
+        "description",
+        "tags",
+        "high_availability",
+        "affinity",
+        "migration",
+        "io_error",
+        "delete_protected",
+    }
 )
 """Fields that take effect at once, also while it runs; the others wait for the next start."""
 
@@ -218,6 +227,9 @@ def check_cluster(
     checks.between(cpu_ratio, 0.5, 100, "cpu_overcommit_ratio")
     checks.between(host_failures, 0, 16, "reserve_host_failures", "hosts")
 
+
+IO_ERROR = "io_error"
+"""The reason of a VM that QEMU paused since a disk could not be read or written."""
 
 PREFIX: dict[DiskBus, str] = {DiskBus.VIRTIO: "vd", DiskBus.VIRTIO_SCSI: "sd", DiskBus.SATA: "sd"}
 

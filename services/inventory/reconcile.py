@@ -3,7 +3,8 @@
 Keys: `vm/{id}` (a VM whose state is not the desired one), `claims/{id}` (capacity that a VM no longer needs),
 `stray/{host}/{vm}` (a domain of ours where its VM may not run), `host/{id}` (committed sums shown on the host),
 `order/{id}` (an order that a host was too slow for, and that must not come true later), `lost/{host}` (VMs that ran under
-a boot that has ended by proof), `boot/{host}` (VMs there of which it isn't known under which boot they run).
+a boot that has ended by proof), `boot/{host}` (VMs there of which it isn't known under which boot they run),
+`paused/{vm}` (a VM that an I/O error paused).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from msgspec.structs import replace
 
 from services.inventory.desk import HOST_SECONDS, Inventory
 from services.inventory.endings import bury
+from services.inventory.io_errors import go_on
 from services.inventory.store import HOSTS, VMS
 from volery.contracts.base import Call, Message
 from volery.contracts.domain import DomainState
@@ -172,4 +174,5 @@ LOOKS: dict[str, Callable[[Inventory, str], Awaitable[None]]] = {
     "order": _order,
     "lost": _lost,
     "boot": _boot,
+    "paused": go_on,
 }

@@ -24,6 +24,8 @@ class End(StrEnum):
     """Somebody ended it on its host, past Volery."""
     WATCHDOG = "watchdog"
     """The VM's own watchdog, set to power it off, did."""
+    IO_ERROR = "io_error"
+    """An I/O error had paused it, and its policy ended it."""
     SAVED = "saved"
     MIGRATED = "migrated"
     """It left by a migration that wasn't Volery's."""
@@ -66,6 +68,7 @@ class After:
 PUT_RIGHT: dict[End, Where] = {
     End.CRASHED: Where.SAME_HOST,
     End.HOST_DIED: Where.ELSEWHERE,
+    End.IO_ERROR: Where.ELSEWHERE,
     End.HOST_SHUTDOWN: Where.ELSEWHERE,
 }
 """Ends that nobody wanted → where a highly available VM is brought back. All others leave it down."""

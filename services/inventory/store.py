@@ -55,6 +55,8 @@ class VmPrivate(Message):
     """Hosts that failed to start it, for the current attempt."""
     stop_asked: bool = False
     """A stop is under way: its ending is no crash."""
+    killing: bool = False
+    """It is being ended since an I/O error has kept it paused for too long."""
     run_once: RunOnce | None = None
     had_agent: bool = False
     delete_disks: bool = True
@@ -327,6 +329,12 @@ class Store:
                     or status = 'deleting')"""
         )
         return [row["id"] for row in rows]
+
+    async def paused_vms(self) -> list[Row[Vm, VmPrivate]]:
+        """Those that no operation is at work on, and that are wanted to run."""
+        return await VMS.where(
+            self.pool, "status = 'paused' and desired = 'up' and busy_with = '' and not external"
+        )
 
     async def reader_positions(self, reader: str) -> dict[str, int]:
         rows = await self.pool.fetch("select stream, position from reader_position where reader = $1", reader)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import UTC, datetime
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from services.ha.config import HaConfig
 from services.ha.policies import power as power_rules
+from services.ha.policies.evidence import Lease
 from services.ha.policies.fencing import (
     HOLDS,
     Act,
@@ -18,16 +21,18 @@ from services.ha.policies.fencing import (
     Silent,
     brake_limit,
     decide,
+    is_lease_alive,
     is_majority,
 )
 from volery.contracts.errors import Kind, Refused
 from volery.contracts.fencing import FenceDevice, PowerAction, PowerAnswer, PowerState
 from volery.contracts.host import HostStatus
 from volery.contracts.liveness import LivenessState
-from volery.contracts.power import FenceState, Identity, NewFenceDevice
+from volery.contracts.power import FenceState, FencingPolicy, Identity, NewFenceDevice
 from volery.runtime.config import ConfigError, read
 
 CONFIG = HaConfig()
+NOW = datetime.now(UTC)
 ON, OFF, DOUBT = PowerState.ON, PowerState.OFF, PowerState.UNKNOWN
 READ_ON = Power(enabled=True, identity=Identity.CHECKED, state=ON, read_age=1.0)
 SILENT = Silent(
@@ -41,6 +46,11 @@ SILENT = Silent(
     protected_vms=1,
 )
 OFF_ONCE = Record(FenceState.RUNNING, "boot-1", offs=1, last_off_age=3.0)
+
+SPARE_LEASED = FencingPolicy(id="c", revision=1, created_at=NOW, updated_at=NOW, skip_while_lease_alive=True)
+BROKEN_50 = msgspec.structs.replace(
+    SPARE_LEASED, skip_while_lease_alive=False, skip_if_connectivity_broken=True
+)
 
 
 def with_power(**fields: object) -> Silent:
@@ -65,6 +75,8 @@ HELD = [
     ("cut_off", replace(SILENT, cut_off=True)),
     ("storm", replace(SILENT, storm=True)),
     ("start", replace(SILENT, leading=299.0)),
+    ("connectivity_broken", replace(SILENT, policy=BROKEN_50, broken_hosts=2, cluster_hosts=4)),
+    ("lease_alive", replace(SILENT, policy=SPARE_LEASED, lease_alive=True)),
     ("identity_mismatch", with_power(identity=Identity.MISMATCH)),
     ("identity_unchecked", with_power(identity=Identity.UNCHECKED)),
     ("no_executor", with_power(executor=False)),
@@ -90,6 +102,11 @@ def test_every_reason_has_its_row() -> None:
         ("preparing", replace(SILENT, status=HostStatus.PREPARING_FOR_MAINTENANCE, protected_vms=1)),
         ("switched", replace(SILENT, switched_age=601.0)),
         ("start", replace(SILENT, leading=301.0)),
+        ("connectivity_broken", replace(SILENT, policy=BROKEN_50, broken_hosts=1, cluster_hosts=3)),
+        ("connectivity_broken", replace(SILENT, policy=SPARE_LEASED, broken_hosts=3, cluster_hosts=3)),
+        ("connectivity_broken", replace(SILENT, broken_hosts=3, cluster_hosts=3)),
+        ("lease_alive", replace(SILENT, policy=BROKEN_50, lease_alive=True)),
+        ("lease_alive", replace(SILENT, policy=SPARE_LEASED)),
         (
             "gave_up",
             replace(SILENT, record=Record(FenceState.RUNNING, "boot-0", offs=3, last_off_age=20.0)),
@@ -98,6 +115,21 @@ def test_every_reason_has_its_row() -> None:
 )
 def test_what_does_not_hold(rule: str, silent: Silent) -> None:
     assert decide(silent, CONFIG).act is Act.POWER_OFF, rule
+
+
+@pytest.mark.parametrize(
+    ("lease", "alive"),
+    [
+        (None, False),
+        (Lease(0.0, "boot-1", expired=False, watchdog_passed=False), True),
+        (Lease(0.0, "boot-1", expired=True, watchdog_passed=False), False),
+        (Lease(0.0, "boot-0", expired=False, watchdog_passed=False), False),
+        (Lease(-80.0, "boot-1", expired=False, watchdog_passed=False), False),
+    ],
+)
+def test_whose_lease_spares_it(lease: Lease | None, alive: bool) -> None:
+    """Not one of another boot, nor one that nobody has read for a while."""
+    assert is_lease_alive(lease, "boot-1", 20.0) is alive
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,7 @@ def ago(*seconds: float) -> tuple[datetime, ...]:
         ("host_died", LivenessState.UP, (), "", ("h",)),
         ("host_died", LivenessState.NON_RESPONSIVE, (), "", ("h",)),
         ("host_shutdown", None, (), "", ("h",)),
+        ("io_error", LivenessState.UP, (), "", ("h",)),
     ],
 )
 def test_where(

@@ -18,8 +18,8 @@ from services.ha.config import HaConfig
 from services.ha.service import service as declared
 from tests.support.speaker import Speaker
 from volery.contracts.base import Owner, encode, fill
-from volery.contracts.cluster import GetById
-from volery.contracts.errors import Refused
+from volery.contracts.cluster import GET_CLUSTER, Cluster, GetById
+from volery.contracts.errors import Refused, not_found
 from volery.contracts.host import LIST_HOSTS, Host, HostStatus
 from volery.contracts.ids import new_id
 from volery.contracts.liveness import GET_LIVENESS, HostLiveness
@@ -41,6 +41,7 @@ from volery.runtime.service import Service
 from volery.runtime.tables import commit
 
 NOW = datetime.now(UTC)
+CLUSTER_ID = new_id()
 
 SHORT = {
     "VOLERY_HA_SUSPECT_SECONDS": "0.6",
@@ -58,6 +59,10 @@ SHORT = {
 }
 """A fifth of the real times: a beat is still several times shorter than the first limit."""
 BEAT_SECONDS = 0.1
+
+CLUSTER = Cluster(
+    id=CLUSTER_ID, revision=1, created_at=NOW, updated_at=NOW, name="Default", data_center_id="dc"
+)
 
 
 class Hurried(HaConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -90,7 +95,7 @@ def host(name: str, **fields: Any) -> Host:
         "created_at": NOW,
         "updated_at": NOW,
         "name": name,
-        "cluster_id": "c",
+        "cluster_id": CLUSTER_ID,
         "data_center_id": "dc",
         "status": HostStatus.UP,
     }
@@ -104,7 +109,7 @@ def vm(**fields: Any) -> Vm:
         "created_at": NOW,
         "updated_at": NOW,
         "name": "web",
-        "cluster_id": "c",
+        "cluster_id": CLUSTER_ID,
         "data_center_id": "dc",
         "status": VmStatus.UP,
         "desired": DesiredState.UP,
@@ -199,7 +204,14 @@ class Inventory(Speaker):
 
     def __post_init__(self) -> None:
         self.lists = [(LIST_HOSTS, Host), (LIST_VMS, Vm)]
-        self.answers = [(RESTART_VM, self._restart)]
+        self.answers = [(RESTART_VM, self._restart), (GET_CLUSTER, self._cluster)]
+        self.knows(CLUSTER)
+
+    async def _cluster(self, _: Speaker, ask: GetById, caller: Caller) -> Cluster:
+        found = self.objects.get(ask.id)
+        if not isinstance(found, Cluster):
+            raise not_found("cluster", ask.id)
+        return found
 
     async def _restart(self, _: Speaker, ask: RestartVm, caller: Caller) -> Operation:
         self.asked.append((ask, caller.request_id, time.monotonic()))

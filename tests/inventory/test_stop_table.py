@@ -17,6 +17,7 @@ PROTECTED = {
     End.CRASHED: (UP, Where.SAME_HOST),
     End.DESTROYED: (DOWN, Where.NOWHERE),
     End.WATCHDOG: (DOWN, Where.NOWHERE),
+    End.IO_ERROR: (UP, Where.ELSEWHERE),
     End.SAVED: (DOWN, Where.NOWHERE),
     End.MIGRATED: (DOWN, Where.NOWHERE),
     End.HOST_SHUTDOWN: (UP, Where.ELSEWHERE),

@@ -192,6 +192,18 @@ def test_the_agent_runs_under_the_host_and_is_restarted(host: Host) -> None:
     host.kill_agent()
 
 
+def test_a_host_that_is_shut_down_ends_its_agent_first_and_tells_it_why(host: Host) -> None:
+    mark, log = host.layout.shutdown_mark, host.layout.log / "agent.out"
+    script = f'trap "[ -e {mark} ] && echo goodbye; exit" TERM; echo ready; while :; do sleep 0.05; done'
+    host.install_agent(["sh", "-c", script], {})
+    until(lambda: log.exists() and "ready" in log.read_text(), "the agent listens")
+    host.power_down()
+    assert host.boot is None
+    assert log.read_text().endswith("goodbye\n")
+    host.power_on()
+    assert not mark.exists()
+
+
 def test_an_agent_that_cannot_start_is_tried_again_and_says_why(other: Host) -> None:
     other.install_agent(["sh", "-c", "exit 3"], {})
     other.layout.agent_command.write_text('["/nowhere/agent"]')

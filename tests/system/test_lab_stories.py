@@ -223,6 +223,25 @@ def test_a_crashed_highly_available_guest_comes_back(stage: Stage) -> None:
     stage.remove(back)
 
 
+def test_a_host_that_is_shut_down_sends_its_guest_elsewhere_before_it_is_off(stage: Stage) -> None:
+    """Its own agent says that the guest has ended: nobody waits for a proof that the host is dead."""
+    vm = stage.guest("leaver", high_availability=HighAvailability(enabled=True))
+    host = stage.lab.host(stage.host_number(vm.host_id))
+    began = time.monotonic()
+    host.power_down()
+    off = time.monotonic()
+    back = stage.until(vm.id, lambda now: now.status is VmStatus.UP and now.host_id != vm.host_id, 60)
+    print(f"off after {off - began:.1f} s, runs elsewhere after {time.monotonic() - began:.1f} s")
+    assert back.epoch > vm.epoch
+    (restart,) = stage.client.list(api.RESTARTS, filter={"vm_id": vm.id})
+    assert restart.reason == "host_shutdown"
+    stage.until(vm.id, lambda now: now.guest.agent_connected, 90)
+    host.power_on()
+    host_is_up(stage, vm.host_id)
+    assert not [name for name in stage.domains(host) if name.endswith(vm.id[-12:])]
+    stage.remove(back)
+
+
 def test_maintenance_moves_everything_away(stage: Stage) -> None:
     vm = stage.guest("evacuee")
     request = api.HOSTS.act(vm.host_id, "maintenance", Operation, {"reason": "new memory"})

@@ -23,12 +23,14 @@ from volery.contracts.power import (
     ConfirmHostRebooted,
     Fencing,
     FencingPause,
+    FencingPolicy,
     FencingScope,
     NewFenceDevice,
     PauseFencing,
     PowerManagement,
     PowerSwitched,
     ResumeFencing,
+    SetFencingPolicy,
     SetPowerManagement,
     SwitchPower,
 )
@@ -39,6 +41,9 @@ Confirm = Annotated[str, typer.Option(help="The host's name; you are asked for i
 power_management = typer.Typer(help="How a host's power is switched.", no_args_is_help=True)
 fencing = typer.Typer(help="Whether silent hosts are switched off.", no_args_is_help=True)
 records = typer.Typer(help="What was switched, by ha or by hand.", no_args_is_help=True)
+
+
+policies = typer.Typer(help="Which silent hosts of a cluster are spared.", no_args_is_help=True)
 
 
 class Switch(StrEnum):
@@ -227,6 +232,52 @@ def resume(cluster: str = "", host: str = "") -> None:
         question = ResumeFencing(scope=scope, object_id=object_id)
         client.send(Request("POST", "fencing/resume", Done, body_of(question)))
     output.out.print("fencing goes on")
+
+
+Cluster = Annotated[str, typer.Argument(help="The cluster's name or id.")]
+
+
+@policies.command("show")
+def show_policy(cluster: Cluster, output_format: Output = Format.TABLE) -> None:
+    """Show it; the defaults where none was set."""
+    with work.connected() as client:
+        found = client.find(api.CLUSTERS, cluster)
+        output.show(
+            client.send(Request("GET", f"clusters/{found.id}/fencing-policy", FencingPolicy)), output_format
+        )
+
+
+@policies.command("list")
+def list_policies(output_format: Output = Format.TABLE) -> None:
+    """Show those that were set."""
+    with work.connected() as client:
+        resource = api.FENCING_POLICIES
+        output.show(list(client.list(resource)), output_format, resource.columns)
+
+
+@policies.command("set")
+def set_policy(
+    cluster: Cluster,
+    skip_while_lease_alive: Annotated[
+        bool, typer.Option(help="Spare a host whose storage lease is renewed.")
+    ] = False,
+    skip_if_broken_percent: Annotated[
+        int, typer.Option(help="Switch nothing off while this share of the hosts is silent; 0: no such rule.")
+    ] = 0,
+    output_format: Output = Format.TABLE,
+) -> None:
+    """Set all of it: what isn't named is off."""
+    with work.connected() as client:
+        found = client.find(api.CLUSTERS, cluster)
+        question = SetFencingPolicy(
+            id=found.id,
+            skip_while_lease_alive=skip_while_lease_alive,
+            skip_if_connectivity_broken=skip_if_broken_percent != 0,
+            connectivity_broken_percent=skip_if_broken_percent or 50,
+        )
+        path = f"clusters/{found.id}/fencing-policy"
+        request = Request("PUT", path, FencingPolicy, body_of(question) or b"{}")
+        output.show(client.send(request), output_format)
 
 
 @records.command("list")

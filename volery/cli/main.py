@@ -34,6 +34,7 @@ NOUNS: dict[str, typer.Typer] = {
 }
 for _name, _noun in NOUNS.items():
     app.add_typer(_noun, name=_name)
+estate.clusters.add_typer(fencing.policies, name="fencing-policy")
 estate.hosts.add_typer(fencing.power_management, name="power-management")
 estate.hosts.command()(fencing.power)
 estate.hosts.command("confirm-rebooted")(fencing.confirm_rebooted)

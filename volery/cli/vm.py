@@ -18,6 +18,7 @@ from volery.contracts.vm import (
     CdRom,
     CreateVm,
     HighAvailability,
+    IoErrorPolicy,
     NewDisk,
     NewNic,
     RestartWhere,
@@ -54,6 +55,9 @@ def create(
     ha: Annotated[bool, typer.Option("--ha", help="Bring it back when it crashes or its host dies.")] = False,
     ha_where: HaWhere = RestartWhere.ELSEWHERE,
     pin: Annotated[list[str] | None, typer.Option(help="Only on these hosts.")] = None,
+    io_error: Annotated[
+        IoErrorPolicy, typer.Option(help="What an I/O error that pauses it leads to.")
+    ] = IoErrorPolicy.RESUME,
     start: Annotated[bool, typer.Option("--start", help="Start it at once.")] = False,
     dry_run: DryRun = False,
     wait: Wait = True,
@@ -71,6 +75,7 @@ def create(
             cdroms=(CdRom(disk_id=work.id_of(client, api.DISKS, cdrom)),) if cdrom else (),
             high_availability=HighAvailability(enabled=ha, where=ha_where if ha else RestartWhere.POSSIBLE),
             affinity=Affinity(host_ids=tuple(work.id_of(client, api.HOSTS, text) for text in pin or ())),
+            io_error=io_error,
             start=start,
         )
         op = client.send(api.VMS.create(question, Operation, dry_run=dry_run))
@@ -98,6 +103,9 @@ def edit(
     description: str = "",
     ha: Annotated[bool | None, typer.Option("--ha/--no-ha")] = None,
     ha_where: HaWhere = RestartWhere.ELSEWHERE,
+    io_error: Annotated[
+        IoErrorPolicy | None, typer.Option(help="What an I/O error that pauses it leads to.")
+    ] = None,
     protect: Annotated[bool | None, typer.Option("--protect/--no-protect")] = None,
     output_format: Output = Format.TABLE,
 ) -> None:
@@ -112,6 +120,7 @@ def edit(
         if ha is not None:
             where = ha_where if ha else RestartWhere.POSSIBLE
             fields |= {"high_availability": replace(vm.high_availability, enabled=ha, where=where)}
+        fields |= {"io_error": str(io_error)} if io_error is not None else {}
         fields |= {"delete_protected": protect} if protect is not None else {}
         new = client.send(api.VMS.update(vm.id, fields, vm.revision))
     output.show(new, output_format)

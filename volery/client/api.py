@@ -9,7 +9,7 @@ from volery.contracts.host import Host
 from volery.contracts.liveness import HostLiveness, VmRestart
 from volery.contracts.network import MacPool, Network
 from volery.contracts.operation import Operation
-from volery.contracts.power import FenceRecord, FencingPause, PowerManagement
+from volery.contracts.power import FenceRecord, FencingPause, FencingPolicy, PowerManagement
 from volery.contracts.protection import ClusterReserve, VmProtection
 from volery.contracts.scheduling import Claim
 from volery.contracts.start_group import StartGroup
@@ -72,6 +72,18 @@ FENCING_PAUSES = Resource(
     FencingPause,
     ("scope", "object_id", "until", "paused_by", "reason"),
 )
+FENCING_POLICIES = Resource(
+    "fencing policy",
+    "fencing-policies",
+    FencingPolicy,
+    (
+        "id",
+        "skip_while_lease_alive",
+        "skip_if_connectivity_broken",
+        "connectivity_broken_percent",
+        "updated_at",
+    ),
+)
 
 RESOURCES = (
     DATA_CENTERS,
@@ -97,4 +109,5 @@ RESOURCES = (
     POWER_MANAGEMENT,
     FENCE_RECORDS,
     FENCING_PAUSES,
+    FENCING_POLICIES,
 )

@@ -142,6 +142,28 @@ class ResumeFencing(Message):
     object_id: str = ""
 
 
+class FencingPolicy(Entity):
+    """Which silent hosts of a cluster are spared though everything else says to switch them off. `id` is the cluster's.
+    Proofs of death count all the same. To switch fencing off for a while, pause it."""
+
+    skip_while_lease_alive: bool = False
+    """A host whose storage lease is renewed runs, whatever its network does: its VMs are left where they are."""
+    skip_if_connectivity_broken: bool = False
+    connectivity_broken_percent: int = 50
+    """With `skip_if_connectivity_broken`: nothing is switched off while at least this share of the cluster's hosts is
+    silent without proof of death, the host itself included."""
+
+
+class SetFencingPolicy(Message):
+    """Replaces what there was; what is left out is the default."""
+
+    id: str
+    if_revision: int = 0
+    skip_while_lease_alive: bool = False
+    skip_if_connectivity_broken: bool = False
+    connectivity_broken_percent: int = 50
+
+
 class FenceState(StrEnum):
     RUNNING = "running"
     OFF = "off"
@@ -212,11 +234,16 @@ GET_FENCING = Call("ha.fencing.get", AskFencing, Fencing)
 PAUSE_FENCING = Call("ha.fencing.pause", PauseFencing, FencingPause, mutates=True)
 RESUME_FENCING = Call("ha.fencing.resume", ResumeFencing, Done, mutates=True)
 LIST_FENCING_PAUSES = Call("ha.fencing.list", ListQuery, Page)
+GET_FENCING_POLICY = Call("ha.fencing_policy.get", GetById, FencingPolicy)
+LIST_FENCING_POLICIES = Call("ha.fencing_policy.list", ListQuery, Page)
+SET_FENCING_POLICY = Call("ha.fencing_policy.set", SetFencingPolicy, FencingPolicy, mutates=True)
 LIST_FENCE_RECORDS = Call("ha.fence.list", ListQuery, Page)
 
 POWER_MANAGEMENT_CHANGED = Fact("fact.ha.power_management.{id}.changed", PowerManagement)
 POWER_MANAGEMENT_DELETED = Fact("fact.ha.power_management.{id}.deleted", PowerManagement)
 FENCING_PAUSE_CHANGED = Fact("fact.ha.fencing_pause.{id}.changed", FencingPause)
 FENCING_PAUSE_DELETED = Fact("fact.ha.fencing_pause.{id}.deleted", FencingPause)
+FENCING_POLICY_CHANGED = Fact("fact.ha.fencing_policy.{id}.changed", FencingPolicy)
+FENCING_POLICY_DELETED = Fact("fact.ha.fencing_policy.{id}.deleted", FencingPolicy)
 FENCE_RECORD_CHANGED = Fact("fact.ha.fence_record.{id}.changed", FenceRecord)
 FENCE_RECORD_DELETED = Fact("fact.ha.fence_record.{id}.deleted", FenceRecord)

@@ -113,6 +113,17 @@ class Affinity(Message):
     preferred_host_ids: tuple[str, ...] = ()
 
 
+class IoErrorPolicy(StrEnum):
+    """What becomes of a VM that QEMU paused since its disk could not be read or written (oVirt's resume behaviour)."""
+
+    RESUME = "resume"
+    """Tried again, ever more seldom, until it runs on: when the storage is back."""
+    LEAVE = "leave"
+    """Left paused until somebody unpauses it."""
+    KILL = "kill"
+    """Tried again for a while, then ended; a highly available VM starts elsewhere."""
+
+
 class MigrationPolicy(Message):
     allowed: bool = True
     bandwidth_mib_per_second: int = 0
@@ -153,6 +164,7 @@ class Vm(Entity):
     high_availability: HighAvailability = HighAvailability()
     affinity: Affinity = Affinity()
     migration: MigrationPolicy = MigrationPolicy()
+    io_error: IoErrorPolicy = IoErrorPolicy.RESUME
     delete_protected: bool = False
     external: bool = False
     """Found on a host, not made by Volery: shown and left alone."""
@@ -217,6 +229,7 @@ class CreateVm(Message):
     high_availability: HighAvailability = HighAvailability()
     affinity: Affinity = Affinity()
     migration: MigrationPolicy = MigrationPolicy()
+    io_error: IoErrorPolicy = IoErrorPolicy.RESUME
     delete_protected: bool = False
     start: bool = False
     dry_run: bool = False
@@ -241,6 +254,7 @@ class UpdateVm(Message):
     high_availability: HighAvailability | UnsetType = UNSET
     affinity: Affinity | UnsetType = UNSET
     migration: MigrationPolicy | UnsetType = UNSET
+    io_error: IoErrorPolicy | UnsetType = UNSET
     delete_protected: bool | UnsetType = UNSET
 
 

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from services.ha.config import HaConfig
+from services.ha.policies.evidence import Lease
 from volery.contracts.fencing import PowerState
 from volery.contracts.host import HostStatus
 from volery.contracts.liveness import LivenessState
-from volery.contracts.power import FenceState, Identity
+from volery.contracts.power import FenceState, FencingPolicy, Identity
 
 LOOK_SECONDS = 2.0
 """Between two readings of a BMC that says off, or that was just told to."""
@@ -25,6 +26,8 @@ LONG_SILENCE_SECONDS = 600.0
 """From then on a BMC is read less often."""
 FRESH_SECONDS = 12.0
 """A reading older than this is read again before anything follows from it."""
+LEASE_FRESH_SECONDS = 90.0
+"""A lease that was seen alive longer ago than this says nothing: it may have expired since."""
 
 
 class Act(StrEnum):
@@ -94,6 +97,14 @@ class Silent:
     quarantine: str = ""
     ours: bool = False
     """It is the machine that this very process runs on."""
+    policy: FencingPolicy | None = None
+    """Its cluster's; None: the defaults, by which nobody is spared."""
+    lease_alive: bool = False
+    """Its storage lease was renewed, as it was read last."""
+    broken_hosts: int = 0
+    """Hosts of its cluster that are silent without proof of death."""
+    cluster_hosts: int = 0
+    """Those of its cluster that should answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +127,23 @@ def _power(check: Callable[[Power], bool]) -> Callable[[Silent, HaConfig], bool]
     return lambda s, c: s.power is not None and check(s.power)
 
 
+def _spares(check: Callable[[Silent, FencingPolicy], bool]) -> Callable[[Silent, HaConfig], bool]:
+    return lambda s, c: s.policy is not None and check(s, s.policy)
+
+
+def is_connectivity_broken(broken: int, hosts: int, policy: FencingPolicy) -> bool:
+    """Whether so many hosts of a cluster are silent that its policy takes the network for the cause."""
+    share = broken * 100 >= hosts * policy.connectivity_broken_percent
+    return policy.skip_if_connectivity_broken and hosts > 0 and share
+
+
+def is_lease_alive(lease: Lease | None, boot_id: str, now: float) -> bool:
+    """Whether this boot renewed its storage lease, as far as that is known."""
+    if lease is None or lease.expired or lease.boot_id != boot_id:
+        return False
+    return now - lease.at < LEASE_FRESH_SECONDS
+
+
 HOLDS: tuple[Hold, ...] = (
     Hold("no_boot", lambda s, c: not s.boot_id, "nothing ever ran there as far as ha knows"),
     Hold("no_power_management", lambda s, c: s.power is None,
@@ -136,6 +164,12 @@ HOLDS: tuple[Hold, ...] = (
     Hold("storm", lambda s, c: s.storm, "most hosts fell silent at once: ha waits before it believes it"),
     Hold("start", lambda s, c: s.leading < c.start_hold_seconds,
          "ha, or its leader, started a short while ago: hosts may be starting, too"),
+    Hold("connectivity_broken", _spares(lambda s, p: is_connectivity_broken(s.broken_hosts, s.cluster_hosts, p)),
+         "{broken} of the {hosts} hosts of its cluster are silent, and its fencing policy switches nothing off from "
+         "{percent} % on: look at the network, then confirm the hosts that are off"),
+    Hold("lease_alive", _spares(lambda s, p: p.skip_while_lease_alive and s.lease_alive),
+         "its storage lease is renewed, so the machine and its VMs run; the cluster's fencing policy spares it. Look at "
+         "its network and its agent"),
     Hold("identity_mismatch", _power(lambda p: p.identity is Identity.MISMATCH),
          "its BMC belongs to another machine: correct its power management"),
     Hold("identity_unchecked", _power(lambda p: p.identity is Identity.UNCHECKED),
@@ -166,7 +200,12 @@ def decide(silent: Silent, config: HaConfig) -> Decision:
 def _say(sentence: str, silent: Silent) -> str:
     words = silent.power.words if silent.power is not None else ""
     text = sentence.format(
-        paused=silent.paused, quarantine=silent.quarantine, words=words or "no reason given"
+        paused=silent.paused,
+        quarantine=silent.quarantine,
+        words=words or "no reason given",
+        broken=silent.broken_hosts,
+        hosts=silent.cluster_hosts,
+        percent=silent.policy.connectivity_broken_percent if silent.policy is not None else 0,
     )
     return f"host {silent.name}: {text}"
 

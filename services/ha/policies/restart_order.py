@@ -15,6 +15,8 @@ CRASHES = frozenset({"crashed", "panic", "watchdog", "io_error", "guest_shutdown
 runs no more; whether it should run is the desired state's to say."""
 WITH_HOST = frozenset({"host_died", "host_shutdown"})
 """The host is dead by proof, or was shut down by its administrator: elsewhere, at once."""
+ITS_STORAGE = frozenset({"io_error"})
+"""An I/O error kept it paused until its policy ended it: its host may be the only one that lost the storage."""
 SAME_HOST_TRIES = 3
 """After so many restarts within the window another host is tried: it may be the host."""
 
@@ -133,7 +135,7 @@ def _place(vm: WatchedVm, host: LivenessState | None, count: int) -> tuple[str, 
     """(host to prefer, hosts to avoid)"""
     if not vm.host_id:
         return "", ()
-    if vm.reason in WITH_HOST or count >= SAME_HOST_TRIES or host is LivenessState.DEAD:
+    if vm.reason in WITH_HOST | ITS_STORAGE or count >= SAME_HOST_TRIES or host is LivenessState.DEAD:
         return "", (vm.host_id,)
     return vm.host_id, ()
 
