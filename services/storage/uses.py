@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from services.storage import disk_model, domain_model, luns
+from services.storage import disk_model, domain_model, lease_model, luns
 from services.storage.disks import users
 from services.storage.storage import Storage
 from services.storage.store import DISKS, DiskPrivate, DomainPrivate
@@ -150,9 +150,16 @@ async def reach(svc: Storage, ask: ReachDisks, caller: Caller) -> DiskReach:
         elif domain.status is not DomainStatus.ACTIVE:
             unready[disk_id] = f"storage domain {domain.name} is {domain.status}"
         hosts = set(domain.host_ids) if hosts is None else hosts & set(domain.host_ids)
+    problem = ""
+    if ask.lease_domain_id:
+        holding = (await svc.domain(ask.lease_domain_id)).public
+        problem = lease_model.no_holder(holding, hosts)
+        able = set(holding.lease_host_ids)
+        hosts = able if hosts is None else hosts & able
     return DiskReach(
         any_host=hosts is None,
         host_ids=tuple(sorted(hosts or ())),
         domain_ids=tuple(sorted(domains)),
         unready=unready,
+        lease_problem=problem,
     )
