@@ -155,7 +155,7 @@ def given(ask: Message) -> dict[str, Any]:
 
 
 NOW = frozenset(
-    {"name", "description", "tags", "high_availability", "affinity", "migration", "delete_protected"}
+    {"name", "description", "tags", "high_availability", "affinity", "migration", "delete_protected", "lease"}
 )
 """Fields that take effect at once, also while it runs; the others wait for the next start."""
 

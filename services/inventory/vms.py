@@ -8,7 +8,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from services.inventory import model
+from services.inventory import leases, model
 from services.inventory.clusters import name_taken
 from services.inventory.desk import Inventory
 from services.inventory.starting import Starting, bring_up
@@ -168,6 +168,7 @@ async def create_vm(inv: Inventory, ask: CreateVm, caller: Caller) -> Operation:
     fields = model.given(ask)
     for other in ("disks", "nics", "start"):
         fields.pop(other)
+    fields["lease"] = await leases.for_new(inv, ask, cluster.data_center_id, Caller(caller.principal))
     vm = Vm(
         id=new_id(),
         revision=1,
@@ -327,7 +328,8 @@ async def update_vm(inv: Inventory, ask: UpdateVm, caller: Caller) -> Any:
         checks.revision(row.public, ask.if_revision, "VM")
         if row.public.external:
             raise conflict(f"VM {row.public.name} was not made by Volery; edit it where it was made")
-        new = model.edited(row.public, ask)
+        asking = Caller(caller.principal)
+        new = await leases.for_edited(inv, row.public, ask, model.edited(row.public, ask), asking)
         try:
             update = VMS.update(row, new)
             await inv.core.commit(update, caller=caller, answer=update.document)
@@ -335,6 +337,7 @@ async def update_vm(inv: Inventory, ask: UpdateVm, caller: Caller) -> Any:
             continue
         except Taken:
             raise name_taken("VM", new.name) from None
+        await leases.let_go(inv, row.public, new, asking)
         return update.document
 
 

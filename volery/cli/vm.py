@@ -47,6 +47,9 @@ def create(
     cdrom: Annotated[str, typer.Option(help="Name or id of an ISO disk.")] = "",
     ha: Annotated[bool, typer.Option("--ha", help="Restart it when it crashes.")] = False,
     pin: Annotated[list[str] | None, typer.Option(help="Only on these hosts.")] = None,
+    lease: Annotated[
+        str, typer.Option(help="Storage domain of its lease, or none. Default: with --ha.")
+    ] = "",
     start: Annotated[bool, typer.Option("--start", help="Start it at once.")] = False,
     dry_run: DryRun = False,
     wait: Wait = True,
@@ -64,10 +67,16 @@ def create(
             cdroms=(CdRom(disk_id=work.id_of(client, api.DISKS, cdrom)),) if cdrom else (),
             high_availability=HighAvailability(enabled=ha),
             affinity=Affinity(host_ids=tuple(work.id_of(client, api.HOSTS, text) for text in pin or ())),
+            lease=_lease(client, lease) if lease else None,
             start=start,
         )
         op = client.send(api.VMS.create(question, Operation, dry_run=dry_run))
         work.finish(client, op, wait, output_format)
+
+
+def _lease(client: Any, text: str) -> str:
+    """The id of the storage domain; "" for `none`."""
+    return "" if text == "none" else str(client.find(api.STORAGE_DOMAINS, text).id)
 
 
 def _disk(client: Any, text: str) -> NewDisk:
@@ -91,6 +100,7 @@ def edit(
     description: str = "",
     ha: Annotated[bool | None, typer.Option("--ha/--no-ha")] = None,
     protect: Annotated[bool | None, typer.Option("--protect/--no-protect")] = None,
+    lease: Annotated[str, typer.Option(help="Storage domain of its lease, or none; while it is down.")] = "",
     output_format: Output = Format.TABLE,
 ) -> None:
     """Change a VM; what needs a restart waits for the next one."""
@@ -103,6 +113,7 @@ def edit(
         fields |= {"description": description} if description else {}
         fields |= {"high_availability": {"enabled": ha}} if ha is not None else {}
         fields |= {"delete_protected": protect} if protect is not None else {}
+        fields |= {"lease": _lease(client, lease)} if lease else {}
         new = client.send(api.VMS.update(vm.id, fields, vm.revision))
     output.show(new, output_format)
 
