@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from services.ha import confirming, fencing, listing, liveness, pauses, power, restarts
+from services.ha import confirming, fencing, leases, listing, liveness, pauses, power, restarts
 from services.ha.config import HaConfig
 from services.ha.opening import open_ha
 from services.ha.state import Ha
@@ -28,6 +28,7 @@ service = Service(
         pauses.part,
         confirming.part,
         fencing.part,
+        leases.part,
         restarts.part,
         listing.part,
     ],

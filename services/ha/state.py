@@ -12,6 +12,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from services.ha.config import HaConfig
+from services.ha.policies.leases import Watched
 from services.ha.watch import Watch
 from volery.contracts.metrics import Beat
 from volery.runtime.clock import monotonic
@@ -20,6 +21,16 @@ from volery.runtime.core import Core
 from volery.runtime.vault import Vault
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class LeaseWatch:
+    """What was read of a silent host's leases."""
+
+    watched: dict[str, Watched] = field(default_factory=dict)
+    """By storage domain."""
+    next_at: float = 0.0
+    reading: bool = False
 
 
 @dataclass(slots=True)
@@ -51,6 +62,10 @@ class Ha:
     """When there was last more room for VMs."""
     exhausted: dict[str, float] = field(default_factory=dict)
     """VM → when it was found to fit nowhere."""
+    lease_held: dict[str, float] = field(default_factory=dict)
+    """VM → when a host last said that another holds its lease."""
+    lease_watches: dict[str, LeaseWatch] = field(default_factory=dict)
+    """Silent host → what is read of its leases."""
     witnessed: tuple[float, bool] = (float("-inf"), True)
     """When witnesses were last asked, and whether they answered."""
 
