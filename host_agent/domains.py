@@ -17,7 +17,7 @@ from host_agent.refusals import LibvirtError, is_libvirt
 from host_agent.suspension import remove_file, restore, save_domain
 from volery.contracts.agent import DomainReport
 from volery.contracts.base import Done, Message
-from volery.contracts.domain import DomainSpec, DomainState
+from volery.contracts.domain import DomainLease, DomainSpec, DomainState
 from volery.contracts.domain_orders import (
     ACT_ON_DOMAIN,
     FORGET_DOMAIN,
@@ -34,6 +34,7 @@ from volery.contracts.domain_orders import (
     StopMethod,
 )
 from volery.contracts.errors import Kind, Refused, conflict
+from volery.contracts.leases import DEFAULT_IO_TIMEOUT_SECONDS, LEASE_HELD, dead_seconds
 from volery.runtime.clock import monotonic
 
 Q = TypeVar("Q", bound=Message)
@@ -120,10 +121,23 @@ async def _create_leased(host: Host, order: RunDomain, xml: str) -> None:
         try:
             return await host.hypervisor.create(xml, paused=order.paused)
         except Refused as problem:
-            busy = order.spec.lease is not None and is_libvirt(problem, LibvirtError.RESOURCE_BUSY)
-            if not busy or monotonic() > deadline:
+            lease = order.spec.lease
+            if lease is None or not is_libvirt(problem, LibvirtError.RESOURCE_BUSY):
                 raise
+            if monotonic() > deadline:
+                raise _lease_held(lease) from problem
         await asyncio.sleep(LOOK_AGAIN_SECONDS)
+
+
+def _lease_held(lease: DomainLease) -> Refused:
+    return Refused(
+        Kind.CONFLICT,
+        f"the lease of VM {lease.key} on storage domain {lease.lockspace} is held by another host, or by one that died: "
+        "then it is free 8 io_timeouts and 60 s after that host's last renewal "
+        f"({dead_seconds(DEFAULT_IO_TIMEOUT_SECONDS)} s at the usual io_timeout); try again then",
+        rule=LEASE_HELD,
+        key=lease.key,
+    )
 
 
 async def _check_held(host: Host, order: RunDomain) -> None:

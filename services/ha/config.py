@@ -51,6 +51,10 @@ class HaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Between two switches of one host by hand."""
     test_seconds: float = 86400.0
     """How often power management is tested; what failed is tested again after a tenth of it."""
+    read_lease_seconds: float = 5.0
+    """How often a silent host's storage leases are read."""
+    lease_again_seconds: float = 5.0
+    """A restart that the lease of the VM's former host stands against is tried again after this, as often as it takes."""
     witnesses: str = ""
     """HOST:PORT of machines outside the clusters, separated by commas: when most hosts of a cluster are silent and these
     can't be reached either, ha itself is cut off. Without any, a cluster most of which is silent is left to a person."""

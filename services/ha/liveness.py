@@ -134,6 +134,7 @@ async def begin(ha: Ha) -> None:
     """Leadership begins: take up what was concluded before, and hold it until there was time to listen."""
     now = ha.leading_since = monotonic()
     ha.ordered_off.clear()
+    ha.lease_watches.clear()
     for facts in await store.hosts(ha.core.pool):
         _learn(ha, facts)
     for row in await store.LIVENESS.where(ha.core.pool):
@@ -141,7 +142,7 @@ async def begin(ha: Ha) -> None:
         watch, proof = ha.watch(row.id), row.public.proof
         # Whatever is heard from now on is newer than what a former leader concluded.
         watch.proof = None if proof is None else Held(now, proof.boot_id, proof.kind, proof.details)
-        watch.person = None
+        watch.person = watch.lease = None
         watch.distrust_power()
     _listen_anew(ha)
 

@@ -17,6 +17,7 @@ from services.ha.state import Ha
 from services.ha.store import RESTARTS, RestartPrivate
 from volery.contracts.base import Owner
 from volery.contracts.errors import Kind, Refused
+from volery.contracts.leases import LEASE_HELD
 from volery.contracts.liveness import LIST_RESTARTS, VmRestart
 from volery.contracts.operation import ENDED, GET_OPERATION, GetOperation, ListQuery
 from volery.contracts.vm import RESTART_VM, VM_CHANGED, VM_DELETED, RestartVm, Vm, VmStatus
@@ -94,7 +95,7 @@ async def _treat(ha: Ha, vm: WatchedVm, groups: start_groups.Groups) -> None:
         row = await _learn_outcome(ha, vm, row)
         if row is None:
             return
-    if rooms.fits_nowhere(ha, vm.id):
+    if rooms.fits_nowhere(ha, vm.id) or _is_leased(ha, vm.id):
         return
     now = utc_now()
     attempts = within(row.private.attempts, now, ha.config) if row is not None else ()
@@ -129,9 +130,20 @@ async def _in_turn(
     return Verdict(Step.WAIT, f"VM {vm.name} ended ({vm.reason}) and is brought back in its turn: {others}")
 
 
+def _is_leased(ha: Ha, vm_id: str) -> bool:
+    """Whether another host held its lease just now, or a dead one had not lost it yet."""
+    at = ha.lease_held.get(vm_id)
+    if at is None:
+        return False
+    if monotonic() - at < ha.config.lease_again_seconds:
+        return True
+    del ha.lease_held[vm_id]
+    return False
+
+
 async def _learn_outcome(ha: Ha, vm: WatchedVm, row: RestartRow) -> RestartRow | None:
-    """Having fitted nowhere is no attempt: it is tried again when there is room, as often as it takes. None: it isn't
-    known yet what came of the last one."""
+    """Having fitted nowhere, or not having got its lease, is no attempt: it is tried again as often as it takes. None: it
+    isn't known yet what came of the last one."""
     try:
         operation = await ha.core.bus.ask(
             GET_OPERATION[Owner.INVENTORY], GetOperation(id=row.public.last_operation_id)
@@ -148,6 +160,12 @@ async def _learn_outcome(ha: Ha, vm: WatchedVm, row: RestartRow) -> RestartRow |
         ha.exhausted[vm.id] = monotonic()
         private = replace(private, attempts=row.private.attempts[:-1])
         words = f"VM {vm.name} fits nowhere now; it is tried again when there is room: {problem.message}"
+        public = replace(public, attempts=len(private.attempts), message=words)
+        log.warning("%s", words)
+    elif problem is not None and problem.details.get("rule") == LEASE_HELD:
+        ha.lease_held[vm.id] = monotonic()
+        private = replace(private, attempts=row.private.attempts[:-1])
+        words = f"VM {vm.name} waits for its lease, and is tried again every {ha.config.lease_again_seconds:g} s: {problem.message}"
         public = replace(public, attempts=len(private.attempts), message=words)
         log.warning("%s", words)
     change = RESTARTS.update(row, public, private)

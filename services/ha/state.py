@@ -12,6 +12,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from services.ha.config import HaConfig
+from services.ha.policies.leases import Watched
 from services.ha.watch import Watch
 from volery.contracts.metrics import Beat
 from volery.runtime.clock import monotonic
@@ -38,6 +39,16 @@ class Unjudged:
     def mark_all(self, within: float, between: float) -> None:
         """All of them are due within so many seconds, but not twice within `between`."""
         self.all_due = min(self.all_due, max(monotonic() + within, self.all_at + between))
+
+
+@dataclass(slots=True)
+class LeaseWatch:
+    """What was read of a silent host's leases."""
+
+    watched: dict[str, Watched] = field(default_factory=dict)
+    """By storage domain."""
+    next_at: float = 0.0
+    reading: bool = False
 
 
 @dataclass(slots=True)
@@ -73,6 +84,10 @@ class Ha:
     exhausted: dict[str, float] = field(default_factory=dict)
     """VM → when it was found to fit nowhere."""
     unjudged: Unjudged = field(default_factory=Unjudged)
+    lease_held: dict[str, float] = field(default_factory=dict)
+    """VM → when a host last said that another holds its lease."""
+    lease_watches: dict[str, LeaseWatch] = field(default_factory=dict)
+    """Silent host → what is read of its leases."""
     witnessed: tuple[float, bool] = (float("-inf"), True)
     """When witnesses were last asked, and whether they answered."""
 

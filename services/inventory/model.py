@@ -192,6 +192,7 @@ NOW = frozenset(
         "migration",
         "io_error",
         "delete_protected",
+        "lease",
     }
 )
 """Fields that take effect at once, also while it runs; the others wait for the next start."""

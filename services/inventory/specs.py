@@ -8,10 +8,12 @@ from collections.abc import Mapping
 
 from msgspec.structs import replace
 
+from services.inventory import leases
 from services.inventory.desk import Inventory
 from services.inventory.store import CLUSTERS
 from volery.contracts.cluster import Cluster
 from volery.contracts.domain import DiskBus, DomainDisk, DomainNic, DomainSpec
+from volery.contracts.errors import Kind, Refused
 from volery.contracts.network import PREPARE_NETWORKS, NetworkBridge, PrepareNetworks
 from volery.contracts.scheduling import Need
 from volery.contracts.storage import PREPARE_DISKS, REACH_DISKS, DiskReach, PrepareDisks, ReachDisks
@@ -100,10 +102,12 @@ def network_ids(vm: Vm) -> tuple[str, ...]:
 async def domain_spec(
     inv: Inventory, vm: Vm, host_id: str, run_once: RunOnce | None, caller: Caller
 ) -> DomainSpec:
-    """The VM as this host must run it. Raises Refused when the host lacks a volume or a network."""
-    volumes, bridges = await asyncio.gather(
+    """The VM as this host must run it. Raises Refused when the host lacks a volume or a network, or can't hold
+    the VM's lease."""
+    volumes, bridges, lease = await asyncio.gather(
         prepared_disks(inv, vm.id, host_id, disk_ids(vm, run_once), caller),
         prepared_bridges(inv, host_id, network_ids(vm), caller),
+        leases.prepared(inv, vm, host_id, caller),
     )
     once = run_once or RunOnce()
     cluster = (await CLUSTERS.get(inv.core.pool, vm.cluster_id)).public
@@ -138,15 +142,20 @@ async def domain_spec(
         initrd_path=once.initrd_path,
         kernel_cmdline=once.kernel_cmdline,
         installation=inv.config.installation,
+        lease=lease,
     )
 
 
 async def need_of(inv: Inventory, vm: Vm, caller: Caller, run_once: RunOnce | None = None) -> Need:
-    """What the VM asks of a host, for the scheduler. Raises Refused when a disk can't be used now."""
+    """What the VM asks of a host, for the scheduler. Raises Refused when no host can hold its lease now."""
     ids = disk_ids(vm, run_once)
     reach = DiskReach(any_host=True)
-    if ids:
-        reach = await inv.core.bus.ask(REACH_DISKS, ReachDisks(disk_ids=ids), caller)
+    if ids or vm.lease:
+        reach = await inv.core.bus.ask(
+            REACH_DISKS, ReachDisks(disk_ids=ids, lease_domain_id=vm.lease), caller
+        )
+    if reach.lease_problem:
+        raise Refused(Kind.EXHAUSTED, f"VM {vm.name} can run nowhere now: {reach.lease_problem}", vm_id=vm.id)
     return need(vm, (await CLUSTERS.get(inv.core.pool, vm.cluster_id)).public, reach)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from msgspec import UNSET
 from msgspec.structs import replace
 
-from services.inventory import model
+from services.inventory import leases, model
 from services.inventory.clusters import name_taken
 from services.inventory.desk import Inventory
 from services.inventory.protection import check_restartable, check_vm_restartable
@@ -176,6 +176,7 @@ async def create_vm(inv: Inventory, ask: CreateVm, caller: Caller) -> Operation:
     fields = model.given(ask)
     for other in ("disks", "nics", "start"):
         fields.pop(other)
+    fields["lease"] = await leases.for_new(inv, ask, cluster.data_center_id, Caller(caller.principal))
     vm = Vm(
         id=new_id(),
         revision=1,
@@ -335,7 +336,8 @@ async def update_vm(inv: Inventory, ask: UpdateVm, caller: Caller) -> Any:
         checks.revision(row.public, ask.if_revision, "VM")
         if row.public.external:
             raise conflict(f"VM {row.public.name} was not made by Volery; edit it where it was made")
-        new = model.edited(row.public, ask)
+        asking = Caller(caller.principal)
+        new = await leases.for_edited(inv, row.public, ask, model.edited(row.public, ask), asking)
         if ask.high_availability is not UNSET or ask.affinity is not UNSET:
             await check_vm_restartable(inv, new, caller)
         try:
@@ -345,6 +347,7 @@ async def update_vm(inv: Inventory, ask: UpdateVm, caller: Caller) -> Any:
             continue
         except Taken:
             raise name_taken("VM", new.name) from None
+        await leases.let_go(inv, row.public, new, asking)
         return update.document
 
 

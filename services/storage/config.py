@@ -25,3 +25,10 @@ class StorageConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """How long an upload or download may take before it is cancelled."""
     discard_seconds: float = 15.0
     """How long a failed operation waits for its host to clean up; beyond it the clean-up is done when the host is back."""
+    join_seconds: float = 420.0
+    """How long a host may take to join a lockspace: half a minute, or until the former holder of its number is surely
+    dead."""
+    leave_seconds: float = 130.0
+    """How long a host may take to leave a lockspace."""
+    read_lease_seconds: float = 15.0
+    """How long a host may take to read another's lease."""

@@ -9,9 +9,9 @@ from functools import partial
 
 from msgspec.structs import replace
 
-from services.storage import disk_model, domain_model, lun_model, luns
+from services.storage import disk_model, domain_model, lease_model, lockspaces, lun_model, luns
 from services.storage.storage import Storage
-from services.storage.store import DISKS, DOMAINS, DiskPrivate, DomainPrivate, HostLuns, Leftover
+from services.storage.store import DISKS, DOMAINS, DiskPrivate, DomainPrivate, HostLuns, Leftover, Member
 from volery.contracts.agent import STORAGE_REPORTED, StorageDomainReport, StorageReported
 from volery.contracts.errors import Refused
 from volery.contracts.storage import Disk, DiskStatus, DomainStatus, StorageDomain
@@ -156,7 +156,9 @@ async def _changes(
     row: Row[StorageDomain, DomainPrivate],
     said: Mapping[str, StorageDomainReport],
     about: lun_model.Seen,
+    members: Mapping[str, Member] | None = None,
 ) -> list[Change]:
+    """`members`: the lockspaces of the host whose own report this is; an answer to an order says nothing of them."""
     disks = await svc.store.disks_of(row.id)
     idle = {disk.id: disk for disk in disks if not disk.public.busy_with}
     all_disks = [disk.public for disk in disks]
@@ -165,6 +167,8 @@ async def _changes(
     seen: dict[str, Disk] = {}
     for host_id, report in said.items():
         public = domain_model.with_report(public, host_id, report, all_disks, withheld)
+        if members is not None:
+            public = lease_model.with_lockspace(public, host_id, report, members.get(row.id))
         if report.reachable:
             seen |= {disk.id: new for disk, new in disk_model.seen(row.public, idle.values(), report)}
     activating = bool(public.busy_with) and public.status is DomainStatus.ACTIVATING
@@ -196,17 +200,22 @@ async def reported(svc: Storage, fact: StorageReported) -> list[Change]:
     if host is None:
         return changes
     said = {report.domain_id: report for report in fact.domains}
+    members = await svc.leases.memberships(host.id)
     for row in await svc.store.domains_of(host):
+        report = said.get(row.id)
+        if report is not None:
+            changes += lockspaces.reported(svc, fact, report, members.get(row.id))
         kept = domain_model.kept_hosts(row.public, row.private.maintenance, [host])
         if host.id not in kept or row.public.busy_with:
             continue
-        report = said.get(row.id)
         if report is None:
             svc.core.wake(f"check:{row.id}:{host.id}")
             continue
         changes += await _changes(
-            svc, row, {host.id: report}, (await luns.seen(svc, row.public)).with_host(mine)
+            svc, row, {host.id: report}, (await luns.seen(svc, row.public)).with_host(mine), members
         )
+        if lockspaces.wakes(row, host, report, members):
+            svc.core.wake(lockspaces.key_of(row.id, host.id))
         if report.reachable and disk_model.absent(row.public, await svc.store.disks_of(row.id), report):
             svc.core.wake(f"check:{row.id}:{host.id}")
     return changes

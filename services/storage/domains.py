@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-from services.storage import connections, disk_model, domain_model
+from services.storage import connections, disk_model, domain_model, lease_model, lockspaces
 from services.storage.storage import Storage
 from services.storage.store import DISKS, DOMAIN_IQN, DOMAIN_NAME, DOMAINS, DomainPrivate
 from volery.contracts.agent import StorageDomainReport
@@ -52,7 +52,7 @@ from volery.runtime.tables import Change, Row, Stale, Taken
 
 part = Part()
 NOUN = "storage domain"
-
+EDITABLE = ("name", "description", "tags", "leases", "lease_io_timeout_seconds", "reset_hosts")
 
 PROBES = 3
 """Hosts that are asked in turn to initialise a new domain, until one can."""
@@ -86,10 +86,10 @@ def _taken(taken: Taken, domain: StorageDomain) -> Refused:
 @part.answers(CREATE_STORAGE_DOMAIN)
 async def create(svc: Storage, ask: CreateStorageDomain, caller: Caller) -> Operation:
     ask = domain_model.checked(ask)
+    lease_model.refuse_settings(domain := _new_domain(ask))
     if ask.data_center_id:
         await svc.check_data_center(ask.data_center_id)
     hosts = await svc.connectable(ask.data_center_id, ask.host_id, f"making storage domain {ask.name}")
-    domain = _new_domain(ask)
     host_ids = domain_model.in_turn([host.id for host in hosts], domain.id)[:PROBES]
     op, begun = svc.core.operations.begin(
         "storage_domain.create",
@@ -127,6 +127,9 @@ def _new_domain(ask: CreateStorageDomain) -> StorageDomain:
         portal=ask.portal,
         iqn=ask.iqn,
         chap_user=ask.chap_user,
+        leases=ask.leases,
+        lease_io_timeout_seconds=ask.lease_io_timeout_seconds,
+        reset_hosts=ask.reset_hosts,
     )
 
 
@@ -201,11 +204,7 @@ async def update(svc: Storage, ask: UpdateStorageDomain, caller: Caller) -> Stor
     while True:
         row = await svc.domain(checked_id(NOUN, ask.id))
         checked_revision(NOUN, row.public.name, row.public.revision, ask.if_revision)
-        given = {
-            name: value
-            for name in ("name", "description", "tags")
-            if (value := getattr(ask, name)) is not msgspec.UNSET
-        }
+        given = {name: value for name in EDITABLE if (value := getattr(ask, name)) is not msgspec.UNSET}
         new = replace(row.public, **given)
         new = replace(
             new,
@@ -215,8 +214,10 @@ async def update(svc: Storage, ask: UpdateStorageDomain, caller: Caller) -> Stor
             revision=row.public.revision + 1,
             updated_at=utc_now(),
         )
+        await lockspaces.refuse_change(svc, row.public, new)
+        change = svc.then_wake(DOMAINS.update(row, new), f"domain:{row.id}")
         try:
-            await svc.core.commit(DOMAINS.update(row, new), caller=caller, answer=new)
+            await svc.core.commit(change, caller=caller, answer=new)
         except Stale:
             continue
         except Taken as taken:
@@ -295,8 +296,10 @@ async def _unattach(svc: Storage, domain_id: str) -> None:
 
     def unattached(row: Row[StorageDomain, DomainPrivate]) -> tuple[StorageDomain, DomainPrivate]:
         new = replace(row.public, data_center_id="", host_ids=(), unreachable={})
+        new = lease_model.only_wanted(new, False, ())
         return domain_model.with_status(new, False), replace(row.private, maintenance=False)
 
+    await lockspaces.leave_everywhere(svc, domain_id, connected)
     await svc.edit(DOMAINS, domain_id, unattached)
     await _take_along(svc, domain_id)
     await connections.disconnect(svc, domain_id, connected)
@@ -341,7 +344,8 @@ async def _refuse_in_use(svc: Storage, domain: StorageDomain) -> None:
     at_work = [
         d.public.name for d in disks if d.public.busy_with or d.private.readers or d.private.transfer_id
     ]
-    domain_model.refuse_maintenance(domain, domain_model.running_users(disks, vms), at_work)
+    running = domain_model.running_users(disks, vms) + await lockspaces.holders(svc, domain.id, running=True)
+    domain_model.refuse_maintenance(domain, sorted(set(running)), at_work)
 
 
 async def _detach(
@@ -358,6 +362,7 @@ async def _detach(
             f"{', '.join(names[:5])}; detach these disks first",
             vms=names[:100],
         )
+    await lockspaces.refuse_change(svc, row.public, replace(row.public, leases=False, reset_hosts=False))
     return row.public, row.private
 
 
@@ -394,14 +399,16 @@ async def maintaining(svc: Storage, run: Run) -> None:
     row = await svc.domain(domain_id)
     await _refuse_in_use(svc, row.public)
     hosts = {host.id for host in await svc.store.hosts() if host.status in domain_model.CAN_CONNECT}
-    await run.step(
-        "disconnect",
-        "Disconnect the hosts",
-        partial(connections.disconnect, svc, domain_id, sorted(hosts & set(row.public.host_ids))),
-    )
+    found = sorted(hosts & set(row.public.host_ids))
+    leave = partial(lockspaces.leave_everywhere, svc, domain_id, found)
+    await run.step("leases", "Leave its lockspace", leave)
+    disconnect = partial(connections.disconnect, svc, domain_id, found)
+    await run.step("disconnect", "Disconnect the hosts", disconnect)
 
     def alone(row: Row[StorageDomain, DomainPrivate]) -> tuple[StorageDomain, DomainPrivate]:
-        return replace(row.public, host_ids=(), unreachable={}), row.private
+        return lease_model.only_wanted(
+            replace(row.public, host_ids=(), unreachable={}), True, ()
+        ), row.private
 
     await svc.edit(DOMAINS, domain_id, alone)
 
@@ -431,7 +438,8 @@ async def delete(svc: Storage, ask: DeleteStorageDomain, caller: Caller) -> Done
         left = [svc.store.leave_behind(row.public, row.public.host_id)] if leaving else []
         done = Done()
         try:
-            await svc.core.commit(DOMAINS.delete(row), *left, caller=caller, answer=done)
+            gone = [*left, *svc.leases.domain_gone(row.id)]
+            await svc.core.commit(DOMAINS.delete(row), *gone, caller=caller, answer=done)
         except (Stale, Taken):  # Taken: a disk came meanwhile, and refers to it
             continue
         svc.core.wake(f"leftover:{row.id}")

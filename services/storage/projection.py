@@ -39,12 +39,13 @@ async def data_center_deleted(svc: Storage, center: DataCenter) -> list[Change]:
 
 @part.hears(HOST_CHANGED)
 async def host_changed(svc: Storage, host: Host) -> list[Change]:
-    """Only a new status or data center makes anything to do."""
+    """Only a new status, data center, boot or ability to hold leases makes anything to do."""
     known = await svc.store.host(host.id)
     if (
         known is not None
         and (known.status, known.data_center_id) == (host.status, host.data_center_id)
         and (known.name, known.data_address) == (host.name, host.capabilities.data_address)
+        and (known.boot_id, known.leases) == (host.boot_id, host.capabilities.leases)
     ):
         return []
     return [svc.then_wake(svc.store.know_host(host), f"host:{host.id}")]
@@ -55,6 +56,7 @@ async def host_deleted(svc: Storage, host: Host) -> list[Change]:
     return [
         svc.then_wake(svc.store.forget("host", host.id), f"host:{host.id}"),
         svc.store.forget_luns(host.id),
+        svc.leases.host_gone(host.id),
     ]
 
 
@@ -69,7 +71,9 @@ async def vm_changed(svc: Storage, vm: Vm) -> list[Change]:
 @part.hears(VM_DELETED)
 async def vm_deleted(svc: Storage, vm: Vm) -> list[Change]:
     """A VM that is gone uses nothing."""
-    return [svc.store.forget("vm", vm.id), *await released(svc, vm.id)]
+    leases = [f"lease:{lease.domain_id}:{vm.id}" for lease in await svc.leases.leases_of(vm.id)]
+    doomed = svc.then_wake(svc.leases.doomed(vm.id), *leases)
+    return [svc.store.forget("vm", vm.id), doomed, *await released(svc, vm.id)]
 
 
 async def released(svc: Storage, vm_id: str) -> list[Change]:
@@ -107,7 +111,8 @@ async def list_again(svc: Storage, stream: str) -> None:
     )
     for vm in vms:
         await svc.core.commit(svc.store.know_vm(vm))
-    await svc.core.commit(svc.store.forget_all_but("vm", [vm.id for vm in vms]))
+    vm_ids = [vm.id for vm in vms]
+    await svc.core.commit(svc.store.forget_all_but("vm", vm_ids), svc.leases.doomed_but(vm_ids))
     for host in hosts:
         svc.core.wake(f"host:{host.id}")
 

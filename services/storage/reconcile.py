@@ -5,7 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from services.storage import connections, disk_work, domain_model, lun_model, luns
+from services.storage import (
+    connections,
+    disk_work,
+    domain_model,
+    lease_model,
+    lockspaces,
+    lun_model,
+    luns,
+    vm_leases,
+)
 from services.storage.storage import Storage
 from services.storage.store import DISKS, DOMAINS, DomainPrivate, HostRow
 from volery.contracts.errors import Kind, Refused
@@ -18,7 +27,8 @@ log = logging.getLogger(__name__)
 
 
 async def reconcile(svc: Storage, key: str) -> None:
-    """Keys: `domain:{id}`, `check:{domain}:{host}`, `host:{id}`, `disk:{id}`, `leftover:{domain}`."""
+    """Keys: `domain:{id}`, `check:{domain}:{host}`, `host:{id}`, `disk:{id}`, `leftover:{domain}`,
+    `lockspace:{domain}:{host}`, `lease:{domain}:{vm}`."""
     kind, _, rest = key.partition(":")
     await _KINDS[kind](svc, rest)
 
@@ -28,6 +38,7 @@ async def reconcile_all(svc: Storage) -> Sequence[str]:
         *(f"domain:{domain_id}" for domain_id in await svc.store.attached_domain_ids()),
         *(f"disk:{disk_id}" for disk_id in await svc.store.unsettled_disks()),
         *(f"leftover:{left.domain_id}" for left in await svc.store.leftovers()),
+        *(f"lease:{lease.domain_id}:{lease.vm_id}" for lease in await svc.leases.doomed_leases()),
     ]
 
 
@@ -48,6 +59,7 @@ async def _domain(svc: Storage, domain_id: str) -> None:
         kept = domain_model.kept_hosts(row.public, row.private.maintenance, hosts)
         withheld = lun_model.withheld(row.public, row.private.stained, seen, disks)
         public = domain_model.with_disks(domain_model.only_hosts(row.public, kept), disks, withheld)
+        public = lease_model.only_wanted(public, row.private.maintenance, hosts)
         return domain_model.with_status(public, row.private.maintenance), row.private
 
     await svc.edit(DOMAINS, domain_id, settled)
@@ -62,6 +74,8 @@ async def _domain(svc: Storage, domain_id: str) -> None:
         if host_id not in row.public.host_ids
         and now - svc.tried.get((domain_id, host_id), -1e9) >= svc.config.again_seconds
     ]
+    for key in await lockspaces.due(svc, row, hosts):
+        svc.core.wake(key)
     if due:
         await connections.connect(svc, domain_id, due)
 
@@ -79,11 +93,14 @@ async def _check(svc: Storage, rest: str) -> None:
 
 async def _host(svc: Storage, host_id: str) -> None:
     """A host's status or data center changed: its word counts again or no more."""
-    for tried in [tried for tried in svc.tried if tried[1] == host_id]:
-        svc.tried.pop(tried, None)
+    for failures in (svc.tried, svc.joining_failed):
+        for failed in [failed for failed in failures if failed[1] == host_id]:
+            failures.pop(failed, None)
     host = await svc.store.host(host_id) or HostRow(host_id, "", "", "", "")
     for row in await svc.store.domains_of(host):
         svc.core.wake(f"domain:{row.id}")
+    for lockspace_id in await svc.leases.memberships(host_id):
+        svc.core.wake(lockspaces.key_of(lockspace_id, host_id))
     for disk_id in await svc.store.unsettled_disks():
         svc.core.wake(f"disk:{disk_id}")
     for left in await svc.store.leftovers():
@@ -142,4 +159,6 @@ _KINDS = {
     "host": _host,
     "disk": _disk,
     "leftover": _leftover,
+    "lockspace": lockspaces.settle,
+    "lease": vm_leases.remove,
 }

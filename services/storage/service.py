@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from services.storage import connections, discovery, disk_work, disks, domains, projection, transfers, uses
+from services.storage import (
+    connections,
+    discovery,
+    disk_work,
+    disks,
+    domains,
+    projection,
+    transfers,
+    uses,
+    vm_leases,
+)
 from services.storage.config import StorageConfig
 from services.storage.reconcile import reconcile, reconcile_all
 from services.storage.storage import Storage, open_storage
@@ -37,6 +47,7 @@ def make_service() -> Service:
             transfers.part,
             discovery.part,
             projection.part,
+            vm_leases.part,
         ],
         report=STORAGE_REPORTED,
         order_finished=STORAGE_ORDER_FINISHED,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -9,6 +11,7 @@ from typing import TypeVar
 
 from services.storage import domain_model
 from services.storage.config import StorageConfig
+from services.storage.lease_store import LeaseStore
 from services.storage.store import DISKS, DOMAINS, DiskPrivate, DomainPrivate, HostRow, Store
 from volery.contracts.base import Entity, Message
 from volery.contracts.cluster import GET_DATA_CENTER, GetById
@@ -34,6 +37,18 @@ class Storage:
     """(domain, host) → when connecting last failed, by this process's monotonic clock."""
     asked: dict[str, float] = field(default_factory=dict)
     """Host → when it was last asked for a report."""
+    joining: set[tuple[str, str]] = field(default_factory=set)
+    """(domain, host) that is being joined or left."""
+    joining_failed: dict[tuple[str, str], float] = field(default_factory=dict)
+    """(domain, host) → when that last failed."""
+    at_leases: weakref.WeakValueDictionary[str, asyncio.Lock] = field(
+        default_factory=weakref.WeakValueDictionary
+    )
+    """VM → who makes or removes its leases."""
+
+    @property
+    def leases(self) -> LeaseStore:
+        return LeaseStore(self.core.pool)
 
     async def edit(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import asyncpg
@@ -12,6 +12,7 @@ import msgspec
 from volery.contracts.agent import LunClaim, OpenLun
 from volery.contracts.base import Message, encode
 from volery.contracts.host import Host
+from volery.contracts.leases import LeaseAbility, LockspaceReport
 from volery.contracts.storage import (
     DISK_CHANGED,
     DISK_DELETED,
@@ -35,6 +36,8 @@ class DomainPrivate(Message):
     """What a person wants; otherwise an attached domain is to be active."""
     stained: dict[str, str] = {}
     """LUN → what was found on it that no disk explains."""
+    lockspace: bool = False
+    """It has one: it is never made again."""
 
 
 class DiskPrivate(Message):
@@ -117,6 +120,7 @@ DISK_ID = "disk_pkey"
 DISK_LUN = "disk_lun"
 
 Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
+_HOST = "id, name, data_center_id, status, data_address, boot_id, leases"
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +132,35 @@ class HostRow:
     data_center_id: str
     status: str
     data_address: str
+    boot_id: str = ""
+    leases: LeaseAbility = field(default_factory=LeaseAbility)
+    """As this boot reported it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A host's number in a domain's lockspace: its own for good, unless it was given back and the host is gone."""
+
+    domain_id: str
+    host_id: str
+    number: int
+    asked: bool
+    """A join was ordered, and no leave has been confirmed since: it may hold the number."""
+    boot_id: str
+    """Which reported that it has joined, as below; "" when it has not."""
+    generation: int
+    io_timeout_seconds: int
+    reset_host: bool
+
+    @property
+    def joined(self) -> LockspaceReport:
+        return LockspaceReport(
+            domain_id=self.domain_id,
+            host_number=self.number,
+            generation=self.generation,
+            io_timeout_seconds=self.io_timeout_seconds,
+            reset_host=self.reset_host,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +194,11 @@ class Leftover:
     path: str
 
 
+def _host(record: asyncpg.Record) -> HostRow:
+    fields = dict(record)
+    return HostRow(**(fields | {"leases": msgspec.json.decode(fields["leases"], type=LeaseAbility)}))
+
+
 @dataclass(frozen=True, slots=True)
 class Store:
     """What Table does not say by itself."""
@@ -171,10 +209,20 @@ class Store:
 
     def know_host(self, host: Host) -> Change:
         return Change(
-            """insert into host (id, name, data_center_id, status, data_address) values ({0}, {1}, {2}, {3}, {4})
+            """insert into host (id, name, data_center_id, status, data_address, boot_id, leases)
+               values ({0}, {1}, {2}, {3}, {4}, {5}, {6})
                on conflict (id) do update set name = excluded.name, data_center_id = excluded.data_center_id,
-                   status = excluded.status, data_address = excluded.data_address""",
-            (host.id, host.name, host.data_center_id, str(host.status), host.capabilities.data_address),
+                   status = excluded.status, data_address = excluded.data_address, boot_id = excluded.boot_id,
+                   leases = excluded.leases""",
+            (
+                host.id,
+                host.name,
+                host.data_center_id,
+                str(host.status),
+                host.capabilities.data_address,
+                host.boot_id,
+                encode(host.capabilities.leases).decode(),
+            ),
             guarded=False,
         )
 
@@ -203,16 +251,11 @@ class Store:
         return Change(f"delete from {table} where not id = any({{0}}::text[])", (list(ids),), guarded=False)
 
     async def hosts(self) -> list[HostRow]:
-        rows = await self.pool.fetch(
-            "select id, name, data_center_id, status, data_address from host order by id"
-        )
-        return [HostRow(**dict(row)) for row in rows]
+        return [_host(row) for row in await self.pool.fetch(f"select {_HOST} from host order by id")]
 
     async def host(self, host_id: str) -> HostRow | None:
-        row = await self.pool.fetchrow(
-            "select id, name, data_center_id, status, data_address from host where id = $1", host_id
-        )
-        return None if row is None else HostRow(**dict(row))
+        row = await self.pool.fetchrow(f"select {_HOST} from host where id = $1", host_id)
+        return None if row is None else _host(row)
 
     async def vms(self, vm_ids: Iterable[str]) -> dict[str, VmRow]:
         rows = await self.pool.fetch(

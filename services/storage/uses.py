@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from services.storage import disk_model, domain_model, luns
+from services.storage import disk_model, domain_model, lease_model, luns
 from services.storage.disks import users
 from services.storage.storage import Storage
 from services.storage.store import DISKS, DiskPrivate, DomainPrivate
@@ -139,7 +139,10 @@ def refuse_unprepared(row: Row[Disk, DiskPrivate], domain: StorageDomain, ask: P
 
 @part.answers(REACH_DISKS)
 async def reach(svc: Storage, ask: ReachDisks, caller: Caller) -> DiskReach:
-    return _reach(ask.disk_ids, *await _rows(svc, ask.disk_ids))
+    found = _reach(ask.disk_ids, *await _rows(svc, ask.disk_ids))
+    if not ask.lease_domain_id:
+        return found
+    return _holding(found, (await svc.domain(ask.lease_domain_id)).public)
 
 
 @part.answers(REACH_DISKS_OF_MANY)
@@ -169,4 +172,16 @@ def _reach(disk_ids: tuple[str, ...], disks: Disks, domains: Domains) -> DiskRea
         domain_ids=tuple(sorted(used)),
         unready=unready,
         local_host_id=next((d.host_id for d in used.values() if d.host_id), ""),
+    )
+
+
+def _holding(found: DiskReach, domain: StorageDomain) -> DiskReach:
+    """Only hosts that can hold a lease in this domain."""
+    hosts = None if found.any_host else set(found.host_ids)
+    able = set(domain.lease_host_ids)
+    return replace(
+        found,
+        any_host=False,
+        host_ids=tuple(sorted(able if hosts is None else hosts & able)),
+        lease_problem=lease_model.no_holder(domain, hosts),
     )

@@ -56,6 +56,8 @@ SHORT = {
     "VOLERY_HA_START_HOLD_SECONDS": "0.5",
     "VOLERY_HA_OFF_RETRY_SECONDS": "3",
     "VOLERY_HA_ON_WAIT_SECONDS": "1",
+    "VOLERY_HA_READ_LEASE_SECONDS": "0.5",
+    "VOLERY_HA_LEASE_AGAIN_SECONDS": "0.5",
 }
 """A fifth of the real times: a beat is still several times shorter than the first limit."""
 BEAT_SECONDS = 0.1

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
+
+from msgspec.structs import replace
 
 from services.storage.service import make_service
 from tests.support.runtime import running
@@ -19,6 +22,22 @@ from volery.contracts.cluster import DataCenter, GetById
 from volery.contracts.domain import FileSource, ImageFormat, IscsiSource, VolumeSource
 from volery.contracts.errors import Kind, Refused
 from volery.contracts.host import Host
+from volery.contracts.ids import new_id
+from volery.contracts.leases import (
+    CREATE_LEASE,
+    DELETE_LEASE,
+    JOIN_LOCKSPACE,
+    LEAVE_LOCKSPACE,
+    READ_HOST_LEASE,
+    CreateLease,
+    DeleteLease,
+    HostLeaseReading,
+    HostLeaseReadings,
+    JoinLockspace,
+    LeaveLockspace,
+    LockspaceReport,
+    ReadHostLease,
+)
 from volery.contracts.operation import GET_OPERATION, GetOperation, Operation
 from volery.contracts.storage import (
     CREATE_DISK,
@@ -86,6 +105,10 @@ class Shelf:
     """(target, LUN) → whose bytes are on it; absent is blank."""
     passwords: dict[str, str] = field(default_factory=dict)
     strangers: tuple[str, ...] = ()
+    lockspaces: dict[str, dict[int, HostLeaseReading]] = field(default_factory=dict)
+    """Domain → number → its host's lease."""
+    leases: dict[str, str] = field(default_factory=dict)
+    """Path → which host holds it; "" is free."""
     writers: dict[str, set[str]] = field(default_factory=dict)
     """Disk → hosts that are writing it now: never more than one."""
     crowded: list[str] = field(default_factory=list)
@@ -105,6 +128,7 @@ class StorageHost:
     opened: dict[str, OpenTransfer] = field(default_factory=dict)
     open_luns: list[OpenLun] = field(default_factory=list)
     claims: dict[int, LunClaim] = field(default_factory=dict)
+    joined: dict[str, LockspaceReport] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         acts: tuple[tuple[Any, Any], ...] = (
@@ -119,6 +143,11 @@ class StorageHost:
             (IMPORT_VOLUME, self.import_),
             (OPEN_TRANSFER, self.open),
             (FINISH_TRANSFER, self.finish),
+            (JOIN_LOCKSPACE, self.join),
+            (LEAVE_LOCKSPACE, self.leave),
+            (CREATE_LEASE, self.create_lease),
+            (DELETE_LEASE, self.delete_lease),
+            (READ_HOST_LEASE, self.read_host),
         )
         for order, act in acts:
             self.agent.does(order, self._guarded(order.kind, act))
@@ -178,6 +207,7 @@ class StorageHost:
                 available_bytes=self.shelf.available_bytes,
                 volumes=volumes,
                 strangers=self.shelf.strangers,
+                lockspace=self.joined.get(domain_id),
             )
         luns = self.shelf.luns.get(where.iqn, {})
         return StorageDomainReport(
@@ -264,6 +294,69 @@ class StorageHost:
         if ask.cancel:
             return VolumeInfo(size_bytes=0, used_bytes=0, format=ImageFormat.RAW)
         return replace_info(self._put(ask.target, ask.max_bytes, 5 * MIB), ask.sha256 or "cd" * 32)
+
+    # Leases
+
+    async def boot(self) -> None:
+        """It comes up under a new boot, in no lockspace."""
+        await self.agent.kill()
+        self.joined.clear()
+        self.agent.boot_id = new_id()
+        await self.agent.start()
+
+    def join(self, ask: JoinLockspace) -> LockspaceReport:
+        if ask.initialise:
+            self.shelf.lockspaces.setdefault(ask.domain_id, {})
+        if ask.domain_id not in self.shelf.lockspaces:
+            raise Refused(Kind.NOT_FOUND, f"storage domain {ask.domain_id} has no lockspace at {ask.path}")
+        leases = self.shelf.lockspaces[ask.domain_id]
+        before = leases.get(ask.host_number)
+        if before is not None and before.holder != self.agent.host_id:
+            raise Refused(Kind.CONFLICT, "another machine uses this host's number in the lockspace")
+        now = self.joined.get(ask.domain_id)
+        if now is not None and now.host_number != ask.host_number:
+            raise Refused(Kind.CONFLICT, f"this host is number {now.host_number} in the lockspace")
+        generation = now.generation if now else before.generation + 1 if before else 1
+        self.joined[ask.domain_id] = LockspaceReport(
+            domain_id=ask.domain_id,
+            host_number=ask.host_number,
+            generation=generation,
+            io_timeout_seconds=ask.io_timeout_seconds,
+            reset_host=ask.reset_host,
+        )
+        leases[ask.host_number] = HostLeaseReading(
+            asked_seconds=0.0,
+            answered_seconds=0.0,
+            holder=self.agent.host_id,
+            generation=generation,
+            timestamp=100,
+            io_timeout_seconds=ask.io_timeout_seconds,
+        )
+        return self.joined[ask.domain_id]
+
+    def leave(self, ask: LeaveLockspace) -> Done:
+        if self.agent.host_id in self.shelf.leases.values():
+            raise Refused(Kind.CONFLICT, "this host holds 1 leases of the storage domain")
+        now = self.joined.pop(ask.domain_id, None)
+        if now is not None:
+            leases = self.shelf.lockspaces[ask.domain_id]
+            leases[now.host_number] = replace(leases[now.host_number], timestamp=0)
+        return Done()
+
+    def create_lease(self, ask: CreateLease) -> Done:
+        self.shelf.leases.setdefault(ask.path, "")
+        return Done()
+
+    def delete_lease(self, ask: DeleteLease) -> Done:
+        if self.shelf.leases.get(ask.path):
+            raise Refused(Kind.CONFLICT, "it is held")
+        self.shelf.leases.pop(ask.path, None)
+        return Done()
+
+    def read_host(self, ask: ReadHostLease) -> HostLeaseReadings:
+        found = self.shelf.lockspaces[ask.domain_id][ask.host_number]
+        now = replace(found, asked_seconds=time.monotonic(), answered_seconds=time.monotonic())
+        return HostLeaseReadings(reader_boot_id=self.agent.boot_id, first=now, second=now)
 
 
 def replace_info(info: VolumeInfo, sha256: str) -> VolumeInfo:

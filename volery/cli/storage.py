@@ -46,6 +46,11 @@ def create_domain(
     chap_user: str = "",
     chap_password_file: Annotated[Path | None, typer.Option(help="File with the CHAP password.")] = None,
     data_center: str = "Default",
+    leases: Annotated[bool, typer.Option("--leases", help="VMs can have a lease here (sanlock).")] = False,
+    lease_io_timeout: Annotated[int, typer.Option(help="sanlock's io_timeout, in seconds.")] = 10,
+    reset_hosts: Annotated[
+        bool, typer.Option("--reset-hosts", help="The watchdog resets a host that loses its lease here.")
+    ] = False,
     wait: Wait = True,
     output_format: Output = Format.TABLE,
 ) -> None:
@@ -61,8 +66,32 @@ def create_domain(
             iqn=iqn,
             chap_user=chap_user,
             chap_password=chap_password_file.read_text().strip() if chap_password_file else "",
+            leases=leases,
+            lease_io_timeout_seconds=lease_io_timeout,
+            reset_hosts=reset_hosts,
         )
         work.finish(client, client.send(api.STORAGE_DOMAINS.create(question, Operation)), wait, output_format)
+
+
+@domains.command("edit")
+def edit_domain(
+    name: Name,
+    new_name: Annotated[str, typer.Option("--name")] = "",
+    leases: Annotated[bool | None, typer.Option("--leases/--no-leases")] = None,
+    lease_io_timeout: Annotated[int, typer.Option(help="In seconds; while leases are off.")] = 0,
+    reset_hosts: Annotated[bool | None, typer.Option("--reset-hosts/--no-reset-hosts")] = None,
+    output_format: Output = Format.TABLE,
+) -> None:
+    """Change a storage domain: its name, and whether VMs can have a lease there."""
+    with work.connected() as client:
+        domain = client.find(api.STORAGE_DOMAINS, name)
+        fields: dict[str, Any] = {}
+        fields |= {"name": new_name} if new_name else {}
+        fields |= {"leases": leases} if leases is not None else {}
+        fields |= {"lease_io_timeout_seconds": lease_io_timeout} if lease_io_timeout else {}
+        fields |= {"reset_hosts": reset_hosts} if reset_hosts is not None else {}
+        new = client.send(api.STORAGE_DOMAINS.update(domain.id, fields, domain.revision))
+    output.show(new, output_format)
 
 
 def _act(action: str, help_text: str) -> None:

@@ -58,6 +58,9 @@ def create(
     io_error: Annotated[
         IoErrorPolicy, typer.Option(help="What an I/O error that pauses it leads to.")
     ] = IoErrorPolicy.RESUME,
+    lease: Annotated[
+        str, typer.Option(help="Storage domain of its lease, or none. Default: with --ha.")
+    ] = "",
     start: Annotated[bool, typer.Option("--start", help="Start it at once.")] = False,
     dry_run: DryRun = False,
     wait: Wait = True,
@@ -76,10 +79,16 @@ def create(
             high_availability=HighAvailability(enabled=ha, where=ha_where if ha else RestartWhere.POSSIBLE),
             affinity=Affinity(host_ids=tuple(work.id_of(client, api.HOSTS, text) for text in pin or ())),
             io_error=io_error,
+            lease=_lease(client, lease) if lease else None,
             start=start,
         )
         op = client.send(api.VMS.create(question, Operation, dry_run=dry_run))
         work.finish(client, op, wait, output_format)
+
+
+def _lease(client: Any, text: str) -> str:
+    """The id of the storage domain; "" for `none`."""
+    return "" if text == "none" else str(client.find(api.STORAGE_DOMAINS, text).id)
 
 
 def _disk(client: Any, text: str) -> NewDisk:
@@ -107,6 +116,7 @@ def edit(
         IoErrorPolicy | None, typer.Option(help="What an I/O error that pauses it leads to.")
     ] = None,
     protect: Annotated[bool | None, typer.Option("--protect/--no-protect")] = None,
+    lease: Annotated[str, typer.Option(help="Storage domain of its lease, or none; while it is down.")] = "",
     output_format: Output = Format.TABLE,
 ) -> None:
     """Change a VM; what needs a restart waits for the next one."""
@@ -122,6 +132,7 @@ def edit(
             fields |= {"high_availability": replace(vm.high_availability, enabled=ha, where=where)}
         fields |= {"io_error": str(io_error)} if io_error is not None else {}
         fields |= {"delete_protected": protect} if protect is not None else {}
+        fields |= {"lease": _lease(client, lease)} if lease else {}
         new = client.send(api.VMS.update(vm.id, fields, vm.revision))
     output.show(new, output_format)
 

@@ -25,6 +25,11 @@ MARGIN_SECONDS = 3
 """sanlock and wdmd count whole seconds, each rounding down; clocks of two machines differ by far less."""
 
 
+LEASE_HELD = "lease_held"
+"""The `rule` of a refusal to run a VM whose lease another host holds, or a dead one has not lost yet: no host would run
+it now, and each may in a while."""
+
+
 class Watchdog(Message):
     """What will reset this host when it stops renewing its leases, as found in this boot."""
 

@@ -10,7 +10,13 @@ from msgspec import UNSET, UnsetType
 
 from volery.contracts.base import Call, Done, Entity, Fact, Message
 from volery.contracts.cluster import DeleteById, GetById
-from volery.contracts.domain import DomainDisk, ImageFormat
+from volery.contracts.domain import DomainDisk, DomainLease, ImageFormat
+from volery.contracts.leases import (
+    DEFAULT_IO_TIMEOUT_SECONDS,
+    HostLeaseReadings,
+    LockspaceReport,
+    Watchdog,
+)
 from volery.contracts.operation import ListQuery, Operation, Page
 from volery.contracts.volume_orders import DiscoveredTarget, TransferDirection
 
@@ -67,6 +73,17 @@ class StorageDomain(Entity):
     strangers: tuple[str, ...] = ()
     """Found there, explained by no disk of ours; never deleted. LUNs as `lun 7`; `luns` says why."""
     busy_with: str = ""
+    leases: bool = False
+    """VMs can have a lease here: its hosts join a lockspace (sanlock), those that can."""
+    lease_io_timeout_seconds: int = DEFAULT_IO_TIMEOUT_SECONDS
+    """sanlock's io_timeout: what a host held is free for others 8 of these + 60 s after its last renewal."""
+    reset_hosts: bool = False
+    """The watchdog resets a host that can't renew its lease here, with all its VMs: then its expired lease proves that
+    the host is dead."""
+    lease_host_ids: tuple[str, ...] = ()
+    """Hosts that have joined the lockspace, so that VMs can hold their lease there."""
+    lease_problems: dict[str, str] = {}
+    """Host → why it has not joined."""
 
 
 class CreateStorageDomain(Message):
@@ -82,6 +99,9 @@ class CreateStorageDomain(Message):
     iqn: str = ""
     chap_user: str = ""
     chap_password: str = ""
+    leases: bool = False
+    lease_io_timeout_seconds: int = DEFAULT_IO_TIMEOUT_SECONDS
+    reset_hosts: bool = False
 
 
 class UpdateStorageDomain(Message):
@@ -90,6 +110,11 @@ class UpdateStorageDomain(Message):
     name: str | UnsetType = UNSET
     description: str | UnsetType = UNSET
     tags: tuple[str, ...] | UnsetType = UNSET
+    leases: bool | UnsetType = UNSET
+    """Not off while a VM has its lease there."""
+    lease_io_timeout_seconds: int | UnsetType = UNSET
+    """Only while leases are off."""
+    reset_hosts: bool | UnsetType = UNSET
 
 
 class AttachStorageDomain(Message):
@@ -306,9 +331,11 @@ class PreparedDisks(Message):
 
 
 class ReachDisks(Message):
-    """Which hosts reach all of these disks? For placement."""
+    """Which hosts reach all of these disks, and can hold a lease? For placement."""
 
     disk_ids: tuple[str, ...]
+    lease_domain_id: str = ""
+    """Where the VM's lease is; "" is none."""
 
 
 class DiskReach(Message):
@@ -320,6 +347,8 @@ class DiskReach(Message):
     """Disk → why it can't be used now."""
     local_host_id: str = ""
     """The one host whose local directory holds one of them."""
+    lease_problem: str = ""
+    """Why no host can hold the lease."""
 
 
 class ReachDisksOfMany(Message):
@@ -332,6 +361,52 @@ class DiskReaches(Message):
     """In the order of the questions."""
 
     reaches: tuple[DiskReach, ...] = ()
+
+
+class PrepareLease(Message):
+    """The VM's lease in this domain, made if need be, for a host that is about to run it. Refused unless the host has
+    joined the lockspace."""
+
+    storage_domain_id: str
+    vm_id: str
+    host_id: str
+
+
+class ReleaseLease(Message):
+    """The VM needs its lease there no more: it is removed as soon as a host can. One that isn't there is a success."""
+
+    storage_domain_id: str
+    vm_id: str
+
+
+class ReadHostLeases(Message):
+    """Have another host read this host's leases on the storage, now: those that can prove its death."""
+
+    host_id: str
+    reader_ids: dict[str, str] = {}
+    """Storage domain → who read it before: readings of one reader alone can be compared."""
+
+
+class HostLeaseSeen(Message):
+    """One reading, and what the boot that holds the lease had reported."""
+
+    storage_domain_id: str
+    storage_domain_name: str
+    boot_id: str
+    """That had joined with `joined.generation`."""
+    joined: LockspaceReport
+    watchdog: Watchdog
+    """Of that boot."""
+    reader_id: str
+    readings: HostLeaseReadings | None = None
+    """None: it could not be read, which proves nothing."""
+    problem: str = ""
+    """Why not."""
+
+
+class HostLeases(Message):
+    leases: tuple[HostLeaseSeen, ...] = ()
+    """Empty: no lease of this host could prove anything."""
 
 
 CREATE_STORAGE_DOMAIN = Call("storage.domain.create", CreateStorageDomain, Operation, mutates=True)
@@ -371,3 +446,7 @@ DETACH_DISK_FROM = Call("storage.disk.detach", DetachDiskFrom, Done, mutates=Tru
 PREPARE_DISKS = Call("storage.disk.prepare", PrepareDisks, PreparedDisks)
 REACH_DISKS = Call("storage.disk.reach", ReachDisks, DiskReach)
 REACH_DISKS_OF_MANY = Call("storage.disk.reach_of_many", ReachDisksOfMany, DiskReaches, timeout_seconds=20)
+
+PREPARE_LEASE = Call("storage.lease.prepare", PrepareLease, DomainLease, timeout_seconds=30)
+RELEASE_LEASE = Call("storage.lease.release", ReleaseLease, Done, mutates=True)
+READ_HOST_LEASES = Call("storage.lease.read_host", ReadHostLeases, HostLeases, timeout_seconds=20)

@@ -166,6 +166,8 @@ class Vm(Entity):
     migration: MigrationPolicy = MigrationPolicy()
     io_error: IoErrorPolicy = IoErrorPolicy.RESUME
     delete_protected: bool = False
+    lease: str = ""
+    """The storage domain where its lease is: no host runs it without holding that. "" is none."""
     external: bool = False
     """Found on a host, not made by Volery: shown and left alone."""
     busy_with: str = ""
@@ -231,6 +233,9 @@ class CreateVm(Message):
     migration: MigrationPolicy = MigrationPolicy()
     io_error: IoErrorPolicy = IoErrorPolicy.RESUME
     delete_protected: bool = False
+    lease: str | None = None
+    """None: if it is highly available, on the storage domain of a disk that it writes, where hosts hold leases; else
+    none."""
     start: bool = False
     dry_run: bool = False
 
@@ -256,6 +261,8 @@ class UpdateVm(Message):
     migration: MigrationPolicy | UnsetType = UNSET
     io_error: IoErrorPolicy | UnsetType = UNSET
     delete_protected: bool | UnsetType = UNSET
+    lease: str | UnsetType = UNSET
+    """Only while it is down. Unset, a VM that becomes highly available while it is down gets one as a new one does."""
 
 
 class DeleteVm(Message):

@@ -78,7 +78,7 @@ class Confirmed:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """The host's storage lease, as it was read last: nobody reads leases yet."""
+    """The host's storage lease, as it was read last."""
 
     at: float
     boot_id: str
