@@ -62,7 +62,7 @@ SUSPICIOUS = (LivenessState.CONNECTING, LivenessState.NON_RESPONSIVE)
 async def host_changed(ha: Ha, host: Host) -> list[Change]:
     """A host to watch, or its new name, or the journal that inventory admitted."""
     facts = _facts(host)
-    saw = with_fields(store.saw_host(facts), then=lambda: _learn(ha, facts))
+    saw = store.saw_host(facts).and_then(lambda: _learn(ha, facts))
     row = await store.LIVENESS.find(ha.core.pool, host.id)
     private = store.LivenessPrivate(admitted_generation=host.agent_generation)
     if row is None:
@@ -77,7 +77,7 @@ async def host_changed(ha: Ha, host: Host) -> list[Change]:
             boot_id=host.boot_id,
         )
         inserted = store.LIVENESS.insert(liveness, private)
-        return [with_fields(inserted, then=lambda: _watch(ha, liveness, private)), saw]
+        return [inserted.and_then(lambda: _watch(ha, liveness, private)), saw]
     boot_id = row.public.boot_id or host.boot_id
     public = replace(row.public, host_name=host.name, cluster_id=host.cluster_id, boot_id=boot_id)
     if host.agent_generation != row.private.admitted_generation:
@@ -89,7 +89,7 @@ async def host_changed(ha: Ha, host: Host) -> list[Change]:
     if public == row.public and private == row.private:
         return [saw]
     updated = store.LIVENESS.update(row, public, private)
-    return [with_fields(updated, then=lambda: _watch(ha, public, private)), saw]
+    return [updated.and_then(lambda: _watch(ha, public, private)), saw]
 
 
 def _facts(host: Host) -> HostFacts:
