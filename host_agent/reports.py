@@ -51,6 +51,8 @@ from volery.runtime.clock import utc_now
 log = logging.getLogger(__name__)
 
 REPORT_RETRY_SECONDS: Final = 2.0
+SETTLE_SECONDS: Final = 5.0
+"""How long libvirt's event may stay away for a domain that has ended."""
 ASK_LIBVIRT: Final = (Owner.INVENTORY.value, Owner.STORAGE.value)
 """Whose reports say what QEMU processes do."""
 REPORTED_TO: Final = (Owner.INVENTORY.value, Owner.STORAGE.value, Owner.NETWORK.value)
@@ -90,6 +92,8 @@ class Reporter:
         self._dirty: dict[str, HypervisorEvent] = {}
         self._unread: set[str] = set()
         """Domains of which more than the state may have changed since they were looked at."""
+        self._gone = asyncio.Event()
+        """Set whenever a domain's end is told."""
         self._looks: dict[str, asyncio.Task[None]] = {}
         self._telling: set[asyncio.Task[Any]] = set()
         self._seen: dict[str, DomainReport] = {}
@@ -237,9 +241,13 @@ class Reporter:
         return HOST_SHUTDOWN
 
     async def settle(self, ended: Collection[str]) -> None:
-        """Returns when the end of these VMs, and whatever else is being looked at, is spooled."""
-        for vm_id in [vm_id for vm_id in ended if vm_id in self._seen]:
-            self.hear(HypervisorEvent(EventName.LIFECYCLE, vm_id, {"event": "stopped"}, DomainState.GONE))
+        """Returns when the end of these VMs is spooled, and whatever else is being looked at. Each is told once, by
+        libvirt's own event: a second look finds nothing any more, and would take the place of the first."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SETTLE_SECONDS):
+                while any(vm_id in self._seen for vm_id in ended):
+                    self._gone.clear()
+                    await self._gone.wait()
         while looks := list(self._looks.values()):
             await asyncio.wait(looks)
 
@@ -247,6 +255,7 @@ class Reporter:
         said = DomainChanged(**self._from_host(), domain=domain)
         if domain.state is DomainState.GONE:
             self._seen.pop(domain.vm_id, None)
+            self._gone.set()
         else:
             self._seen[domain.vm_id] = domain
         await self._journal.put(
