@@ -31,7 +31,7 @@ from volery.contracts.power import (
     PowerManagement,
     SetPowerManagement,
 )
-from volery.contracts.storage import CreateDisk
+from volery.contracts.storage import CreateDisk, StorageDomain
 from volery.contracts.vm import CreateVm, HighAvailability, MigrationPolicy, NewDisk, NewNic, Vm, VmStatus
 from volery.setup.console import Output
 from volery.setup.down import down
@@ -426,3 +426,42 @@ def test_with_power_and_bmc_gone_its_guest_waits_for_a_person(stage: Stage, surv
         bmc.set_fault(Fault.NONE)
         host.power_on()
     host_is_up(stage, vm.host_id)
+
+
+def leases_on(stage: Stage) -> StorageDomain:
+    """The shared directory holds leases, and every host has joined its lockspace."""
+    shared = stage.client.find(api.STORAGE_DOMAINS, "shared")
+    fields = {"leases": True, "lease_io_timeout_seconds": 2, "reset_hosts": True}
+    stage.client.send(api.STORAGE_DOMAINS.update(shared.id, fields, 0))
+    until = time.monotonic() + 60
+    while len((now := stage.client.send(api.STORAGE_DOMAINS.get(shared.id))).lease_host_ids) < 2:
+        assert time.monotonic() < until, now
+        time.sleep(0.2)
+    return now
+
+
+def test_with_power_and_bmc_gone_an_expired_lease_brings_its_guest_back(stage: Stage) -> None:
+    shared = leases_on(stage)
+    vm = stage.guest("heir", high_availability=HighAvailability(enabled=True))
+    assert vm.lease == shared.id
+    stage.act(vm.id, "migrate")  # the lease moves along
+    vm = stage.client.send(api.VMS.get(vm.id))
+    number = stage.host_number(vm.host_id)
+    host, bmc = stage.lab.host(number), stage.lab.bmc(number)
+    bmc.set_fault(Fault.UNREACHABLE)
+    host.power_off()
+    off = time.monotonic()
+    try:
+        back, liveness = restarted_elsewhere(stage, vm, 180)
+        took = time.monotonic() - off
+        print(f"runs elsewhere after {took:.1f} s")
+        assert liveness.proof is not None
+        assert liveness.proof.kind is ProofKind.LEASE_EXPIRED, liveness
+        assert took > 8 * 2 + 60, "never before the watchdog's time"
+        stage.until(vm.id, lambda now: now.guest.agent_connected, 90)
+    finally:
+        bmc.set_fault(Fault.NONE)
+        host.power_on()
+    host_is_up(stage, vm.host_id)
+    assert not [name for name in stage.domains(host) if name.endswith(vm.id[-12:])]
+    stage.remove(back)
