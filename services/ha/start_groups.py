@@ -39,6 +39,8 @@ from volery.runtime.tables import Nothing, Stale, Taken
 part = Part()
 
 MAX_VMS = 200
+HEARD_SECONDS = 1.0
+"""A VM with others before it waits this long in any case: VMs that end together are heard of one after the other."""
 
 Groups = Mapping[str, StartGroup]
 """All start groups, by id."""
@@ -176,5 +178,7 @@ async def waits_for(ha: Ha, vm: WatchedVm, groups: Groups, waited: float) -> str
     earlier = rules.before(vm.id, groups)
     if not earlier:
         return ""
+    if waited < HEARD_SECONDS:
+        return "it waits a moment for word of the start groups before its own"
     vm_ids = sorted({vm_id for group in earlier for vm_id in group.vm_ids})
     return rules.waits_for(vm.id, groups, await store.members(ha.core.pool, vm_ids), max(waited, 0.0))

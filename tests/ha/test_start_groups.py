@@ -169,10 +169,10 @@ async def test_it_waits_no_longer_than_the_group_says(configured: Settings, tmp_
         at.owner.ends_with = Refused(Kind.EXHAUSTED, "no room")
         db, web = (vm(name=n, host_id=at.hosts[0].id, cluster_id=at.cluster.id) for n in ("db", "web"))
         await at.owner.says(VM_CHANGED, db, web)
-        first = await make(at, "first", db, wait_seconds=2)
+        first = await make(at, "first", db, wait_seconds=4)
         await make(at, "second", web, after=(first.id,))
         await at.owner.says(VM_CHANGED, *(down(v, status_reason="host_died") for v in (web, db)))
-        await said_to_wait(at, web, "at most 2 s")
+        await said_to_wait(at, web, "at most 4 s")
         await asked_for(at, db)
         await asked_for(at, db, web)
 
