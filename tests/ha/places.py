@@ -12,15 +12,14 @@ from msgspec.structs import replace
 
 from tests.ha.bmcs import AGENT, PASSWORD, Bmc, executing
 from tests.ha.site import caller, uuid
-from tests.ha.world import Inventory, becomes, ha, hearts, host, hurried, until, vm
+from tests.ha.world import CLUSTER, CLUSTER_ID, Inventory, becomes, ha, hearts, host, hurried, until, vm
 from tests.scheduler.fleets import network_owner, scheduler
 from tests.support.runtime import running
 from tests.support.speaker import Speaker
 from volery.contracts.agent import HostCapabilities
-from volery.contracts.cluster import GET_CLUSTER, LIST_CLUSTERS, Cluster, GetById
-from volery.contracts.errors import Refused, not_found
+from volery.contracts.cluster import LIST_CLUSTERS, Cluster, GetById
+from volery.contracts.errors import Refused
 from volery.contracts.host import HOST_CHANGED, Host
-from volery.contracts.ids import new_id
 from volery.contracts.power import (
     SET_POWER_MANAGEMENT,
     NewFenceDevice,
@@ -40,7 +39,6 @@ from volery.runtime.bus import Bus, Caller
 from volery.runtime.programs import Settings
 
 GIB = 1024**3
-CLUSTER = new_id()
 SOON = {
     "VOLERY_HA_PROTECTION_SETTLE_SECONDS": "0.2",
     "VOLERY_HA_PROTECTION_BETWEEN_SECONDS": "0.2",
@@ -58,18 +56,12 @@ class Needing(Inventory):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.lists = [*self.lists, (LIST_CLUSTERS, Cluster)]
-        self.answers = [*self.answers, (DESCRIBE_NEEDS, self._needs), (GET_CLUSTER, self._cluster)]
+        self.answers = [*self.answers, (DESCRIBE_NEEDS, self._needs)]
 
     async def _needs(self, _: Speaker, ask: VmNeeds, caller: Caller) -> VmNeedsAnswer:
         self.asked_about += len(ask.vm_ids)
         found = [self.objects.get(vm_id) for vm_id in ask.vm_ids]
         return VmNeedsAnswer(vms=tuple(need_of(v) for v in found if isinstance(v, Vm)))
-
-    async def _cluster(self, _: Speaker, ask: GetById, caller: Caller) -> Cluster:
-        found = self.objects.get(ask.id)
-        if not isinstance(found, Cluster):
-            raise not_found("cluster", ask.id)
-        return found
 
 
 def need_of(one: Vm) -> VmNeed:
@@ -134,7 +126,7 @@ async def place(configured: Settings, tmp_path: Path, replicas: int = 1, **more:
     hosts = [
         host(
             f"h{n}",
-            cluster_id=CLUSTER,
+            cluster_id=CLUSTER_ID,
             boot_id="boot-1",
             capabilities=HostCapabilities(
                 dmi_uuid=uuid(n), fence_agents=(AGENT,), memory_bytes=8 * GIB, cpus=4, machines=("q35",)
@@ -142,10 +134,8 @@ async def place(configured: Settings, tmp_path: Path, replicas: int = 1, **more:
         )
         for n in range(2)
     ]
-    now = hosts[0].created_at
-    cluster = Cluster(id=CLUSTER, revision=1, created_at=now, updated_at=now, name="c", data_center_id="dc")
-    web = vm(host_id=hosts[0].id, memory_bytes=GIB, cluster_id=CLUSTER)
-    owner.knows(cluster, *hosts, web)
+    web = vm(host_id=hosts[0].id, memory_bytes=GIB, cluster_id=CLUSTER_ID)
+    owner.knows(*hosts, web)
     settings = hurried(configured, VOLERY_HA_KEY_FILE=str(tmp_path / "ha.key"), **(SOON | more))
     services = [owner.service(), network_owner().service(), scheduler(), *(ha() for _ in range(replicas))]
     async with (
@@ -157,7 +147,7 @@ async def place(configured: Settings, tmp_path: Path, replicas: int = 1, **more:
             executors.bmcs[f"bmc{number}"] = Bmc(uuid(number))
             beating[number].boot_id = "boot-1"
             await becomes(bus, each.id, "up")
-        yield Place(bus, owner, hosts, web, cluster)
+        yield Place(bus, owner, hosts, web, CLUSTER)
 
 
 async def set_power(bus: Bus, host_id: str, number: int, **fields: Any) -> None:

@@ -9,9 +9,9 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from tests.ha.places import CLUSTER, GIB, place, set_power
+from tests.ha.places import GIB, place, set_power
 from tests.ha.site import caller
-from tests.ha.world import until, vm
+from tests.ha.world import CLUSTER_ID, until, vm
 from volery.contracts.cluster import GetById
 from volery.contracts.errors import Refused
 from volery.contracts.host import HostStatus
@@ -30,7 +30,7 @@ async def test_a_vm_becomes_protected_step_by_step_and_says_what_is_missing(
     async with place(configured, tmp_path, replicas=2, **events_alone) as at:
         first, second = at.hosts
         said = await at.is_said(at.web.id, "no_proof")
-        assert (said.vm_name, said.cluster_id, said.host_id) == ("web", CLUSTER, first.id)
+        assert (said.vm_name, said.cluster_id, said.host_id) == ("web", CLUSTER_ID, first.id)
         assert "host h0 has no power management" in said.reasons[0].message
         await set_power(at.bus, first.id, 0)
         await at.is_said(at.web.id, protected=True)
@@ -68,7 +68,7 @@ async def test_what_is_on_its_way_keeps_what_was_said_and_what_is_gone_is_forgot
 ) -> None:
     async with place(configured, tmp_path) as at:
         await at.is_said(at.web.id, "no_proof")
-        db = vm(name="db", cluster_id=CLUSTER, host_id=at.hosts[1].id, memory_bytes=GIB)
+        db = vm(name="db", cluster_id=CLUSTER_ID, host_id=at.hosts[1].id, memory_bytes=GIB)
         await at.owner.says(VM_CHANGED, db)
         before = await at.is_said(db.id, "no_proof")
         moving = await at.says_vm(db, busy_with="inventory-1", host_id="")
@@ -83,7 +83,7 @@ async def test_what_is_on_its_way_keeps_what_was_said_and_what_is_gone_is_forgot
 
         async def only_web() -> bool:
             page = await at.bus.ask(
-                LIST_PROTECTION, ListQuery(filter={"cluster_id": CLUSTER, "protected": "false"})
+                LIST_PROTECTION, ListQuery(filter={"cluster_id": CLUSTER_ID, "protected": "false"})
             )
             return [msgspec.json.decode(i, type=VmProtection).vm_id for i in page.items] == [at.web.id]
 
@@ -96,7 +96,7 @@ async def test_hundreds_of_vms_are_judged_within_seconds_and_written_once(
     async with place(configured, tmp_path) as at:
         await at.is_said(at.web.id, "no_proof")
         many = [
-            vm(name=f"vm{n:03}", cluster_id=CLUSTER, host_id=at.hosts[0].id, memory_bytes=GIB)
+            vm(name=f"vm{n:03}", cluster_id=CLUSTER_ID, host_id=at.hosts[0].id, memory_bytes=GIB)
             for n in range(399)
         ]
         at.owner.knows(*many)
