@@ -26,7 +26,9 @@ from volery.contracts.power import (
     LIST_FENCING_POLICIES,
     LIST_POWER_MANAGEMENT,
 )
+from volery.contracts.protection import LIST_PROTECTION, LIST_RESERVES
 from volery.contracts.scheduling import LIST_CLAIMS
+from volery.contracts.start_group import LIST_START_GROUPS
 from volery.contracts.storage import LIST_DISKS, LIST_STORAGE_DOMAINS, LIST_TRANSFERS
 from volery.contracts.template import LIST_TEMPLATES
 from volery.contracts.vm import LIST_VMS
@@ -63,6 +65,9 @@ LISTS: dict[str, Call[ListQuery, Any]] = {
     "fencing_pause": LIST_FENCING_PAUSES,
     "fencing_policy": LIST_FENCING_POLICIES,
     "fence_record": LIST_FENCE_RECORDS,
+    "protection": LIST_PROTECTION,
+    "reserve": LIST_RESERVES,
+    "start_group": LIST_START_GROUPS,
     "claim": LIST_CLAIMS,
 }
 """How each noun is listed."""
