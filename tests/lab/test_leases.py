@@ -161,7 +161,7 @@ def starts(host: Host, spec: DomainSpec) -> bool:
     try:
         start(host, spec)
     except Refused as refused:
-        if "Lease is held by another host" in refused.message:
+        if "is held by another host" in refused.message:
             return False
         raise
     return True
