@@ -15,7 +15,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from volery.runtime import tables
 from volery.runtime.tables import Table
 
 OWNERS = ("inventory", "scheduler", "storage", "network", "ha")
@@ -62,15 +61,12 @@ def _tables(owner: str) -> list[Table[Any, Any]]:
 
 def _of_table(table: Table[Any, Any]) -> Iterator[str]:
     """What tables.py makes for a noun."""
-    columns = tuple(table.columns)
     yield f"select doc from {table.name} where id = $1"
     if table.name == "capacity":
         return  # a view
     yield f"select doc, private from {table.name} where id = $1"
-    yield _numbered(tables._insert_sql(table.name, columns))
-    for with_private in (True, False):
-        yield _numbered(tables._update_sql(table.name, columns, with_private=with_private))
-    yield f"delete from {table.name} where id = $1 and revision = $2 returning 1"
+    for text in (table.sql.insert, table.sql.update, table.sql.update_both, table.sql.delete):
+        yield _numbered(text)
 
 
 def _numbered(text: str) -> str:
