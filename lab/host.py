@@ -227,7 +227,7 @@ class Host:
         for pid in self.pids("agent"):
             processes.send(pid, signal.SIGTERM)
         while self.pids("agent") and time.monotonic() < deadline:  # systemd, too, gives up after its time
-            time.sleep(0.05)
+            time.sleep(0.05)  # other processes' ends have no event that reaches us here
         self.power_off()
 
     def _sweep(self) -> None:
