@@ -7,9 +7,10 @@ YES ?=
 TESTS ?=
 SEEDS ?= 200
 SEED ?=
+N ?= 30
 export VOLERY_HOME YES
 
-.PHONY: help up down clean status test check sim lab lab-down bench docs fmt lock
+.PHONY: help up down clean status test check sim lab lab-down bench ha-trials docs fmt lock
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,6 +56,10 @@ lab-down: ## end the lab
 bench: ## measure; prints a table and writes bench/results.json
 	@VOLERY_TARGET=bench deploy/bootstrap.sh test
 	@$(PYTHON) -m bench
+
+ha-trials: ## N=30 times a host breaks in a lab, and its VM comes back elsewhere; measured (40 minutes)
+	@VOLERY_TARGET=bench deploy/bootstrap.sh test
+	@$(PYTHON) -m trials -n $(N)
 
 docs: ## write the generated pages anew
 	@deploy/bootstrap.sh venv

@@ -1,4 +1,4 @@
-"""`python -m bench [ROW…] [--full]`: measures, prints a table, writes bench/results.json."""
+"""`python -m bench [ROW…] [--full]`: measures, prints a table, writes its rows into bench/results.json."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ import traceback
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-import msgspec
 import uvloop
 from rich.console import Console
 from rich.table import Table
 
 from bench import calls, machines, memory, reads, streams, writes
-from bench.rows import PAIRS, Line
+from bench.rows import PAIRS, Line, keep
 from bench.world import World
 
 Row = Callable[[World], Awaitable[list[Line]]]
@@ -102,7 +101,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     lines, broken = uvloop.run(measure(asked.rows or list(ROWS), asked.full))
     print_table(lines)
-    asked.output.write_bytes(msgspec.json.format(msgspec.json.encode(lines), indent=2) + b"\n")
+    keep(asked.output, lines)
     if broken:
         raise SystemExit(f"not measured: {', '.join(broken)}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import msgspec
 
@@ -100,6 +101,14 @@ def below(name: str, ours: float, goal: float, unit: str, note: str = "") -> Lin
         met=ours <= goal,
         note=note,
     )
+
+
+def keep(file: Path, lines: Sequence[Line]) -> None:
+    """Writes the lines into the file of results, in the place of those that had their names."""
+    known = msgspec.json.decode(file.read_bytes(), type=list[Line]) if file.exists() else []
+    names = {line.name for line in lines}
+    rows = [line for line in known if line.name not in names] + list(lines)
+    file.write_bytes(msgspec.json.format(msgspec.json.encode(rows), indent=2) + b"\n")
 
 
 def percentile(values: Sequence[float], percent: float) -> float:

@@ -1,0 +1,153 @@
+"""A lab with its control plane as an administrator sees it: guests, hosts and their power, through REST alone."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from lab import plane
+from lab.errors import LabError
+from lab.host import Host
+from lab.lab import Lab
+from volery.client import api
+from volery.client.request import Request, body_of
+from volery.client.transport import Client
+from volery.contracts.cluster import Cluster
+from volery.contracts.fencing import PowerState
+from volery.contracts.operation import Operation
+from volery.contracts.power import Identity, NewFenceDevice, PowerManagement, SetPowerManagement
+from volery.contracts.storage import StorageDomain
+from volery.contracts.vm import CreateVm, NewDisk, NewNic, Vm, VmStatus
+from volery.setup.console import Output
+from volery.setup.down import down
+
+MIB = 1024 * 1024
+QUIET = Output(Console(quiet=True))
+
+
+class TooLate(LabError):
+    """What was waited for did not come."""
+
+
+@dataclass
+class Scene:
+    """`lab` and its control plane. Waiting raises TooLate, REST raises ProblemError and OperationFailed."""
+
+    lab: Lab
+    client: Client
+
+    @property
+    def cluster(self) -> Cluster:
+        return self.client.find(api.CLUSTERS, plane.NAME)
+
+    def guest(self, name: str, *beside: NewDisk, **fields: Any) -> Vm:
+        """A new VM from the guest image that runs, and whose agent has answered. `beside` are further disks."""
+        image = self.client.find(api.DISKS, plane.IMAGE)
+        network = self.client.find(api.NETWORKS, "lab")
+        ask = CreateVm(
+            name=name,
+            cluster_id=self.cluster.id,
+            memory_bytes=160 * MIB,
+            disks=(NewDisk(storage_domain_id=image.storage_domain_id, copy_of=image.id), *beside),
+            nics=(NewNic(network_id=network.id),),
+            **fields,
+        )
+        vm_id = self.client.wait(self.client.send(api.VMS.create(ask, Operation))).object_id
+        self.act(vm_id, "start")
+        return self.until(vm_id, lambda vm: vm.guest.agent_connected and vm.guest.hostname == name, 120)
+
+    def act(self, vm_id: str, action: str, body: dict[str, Any] | None = None) -> Operation:
+        return self.client.wait(self.client.send(api.VMS.act(vm_id, action, Operation, body)))
+
+    def until(self, vm_id: str, holds: Callable[[Vm], bool], seconds: float = 30.0) -> Vm:
+        found: list[Vm] = []
+
+        def look() -> bool:
+            found[:] = [self.client.send(api.VMS.get(vm_id))]
+            return holds(found[0])
+
+        self.wait(look, seconds, lambda: f"a VM that is still {found[0]}")
+        return found[0]
+
+    def wait(self, look: Callable[[], bool], seconds: float, what: Callable[[], str]) -> None:
+        """Until `look` says yes; `what` is said when it did not."""
+        until = time.monotonic() + seconds
+        while not look():
+            if time.monotonic() > until:
+                raise TooLate(f"waited {seconds:.0f} s for {what()}")
+            time.sleep(0.1)
+
+    def host(self, host_id: str) -> Host:
+        """The lab's host behind Volery's."""
+        name = self.client.send(api.HOSTS.get(host_id)).name
+        return self.lab.host(int(name.removeprefix("h")))
+
+    def host_is_up(self, host_id: str, seconds: float = 90.0) -> None:
+        def look() -> bool:
+            return self.client.send(api.HOSTS.get(host_id)).status == "up"
+
+        self.wait(look, seconds, lambda: f"host {self.client.send(api.HOSTS.get(host_id))} to be up")
+
+    def manage_power(self, number: int) -> None:
+        """Tells Volery of the BMC of a host of the lab, and has it tested. Raises LabError."""
+        bmc = self.lab.bmc(number)
+        user, password = bmc.login
+        device = NewFenceDevice(
+            agent="fence_redfish",
+            address=bmc.address,
+            username=user,
+            options={"ssl_insecure": "1"},
+            secrets={"password": password},
+        )
+        host = self.client.find(api.HOSTS, f"h{number}")
+        path = f"hosts/{host.id}/power-management"
+        question = SetPowerManagement(id=host.id, devices=(device,))
+        self.client.send(Request("PUT", path, PowerManagement, body_of(question)))
+        tested = self.client.send(Request("POST", f"{path}/test", PowerManagement, b"{}"))
+        if (tested.identity, tested.power) != (Identity.CHECKED, PowerState.ON):
+            raise LabError(f"The BMC of {host.name} was not believed: {tested.test_words}")
+
+    def hold_leases(self, io_timeout_seconds: int) -> StorageDomain:
+        """The shared directory holds leases, and every host has joined its lockspace."""
+        shared = self.client.find(api.STORAGE_DOMAINS, "shared")
+        fields = {"leases": True, "lease_io_timeout_seconds": io_timeout_seconds, "reset_hosts": True}
+        self.client.send(api.STORAGE_DOMAINS.update(shared.id, fields, 0))
+
+        def joined() -> bool:
+            now = self.client.send(api.STORAGE_DOMAINS.get(shared.id))
+            return len(now.lease_host_ids) >= len(self.lab.hosts)
+
+        self.wait(joined, 60 + 12 * io_timeout_seconds, lambda: "all hosts to join the lockspace")
+        return self.client.send(api.STORAGE_DOMAINS.get(shared.id))
+
+    def remove(self, vm: Vm) -> None:
+        if self.client.send(api.VMS.get(vm.id)).status is not VmStatus.DOWN:
+            self.act(vm.id, "stop", {"force": True})
+        self.client.wait(self.client.send(api.VMS.delete(vm.id, Operation)))
+
+
+@contextlib.contextmanager
+def staged(hosts: int, settings: Mapping[str, str]) -> Iterator[Scene]:
+    """A new lab and control plane, with these settings (VOLERY_…); everything of it is gone afterwards."""
+    state = Path(tempfile.mkdtemp(prefix="volery-scene-", dir="/tmp"))
+    state.chmod(0o755)  # PostgreSQL's own user passes through
+    lab = Lab(state)
+    try:
+        lab.up(hosts)
+        plane.home_of(lab).create()
+        plane.home_of(lab).change_settings(dict(settings))
+        client = plane.connect(lab, QUIET)
+        yield Scene(lab, client)
+        client.http.close()
+    finally:
+        down(plane.home_of(lab), QUIET)
+        lab.down()
+        shutil.rmtree(state, ignore_errors=True)

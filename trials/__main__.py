@@ -1,0 +1,153 @@
+"""`python -m trials [KIND…] [-n N]`: breaks hosts of a lab, N times each way, and measures until the VM is back.
+
+Prints each trial's timeline and writes the figures into bench/results.json. Ends with 1 when a trial did not end as
+it must, or when a goal was missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rich.console import Console
+
+from bench.rows import Line, below, keep
+from lab.errors import LabError
+from lab.scene import Scene, staged
+from trials import ledger
+from trials.kinds import KINDS, SETTINGS, Kind
+from trials.trial import Actors, Outcome, Wrong, first_record, run, settled
+from volery.cli.storage import send_image
+from volery.client import api
+from volery.contracts.domain import ImageFormat
+from volery.contracts.operation import Operation
+from volery.contracts.storage import CreateDisk
+from volery.contracts.vm import HighAvailability, NewDisk, Vm
+
+HOSTS = 3
+PLAIN_STARTS = 3
+SLOWER = 1.3
+"""A restart's start may take this many times as long as a plain start of the same VM."""
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+
+
+def actor(scene: Scene, name: str, directory: Path) -> tuple[Vm, Path]:
+    """A highly available guest that writes on a ledger, and the ledger's file."""
+    blank = directory / f"{name}.ledger"
+    blank.write_bytes(ledger.blank())
+    shared = scene.client.find(api.STORAGE_DOMAINS, "shared")
+    ask = CreateDisk(
+        name=f"{name}-ledger", storage_domain_id=shared.id, size_bytes=ledger.SIZE, format=ImageFormat.RAW
+    )
+    disk_id = scene.client.wait(scene.client.send(api.DISKS.create(ask, Operation))).object_id
+    send_image(scene.client, disk_id, blank)
+    vm = scene.guest(name, NewDisk(disk_id=disk_id), high_availability=HighAvailability(enabled=True))
+    (file,) = (path for path in scene.lab.shared.rglob(f"*{disk_id}*") if path.is_file())
+    return vm, file
+
+
+def plain_start(scene: Scene, actors: Actors) -> float:
+    """Seconds from the order until the guest writes, as an administrator starts it: what a restart is compared with."""
+    vm = settled(scene, actors.survivor)
+    known = len(actors.boots(vm.id))
+    scene.act(vm.id, "stop", {"force": True})
+    ask = api.VMS.act(vm.id, "start", Operation, {"host_id": vm.host_id})
+    operation = scene.client.send(ask)
+    wrote = first_record(actors, known, 60)
+    scene.client.wait(operation)
+    return (wrote - operation.created_at).total_seconds()
+
+
+def tried(scene: Scene, kind: Kind, times: int) -> tuple[list[Outcome], float]:
+    """Every trial of the kind, and how long a plain start takes (median). Raises Wrong, LabError, ledger.Torn."""
+    if kind.io_timeout_seconds:
+        scene.hold_leases(kind.io_timeout_seconds)
+    names = (f"survivor-{kind.name}", f"bystander-{kind.name}")
+    made = [actor(scene, name, scene.lab.layout.state) for name in names]
+    (survivor, _), (bystander, _) = made
+    actors = Actors(survivor.id, bystander.id, {vm.id: file for vm, file in made})
+    plain = statistics.median(plain_start(scene, actors) for _ in range(PLAIN_STARTS))
+    console.print(f"\n[bold]{kind.title}[/]: {times} trials; a plain start takes {plain:.2f} s")
+    outcomes = []
+    for number in range(1, times + 1):
+        outcomes.append(run(scene, kind, actors))
+        show(number, outcomes[-1])
+    for vm, _ in made:
+        scene.remove(vm)
+    return outcomes, plain
+
+
+def show(number: int, outcome: Outcome) -> None:
+    console.print(
+        f"  trial {number}: ordered after {outcome.to_order:.2f} s, writes {outcome.to_record:.2f} s later"
+    )
+    for moment in outcome.timeline:
+        console.print(f"    {moment.at:8.2f} s  {moment.what}", style="dim", soft_wrap=True)
+
+
+def lines(kind: Kind, outcomes: Sequence[Outcome], plain: float) -> list[Line]:
+    """The slowest trial is what counts."""
+    slowest = max(outcome.to_order for outcome in outcomes)
+    started = [outcome.to_record for outcome in outcomes]
+    many = f"slowest of {len(outcomes)} trials, on {datetime.now(UTC):%Y-%m-%d}"
+    middle = statistics.median(outcome.to_order for outcome in outcomes)
+    note = f"{many}; median {middle:.2f} s"
+    found = [below(f"{kind.title}: to the restart order", slowest, kind.order_seconds, "s", note)]
+    ratio = max(started) / plain
+    return [
+        *found,
+        Line(
+            name=f"{kind.title}: from the order until the guest writes",
+            ours=max(started),
+            theirs=plain,
+            unit="s",
+            ratio=ratio,
+            goal=f"<= {SLOWER:g} x",
+            met=ratio <= SLOWER,
+            note=f"{many}; median {statistics.median(started):.2f} s; theirs: a plain start, median of {PLAIN_STARTS}",
+        ),
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m trials", description=__doc__)
+    names = [kind.name for kind in KINDS]
+    parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"some of: {', '.join(names)}; none: all")
+    parser.add_argument("-n", type=int, default=30, help="trials with the plug; of other kinds a share of it")
+    parser.add_argument("--exactly", action="store_true", help="N trials of each kind")
+    parser.add_argument("--output", type=Path, default=Path("bench/results.json"))
+    asked = parser.parse_args()
+    if unknown := [name for name in asked.kinds if name not in names]:
+        parser.error(f"no such kind: {', '.join(unknown)}; kinds are {', '.join(names)}")
+    if asked.n < 1:
+        parser.error("-n must be 1 or more")
+    found: list[Line] = []
+    failed: list[str] = []
+    for kind in KINDS:
+        if asked.kinds and kind.name not in asked.kinds:
+            continue
+        times = asked.n if asked.exactly else max(1, round(asked.n * kind.share))
+        try:
+            with staged(HOSTS, SETTINGS) as scene:
+                for number in range(1, HOSTS + 1):
+                    scene.manage_power(number)
+                rows = lines(kind, *tried(scene, kind, times))
+        except (Wrong, ledger.Torn, LabError) as error:
+            failed.append(f"{kind.title}: {error}")
+            console.print(f"[bold red]{failed[-1]}[/]")
+            continue
+        found += rows
+        keep(asked.output, rows)
+    for line in found:
+        console.print(f"{line.name}: {line.ours:.2f} s, goal {line.goal}: {'met' if line.met else 'MISSED'}")
+    for words in failed:
+        console.print(words)
+    return 0 if not failed and all(line.met for line in found) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
