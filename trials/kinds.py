@@ -1,14 +1,20 @@
-"""What is done to the host, by which proof its VM may run elsewhere, and how long that may take."""
+"""What is done, and what must come of it: the VM elsewhere by a proof within a time, or nothing at all."""
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lab.bmc import Bmc
+from lab import plane
 from lab.board import Fault
 from lab.host import Host
+from lab.scene import QUIET, Scene
 from volery.contracts.liveness import ProofKind
+from volery.setup import embedded
+from volery.setup.down import down
+from volery.setup.up import up
 
 SILENCE_SECONDS = 35.0
 """`VOLERY_HA_SILENCE_BEFORE_FENCE_SECONDS` in trials: the least that ha accepts."""
@@ -20,12 +26,13 @@ SETTINGS = {
     "VOLERY_HA_BRAKE_WINDOW_SECONDS": "10",
 }
 
-Act = Callable[[Host, Bmc], None]
+Act = Callable[[Scene, Host], None]
+"""Does something to the host where the survivor runs, or to the control plane."""
 
 
 @dataclass(frozen=True)
-class Kind:
-    """`order_seconds`: from the fault until the restart is ordered, at most."""
+class Elsewhere:
+    """The VM must run on another host, and the restart be ordered within `order_seconds` after the fault."""
 
     name: str
     title: str
@@ -35,79 +42,197 @@ class Kind:
     proof: ProofKind
     order_seconds: float
     share: float = 1.0
-    """Of the trials that were asked for."""
+    """Of the trials that were asked for; at least one is done."""
     fenced: bool = False
-    """ha must have ordered it off, and only when it was silent for long enough."""
+    """ha must have ordered the host off."""
     io_timeout_seconds: int = 0
     """Leases, at this io_timeout; 0 is none."""
 
 
-def pull_plug(host: Host, _: Bmc) -> None:
+@dataclass(frozen=True)
+class Nothing:
+    """The fault lasts for so long, then it is mended: no VM is restarted, no host is fenced or believed dead, and the
+    guest writes all the time."""
+
+    name: str
+    title: str
+    fault: Act
+    mend: Act
+    seconds: float
+    share: float = 1 / 10
+    io_timeout_seconds: int = 0
+
+
+Kind = Elsewhere | Nothing
+
+
+def lose_all(scene: Scene, host: Host) -> None:
+    scene.lab.bmc(host.number).set_fault(Fault.UNREACHABLE)
     host.power_off()
 
 
-def power_on(host: Host, _: Bmc) -> None:
-    host.power_on()
+def freeze_without_bmc(scene: Scene, host: Host) -> None:
+    scene.lab.bmc(host.number).set_fault(Fault.UNREACHABLE)
+    host.freeze()
 
 
-def lose_all(host: Host, bmc: Bmc) -> None:
-    bmc.set_fault(Fault.UNREACHABLE)
-    host.power_off()
+def bring_back(scene: Scene, host: Host) -> None:
+    scene.lab.bmc(host.number).set_fault(Fault.NONE)
+    if host.boot is None:
+        host.power_on()
+    else:
+        host.thaw()
 
 
-def bring_back(host: Host, bmc: Bmc) -> None:
-    bmc.set_fault(Fault.NONE)
-    host.power_on()
+def nothing(scene: Scene, host: Host) -> None:
+    """It mends itself."""
 
 
-KINDS = (
-    Kind(
+def to_agent(number: signal.Signals) -> Act:
+    def act(scene: Scene, host: Host) -> None:
+        for pid in host.pids("agent"):
+            os.kill(pid, number)
+
+    return act
+
+
+def to_servers(number: signal.Signals) -> Act:
+    """NATS and PostgreSQL of the control plane."""
+
+    def act(scene: Scene, host: Host) -> None:
+        home = plane.home_of(scene.lab)
+        for server in ("nats", "postgres"):
+            process = embedded.status(home, server)
+            if process is not None:
+                os.kill(process.pid, number)
+
+    return act
+
+
+def stop_plane(scene: Scene, host: Host) -> None:
+    down(plane.home_of(scene.lab), QUIET)
+
+
+def start_plane(scene: Scene, host: Host) -> None:
+    up(plane.home_of(scene.lab), QUIET)
+
+
+def bmc(fault: Fault) -> Act:
+    return lambda scene, host: scene.lab.bmc(host.number).set_fault(fault)
+
+
+BMC_OFF, LEASE = ProofKind.BMC_OFF, ProofKind.LEASE_EXPIRED
+FENCED_SECONDS = SILENCE_SECONDS + 15
+
+KINDS: tuple[Kind, ...] = (
+    Elsewhere(
         "plug",
         "power lost, BMC answers off",
-        pull_plug,
-        power_on,
-        ProofKind.BMC_OFF,
-        10.0,
+        lambda scene, host: host.power_off(),
+        lambda scene, host: host.power_on(),
+        BMC_OFF,
+        order_seconds=10.0,
     ),
-    Kind(
+    Elsewhere(
         "frozen",
         "host frozen, BMC on",
-        lambda host, _: host.freeze(),
-        lambda host, _: None,
-        ProofKind.BMC_OFF,
-        SILENCE_SECONDS + 15,
+        lambda scene, host: host.freeze(),
+        nothing,  # ha switches it on
+        BMC_OFF,
+        order_seconds=FENCED_SECONDS,
         share=1 / 3,
         fenced=True,
     ),
-    Kind(
+    Elsewhere(
         "cut",
         "network cut, BMC reachable",
-        lambda host, _: host.cut(),
-        lambda host, _: host.join(),
-        ProofKind.BMC_OFF,
-        SILENCE_SECONDS + 15,
+        lambda scene, host: host.cut(),
+        lambda scene, host: host.join(),
+        BMC_OFF,
+        order_seconds=FENCED_SECONDS,
         share=1 / 3,
         fenced=True,
     ),
-    Kind(
+    Elsewhere(
         "lease2",
         "power and BMC lost, lease at io_timeout 2",
         lose_all,
         bring_back,
-        ProofKind.LEASE_EXPIRED,
-        86.0,
+        LEASE,
+        order_seconds=86.0,
         share=1 / 6,
         io_timeout_seconds=2,
     ),
-    Kind(
+    Elsewhere(
         "lease10",
         "power and BMC lost, lease at io_timeout 10",
         lose_all,
         bring_back,
-        ProofKind.LEASE_EXPIRED,
-        150.0,
+        LEASE,
+        order_seconds=150.0,
         share=0.0,
         io_timeout_seconds=10,
+    ),
+    Elsewhere(
+        "frozen-lease2",
+        "host frozen, BMC lost, lease at io_timeout 2",
+        freeze_without_bmc,
+        bring_back,
+        LEASE,
+        order_seconds=86.0,
+        share=0.0,
+        io_timeout_seconds=2,
+    ),
+    Nothing(
+        "agent-paused",
+        "agent paused for 30 s",
+        to_agent(signal.SIGSTOP),
+        to_agent(signal.SIGCONT),
+        seconds=30.0,
+    ),
+    Nothing(
+        "agent-killed",
+        "agent killed",
+        lambda scene, host: host.kill_agent(),
+        nothing,
+        seconds=5.0,
+    ),
+    Nothing(
+        "libvirtd-killed",
+        "libvirtd killed, back after 20 s",
+        lambda scene, host: host.kill_libvirtd(),
+        lambda scene, host: host.start_libvirtd(),
+        seconds=20.0,
+    ),
+    Nothing(
+        "short-cut",
+        "network cut for 25 s",
+        lambda scene, host: host.cut(),
+        lambda scene, host: host.join(),
+        seconds=25.0,
+    ),
+    Nothing(
+        "liar",
+        "BMC says off while its host lives",
+        bmc(Fault.SAYS_OFF),
+        bmc(Fault.NONE),
+        seconds=20.0,
+    ),
+    Nothing(
+        "servers-paused",
+        "NATS and PostgreSQL paused for 60 s",
+        to_servers(signal.SIGSTOP),
+        to_servers(signal.SIGCONT),
+        seconds=60.0,
+        share=0.0,
+    ),
+    Nothing(
+        "plane-away",
+        "control plane, NATS and PostgreSQL gone for 10 minutes",
+        stop_plane,
+        start_plane,
+        seconds=600.0,
+        share=0.0,
     ),
 )
 """`share` 0 is once."""

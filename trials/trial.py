@@ -7,15 +7,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
 
+from lab.host import Host
 from lab.scene import Scene, TooLate
 from services.ha.config import HaConfig
 from services.ha.policies.replay import replay
 from trials import ledger
-from trials.kinds import Kind
+from trials.kinds import Elsewhere, Nothing
 from volery.client import api
 from volery.client.request import Request
 from volery.contracts.base import Entity
@@ -29,6 +30,8 @@ E = TypeVar("E", bound=Entity)
 
 RECORD_SECONDS = 60.0
 """A guest that was ordered to run must have written within this."""
+PAUSE_SECONDS = 5.0
+"""A guest that runs writes several times within this, also on a busy machine."""
 
 
 class Wrong(Exception):
@@ -66,25 +69,53 @@ class Actors:
         return ledger.boots_of(self.files[vm_id])
 
 
-def run(scene: Scene, kind: Kind, actors: Actors) -> Outcome:
+def elsewhere(scene: Scene, kind: Elsewhere, actors: Actors) -> Outcome:
     """Raises Wrong, TooLate, ledger.Torn."""
     before = Before.of(scene, actors)
-    host, bmc = scene.host(before.vm.host_id), scene.lab.bmc(scene.host(before.vm.host_id).number)
+    host = scene.host(before.vm.host_id)
     faulted = datetime.now(UTC)
-    kind.fault(host, bmc)
+    kind.fault(scene, host)
     try:
         wrote = first_record(actors, len(before.boots), kind.order_seconds + RECORD_SECONDS)
     finally:
-        kind.mend(host, bmc)
+        kind.mend(scene, host)
     scene.host_is_up(before.vm.host_id, 150)
     found = Found.of(scene, before, faulted)
-    check(scene, kind, actors, before, found, faulted)
+    check_elsewhere(scene, kind, actors, before, found, faulted)
+    if found.order is None:
+        raise Wrong("the guest runs elsewhere, but no restart of it is on record")
     order = found.order.created_at
     return Outcome(
         to_order=(order - faulted).total_seconds(),
         to_record=(wrote - order).total_seconds(),
         timeline=timeline(found, faulted, wrote),
     )
+
+
+def nothing(scene: Scene, kind: Nothing, actors: Actors) -> Outcome:
+    """Raises Wrong, TooLate, ledger.Torn."""
+    before = Before.of(scene, actors)
+    host = scene.host(before.vm.host_id)
+    faulted = datetime.now(UTC)
+    kind.fault(scene, host)
+    try:
+        until = time.monotonic() + kind.seconds
+        wrote = last_record(actors)
+        while time.monotonic() < until:
+            time.sleep(min(PAUSE_SECONDS, kind.seconds))
+            if last_record(actors) == wrote:
+                raise Wrong(f"the guest wrote nothing for {PAUSE_SECONDS:.0f} s")
+            wrote = last_record(actors)
+    finally:
+        kind.mend(scene, host)
+    scene.host_is_up(before.vm.host_id, 150)
+    found = Found.of(scene, before, faulted)
+    must_hold(unharmed(scene, actors, before, found, faulted))
+    return Outcome(to_order=0.0, to_record=0.0, timeline=timeline(found, faulted, None))
+
+
+def last_record(actors: Actors) -> int:
+    return actors.boots(actors.survivor)[-1].last
 
 
 def first_record(actors: Actors, known: int, seconds: float) -> datetime:
@@ -114,7 +145,14 @@ class Before:
         if vm.host_id == bystander.host_id:
             scene.act(bystander.id, "migrate")
             bystander = settled(scene, actors.bystander)
+        for vm_id in (vm.id, bystander.id):
+            writes(scene, actors, vm_id)
         return cls(vm, bystander, actors.boots(vm.id), actors.boots(bystander.id))
+
+
+def writes(scene: Scene, actors: Actors, vm_id: str) -> None:
+    """Waits until the guest has written: its agent answers before that."""
+    scene.wait(lambda: bool(actors.boots(vm_id)), 60, lambda: f"VM {vm_id} to write on its ledger")
 
 
 def settled(scene: Scene, vm_id: str) -> Vm:
@@ -129,7 +167,8 @@ class Found:
 
     liveness: list[tuple[datetime, HostLiveness]]
     vm: list[tuple[datetime, Vm]]
-    order: Operation
+    order: Operation | None
+    """The restart of the survivor."""
     records: list[FenceRecord]
 
     @classmethod
@@ -140,13 +179,11 @@ class Found:
             (op for op in operations if op.created_at >= faulted and op.kind == "vm.restart"),
             key=lambda op: op.created_at,
         )
-        if not starts:
-            raise Wrong("the guest runs elsewhere, but no restart of it is on record")
         records = scene.client.list(api.FENCE_RECORDS, filter={"host_id": host_id})
         return cls(
             liveness=list(versions(scene, "liveness", host_id, HostLiveness)),
             vm=[(at, vm) for at, vm in versions(scene, "vm", vm_id, Vm) if at >= faulted],
-            order=starts[0],
+            order=starts[0] if starts else None,
             records=[r for r in records if r.created_at >= faulted],
         )
 
@@ -163,41 +200,76 @@ def versions(scene: Scene, noun: str, object_id: str, kind: type[E]) -> Iterator
             return
 
 
-def check(scene: Scene, kind: Kind, actors: Actors, before: Before, found: Found, faulted: datetime) -> None:
-    """Raises Wrong at the first thing that may not be."""
-    now, bystander = settled(scene, before.vm.id), settled(scene, before.bystander.id)
-    death = proven(found, faulted)
-    where = [h.name for h in scene.lab.hosts if h.boot and any(now.id in line for line in running(h))]
-    record = next((r for r in found.records if r.requested_by == "service:ha"), None)
-    must: dict[str, Callable[[], bool]] = {
-        f"the proof is {kind.proof}, not {death.proof and death.proof.kind}": lambda: (
-            death.proof is not None and death.proof.kind is kind.proof
-        ),
-        f"the proof comes before the order: {death.judged_at} < {found.order.created_at}": lambda: (
-            death.judged_at is not None and death.judged_at < found.order.created_at
-        ),
-        f"it runs once, and elsewhere: {where}": lambda: (
-            len(where) == 1 and now.host_id != before.vm.host_id and now.epoch > before.vm.epoch
-        ),
-        "it booted once": lambda: len(actors.boots(now.id)) == len(before.boots) + 1,
-        "the bystander noticed nothing": lambda: (
-            (bystander.epoch, bystander.host_id) == (before.bystander.epoch, before.bystander.host_id)
-            and len(actors.boots(bystander.id)) == len(before.bystanders_boots)
-        ),
-        "one claim each": lambda: all(
-            len(list(scene.client.list(api.CLAIMS, filter={"vm_id": vm.id}))) == 1 for vm in (now, bystander)
-        ),
-        f"ha ordered it off: {kind.fenced}": lambda: (record is not None) is kind.fenced,
-        f"the fence has ended: {record and record.state}": lambda: (
-            record is None or record.ended_at is not None
-        ),
-    }
+Must = dict[str, Callable[[], bool]]
+"""What must hold, in words, and whether it does."""
+
+
+def must_hold(must: Must) -> None:
+    """Raises Wrong at the first that doesn't."""
     for what, holds in must.items():
         if not holds():
             raise Wrong(f"this doesn't hold: {what}")
 
 
-def running(host: Any) -> list[str]:
+def check_elsewhere(
+    scene: Scene, kind: Elsewhere, actors: Actors, before: Before, found: Found, faulted: datetime
+) -> None:
+    """Raises Wrong at the first thing that may not be."""
+    now = settled(scene, before.vm.id)
+    death, order = proven(found, faulted), found.order
+    where = places(scene, now)
+    record = next((r for r in found.records if r.requested_by == "service:ha"), None)
+    must: Must = {
+        f"the proof is {kind.proof}: {death.proof}": lambda: (
+            death.proof is not None and death.proof.kind is kind.proof
+        ),
+        "the proof comes before the order": lambda: (
+            order is not None and death.judged_at is not None and death.judged_at < order.created_at
+        ),
+        f"it runs once, and elsewhere: {where}": lambda: (
+            len(where) == 1 and now.host_id != before.vm.host_id and now.epoch > before.vm.epoch
+        ),
+        "it booted once": lambda: len(actors.boots(now.id)) == len(before.boots) + 1,
+        f"ha ordered the host off: {kind.fenced}": lambda: (record is not None) is kind.fenced,
+        "the fence has ended": lambda: record is None or record.ended_at is not None,
+    }
+    must_hold(must | unnoticed(scene, actors, before.bystander, before.bystanders_boots))
+
+
+def unnoticed(scene: Scene, actors: Actors, before: Vm, boots: list[ledger.Boot]) -> Must:
+    """The VM runs as it did, at the same place, in the same boot."""
+    now = settled(scene, before.id)
+    where = places(scene, now)
+    return {
+        f"{now.name} was left alone": lambda: (now.epoch, now.host_id) == (before.epoch, before.host_id),
+        f"{now.name} runs once: {where}": lambda: len(where) == 1,
+        f"{now.name} was never booted anew": lambda: (
+            [boot.id for boot in actors.boots(now.id)] == [boot.id for boot in boots]
+        ),
+        f"{now.name} has one claim": lambda: (
+            len(list(scene.client.list(api.CLAIMS, filter={"vm_id": now.id}))) == 1
+        ),
+    }
+
+
+def unharmed(scene: Scene, actors: Actors, before: Before, found: Found, faulted: datetime) -> Must:
+    """Nobody was restarted, fenced or believed dead."""
+    believed = [h for at, h in found.liveness if at >= faulted and h.state is LivenessState.DEAD]
+    return {
+        **unnoticed(scene, actors, before.vm, before.boots),
+        **unnoticed(scene, actors, before.bystander, before.bystanders_boots),
+        f"no restart was ordered: {found.order}": lambda: found.order is None,
+        f"no host was fenced: {found.records}": lambda: not found.records,
+        f"no host was believed dead: {believed}": lambda: not believed,
+    }
+
+
+def places(scene: Scene, vm: Vm) -> list[str]:
+    """The hosts that have a QEMU of this VM."""
+    return [h.name for h in scene.lab.hosts if h.boot and any(vm.id in line for line in running(h))]
+
+
+def running(host: Host) -> list[str]:
     return [
         Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
         for pid in host.pids("qemu-system-x86")
@@ -219,14 +291,15 @@ def proven(found: Found, faulted: datetime) -> HostLiveness:
     raise Wrong("the restart was ordered, but no judgement on record says that the host is dead")
 
 
-def timeline(found: Found, faulted: datetime, wrote: datetime) -> tuple[Moment, ...]:
-    """What was announced since the fault, in order; each with what it was said of."""
-    moments: list[tuple[datetime, str]] = [
-        (found.order.created_at, "restart ordered"),
-        (wrote, "the guest writes from elsewhere"),
-    ]
-    if found.order.ended_at is not None:
-        moments.append((found.order.ended_at, f"start {found.order.state}"))
+def timeline(found: Found, faulted: datetime, wrote: datetime | None) -> tuple[Moment, ...]:
+    """What was announced since the fault, in order; of each object only what changed."""
+    moments: list[tuple[datetime, str]] = []
+    if wrote is not None:
+        moments.append((wrote, "the guest writes from elsewhere"))
+    if found.order is not None:
+        moments.append((found.order.created_at, "restart ordered"))
+        if found.order.ended_at is not None:
+            moments.append((found.order.ended_at, f"start {found.order.state}"))
     told = ("", "", "")
     for at, liveness in found.liveness:
         proof = f"{liveness.proof.kind}: {liveness.proof.details}" if liveness.proof else ""
