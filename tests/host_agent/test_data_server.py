@@ -1,12 +1,10 @@
-"""Uploads and downloads through the real HTTPS server, with real images, a killed agent and a full disk."""
+"""Uploads through the real HTTPS server, with real images, a killed agent, a full disk and LUNs."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import os
-import random
 import signal
 import ssl
 import subprocess
@@ -19,14 +17,23 @@ import httpx
 import msgspec
 import pytest
 
-from host_agent import children, data_server, listening, transfers, volumes
-from host_agent.action import Host
+from host_agent import transfers
 from host_agent.hypervisor import Hypervisor
 from tests.host_agent.test_volumes import hostile_images
-from tests.support.agent_host import IscsiTarget, iscsi_target, make_host, qemu_img, qemu_io, running
+from tests.support.agent_host import IscsiTarget, iscsi_target, make_host, qemu_img, running
 from tests.support.certificates import make_certificate
-from tests.support.storage_domain import MIB, Domain, connect_target, connected_domain, lun
-from volery.contracts.domain import FileSource, ImageFormat, VolumeSource
+from tests.support.storage_domain import MIB, connect_target, connected_domain, lun
+from tests.support.transfers import (
+    TICKET,
+    Transfers,
+    converted,
+    disk_of,
+    noise,
+    reachable,
+    serving,
+    stream,
+)
+from volery.contracts.domain import ImageFormat
 from volery.contracts.errors import Kind, Problem, Refused
 from volery.contracts.ids import new_id
 from volery.contracts.volume_orders import (
@@ -34,114 +41,15 @@ from volery.contracts.volume_orders import (
     OpenTransfer,
     TransferDirection,
     TransferOpened,
-    VolumeInfo,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
-TICKET = "ticket-0123456789abcdef"
-
-
-class Transfers:
-    """A host with its data server, a domain, and a client."""
-
-    def __init__(self, host: Host, domain: Domain, client: httpx.AsyncClient) -> None:
-        self.host, self.domain, self.client = host, domain, client
-
-    async def open(
-        self,
-        direction: TransferDirection,
-        source: VolumeSource,
-        size: int = 0,
-        format: ImageFormat = ImageFormat.RAW,
-        **fields: Any,
-    ) -> tuple[OpenTransfer, TransferOpened]:
-        order = OpenTransfer(
-            **{
-                "transfer_id": new_id(),
-                "disk_id": disk_of(source),
-                "ticket": f"{TICKET}-{new_id()}",
-                "direction": direction,
-                "source": source,
-                "size_bytes": size,
-                "format": format,
-                **fields,
-            }
-        )
-        return order, await transfers.open_transfer(self.host, order, running())
-
-    async def upload(self, source: VolumeSource, data: bytes, **fields: Any) -> OpenTransfer:
-        order, _ = await self.open(TransferDirection.UPLOAD, source, len(data), **fields)
-        answer = await self.client.put(f"/images/{order.ticket}", content=data)
-        assert answer.status_code == 200, answer.text
-        assert answer.json() == {"received_bytes": len(data), "size_bytes": len(data)}
-        return order
-
-    async def finish(
-        self, order: OpenTransfer, sha256: str = "", *, cancel: bool = False, max_bytes: int = 1024**4
-    ) -> VolumeInfo:
-        finish = FinishTransfer(
-            transfer_id=order.transfer_id,
-            disk_id=order.disk_id,
-            target=order.source,
-            max_bytes=max_bytes,
-            sha256=sha256,
-            cancel=cancel,
-        )
-        return await transfers.finish_transfer(self.host, finish, running())
-
-
-def disk_of(source: VolumeSource) -> str:
-    return Path(source.path).stem if isinstance(source, FileSource) else new_id()
 
 
 @pytest.fixture
 async def made(tmp_path: Path, hypervisor: Hypervisor) -> AsyncIterator[Transfers]:
-    host = make_host(tmp_path / "state", hypervisor)
-    certificate = make_certificate(tmp_path / "state" / "identity")
-    domain = await connected_domain(host, tmp_path / "storage")
-    serving = asyncio.create_task(data_server.serve(host))
-    base = f"https://{listening.address(host.config)}"
-    trust = ssl.create_default_context(cafile=str(certificate))
-    async with httpx.AsyncClient(base_url=base, verify=trust, timeout=60) as client:
-        await reachable(client)
-        yield Transfers(host, domain, client)
-    serving.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await serving
-
-
-async def reachable(client: httpx.AsyncClient) -> None:
-    async with asyncio.timeout(20):
-        while True:
-            with contextlib.suppress(httpx.ConnectError):
-                await client.get("/")
-                return
-            await asyncio.sleep(0.02)
-
-
-def noise(size: int, seed: int = 1) -> bytes:
-    return random.Random(seed).randbytes(size)
-
-
-async def stream(data: bytes, size: int = 100_000) -> AsyncIterator[bytes]:
-    for start in range(0, len(data), size):
-        yield data[start : start + size]
-
-
-def raw_bytes(source: FileSource) -> bytes:
-    return subprocess.run(
-        ["qemu-img", "dd", "-f", source.format, "-O", "raw", f"if={source.path}", "of=/dev/stdout", "bs=1M"],
-        capture_output=True,
-        check=False,
-    ).stdout or _converted(source)
-
-
-def _converted(source: FileSource) -> bytes:
-    target = f"{source.path}.whole"
-    qemu_img("convert", "-f", source.format, "-O", "raw", source.path, target)
-    data = Path(target).read_bytes()
-    os.unlink(target)
-    return data
+    async with serving(tmp_path, hypervisor) as made:
+        yield made
 
 
 @pytest.mark.parametrize("format", list(ImageFormat))
@@ -156,7 +64,7 @@ async def test_a_raw_upload_becomes_the_volume(made: Transfers, format: ImageFor
     assert info.sha256 == digest
     assert info.size_bytes == 64 * MIB, "a larger volume keeps its size"
     assert info.used_bytes < 8 * MIB
-    assert _converted(source) == data.ljust(64 * MIB, b"\0")
+    assert converted(source) == data.ljust(64 * MIB, b"\0")
     assert made.domain.leftovers() == []
     assert (await made.client.head(f"/images/{order.ticket}")).status_code == 404
     repeat = await made.finish(order, digest)
@@ -173,7 +81,7 @@ async def test_a_raw_image_as_large_as_its_volume_is_not_copied(made: Transfers)
 
 
 @pytest.mark.parametrize("format", ["qcow2", "vmdk", "vdi", "vhdx"])
-async def test_images_of_other_formats_are_converted(made: Transfers, format: str, tmp_path: Path) -> None:
+async def test_images_of_other_formats_areconverted(made: Transfers, format: str, tmp_path: Path) -> None:
     plain = tmp_path / "plain.raw"
     plain.write_bytes(noise(5 * MIB))
     qemu_img("convert", "-f", "raw", "-O", format, plain, tmp_path / "image")
@@ -181,7 +89,7 @@ async def test_images_of_other_formats_are_converted(made: Transfers, format: st
     order = await made.upload(source, (tmp_path / "image").read_bytes())
     info = await made.finish(order)
     assert info.format is ImageFormat.QCOW2
-    assert _converted(source)[: 5 * MIB] == plain.read_bytes()
+    assert converted(source)[: 5 * MIB] == plain.read_bytes()
 
 
 async def test_an_upload_resumes_where_it_was(made: Transfers) -> None:
@@ -473,81 +381,6 @@ async def test_a_full_storage_keeps_the_upload_resumable(made: Transfers, small_
     assert rest.json()["received_bytes"] == len(data)
     await made.finish(order, hashlib.sha256(data).hexdigest())
     assert Path(source.path).read_bytes() == data
-
-
-@pytest.mark.parametrize("format", list(ImageFormat))
-async def test_downloads_give_ranges_of_the_volume(made: Transfers, format: ImageFormat) -> None:
-    _, source = await made.domain.create(format, 32 * MIB)
-    qemu_io(source.path, "write -P 7 1M 3M", "write -P 9 31M 512", format=format)
-    content = _converted(source)
-    order, opened = await made.open(TransferDirection.DOWNLOAD, source)
-    assert opened.size_bytes == 32 * MIB
-    url = f"/images/{order.ticket}"
-    whole = await made.client.get(url)
-    assert (whole.status_code, whole.content == content) == (200, True)
-    head = await made.client.head(url)
-    assert (head.headers["Content-Length"], head.content) == (str(32 * MIB), b"")
-    for header, part, status in (
-        ("bytes=0-0", slice(0, 1), 206),
-        (f"bytes={MIB - 1}-{MIB}", slice(MIB - 1, MIB + 1), 206),
-        (f"bytes={30 * MIB}-", slice(30 * MIB, None), 206),
-        ("bytes=-1000", slice(-1000, None), 206),
-        (f"bytes=100-{99 * MIB}", slice(100, None), 206),
-    ):
-        answer = await made.client.get(url, headers={"Range": header})
-        assert (answer.status_code, answer.content == content[part]) == (status, True), header
-    beyond = await made.client.get(url, headers={"Range": f"bytes={32 * MIB}-"})
-    assert (beyond.status_code, beyond.headers["Content-Range"]) == (416, f"bytes */{32 * MIB}")
-    several = await asyncio.gather(*(made.client.get(url) for _ in range(4)))
-    assert all(answer.content == content for answer in several)
-
-    qcow2, opened = await made.open(TransferDirection.DOWNLOAD, source, format=ImageFormat.QCOW2)
-    image = (await made.client.get(f"/images/{qcow2.ticket}")).content
-    assert len(image) == opened.size_bytes < 16 * MIB
-    received = made.domain.path / "received.qcow2"
-    received.write_bytes(image)
-    assert _converted(FileSource(path=str(received), format=ImageFormat.QCOW2)) == content
-    await made.finish(order)
-    await made.finish(qcow2, cancel=True)
-    assert made.domain.leftovers() == []
-    assert (await made.client.get(url)).status_code == 404
-    assert nbd_servers() == 0
-
-
-def nbd_servers() -> int:
-    """How many qemu-nbd this process has as children."""
-    count = 0
-    for task in Path(f"/proc/{os.getpid()}/task").iterdir():
-        for pid in (task / "children").read_text().split():
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                count += b"qemu-nbd" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    return count
-
-
-async def test_a_volume_that_a_vm_writes_is_not_sent(made: Transfers, tmp_path: Path) -> None:
-    _, source = await made.domain.create()
-    async with children.child(
-        ["qemu-nbd", "--persistent", "-f", "qcow2", "-k", str(tmp_path / "s"), source.path]
-    ):
-        async with asyncio.timeout(10):
-            while not (tmp_path / "s").exists():
-                await asyncio.sleep(0.01)
-        with pytest.raises(Refused, match="in use") as refused:
-            await made.open(TransferDirection.DOWNLOAD, source)
-        assert refused.value.kind is Kind.CONFLICT
-    with pytest.raises(Refused) as refused:
-        await made.open(TransferDirection.DOWNLOAD, made.domain.source(new_id()))
-    assert refused.value.kind is Kind.NOT_FOUND
-
-
-async def test_an_expired_download_lets_go_of_its_volume(made: Transfers) -> None:
-    _, source = await made.domain.create()
-    await made.open(TransferDirection.DOWNLOAD, source, expires_seconds=0.3)
-    assert nbd_servers() == 1
-    async with asyncio.timeout(10):
-        while nbd_servers():
-            await asyncio.sleep(0.02)
-    await volumes.describe(source)
 
 
 @pytest.fixture(scope="module")
