@@ -172,6 +172,9 @@ def test_words_are_bounded_and_hide_secrets() -> None:
     secret = "abcdefghijklmnop" * 4
     assert "mnop" not in rules.last_words("y" * 20 + secret + "z" * (rules.WORDS_LIMIT - 10), [secret])
     assert rules.last_words("a\x1b[2Jb", []) == "a?[2Jb"
+    assert rules.last_words("lost (<Connection object at 0x7f598e111550>: no route)", []) == (
+        "lost (<Connection>: no route)"
+    )
 
 
 def test_the_same_machine_in_every_order_of_bytes() -> None:

@@ -271,13 +271,16 @@ _NOISE = re.compile(
     r"^\s*$|INFO: Executing|DeprecationWarning|InsecureRequestWarning|^\s+(from|import|warnings\.warn)\b|'-h' for usage"
 )
 _STAMP = re.compile(r"^\d{4}-\d\d-\d\d [\d:,.]+ (DEBUG: -?\d+ +)?")
+_PLACE = re.compile(r" object at 0x[0-9a-f]+")
+"""Where Python kept something: the same words would be others each time, and an event each."""
 
 
 def last_words(text: str, secrets: Iterable[str]) -> str:
     """The last lines of what an agent said, as one line for people: bounded, without secrets or stamps."""
     # Hidden first: a cut could leave a part of one.
     hidden = without(text, secrets)
-    kept = [_STAMP.sub("", line).strip() for line in hidden.splitlines() if not _NOISE.search(line)]
+    told = _PLACE.sub("", hidden)
+    kept = [_STAMP.sub("", line).strip() for line in told.splitlines() if not _NOISE.search(line)]
     words = "; ".join(dict.fromkeys(line for line in kept[-WORD_LINES:] if line))
     printable = "".join(letter if letter.isprintable() else "?" for letter in words)
     return printable if len(printable) <= WORDS_LIMIT else "…" + printable[1 - WORDS_LIMIT :]
