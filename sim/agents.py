@@ -76,7 +76,13 @@ def main_of(
         return HostSample(host_id=machine.host_id, boot_id=machine.boot_id, at=utc_now(), cpu_percent=10.0)
 
     async def main() -> int:
-        storage, networks = HostStorage(shelf, reachable=lambda: not machine.link.cut), HostNetworks()
+        def reachable() -> bool:
+            return shelf.up and not machine.link.cut
+
+        storage, networks = (
+            HostStorage(shelf, reachable=reachable, mounts=machine.daemon.mounts),
+            HostNetworks(),
+        )
 
         async def describe(host: Host) -> HostCapabilities:
             return capabilities(machine)

@@ -16,7 +16,7 @@ import msgspec
 from sim.loop import new_loop
 from sim.plane import SERVICES
 from sim.postgres import Database, Snapshot
-from sim.run import Outcome, episode
+from sim.run import Outcome, Play, episode
 
 PROCESSOR_SECONDS = 180
 """A seed that takes more of a processor hangs in a way that virtual time doesn't see."""
@@ -58,20 +58,22 @@ async def _migrate(database: Database) -> None:
         await database.migrate(owner)
 
 
-def run_one(seed: int, level: int = logging.WARNING) -> Outcome:
+def run_one(seed: int, level: int = logging.WARNING, play: Play | None = None) -> Outcome:
     """One seed; returns when it has ended."""
-    return next(run_many([seed], 1, level))
+    return next(run_many([seed], 1, level, play))
 
 
-def run_many(seeds: Iterable[int], at_once: int, level: int = logging.WARNING) -> Iterator[Outcome]:
-    """Outcomes in the order in which they end."""
+def run_many(
+    seeds: Iterable[int], at_once: int, level: int = logging.WARNING, play: Play | None = None
+) -> Iterator[Outcome]:
+    """Outcomes in the order in which they end. `play` instead of faults in scenes."""
     warm()
     waiting = iter(seeds)
     running: dict[int, tuple[int, int, bytearray]] = {}
     """Pipe → seed, process, what it said."""
     while True:
         while len(running) < at_once and (seed := next(waiting, None)) is not None:
-            pipe, process = _fork(seed, level)
+            pipe, process = _fork(seed, level, play)
             running[pipe] = (seed, process, bytearray())
         if not running:
             return
@@ -85,7 +87,7 @@ def run_many(seeds: Iterable[int], at_once: int, level: int = logging.WARNING) -
                 yield _ended(seed, pipe, process, bytes(said))
 
 
-def _fork(seed: int, level: int) -> tuple[int, int]:
+def _fork(seed: int, level: int, play: Play | None) -> tuple[int, int]:
     reading, writing = os.pipe()
     process = os.fork()
     if process:
@@ -97,7 +99,7 @@ def _fork(seed: int, level: int) -> tuple[int, int]:
         before_each()
         loaded = warm()
         loaded.database.reset(loaded.empty, seed)
-        said = msgspec.json.encode(asdict(episode(seed, loaded.database, level=level)))
+        said = msgspec.json.encode(asdict(episode(seed, loaded.database, level=level, play=play)))
         with os.fdopen(writing, "wb") as pipe:
             pipe.write(said)
     finally:

@@ -36,6 +36,8 @@ class Oracle:
     """VM → requests about it that are under way: meanwhile it may run or not."""
     highly_available: set[str] = field(default_factory=set)
     violations: list[str] = field(default_factory=list)
+    begun: dict[str, float] = field(default_factory=dict)
+    """VM → when its vCPUs last began to run, by the loop's clock."""
 
     # Always
 
@@ -51,6 +53,7 @@ class Oracle:
                     self.world.shelf.closed(path, host.name)
             return
         places[host.name] = domain
+        self.begun[domain.vm_id] = self.world.loop.time()
         if len(places) > 1:
             told = " and ".join(f"{name} (epoch {d.epoch})" for name, d in places.items())
             self.broken(f"VM {domain.name()} runs on {told} at once")

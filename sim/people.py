@@ -50,7 +50,10 @@ async def start(scene: Scene) -> None:
     stopped = [n for n, vm_id in world.vms.items() if world.oracle.wishes[vm_id] is not Wish.UP]
     if not stopped:
         return
-    name = scene.chance.choice(stopped)
+    await start_one(world, scene.chance.choice(stopped))
+
+
+async def start_one(world: World, name: str) -> None:
     vm_id = world.vms[name]
     operation = await _about(world, vm_id, f"start {name}", START_VM, StartVm(id=vm_id))
     if operation is not None:
@@ -102,14 +105,14 @@ async def confirm(scene: Scene) -> None:
     world.trouble(host.name, 1)
     await asyncio.sleep(scene.seconds(5, 90))
     if not host.on:
-        await _confirmed(world, host)
+        await confirmed(world, host)
         await asyncio.sleep(scene.seconds(1, 90))
     world.trouble(host.name, -1)
     bmc.reachable = True
     host.power_on()
 
 
-async def _confirmed(world: World, host: HostMachine) -> None:
+async def confirmed(world: World, host: HostMachine) -> None:
     ask = ConfirmHostRebooted(id=host.host_id, confirm=host.name, reason="somebody looked")
     try:
         await world.ask(CONFIRM_HOST_REBOOTED, ask)

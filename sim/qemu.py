@@ -159,6 +159,8 @@ class Daemon:
     """Connected hypervisors: `hear(event)` and `lose()`."""
     came_up: asyncio.Event = field(default_factory=asyncio.Event)
     tasks: set[asyncio.Task[Any]] = field(default_factory=set)
+    mounts: set[str] = field(default_factory=set)
+    """Directories of the storage domains that were connected since this machine booted."""
     run_there: Callable[[Any], Any] | None = None
     """Starts a coroutine on this machine; None: in the caller's own context."""
 
@@ -195,6 +197,9 @@ class Daemon:
         if vm_id in self.domains:
             raise MemoryError_(LibvirtError.OPERATION_FAILED, f"domain '{vm_id}' is already active")
         domain = Domain(self, vm_id, root)
+        for path in domain.disks:
+            if not any(path.startswith(f"{top}/") for top in self.mounts):
+                raise MemoryError_(LibvirtError.OPERATION_FAILED, f"Could not open '{path}': No such file")
         self.domains[vm_id] = domain
         self.tell(_life(vm_id, "started", "booted", DomainState.RUNNING))
         if flags & libvirt.VIR_DOMAIN_START_PAUSED:
@@ -275,6 +280,7 @@ class Daemon:
         self.up = False
         self.came_up.clear()
         self.listeners.clear()
+        self.mounts.clear()
         for domain in list(self.domains.values()):
             del self.domains[domain.vm_id]
             if domain.state is DomainState.RUNNING:

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import random
 import time
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,7 +73,13 @@ def plan_of(chance: random.Random) -> Plan:
     return Plan(hosts, vms, tuple(chance.random() < 0.7 for _ in range(vms)))
 
 
-def episode(seed: int, database: Database, *, level: int = logging.WARNING) -> Outcome:
+Play = Callable[[World, random.Random], Coroutine[Any, Any, None]]
+"""What happens in an empty world."""
+
+
+def episode(
+    seed: int, database: Database, *, level: int = logging.WARNING, play: Play | None = None
+) -> Outcome:
     """Runs a seed to its end. Never raises for what the programs did. Once per process: see `alone`."""
     began = time.process_time()
     MemoryClient.made = 0
@@ -83,7 +90,7 @@ def episode(seed: int, database: Database, *, level: int = logging.WARNING) -> O
     log = Log(world)
     logging.basicConfig(handlers=[log], level=level, force=True)
     try:
-        loop.run(_play(world, chance))
+        loop.run((play or _play)(world, chance))
     except (Deadlock, OutOfTime, Stuck, TimeoutError) as error:
         world.oracle.broken(f"{type(error).__name__}: {error}")
     except Exception as error:  # an episode's own failure is a finding like any other
@@ -120,11 +127,11 @@ async def _play(world: World, chance: random.Random) -> None:
     async with asyncio.timeout(FURNISH_SECONDS):
         await world.open()
         await world.furnish(plan_of(chance))
-    await _settled(world)
+    await settled(world)
     faults = 0
     while faults < LEAST_FAULTS or world.time.elapsed < LEAST_SECONDS:
         faults += await _scene(world, chance)
-        await _settled(world)
+        await settled(world)
         if world.oracle.violations:
             return
         quiet = chance.uniform(200, 900)
@@ -151,7 +158,7 @@ async def _later(chance: random.Random, act: Any, world: World) -> None:
     await act(scene)
 
 
-async def _settled(world: World) -> None:
+async def settled(world: World) -> None:
     """Until everything is as it should; what isn't in time is a violation that names it."""
     end = world.loop.time() + SETTLE_SECONDS
     wrong: list[str] = []
@@ -170,12 +177,12 @@ async def _settled(world: World) -> None:
             wrong = [f"the services can't be asked: {error}"]
         if not wrong:
             return
-    await _explain(world)
+    await explain(world)
     for what in wrong:
         world.oracle.broken(f"{SETTLE_SECONDS:.0f} s after the last fault was mended: {what}")
 
 
-async def _explain(world: World) -> None:
+async def explain(world: World) -> None:
     """What the services believe, for whoever reads the timeline."""
     with contextlib.suppress(Refused, TimeoutError):
         async with asyncio.timeout(30.0):

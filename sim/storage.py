@@ -42,6 +42,7 @@ class Shelf:
     writers: dict[str, dict[str, str]] = field(default_factory=dict)
     """Volume → host → what writes it."""
     on_two_writers: Callable[[str, dict[str, str]], None] = lambda path, writers: None
+    up: bool = True
 
     def opened(self, path: str, host: str, what: str) -> None:
         writers = self.writers.setdefault(path, {})
@@ -69,6 +70,8 @@ class HostStorage:
     connected: dict[str, str] = field(default_factory=dict)
     """Domain → path."""
     reachable: Callable[[], bool] = lambda: True
+    mounts: set[str] = field(default_factory=set)
+    """Of the machine: they outlive the agent, not the boot."""
 
     def look(self, domain_id: str) -> StorageDomainReport:
         path = self.connected[domain_id]
@@ -112,10 +115,12 @@ class HostStorage:
         if (path, ask.domain_id) not in self.shelf.markers:
             raise Refused(Kind.NOT_FOUND, f"{path} has no storage domain {ask.domain_id}")
         self.connected[ask.domain_id] = path
+        self.mounts.add(f"{path}/{ask.domain_id}")
         return self.look(ask.domain_id)
 
     def _disconnect(self, ask: DisconnectStorage) -> Done:
-        self.connected.pop(ask.domain_id, None)
+        path = self.connected.pop(ask.domain_id, "")
+        self.mounts.discard(f"{path}/{ask.domain_id}")
         return Done()
 
     def _create(self, ask: CreateVolume) -> VolumeInfo:

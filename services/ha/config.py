@@ -30,6 +30,11 @@ class HaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     restarts_at_most: int = 10
     """After so many restarts within `restart_window_seconds` ha gives up, and says so."""
     restart_window_seconds: float = 3600.0
+    blackout_seconds: float = 900.0
+    """So long after ha began, hosts that it has not heard yet may still come back from a blackout: a start that failed is no
+    attempt, and VMs wait for more important ones."""
+    blackout_wait_seconds: float = 60.0
+    """But not longer than this: the host on which the more important VM ran may never come back."""
     silence_before_fence_seconds: float = 60.0
     """A silent host whose BMC says that it is on is left alone for this long. Never below 35 s, in which a host that
     was only cut off for a moment, or swaps, is back."""

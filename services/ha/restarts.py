@@ -11,12 +11,12 @@ from typing import Any, TypeAlias
 
 from msgspec.structs import replace
 
-from services.ha import rooms, start_groups, store
+from services.ha import rooms, store, turns
 from services.ha.policies.restart_order import Step, Verdict, WatchedVm, decide, ended, is_over, within
 from services.ha.state import Ha
 from services.ha.store import RESTARTS, RestartPrivate
 from volery.contracts.base import Owner
-from volery.contracts.errors import Kind, Refused
+from volery.contracts.errors import Kind, Problem, Refused
 from volery.contracts.leases import LEASE_HELD
 from volery.contracts.liveness import LIST_RESTARTS, VmRestart
 from volery.contracts.operation import ENDED, GET_OPERATION, GetOperation, ListQuery
@@ -62,10 +62,10 @@ async def look(ha: Ha, key: str) -> None:
     """Every VM that ended, the most important first, equals together. One look at a time."""
     await rooms.look(ha)
     waiting = [vm for vm in await store.crashed_vms(ha.core.pool) if ended(vm)]
-    groups = await start_groups.known(ha) if waiting else {}
+    order = await turns.now(ha) if waiting else turns.NOBODY
     for _, equals in itertools.groupby(waiting, key=lambda vm: vm.priority):
         for some in _chunks(list(equals)):
-            await asyncio.gather(*(_look_at(ha, vm, groups) for vm in some))
+            await asyncio.gather(*(_look_at(ha, vm, order) for vm in some))
 
 
 def _chunks(vms: list[WatchedVm]) -> Iterator[list[WatchedVm]]:
@@ -73,9 +73,9 @@ def _chunks(vms: list[WatchedVm]) -> Iterator[list[WatchedVm]]:
         yield vms[start : start + TOGETHER]
 
 
-async def _look_at(ha: Ha, vm: WatchedVm, groups: start_groups.Groups) -> None:
+async def _look_at(ha: Ha, vm: WatchedVm, order: turns.Order) -> None:
     try:
-        await _treat(ha, vm, groups)
+        await _treat(ha, vm, order)
     except Stale:
         ha.core.wake(KEY)
 
@@ -86,7 +86,7 @@ async def look_again(ha: Ha) -> None:
     ha.core.wake(KEY)
 
 
-async def _treat(ha: Ha, vm: WatchedVm, groups: start_groups.Groups) -> None:
+async def _treat(ha: Ha, vm: WatchedVm, order: turns.Order) -> None:
     row = await RESTARTS.find(ha.core.pool, vm.id)
     if row is not None and row.private.pending:
         await _ask(ha, vm, row)
@@ -95,7 +95,7 @@ async def _treat(ha: Ha, vm: WatchedVm, groups: start_groups.Groups) -> None:
         row = await _learn_outcome(ha, vm, row)
         if row is None:
             return
-    if rooms.fits_nowhere(ha, vm.id) or _is_leased(ha, vm.id):
+    if rooms.fits_nowhere(ha, vm.id) or _is_too_early(ha, vm.id):
         return
     now = utc_now()
     attempts = within(row.private.attempts, now, ha.config) if row is not None else ()
@@ -104,7 +104,7 @@ async def _treat(ha: Ha, vm: WatchedVm, groups: start_groups.Groups) -> None:
     verdict = decide(vm, host.state if host is not None else None, attempts, now, ha.config, last_reason)
     since = _waits_since(vm, row, now)
     if verdict.step is Step.ASK:
-        verdict = await _in_turn(ha, vm, groups, verdict, (now - since).total_seconds())
+        verdict = await _in_turn(ha, vm, order, verdict, (now - since).total_seconds())
     elif row is not None and row.private.epoch == vm.epoch and verdict.step is Step.WAIT:
         return  # Asked for already: what came of it is on its way, or it isn't due yet.
     row = await _keep(ha, vm, row, verdict, attempts, now, since)
@@ -120,30 +120,28 @@ def _waits_since(vm: WatchedVm, row: RestartRow | None, now: datetime) -> dateti
     return row.private.waits_since if same else now
 
 
-async def _in_turn(
-    ha: Ha, vm: WatchedVm, groups: start_groups.Groups, verdict: Verdict, waited: float
-) -> Verdict:
+async def _in_turn(ha: Ha, vm: WatchedVm, order: turns.Order, verdict: Verdict, waited: float) -> Verdict:
     """The verdict, unless others come first."""
-    others = await start_groups.waits_for(ha, vm, groups, waited)
+    others = await turns.others_first(ha, vm, order, waited)
     if not others:
         return verdict
     return Verdict(Step.WAIT, f"VM {vm.name} ended ({vm.reason}) and is brought back in its turn: {others}")
 
 
-def _is_leased(ha: Ha, vm_id: str) -> bool:
-    """Whether another host held its lease just now, or a dead one had not lost it yet."""
-    at = ha.lease_held.get(vm_id)
+def _is_too_early(ha: Ha, vm_id: str) -> bool:
+    """Whether what its last start failed for has not had the time to pass."""
+    at = ha.not_before.get(vm_id)
     if at is None:
         return False
-    if monotonic() - at < ha.config.lease_again_seconds:
+    if monotonic() < at:
         return True
-    del ha.lease_held[vm_id]
+    del ha.not_before[vm_id]
     return False
 
 
 async def _learn_outcome(ha: Ha, vm: WatchedVm, row: RestartRow) -> RestartRow | None:
-    """Having fitted nowhere, or not having got its lease, is no attempt: it is tried again as often as it takes. None: it
-    isn't known yet what came of the last one."""
+    """A start that failed for what passes is no attempt: it is tried again as often as it takes. None: it isn't known yet
+    what came of the last one."""
     try:
         operation = await ha.core.bus.ask(
             GET_OPERATION[Owner.INVENTORY], GetOperation(id=row.public.last_operation_id)
@@ -154,23 +152,33 @@ async def _learn_outcome(ha: Ha, vm: WatchedVm, row: RestartRow) -> RestartRow |
         return row  # Long ago: it counts.
     if operation.state not in ENDED:
         return None
-    private = replace(row.private, learned=operation.id)
-    public, problem = row.public, operation.problem
-    if problem is not None and problem.kind is Kind.EXHAUSTED:
-        ha.exhausted[vm.id] = monotonic()
+    private, public = replace(row.private, learned=operation.id), row.public
+    if operation.problem is not None and (words := _passes(ha, vm, operation.problem)):
         private = replace(private, attempts=row.private.attempts[:-1])
-        words = f"VM {vm.name} fits nowhere now; it is tried again when there is room: {problem.message}"
-        public = replace(public, attempts=len(private.attempts), message=words)
-        log.warning("%s", words)
-    elif problem is not None and problem.details.get("rule") == LEASE_HELD:
-        ha.lease_held[vm.id] = monotonic()
-        private = replace(private, attempts=row.private.attempts[:-1])
-        words = f"VM {vm.name} waits for its lease, and is tried again every {ha.config.lease_again_seconds:g} s: {problem.message}"
         public = replace(public, attempts=len(private.attempts), message=words)
         log.warning("%s", words)
     change = RESTARTS.update(row, public, private)
     await ha.core.commit(change)
     return Row(change.document, private)
+
+
+def _passes(ha: Ha, vm: WatchedVm, problem: Problem) -> str:
+    """What is waited for until it is tried again, as a sentence; "" when the failed start counts."""
+    starting = turns.is_starting(ha)
+    if problem.kind is Kind.EXHAUSTED and not (starting and problem.details.get("tried")):
+        ha.exhausted[vm.id] = monotonic()
+        return f"VM {vm.name} fits nowhere now; it is tried again when there is room: {problem.message}"
+    if problem.details.get("rule") == LEASE_HELD:
+        seconds, why = ha.config.lease_again_seconds, "waits for its lease, and"
+    elif starting:
+        seconds, why = (
+            ha.config.restart_first_delay_seconds,
+            "could not be started while hosts are coming back; it",
+        )
+    else:
+        return ""
+    ha.not_before[vm.id] = monotonic() + seconds
+    return f"VM {vm.name} {why} is tried again every {seconds:g} s: {problem.message}"
 
 
 async def _keep(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from msgspec import UNSET
@@ -173,12 +173,14 @@ async def known(ha: Ha) -> Groups:
     return {row.id: row.public for row in await START_GROUPS.where(ha.core.pool)}
 
 
-async def waits_for(ha: Ha, vm: WatchedVm, groups: Groups, waited: float) -> str:
-    """Which start group it waits for; "" when it is its turn. `waited` seconds have passed since it could have been."""
+async def waits_for(ha: Ha, vm: WatchedVm, groups: Groups, silent: Collection[str], waited: float) -> str:
+    """Which start group it waits for; "" when it is its turn. `waited` seconds have passed since it could have been;
+    `silent` hosts may have taken their VMs with them."""
     earlier = rules.before(vm.id, groups)
     if not earlier:
         return ""
     if waited < HEARD_SECONDS:
         return "it waits a moment for word of the start groups before its own"
     vm_ids = sorted({vm_id for group in earlier for vm_id in group.vm_ids})
-    return rules.waits_for(vm.id, groups, await store.members(ha.core.pool, vm_ids), max(waited, 0.0))
+    members = await store.members(ha.core.pool, vm_ids)
+    return rules.waits_for(vm.id, groups, members, max(waited, 0.0), silent)

@@ -84,8 +84,9 @@ class Ha:
     exhausted: dict[str, float] = field(default_factory=dict)
     """VM → when it was found to fit nowhere."""
     unjudged: Unjudged = field(default_factory=Unjudged)
-    lease_held: dict[str, float] = field(default_factory=dict)
-    """VM → when a host last said that another holds its lease."""
+    not_before: dict[str, float] = field(default_factory=dict)
+    """VM whose last start failed for a reason that passes → when it is tried again."""
+    opened_at: float = field(default_factory=monotonic)
     lease_watches: dict[str, LeaseWatch] = field(default_factory=dict)
     """Silent host → what is read of its leases."""
     witnessed: tuple[float, bool] = (float("-inf"), True)

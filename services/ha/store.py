@@ -182,7 +182,7 @@ POLICIES: Table[FencingPolicy, Nothing] = Table(
     noun="fencing policy of cluster",
 )
 
-_VM = "id, name, epoch, status, desired, reason, host_id, enabled, priority, busy, same_host"
+_VM = "id, name, epoch, status, desired, reason, host_id, enabled, priority, busy, same_host, after_blackout"
 
 
 def saw_vm(vm: Vm) -> Change:
@@ -191,12 +191,13 @@ def saw_vm(vm: Vm) -> Change:
     return Change(
         """insert into vm
                (id, revision, name, epoch, status, desired, reason, host_id, enabled, priority, busy, same_host,
-                agent)
-           values ({0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}, {8}, {9}, {10}, {11}, {12})
+                agent, after_blackout)
+           values ({0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}, {8}, {9}, {10}, {11}, {12}, {13})
            on conflict (id) do update set revision = excluded.revision, name = excluded.name,
                epoch = excluded.epoch, status = excluded.status, desired = excluded.desired,
                reason = excluded.reason, enabled = excluded.enabled, priority = excluded.priority,
                busy = excluded.busy, same_host = excluded.same_host, agent = excluded.agent,
+               after_blackout = excluded.after_blackout,
                host_id = case when excluded.host_id = '' then vm.host_id else excluded.host_id end
            where vm.revision <= excluded.revision""",
         (
@@ -213,6 +214,7 @@ def saw_vm(vm: Vm) -> Change:
             bool(vm.busy_with),
             vm.high_availability.where is RestartWhere.SAME_HOST,
             vm.guest.agent_connected,
+            vm.start_after_blackout is True,
         ),
         guarded=False,
     )
@@ -229,8 +231,22 @@ async def known_vms(pool: Pool) -> set[str]:
 async def crashed_vms(pool: Pool) -> list[WatchedVm]:
     """Those that may need a restart, the most important first."""
     records = await pool.fetch(
-        f"""select {_VM} from vm where enabled and status = 'down' and desired = 'up' and not busy
+        f"""select {_VM} from vm
+            where (enabled or after_blackout) and status = 'down' and desired = 'up' and not busy
             order by priority desc, id"""
+    )
+    return [WatchedVm(**dict(r)) for r in records]
+
+
+async def wanted_on(pool: Pool, host_ids: Sequence[str]) -> list[WatchedVm]:
+    """VMs that ha would bring back and of which nobody has said that they ended, the most important first."""
+    if not host_ids:
+        return []
+    records = await pool.fetch(
+        f"""select {_VM} from vm where (enabled or after_blackout) and desired = 'up'
+            and status not in ('down', 'suspended') and host_id = any($1::text[])
+            order by priority desc, id""",
+        list(host_ids),
     )
     return [WatchedVm(**dict(r)) for r in records]
 
@@ -238,7 +254,9 @@ async def crashed_vms(pool: Pool) -> list[WatchedVm]:
 async def members(pool: Pool, vm_ids: Sequence[str]) -> dict[str, Member]:
     """VMs of start groups, as far as ha knows them."""
     rows = await pool.fetch(
-        "select id, name, status, desired, enabled, agent from vm where id = any($1::text[])", list(vm_ids)
+        """select id, name, status, desired, enabled or after_blackout as enabled, agent, host_id from vm
+           where id = any($1::text[])""",
+        list(vm_ids),
     )
     restarts = {row.id: row for row in await RESTARTS.where(pool, "id = any($1::text[])", list(vm_ids))}
     return {
@@ -248,6 +266,7 @@ async def members(pool: Pool, vm_ids: Sequence[str]) -> dict[str, Member]:
             desired=row["desired"],
             enabled=row["enabled"],
             agent=row["agent"],
+            host_id=row["host_id"],
             brought_back=row["id"] in restarts and bool(restarts[row["id"]].private.attempts),
             gave_up=row["id"] in restarts and restarts[row["id"]].public.gave_up,
         )

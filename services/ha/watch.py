@@ -48,6 +48,8 @@ class Watch:
     boot_id: str = ""
     beat: Beat | None = None
     beat_at: float | None = None
+    boot_heard_at: float | None = None
+    """When the boot that beats now was first heard."""
     former: Sign | None = None
     stranger: Sign | None = None
     connected_at: float | None = None
@@ -112,6 +114,8 @@ class Watch:
             return
         if last is not None and self.beat_at is not None and last.boot_id != beat.boot_id:
             self.former = Sign(self.beat_at, last.boot_id)
+        if last is None or last.boot_id != beat.boot_id:
+            self.boot_heard_at = now
         self.beat, self.beat_at = beat, now
         self.off_first = None
 

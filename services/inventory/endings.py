@@ -22,7 +22,14 @@ from volery.runtime.tables import Change, Row, Stale
 log = logging.getLogger(__name__)
 
 
-def down(vm: Vm, private: VmPrivate, end: End) -> tuple[Vm, VmPrivate]:
+def in_blackout(inv: Inventory, host_id: str, boot_id: str, present_boot_id: str = "") -> bool:
+    """Whether a boot that has ended was not heard since this process began: both were down. Where it isn't known, whether
+    none but the host's present one was heard."""
+    heard = inv.core.beats.boots.get(host_id, set())
+    return boot_id not in heard if boot_id else not heard - {present_boot_id}
+
+
+def down(vm: Vm, private: VmPrivate, end: End, *, blackout: bool = False) -> tuple[Vm, VmPrivate]:
     """The VM once it has ended so, and what is wanted of it from now on."""
     if private.killing and end is not End.HOST_DIED:
         end = End.IO_ERROR
@@ -31,6 +38,8 @@ def down(vm: Vm, private: VmPrivate, end: End) -> tuple[Vm, VmPrivate]:
         stop_table.wish(vm, private.stop_asked),
         protected=vm.high_availability.enabled,
         restart_after_guest_shutdown=vm.high_availability.restart_after_guest_shutdown,
+        start_after_blackout=vm.start_after_blackout,
+        blackout=blackout,
     )
     new = replace(
         vm,
@@ -44,8 +53,12 @@ def down(vm: Vm, private: VmPrivate, end: End) -> tuple[Vm, VmPrivate]:
     return model.with_actions(new), replace(private, stop_asked=False, killing=False)
 
 
-def ended(inv: Inventory, row: Row[Vm, VmPrivate], placement: PlacementRow, end: End) -> list[Change]:
-    new, private = down(row.public, row.private, end)
+def ended(
+    inv: Inventory, row: Row[Vm, VmPrivate], placement: PlacementRow, end: End, boot_id: str = ""
+) -> list[Change]:
+    """`boot_id`: the host's present boot, where it is known."""
+    blackout = in_blackout(inv, placement.host_id, placement.boot_id, boot_id)
+    new, private = down(row.public, row.private, end, blackout=blackout)
     return [
         VMS.update(row, new, private),
         inv.store.place(placement, epoch=placement.epoch, host_id="", state="none"),

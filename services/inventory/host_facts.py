@@ -171,7 +171,7 @@ def _at_home(
             end = End.HOST_DIED
         if row.public.status is VmStatus.SAVING_STATE and end is not End.HOST_DIED:
             return []  # its operation writes where the memory is
-        return ended(inv, row, placement, end)
+        return ended(inv, row, placement, end, boot_id)
     if report.epoch != placement.epoch:
         return []
     changes = _alive(inv, row, placement, report)

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from services.inventory import model
 from services.inventory.desk import Inventory
-from services.inventory.endings import down
+from services.inventory.endings import down, in_blackout
 from services.inventory.specs import domain_spec, need_of
 from services.inventory.starting import release_claim
 from services.inventory.stop_table import End
@@ -356,7 +356,8 @@ async def _give_back(inv: Inventory, run: Run, vm_id: str, moving: Moving) -> No
             placed = inv.store.place(before, epoch=epoch, host_id="", state="none")
             died = _source_died(inv, moving) or _arrived_and_died(inv, vm_id, moving, before.destination_id)
             end = End.HOST_DIED if died else End.CRASHED
-            new, private = down(row.public, row.private, end)
+            blackout = in_blackout(inv, moving.source_id, moving.source_boot_id)
+            new, private = down(row.public, row.private, end, blackout=blackout)
         try:
             await inv.core.commit(placed, VMS.update(row, replace(new, epoch=epoch), private))
         except Stale:

@@ -191,6 +191,7 @@ NOW = frozenset(
         "affinity",
         "migration",
         "io_error",
+        "start_after_blackout",
         "delete_protected",
         "lease",
     }

@@ -6,6 +6,7 @@ that epoch before another one is tried, so that nothing of the attempt can wake 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -46,7 +47,7 @@ from volery.contracts.vm import (
 )
 from volery.runtime import checks
 from volery.runtime.bus import LOST, Caller
-from volery.runtime.clock import utc_now
+from volery.runtime.clock import monotonic, utc_now
 from volery.runtime.deaths import host_died
 from volery.runtime.run import Run
 from volery.runtime.service import Part
@@ -59,6 +60,10 @@ MAX_HOSTS = 3
 """Hosts that are tried before a start fails (oVirt: NumberOfFailedRunsOnVds)."""
 HOPELESS = {Kind.INVALID, Kind.FORBIDDEN, Kind.INTERNAL}
 """A refusal that no other host would answer otherwise, unless it is the host's own: hosts differ in their QEMU."""
+
+
+SILENT_SECONDS = 3.0
+"""Six beats: as long as ha takes to suspect a host."""
 
 
 class Starting(Message):
@@ -199,7 +204,7 @@ async def bring_up(inv: Inventory, run: Run, ask: Starting) -> None:
             await release_claim(inv, run, ask.vm_id, epoch)
             await _say_why(inv, ask.vm_id, placed.message)
             tried = f" Tried already: {'; '.join(reasons)}." if reasons else ""
-            raise Refused(Kind.EXHAUSTED, f"{placed.message}{tried}", placement=placed)
+            raise Refused(Kind.EXHAUSTED, f"{placed.message}{tried}", placement=placed, tried=len(reasons))
         try:
             await _run_on(inv, run, ask, attempt, epoch, placed.host_id)
         except Refused as refused:
@@ -257,11 +262,12 @@ async def _place(
 
     async def place() -> Placement:
         vm = (await VMS.get(inv.core.pool, ask.vm_id)).public
+        silent = await _silent_hosts(inv, ask, vm.cluster_id)
         question = Place(
             need=await need_of(inv, vm, run.caller, ask.run_once),
             epoch=epoch,
             purpose=ask.purpose,
-            excluded_host_ids=excluded,
+            excluded_host_ids=(*excluded, *silent),
             target_host_id=ask.host_id,
             preferred_host_id=ask.preferred_host_id,
             avoided_host_ids=ask.avoided_host_ids,
@@ -273,6 +279,17 @@ async def _place(
         return placed
 
     return await run.step(f"place-{attempt}", "Choosing a host", place, Placement)
+
+
+async def _silent_hosts(inv: Inventory, ask: Starting, cluster_id: str) -> tuple[str, ...]:
+    """Hosts that no order would reach now. What is brought back by itself isn't sent there: after a blackout ha hasn't
+    said yet which of them are silent, and a missing one would keep the VM until its deadline."""
+    if ask.purpose is not Purpose.RESTART:
+        return ()
+    beats = inv.core.beats
+    await asyncio.sleep(max(0.0, beats.since + SILENT_SECONDS - monotonic()))
+    ids = await inv.store.host_ids_in_cluster(cluster_id)
+    return tuple(host_id for host_id in ids if beats.silent_seconds(host_id) >= SILENT_SECONDS)
 
 
 async def _set_host(inv: Inventory, vm_id: str, epoch: int, host_id: str) -> None:
@@ -431,7 +448,8 @@ async def _stay_down(inv: Inventory, run: Run, ask: Starting) -> None:
         if row is None:
             return
         saved = bool(row.private.saved_path)
-        restarting = ask.purpose is Purpose.RESTART and row.public.high_availability.enabled
+        wanted = row.public.high_availability.enabled or row.public.start_after_blackout is True
+        restarting = ask.purpose is Purpose.RESTART and wanted
         new = model.with_actions(
             replace(
                 row.public,

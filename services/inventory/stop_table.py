@@ -65,6 +65,9 @@ class After:
     where: Where
 
 
+WITH_HOST = frozenset({End.HOST_DIED, End.HOST_SHUTDOWN})
+"""Ends together with the host. In a blackout (the control plane was down, too) `start_after_blackout` decides."""
+
 PUT_RIGHT: dict[End, Where] = {
     End.CRASHED: Where.SAME_HOST,
     End.HOST_DIED: Where.ELSEWHERE,
@@ -98,10 +101,20 @@ def wish(vm: Vm, stop_asked: bool) -> Wish:
     return Wish.STOP if stop_asked or vm.desired is DesiredState.DOWN else Wish.RUN
 
 
-def after(end: End, asked: Wish, *, protected: bool, restart_after_guest_shutdown: bool = False) -> After:
-    """`protected`: it is highly available."""
+def after(
+    end: End,
+    asked: Wish,
+    *,
+    protected: bool,
+    restart_after_guest_shutdown: bool = False,
+    start_after_blackout: bool | None = None,
+    blackout: bool = False,
+) -> After:
+    """`protected`: it is highly available. `blackout`: its host ended while the control plane was down."""
     if asked is Wish.STOP:
         return After(USER, DesiredState.DOWN, Where.NOWHERE)
+    if blackout and end in WITH_HOST and start_after_blackout is not None:
+        protected = start_after_blackout
     if not protected:
         return After(end, DesiredState.DOWN, Where.NOWHERE)
     if end is End.GUEST_SHUTDOWN and restart_after_guest_shutdown:

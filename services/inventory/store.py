@@ -307,6 +307,10 @@ class Store:
     async def vms_in_cluster(self, cluster_id: str) -> int:
         return int(await self.pool.fetchval("select count(*) from vm where cluster_id = $1", cluster_id))
 
+    async def host_ids_in_cluster(self, cluster_id: str) -> list[str]:
+        rows = await self.pool.fetch("select id from host where cluster_id = $1 order by id", cluster_id)
+        return [row["id"] for row in rows]
+
     async def hosts_in_cluster(self, cluster_id: str) -> int:
         return int(await self.pool.fetchval("select count(*) from host where cluster_id = $1", cluster_id))
 

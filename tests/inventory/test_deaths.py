@@ -116,6 +116,44 @@ async def test_a_death_that_was_missed_is_found(configured: Settings) -> None:
             assert (await world.vm_is(vm.id, VmStatus.DOWN)).status_reason == "host_died"
 
 
+async def test_a_host_that_dies_alone_is_no_blackout(configured: Settings) -> None:
+    async with world_of(configured, hosts=1) as (world, (host,)):
+        waived = await world.vm(ha=True, start_after_blackout=False)
+        wanted = await world.vm(start_after_blackout=True)
+        await world.proven_dead(host, await host.die())
+        assert (await world.vm_is(waived.id, VmStatus.DOWN)).desired is DesiredState.UP
+        assert (await world.vm_is(wanted.id, VmStatus.DOWN)).desired is DesiredState.DOWN
+
+
+@pytest.mark.parametrize("first", ["ha's proof", "its own report"])
+async def test_a_host_that_died_while_inventory_was_down_died_in_a_blackout(
+    configured: Settings, first: str
+) -> None:
+    async with surroundings(configured) as world:
+        async with inventory_of(world):
+            await found_cluster(world)
+            host = await world.machine("h1")
+            waived = await world.vm(ha=True, start_after_blackout=False)
+            wanted = await world.vm(start_after_blackout=True)
+            stopped = await world.vm(start_after_blackout=True)
+            await world.ended(await world.bus.ask(STOP_VM, StopVm(id=stopped.id)))
+        boot_id = await host.die()
+        if first == "ha's proof":
+            await world.proven_dead(host, boot_id)
+        else:
+            await host.boot()
+        async with inventory_of(world):
+            assert (await world.vm_is(waived.id, VmStatus.DOWN)).desired is DesiredState.DOWN
+            down = await world.vm_is(wanted.id, VmStatus.DOWN)
+            assert (down.desired, down.status_reason) == (DesiredState.UP, "host_died")
+            assert (await world.get(stopped.id)).desired is DesiredState.DOWN
+            if first == "ha's proof":
+                await host.boot()
+                await world.host_is(host, HostStatus.DOWN)
+                await world.liveness(host, LivenessState.UP)
+            await restart(world, down)
+
+
 async def test_a_stop_succeeds_when_its_host_dies(configured: Settings) -> None:
     async with world_of(configured, hosts=1) as (world, (host,)):
         vm = await world.vm(ha=True)

@@ -59,6 +59,22 @@ def test_the_option_brings_back_only_what_its_guest_switched_off(end: End) -> No
         assert found == after(end, Wish.RUN, protected=True)
 
 
+@pytest.mark.parametrize("end", End)
+@pytest.mark.parametrize("protected", [False, True])
+@pytest.mark.parametrize("option", [None, False, True])
+def test_after_a_blackout_the_option_decides_about_what_ended_with_its_host(
+    end: End, protected: bool, option: bool | None
+) -> None:
+    found = after(end, Wish.RUN, protected=protected, start_after_blackout=option, blackout=True)
+    with_host = end in (End.HOST_DIED, End.HOST_SHUTDOWN)
+    as_if = option if with_host and option is not None else protected
+    assert found == after(end, Wish.RUN, protected=as_if)
+    alone = after(end, Wish.RUN, protected=protected, start_after_blackout=option)
+    assert alone == after(end, Wish.RUN, protected=protected), "its host's own death is no blackout"
+    asked = after(end, Wish.STOP, protected=protected, start_after_blackout=option, blackout=True)
+    assert asked == After(USER, DOWN, Where.NOWHERE)
+
+
 @pytest.mark.parametrize(
     ("reason", "shown", "end"),
     [

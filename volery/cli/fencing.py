@@ -128,9 +128,7 @@ def show_power(name: Name, output_format: Output = Format.TABLE) -> None:
 @power_management.command("list")
 def list_power(output_format: Output = Format.TABLE) -> None:
     """Show it of every host that has one."""
-    with work.connected() as client:
-        resource = api.POWER_MANAGEMENT
-        output.show(list(client.list(resource)), output_format, resource.columns)
+    work.show_all(api.POWER_MANAGEMENT, output_format)
 
 
 @power_management.command("test")
@@ -250,9 +248,7 @@ def show_policy(cluster: Cluster, output_format: Output = Format.TABLE) -> None:
 @policies.command("list")
 def list_policies(output_format: Output = Format.TABLE) -> None:
     """Show those that were set."""
-    with work.connected() as client:
-        resource = api.FENCING_POLICIES
-        output.show(list(client.list(resource)), output_format, resource.columns)
+    work.show_all(api.FENCING_POLICIES, output_format)
 
 
 @policies.command("set")

@@ -62,8 +62,7 @@ def lines(protection: VmProtection) -> list[dict[str, Any]]:
 @app.command("reserves")
 def list_reserves(output_format: Output = Format.TABLE) -> None:
     """Clusters that reserve room for hosts that die, and whether they have it."""
-    with work.connected() as client:
-        output.show(list(client.list(api.RESERVES)), output_format, api.RESERVES.columns)
+    work.show_all(api.RESERVES, output_format)
 
 
 @app.command("reserve")

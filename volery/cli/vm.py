@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
@@ -33,6 +34,23 @@ HaWhere = Annotated[
 Name = Annotated[str, typer.Argument(help="Name or id of the VM.")]
 
 
+class AfterBlackout(StrEnum):
+    YES = "yes"
+    NO = "no"
+    DEFAULT = "default"
+
+
+BLACKOUT: dict[AfterBlackout, bool | None] = {
+    AfterBlackout.YES: True,
+    AfterBlackout.NO: False,
+    AfterBlackout.DEFAULT: None,
+}
+Blackout = Annotated[
+    AfterBlackout | None,
+    typer.Option(help="Start it after a blackout of hosts and Volery. default: if it is highly available."),
+]
+
+
 def _size(text: str) -> int:
     try:
         return output.read_size(text)
@@ -58,6 +76,7 @@ def create(
     io_error: Annotated[
         IoErrorPolicy, typer.Option(help="What an I/O error that pauses it leads to.")
     ] = IoErrorPolicy.RESUME,
+    start_after_blackout: Blackout = None,
     lease: Annotated[
         str, typer.Option(help="Storage domain of its lease, or none. Default: with --ha.")
     ] = "",
@@ -79,6 +98,7 @@ def create(
             high_availability=HighAvailability(enabled=ha, where=ha_where if ha else RestartWhere.POSSIBLE),
             affinity=Affinity(host_ids=tuple(work.id_of(client, api.HOSTS, text) for text in pin or ())),
             io_error=io_error,
+            start_after_blackout=BLACKOUT[start_after_blackout or AfterBlackout.DEFAULT],
             lease=_lease(client, lease) if lease else None,
             start=start,
         )
@@ -115,6 +135,7 @@ def edit(
     io_error: Annotated[
         IoErrorPolicy | None, typer.Option(help="What an I/O error that pauses it leads to.")
     ] = None,
+    start_after_blackout: Blackout = None,
     protect: Annotated[bool | None, typer.Option("--protect/--no-protect")] = None,
     lease: Annotated[str, typer.Option(help="Storage domain of its lease, or none; while it is down.")] = "",
     output_format: Output = Format.TABLE,
@@ -131,6 +152,8 @@ def edit(
             where = ha_where if ha else RestartWhere.POSSIBLE
             fields |= {"high_availability": replace(vm.high_availability, enabled=ha, where=where)}
         fields |= {"io_error": str(io_error)} if io_error is not None else {}
+        if start_after_blackout is not None:
+            fields |= {"start_after_blackout": BLACKOUT[start_after_blackout]}
         fields |= {"delete_protected": protect} if protect is not None else {}
         fields |= {"lease": _lease(client, lease)} if lease else {}
         new = client.send(api.VMS.update(vm.id, fields, vm.revision))

@@ -97,6 +97,12 @@ def operate(request: Request[Operation], wait: bool, form: Format) -> None:
         finish(client, client.send(request), wait, form)
 
 
+def show_all(resource: Resource[Any], form: Format) -> None:
+    """All there are, as its table has them."""
+    with connected() as client:
+        output.show(list(client.list(resource)), form, resource.columns)
+
+
 def one(resource: Resource[E], name_or_id: str) -> E:
     with connected() as client:
         return client.find(resource, name_or_id)

@@ -165,6 +165,8 @@ class Vm(Entity):
     affinity: Affinity = Affinity()
     migration: MigrationPolicy = MigrationPolicy()
     io_error: IoErrorPolicy = IoErrorPolicy.RESUME
+    start_after_blackout: bool | None = None
+    """Brought back when its host ended while Volery was down, too. None: if it is highly available."""
     delete_protected: bool = False
     lease: str = ""
     """The storage domain where its lease is: no host runs it without holding that. "" is none."""
@@ -232,6 +234,8 @@ class CreateVm(Message):
     affinity: Affinity = Affinity()
     migration: MigrationPolicy = MigrationPolicy()
     io_error: IoErrorPolicy = IoErrorPolicy.RESUME
+    start_after_blackout: bool | None = None
+    """None: if it is highly available."""
     delete_protected: bool = False
     lease: str | None = None
     """None: if it is highly available, on the storage domain of a disk that it writes, where hosts hold leases; else
@@ -260,6 +264,8 @@ class UpdateVm(Message):
     affinity: Affinity | UnsetType = UNSET
     migration: MigrationPolicy | UnsetType = UNSET
     io_error: IoErrorPolicy | UnsetType = UNSET
+    start_after_blackout: bool | UnsetType | None = UNSET
+    """None: if it is highly available."""
     delete_protected: bool | UnsetType = UNSET
     lease: str | UnsetType = UNSET
     """Only while it is down. Unset, a VM that becomes highly available while it is down gets one as a new one does."""

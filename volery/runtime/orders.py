@@ -83,6 +83,10 @@ class Beats:
     """The newest beat of every host, by this process's monotonic clock."""
 
     newest: dict[str, tuple[Beat, float]] = field(default_factory=dict)
+    boots: dict[str, set[str]] = field(default_factory=dict)
+    """Host → its boots that this process has heard beat."""
+    since: float = field(default_factory=monotonic)
+    """When this process began to listen."""
     decoder: msgspec.json.Decoder[Beat] = field(default_factory=lambda: msgspec.json.Decoder(Beat))
     listeners: list[Callable[[Beat, float], None]] = field(default_factory=list)
 
@@ -94,12 +98,18 @@ class Beats:
         if message.subject == fill(BEAT_SUBJECT, beat):
             now = monotonic()
             self.newest[beat.host_id] = (beat, now)
+            self.boots.setdefault(beat.host_id, set()).add(beat.boot_id)
             for listener in self.listeners:
                 listener(beat, now)
 
     def seq(self, host_id: str) -> int | None:
         found = self.newest.get(host_id)
         return None if found is None else found[0].beat_seq
+
+    def silent_seconds(self, host_id: str) -> float:
+        """How long nothing was heard of a host; what nobody could have heard counts as heard."""
+        found = self.newest.get(host_id)
+        return monotonic() - (self.since if found is None else max(found[1], self.since))
 
     def boot(self, host_id: str) -> str:
         """The boot that beat last; "" when none was heard."""

@@ -39,15 +39,21 @@ class WatchedVm:
     busy: bool
     same_host: bool = False
     """Restarted where it ran and nowhere else."""
+    after_blackout: bool = False
+    """Brought back after a blackout in any case. That one was is inventory's to say: it stays wanted up."""
+
+
+def is_watched(vm: WatchedVm) -> bool:
+    """Whether it may ever be brought back."""
+    return vm.enabled or vm.after_blackout
 
 
 def ended(vm: WatchedVm) -> bool:
     """Whether it should run, does not, and it is proven that it doesn't."""
     return (
-        vm.enabled
-        and vm.status == VmStatus.DOWN
+        vm.status == VmStatus.DOWN
         and vm.desired == DesiredState.UP
-        and vm.reason in CRASHES | WITH_HOST
+        and ((vm.enabled and vm.reason in CRASHES) or (is_watched(vm) and vm.reason in WITH_HOST))
         and not vm.busy
     )
 
@@ -115,6 +121,18 @@ def decide(
     return Verdict(Step.ASK, asked, preferred_host_id=preferred, avoided_host_ids=avoided)
 
 
+def waits_for_more_important(
+    vm: WatchedVm, other: WatchedVm, host_name: str, waited: float, at_most: float
+) -> str:
+    """Why it waits for a VM of a host that isn't back; "" when it doesn't. It has waited for so many seconds."""
+    if waited >= at_most or other.id == vm.id or other.priority <= vm.priority:
+        return ""
+    return (
+        f"it waits for host {host_name}, which isn't back since ha began, since VM {other.name} there is more important, "
+        f"at most {at_most:g} s"
+    )
+
+
 def _how(vm: WatchedVm) -> str:
     if vm.reason in WITH_HOST:
         return f"VM {vm.name} ended with its host ({vm.reason})"
@@ -148,7 +166,7 @@ def delay(count: int, config: HaConfig) -> timedelta:
 
 def is_over(vm: WatchedVm | None, attempts: tuple[datetime, ...], gave_up: bool) -> bool:
     """Whether a restart's record says nothing any more. `attempts` are those of the window."""
-    if vm is None or vm.desired != DesiredState.UP or not vm.enabled:
+    if vm is None or vm.desired != DesiredState.UP or not is_watched(vm):
         return True
     if vm.status == VmStatus.DOWN:
         return False

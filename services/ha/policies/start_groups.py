@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from volery.contracts.errors import conflict, invalid
@@ -22,12 +22,14 @@ class Member:
     status: str
     desired: str
     enabled: bool
-    """Highly available."""
+    """Highly available, or brought back after a blackout."""
     agent: bool
     """Its guest agent answers."""
     brought_back: bool = False
     """ha has brought it back within the last hour."""
     gave_up: bool = False
+    host_id: str = ""
+    """Where it runs, or ran last."""
 
 
 def check(group: StartGroup, others: Sequence[StartGroup]) -> None:
@@ -84,16 +86,20 @@ def before(vm_id: str, groups: Mapping[str, StartGroup]) -> list[StartGroup]:
 
 
 def waits_for(
-    vm_id: str, groups: Mapping[str, StartGroup], members: Mapping[str, Member], waited: float
+    vm_id: str,
+    groups: Mapping[str, StartGroup],
+    members: Mapping[str, Member],
+    waited: float,
+    silent: Collection[str] = (),
 ) -> str:
     """Which group a VM that is to be brought back waits for, as a sentence; "" when it is its turn. `waited` seconds
-    have passed since it could have been."""
+    have passed since it could have been. What is said to run on a `silent` host may not run any more."""
     for group in before(vm_id, groups):
         if waited >= group.wait_seconds:
             continue
         for member_id in group.vm_ids:
             member = members.get(member_id)
-            if member_id != vm_id and member is not None and _is_awaited(group.wait_for, member):
+            if member_id != vm_id and member is not None and _is_awaited(group.wait_for, member, silent):
                 return (
                     f"it waits for VM {member.name} of start group {group.name} ({group.wait_for}), at most "
                     f"{group.wait_seconds:g} s"
@@ -101,12 +107,12 @@ def waits_for(
     return ""
 
 
-def _is_awaited(wait_for: WaitFor, member: Member) -> bool:
+def _is_awaited(wait_for: WaitFor, member: Member, silent: Collection[str]) -> bool:
     """Whether ha brings it back and it has not come as far as others wait for. What has run all along is not awaited:
     its agent may never have answered."""
     if not member.enabled or member.desired != DesiredState.UP or member.gave_up:
         return False
-    if member.status not in RUNS:
+    if member.status not in RUNS or member.host_id in silent:
         return True
     if wait_for is WaitFor.TIME:
         return member.brought_back

@@ -1,0 +1,84 @@
+"""Whose turn it is among VMs that ended: start groups, and after a blackout the VMs of hosts that aren't back yet.
+
+That a VM runs is what inventory last said. It is believed of a host that has been heard for a while under the boot that it
+has now; all others may have taken their VMs with them, and nobody has said so yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from services.ha import start_groups, store
+from services.ha.policies.restart_order import WITH_HOST, WatchedVm, waits_for_more_important
+from services.ha.state import Ha
+from services.ha.watch import Watch
+from volery.contracts.liveness import LivenessState
+from volery.runtime.clock import monotonic
+
+BACK_SECONDS = 3.0
+"""A host is back so long after its boot was first heard: until then inventory has written what ended with the one before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What turns depend on, as it is at one look."""
+
+    groups: start_groups.Groups
+    silent: frozenset[str]
+    """Hosts of which nobody knows whether what ran there still does."""
+    foremost: Mapping[str, WatchedVm]
+    """Cluster → its most important VM on a host that has not been heard since ha began."""
+
+
+NOBODY = Order({}, frozenset(), {})
+
+
+async def now(ha: Ha) -> Order:
+    at = monotonic()
+    silent = frozenset(host_id for host_id, watch in ha.watches.items() if not _is_back(watch, at))
+    return Order(await start_groups.known(ha), silent, await _foremost(ha, silent))
+
+
+def _is_back(watch: Watch, at: float) -> bool:
+    heard = watch.boot_heard_at
+    return (
+        watch.state is LivenessState.UP
+        and watch.beat is not None
+        and watch.beat.boot_id == watch.boot_id
+        and heard is not None
+        and at - heard >= BACK_SECONDS
+    )
+
+
+def is_starting(ha: Ha) -> bool:
+    """Whether a blackout may just have ended."""
+    return monotonic() - ha.opened_at < ha.config.blackout_seconds
+
+
+async def _foremost(ha: Ha, silent: frozenset[str]) -> dict[str, WatchedVm]:
+    found: dict[str, WatchedVm] = {}
+    if not is_starting(ha):
+        return found
+    for vm in await store.wanted_on(ha.core.pool, [host_id for host_id in silent if _to_come(ha, host_id)]):
+        found.setdefault(ha.watches[vm.host_id].facts.cluster_id, vm)
+    return found
+
+
+def _to_come(ha: Ha, host_id: str) -> bool:
+    """It has not been heard since ha began, or has just come."""
+    watch = ha.watches[host_id]
+    heard = watch.boot_heard_at
+    return watch.known and (heard is None or monotonic() - heard < BACK_SECONDS)
+
+
+async def others_first(ha: Ha, vm: WatchedVm, order: Order, waited: float) -> str:
+    """For whom it waits, as a sentence; "" when it is its turn. `waited` seconds have passed since it could have been."""
+    if sentence := await start_groups.waits_for(ha, vm, order.groups, order.silent, waited):
+        return sentence
+    host = ha.watches.get(vm.host_id)
+    foremost = order.foremost.get(host.facts.cluster_id) if host is not None else None
+    if foremost is None or vm.reason not in WITH_HOST:
+        return ""
+    where = ha.watches[foremost.host_id].facts.name
+    return waits_for_more_important(vm, foremost, where, waited, ha.config.blackout_wait_seconds)
