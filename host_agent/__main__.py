@@ -24,6 +24,7 @@ from host_agent import (
     luns,
     network,
     storage,
+    storage_watch,
     transfers,
     volumes,
 )
@@ -75,7 +76,14 @@ async def serve_data(host: Host) -> None:
 
 PARTS = Parts(
     actions=ACTIONS,
-    senses=Senses(Describer().describe, storage.report, network.report, luns.open_now, luns.claims),
+    senses=Senses(
+        Describer().describe,
+        storage.report,
+        network.report,
+        luns.open_now,
+        luns.claims,
+        watch_storage=storage_watch.watch,
+    ),
     sample=Sampler().sample,
     background=(watch_guests, serve_data),
     restore=network.restore,
