@@ -13,6 +13,7 @@ import logging
 import sqlite3
 from collections.abc import Awaitable, Callable, Collection, Coroutine
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import msgspec
@@ -72,6 +73,8 @@ class Senses:
     lun_claims: Callable[[Host], Awaitable[tuple[LunClaim, ...]]]
     watch_storage: Callable[[Host, Tell], Coroutine[Any, Any, None]] | None = None
     """Runs for as long as the agent lives, and tells of a domain that can't be read any more, or can again."""
+    watch_networks: Callable[[Host, Callable[[], None]], Coroutine[Any, Any, None]] | None = None
+    """Likewise, and says when the networks are not as they were."""
 
 
 class Reporter:
@@ -138,6 +141,9 @@ class Reporter:
         async with asyncio.TaskGroup() as group:
             if self._senses.watch_storage is not None:
                 group.create_task(self._senses.watch_storage(self._host, self._tell_check))
+            if self._senses.watch_networks is not None:
+                ask = partial(self.ask, Owner.NETWORK)
+                group.create_task(self._senses.watch_networks(self._host, ask))
             for owner in REPORTED_TO:
                 self.ask(owner)
                 group.create_task(self._serve(owner), name=f"reports to {owner}")

@@ -17,12 +17,21 @@ from services.inventory import model
 from services.inventory.clearing import Clearing, to_save
 from services.inventory.desk import Inventory
 from services.inventory.store import HOSTS, HostPrivate
+from volery.contracts.base import Owner
 from volery.contracts.errors import conflict
 from volery.contracts.host import Host, HostProblem, HostStatus
+from volery.contracts.network import LIST_NETWORKS, NETWORK_CHANGED, NETWORK_DELETED, Network
 from volery.contracts.operation import Operation
-from volery.contracts.storage import STORAGE_DOMAIN_CHANGED, STORAGE_DOMAIN_DELETED, StorageDomain
+from volery.contracts.storage import (
+    LIST_STORAGE_DOMAINS,
+    STORAGE_DOMAIN_CHANGED,
+    STORAGE_DOMAIN_DELETED,
+    StorageDomain,
+)
 from volery.runtime.bus import Caller
 from volery.runtime.clock import monotonic, utc_now
+from volery.runtime.listing import pages
+from volery.runtime.relay import stream_name
 from volery.runtime.run import Run
 from volery.runtime.service import Part
 from volery.runtime.tables import Change, Row, Stale
@@ -67,6 +76,48 @@ async def storage_domain_changed(inv: Inventory, domain: StorageDomain) -> Seque
 @part.hears(STORAGE_DOMAIN_DELETED)
 async def storage_domain_deleted(inv: Inventory, domain: StorageDomain) -> Sequence[Change]:
     return await _lost(inv, _domain(domain), {})
+
+
+def _network(network: Network) -> Thing:
+    return Thing(model.NETWORK_MISSING, "network", network.id, network.name)
+
+
+@part.hears(NETWORK_CHANGED)
+async def network_changed(inv: Inventory, network: Network) -> Sequence[Change]:
+    return await _lost(inv, _network(network), network.lost)
+
+
+@part.hears(NETWORK_DELETED)
+async def network_deleted(inv: Inventory, network: Network) -> Sequence[Change]:
+    return await _lost(inv, _network(network), {})
+
+
+async def list_again(inv: Inventory, stream: str) -> None:
+    """Facts were lost for good: what storage or network lists is the truth."""
+    if stream == stream_name(Owner.STORAGE):
+        domains = pages(inv.core.bus, LIST_STORAGE_DOMAINS, StorageDomain)
+        things = {one.id: (_domain(one), one.lost) async for page in domains for one in page}
+        await _settle(inv, model.STORAGE_UNREACHABLE, things)
+    elif stream == stream_name(Owner.NETWORK):
+        networks = pages(inv.core.bus, LIST_NETWORKS, Network)
+        things = {one.id: (_network(one), one.lost) async for page in networks for one in page}
+        await _settle(inv, model.NETWORK_MISSING, things)
+
+
+async def _settle(inv: Inventory, reason: str, things: dict[str, tuple[Thing, dict[str, str]]]) -> None:
+    """Each of these as it is now, and what isn't among them lost by nobody."""
+    for row in await inv.store.hosts():
+        for one in row.public.problems:
+            if one.reason == reason and one.object_id not in things:
+                gone = Thing(reason, one.object_kind, one.object_id, one.object_name)
+                things[gone.id] = (gone, {})
+    for thing, lost in things.values():
+        while True:
+            try:
+                await inv.core.commit(*await _lost(inv, thing, lost))
+            except Stale:
+                continue
+            break
 
 
 async def _lost(inv: Inventory, thing: Thing, lost: Mapping[str, str]) -> list[Change]:

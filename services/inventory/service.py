@@ -95,4 +95,5 @@ service = Service(
     reconcile=reconcile,
     reconcile_all=reconcile_all,
     on_follow=on_follow,
+    on_gap=dead_parts.list_again,
 )

@@ -6,20 +6,29 @@ import dataclasses
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
+from typing import Any
 
 import msgspec
 from msgspec.structs import replace
 
-from tests.inventory.world import Machine, World, until, world_of
+from services.inventory import dead_parts
+from services.inventory.service import service as inventory
+from tests.inventory.world import Machine, World, found_cluster, surroundings, until, world_of
+from tests.support.runtime import running
+from tests.support.service_process import captured
 from tests.support.speaker import Speaker
 from volery.contracts.base import Owner
+from volery.contracts.cluster import GetById
 from volery.contracts.domain import DomainState
 from volery.contracts.domain_orders import MIGRATE_DOMAIN
 from volery.contracts.errors import Kind, Refused
-from volery.contracts.host import HostStatus
+from volery.contracts.host import GET_HOST, HostStatus
 from volery.contracts.ids import new_id
+from volery.contracts.network import LIST_NETWORKS, NETWORK_CHANGED, Network
+from volery.contracts.network_orders import NetworkKind
 from volery.contracts.operation import LIST_OPERATIONS, ListQuery, Operation, OperationState
 from volery.contracts.storage import (
+    LIST_STORAGE_DOMAINS,
     STORAGE_DOMAIN_CHANGED,
     STORAGE_DOMAIN_DELETED,
     DomainKind,
@@ -37,7 +46,7 @@ class Storage(Speaker):
     """A storage service that says which hosts have lost its one domain."""
 
     def __init__(self) -> None:
-        super().__init__(Owner.STORAGE)
+        super().__init__(Owner.STORAGE, lists=[(LIST_STORAGE_DOMAINS, StorageDomain)])
         now = datetime.now(UTC)
         self.domain = StorageDomain(
             id=new_id(),
@@ -53,6 +62,29 @@ class Storage(Speaker):
         lost = {machine.id: WHY for machine in machines}
         self.domain = replace(self.domain, revision=self.domain.revision + 1, lost=lost)
         await self.says(STORAGE_DOMAIN_CHANGED, self.domain)
+
+
+class Networks(Speaker):
+    """A network service that says which hosts have lost its one network."""
+
+    def __init__(self) -> None:
+        super().__init__(Owner.NETWORK, lists=[(LIST_NETWORKS, Network)])
+        now = datetime.now(UTC)
+        self.network = Network(
+            id=new_id(),
+            revision=1,
+            created_at=now,
+            updated_at=now,
+            name="office",
+            data_center_id=new_id(),
+            kind=NetworkKind.BRIDGE,
+            required=True,
+        )
+
+    async def lost(self, *machines: Machine) -> None:
+        lost = dict.fromkeys((machine.id for machine in machines), "eth1 has no link")
+        self.network = replace(self.network, revision=self.network.revision + 1, lost=lost)
+        await self.says(NETWORK_CHANGED, self.network)
 
 
 @asynccontextmanager
@@ -129,6 +161,54 @@ async def test_one_that_cannot_leave_is_named_and_left_until_its_host_says_it_en
         assert list(there.domains) == [vm.id]
         assert there.domains[vm.id].state is DomainState.RUNNING
         assert not here.domains
+
+
+async def test_a_host_that_lost_two_things_is_up_when_it_has_both_back(configured: Settings) -> None:
+    storage, networks = Storage(), Networks()
+    async with world_of(configured, storage.service(), networks.service()) as (world, (here, there)):
+        saved = await world.vm(ha=True)
+        await networks.lost(here)
+        host = await world.host_is(here, HostStatus.NON_OPERATIONAL)
+        assert host.reasons == ("network_missing",)
+        assert host.problems[0].message == (
+            "host h1 has lost network office, which other hosts of its cluster have: eth1 has no link"
+        )
+
+        async def moved() -> bool:
+            return (await world.get(saved.id)).host_id == there.id
+
+        await until(moved)
+        await storage.lost(here)
+
+        async def reasons(*wanted: str) -> None:
+            async def shown() -> bool:
+                return (await world.bus.ask(GET_HOST, GetById(id=here.id))).reasons == wanted
+
+            await until(shown)
+
+        await reasons("network_missing", "storage_unreachable")
+        await networks.lost()
+        await reasons("storage_unreachable")
+        assert (await world.host_is(here, HostStatus.NON_OPERATIONAL)).problems[0].object_name == "data"
+        await storage.lost()
+        await world.host_is(here, HostStatus.UP)
+
+
+async def test_what_was_missed_is_taken_from_the_list(configured: Settings) -> None:
+    """Facts that are lost for good: the list has the last word, also on what isn't in it any more."""
+    storage, networks, found = Storage(), Networks(), list[Any]()
+    beside = storage.service(), networks.service()
+    async with surroundings(configured, *beside) as world, running(configured, captured(inventory, found)):
+        await found_cluster(world)
+        here, there = [await world.machine(name) for name in ("h1", "h2")]
+        await networks.lost(here)
+        await world.host_is(here, HostStatus.NON_OPERATIONAL)
+        networks.objects.clear()
+        storage.knows(replace(storage.domain, lost={there.id: WHY}))
+        for stream in ("FACTS_STORAGE", "FACTS_NETWORK", "FACTS_HA"):
+            await dead_parts.list_again(found[0], stream)
+        assert (await world.host_is(there, HostStatus.NON_OPERATIONAL)).problems[0].object_name == "data"
+        assert (await world.host_is(here, HostStatus.UP)).problems == ()
 
 
 async def test_what_a_host_lost_is_no_matter_once_it_is_deleted(configured: Settings) -> None:

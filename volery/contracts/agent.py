@@ -317,6 +317,8 @@ class BridgeReport(Message):
     bridge: str
     in_sync: bool
     problem: str = ""
+    link_down: str = ""
+    """Why no frame gets out of the host, though its devices are as they should be: the NIC that carries it has no link."""
 
 
 class NetworksReported(FromHost):
