@@ -23,7 +23,9 @@ from host_agent import (
     leases,
     luns,
     network,
+    network_watch,
     storage,
+    storage_watch,
     transfers,
     volumes,
 )
@@ -75,7 +77,15 @@ async def serve_data(host: Host) -> None:
 
 PARTS = Parts(
     actions=ACTIONS,
-    senses=Senses(Describer().describe, storage.report, network.report, luns.open_now, luns.claims),
+    senses=Senses(
+        Describer().describe,
+        storage.report,
+        network.report,
+        luns.open_now,
+        luns.claims,
+        watch_storage=storage_watch.watch,
+        watch_networks=network_watch.watch,
+    ),
     sample=Sampler().sample,
     background=(watch_guests, serve_data),
     restore=network.restore,

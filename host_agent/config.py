@@ -32,6 +32,12 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Between statistics samples (oVirt's vm_sample_interval)."""
     report_seconds: float = 300.0
     """Between full reports that nobody asked for: they mend what an event that never came left wrong."""
+    storage_check_seconds: float = 10.0
+    """Between small reads of each connected storage domain (oVirt's sd_health_check_delay)."""
+    storage_check_timeout_seconds: float = 20.0
+    """A read that takes longer counts as failed: what hangs for so long also hangs the VMs."""
+    network_check_seconds: float = 3.0
+    """Between looks at the host's network devices, so that a pulled cable is reported soon."""
     spool_max_bytes: int = 256 * 1024 * 1024
     """Facts kept while the control plane is away; beyond it the oldest coalescible go first."""
     work_threads: int = 4

@@ -42,6 +42,8 @@ class Link(msgspec.Struct, frozen=True, kw_only=True):
     mac: str = ""
     mtu: int = 1500
     up: bool = False
+    carrier: bool = True
+    """Whether the other end is there: a cable, a switch's port, a bond's members."""
     loopback: bool = False
     master: str = ""
     alias: str = ""
@@ -208,6 +210,7 @@ def _link(ip: Any, message: Any, names: dict[int, str]) -> Link:
         mac=message.get_attr("IFLA_ADDRESS") or "",
         mtu=message.get_attr("IFLA_MTU") or 0,
         up=bool(message["flags"] & IFF_UP),
+        carrier=message.get_attr("IFLA_CARRIER") != 0,
         loopback=bool(message["flags"] & IFF_LOOPBACK),
         master=names.get(message.get_attr("IFLA_MASTER") or 0, ""),
         alias=message.get_attr("IFLA_IFALIAS") or "",

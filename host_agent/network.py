@@ -191,9 +191,13 @@ async def _reports(host: Host, networks: Sequence[HostNetwork]) -> tuple[BridgeR
 
 
 def _report(seen: Seen | Refused, network: HostNetwork) -> BridgeReport:
-    def say(in_sync: bool, problem: str) -> BridgeReport:
+    def say(in_sync: bool, problem: str, link_down: str = "") -> BridgeReport:
         return BridgeReport(
-            network_id=network.network_id, bridge=network.bridge, in_sync=in_sync, problem=problem
+            network_id=network.network_id,
+            bridge=network.bridge,
+            in_sync=in_sync,
+            problem=problem,
+            link_down=link_down,
         )
 
     if isinstance(seen, Refused):
@@ -204,7 +208,8 @@ def _report(seen: Seen | Refused, network: HostNetwork) -> BridgeReport:
         return say(False, refused.message)
     if steps:
         return say(False, "the host's devices were changed by somebody else: apply the host's networks again")
-    return say(True, network_plan.advice(seen.kernel, network))
+    down = network_plan.link_down(seen.kernel, network)
+    return say(True, network_plan.advice(seen.kernel, network), down)
 
 
 async def nics() -> tuple[str, ...]:

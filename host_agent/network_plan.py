@@ -383,6 +383,14 @@ def _nat_changes(seen: Seen, network: HostNetwork) -> list[Step]:
     return [*steps, NatUp(name, nat.network_xml(network, name, addresses_wanted))]
 
 
+def link_down(kernel: Kernel, network: HostNetwork) -> str:
+    """Why no frame of the network gets out of the host; "" when nothing is known to keep it."""
+    nic = kernel.link(network.nic) if network.nic else None
+    if nic is None or not nic.up or nic.carrier:
+        return ""
+    return f"{nic.name} has no link: look at its cable and the switch's port"
+
+
 def advice(kernel: Kernel, network: HostNetwork) -> str:
     """What works, but not well."""
     if network.kind is not NetworkKind.VXLAN or not network.local_address:

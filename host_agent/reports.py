@@ -11,8 +11,9 @@ import asyncio
 import contextlib
 import logging
 import sqlite3
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Coroutine
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import msgspec
@@ -24,11 +25,13 @@ from host_agent.facts import MAX_FACT_BYTES, FactClass, Reservation
 from host_agent.journal import Journal
 from host_agent.shutdown import HOST_SHUTDOWN, KEEPS_ITS_REASON
 from host_agent.spool import Spool
+from host_agent.storage_watch import Tell
 from volery.contracts.agent import (
     DOMAIN_CHANGED,
     DOMAIN_EVENT_HAPPENED,
     HOST_REPORTED,
     NETWORKS_REPORTED,
+    STORAGE_CHECKED,
     STORAGE_REPORTED,
     BridgeReport,
     DomainChanged,
@@ -40,6 +43,7 @@ from volery.contracts.agent import (
     LunClaim,
     NetworksReported,
     OpenLun,
+    StorageChecked,
     StorageDomainReport,
     StorageReported,
 )
@@ -67,6 +71,10 @@ class Senses:
     networks: Callable[[Host], Awaitable[tuple[BridgeReport, ...]]]
     open_luns: Callable[[Host], Awaitable[tuple[OpenLun, ...]]]
     lun_claims: Callable[[Host], Awaitable[tuple[LunClaim, ...]]]
+    watch_storage: Callable[[Host, Tell], Coroutine[Any, Any, None]] | None = None
+    """Runs for as long as the agent lives, and tells of a domain that can't be read any more, or can again."""
+    watch_networks: Callable[[Host, Callable[[], None]], Coroutine[Any, Any, None]] | None = None
+    """Likewise, and says when the networks are not as they were."""
 
 
 class Reporter:
@@ -129,8 +137,13 @@ class Reporter:
             self._keep(asyncio.create_task(self._tell_event(event)))
 
     async def run(self) -> None:
-        """Reports at start, whenever one is asked for, and from time to time."""
+        """Reports at start, whenever one is asked for, and from time to time; and what the watches see in between."""
         async with asyncio.TaskGroup() as group:
+            if self._senses.watch_storage is not None:
+                group.create_task(self._senses.watch_storage(self._host, self._tell_check))
+            if self._senses.watch_networks is not None:
+                ask = partial(self.ask, Owner.NETWORK)
+                group.create_task(self._senses.watch_networks(self._host, ask))
             for owner in REPORTED_TO:
                 self.ask(owner)
                 group.create_task(self._serve(owner), name=f"reports to {owner}")
@@ -280,6 +293,16 @@ class Reporter:
             await self._journal.put(Owner.INVENTORY, subject, encode(said), FactClass.EVENT)
         except sqlite3.Error as error:
             log.error("event %s of VM %s is lost: %s", event.name, event.vm_id, error)
+
+    async def _tell_check(self, domain_id: str, problem: str) -> None:
+        said = StorageChecked(**self._from_host(), domain_id=domain_id, readable=not problem, problem=problem)
+        subject = STORAGE_CHECKED.subject_for(said)
+        try:
+            await self._journal.put(
+                Owner.STORAGE, subject, encode(said), FactClass.STATE, f"check:{domain_id}"
+            )
+        except sqlite3.Error as error:
+            log.error("what a read of storage domain %s came to is lost: %s", domain_id, error)
 
     def _keep(self, task: asyncio.Task[Any]) -> None:
         self._telling.add(task)

@@ -142,6 +142,9 @@ def agent_environment(lab: Lab, host: Host, token: str) -> dict[str, str]:
         "VOLERY_AGENT_DEVICE_SUFFIX": lab.name,
         "VOLERY_AGENT_DMI_UUID_PATH": str(host.layout.product_uuid),
         "VOLERY_AGENT_SHUTDOWN_MARK_PATH": str(host.layout.shutdown_mark),
+        # A lab's storage answers at once or not at all.
+        "VOLERY_AGENT_STORAGE_CHECK_SECONDS": "3",
+        "VOLERY_AGENT_STORAGE_CHECK_TIMEOUT_SECONDS": "3",
         "VOLERY_AGENT_INSTALLATION": home_of(lab).installation,
     }
 

@@ -27,6 +27,9 @@ class InventoryConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """A VM whose policy is `kill` is ended when it was paused for this long (oVirt's time)."""
     evacuations_at_once: int = 2
     """VMs that leave a host at the same time when it goes into maintenance (oVirt: two outgoing migrations a host)."""
+    evacuate_again_seconds: float = 300.0
+    """Between attempts to move highly available VMs away from a host that has lost storage or a network; also oVirt's time
+    between attempts to recover such a host."""
     restarts_at_once_on_host: int = 8
     """Highly available VMs that are brought back on one host at the same time; the others wait their turn."""
     restarts_at_once_from_storage_domain: int = 32

@@ -56,6 +56,8 @@ class Inventory:
     reports: dict[str, asyncio.Event] = field(default_factory=dict)
     """Host → set by its next full report."""
 
+    evacuated: dict[str, float] = field(default_factory=dict)
+    """Host → when the last evacuation of it began, on the monotonic clock."""
     stalled: dict[str, Stalled] = field(default_factory=dict)
     """VM → since when an I/O error keeps it paused, as far as this leader has seen."""
 

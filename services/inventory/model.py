@@ -230,6 +230,10 @@ def check_cluster(
     checks.between(host_failures, 0, 16, "reserve_host_failures", "hosts")
 
 
+STORAGE_UNREACHABLE = "storage_unreachable"
+NETWORK_MISSING = "network_missing"
+"""Why a host is non-operational: it has lost a storage domain, or a required network."""
+
 IO_ERROR = "io_error"
 """The reason of a VM that QEMU paused since a disk could not be read or written."""
 
@@ -293,7 +297,8 @@ def host_with_status(
     host: Host, liveness: str, maintenance: bool, preparing: bool, config: InventoryConfig
 ) -> Host:
     """The host with the status that follows from what is known of it."""
-    problems = host_problems(host, config.minimum_libvirt_version)
+    lost = (problem.reason for problem in host.problems)
+    problems = tuple(dict.fromkeys((*host_problems(host, config.minimum_libvirt_version), *lost)))
     if host.enrolled_at is None or not host.agent_generation:
         status = HostStatus.INSTALLING
     elif maintenance:

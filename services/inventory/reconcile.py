@@ -4,7 +4,7 @@ Keys: `vm/{id}` (a VM whose state is not the desired one), `claims/{id}` (capaci
 `stray/{host}/{vm}` (a domain of ours where its VM may not run), `host/{id}` (committed sums shown on the host),
 `order/{id}` (an order that a host was too slow for, and that must not come true later), `lost/{host}` (VMs that ran under
 a boot that has ended by proof), `boot/{host}` (VMs there of which it isn't known under which boot they run),
-`paused/{vm}` (a VM that an I/O error paused).
+`paused/{vm}` (a VM that an I/O error paused), `away/{host}` (one that has lost storage or a network).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from services.inventory.dead_parts import leave
 from services.inventory.desk import HOST_SECONDS, Inventory
 from services.inventory.endings import bury
 from services.inventory.io_errors import go_on
@@ -52,6 +53,7 @@ async def reconcile_all(inv: Inventory) -> Sequence[str]:
         *(f"host/{row.id}" for row in hosts),
         *(f"order/{order_id}" for order_id in orders),
         *(f"lost/{row.host_id}" for row in await inv.store.lost_placements()),
+        *(f"away/{host_id}" for host_id in await inv.store.non_operational_hosts()),
         *(f"boot/{host_id}" for host_id in await inv.store.hosts_of_unknown_boots()),
     ]
 
@@ -175,4 +177,5 @@ LOOKS: dict[str, Callable[[Inventory, str], Awaitable[None]]] = {
     "lost": _lost,
     "boot": _boot,
     "paused": go_on,
+    "away": leave,
 }

@@ -10,6 +10,7 @@ from msgspec.structs import replace
 from services.inventory import (
     accounts,
     clusters,
+    dead_parts,
     devices,
     enrolment,
     host_facts,
@@ -56,7 +57,11 @@ async def release(inv: Inventory, operation: Operation) -> Sequence[Change]:
             return ()
         return [VMS.update(vm, model.with_actions(replace(vm.public, busy_with="")))]
     host = await HOSTS.find(inv.core.pool, operation.object_id)
-    if host is None or host.public.busy_with != operation.id:
+    if host is None:
+        return ()
+    if (evacuated := dead_parts.released(host, operation)) is not None:
+        return [evacuated]
+    if host.public.busy_with != operation.id:
         return ()
     return [HOSTS.update(host, replace(host.public, busy_with=""))]
 
@@ -69,6 +74,7 @@ service = Service(
         clusters.part,
         hosts.part,
         maintenance.part,
+        dead_parts.part,
         enrolment.part,
         accounts.part,
         readers.part,
@@ -89,4 +95,5 @@ service = Service(
     reconcile=reconcile,
     reconcile_all=reconcile_all,
     on_follow=on_follow,
+    on_gap=dead_parts.list_again,
 )

@@ -45,6 +45,8 @@ class HostPrivate(Message):
     """ha's last word."""
     maintenance: bool = False
     reported: bool = False
+    evacuation: str = ""
+    """The operation that moves its highly available VMs away, since it has lost something."""
 
 
 class VmPrivate(Message):
@@ -371,6 +373,16 @@ class Store:
     async def host_with_token(self, token_sha256: str) -> Row[Host, HostPrivate] | None:
         found = await HOSTS.where(self.pool, "private::json ->> 'token_sha256' = $1", token_sha256)
         return found[0] if found else None
+
+    async def hosts_concerned(self, object_id: str, host_ids: Sequence[str]) -> list[Row[Host, HostPrivate]]:
+        """These, and those with a problem about this object."""
+        return await HOSTS.where(
+            self.pool, "id = any($1::text[]) or position($2 in doc) > 0", list(host_ids), object_id
+        )
+
+    async def non_operational_hosts(self) -> list[str]:
+        rows = await self.pool.fetch("select id from host where status = 'non_operational'")
+        return [row["id"] for row in rows]
 
     async def hosts(self) -> list[Row[Host, HostPrivate]]:
         return await HOSTS.where(self.pool)

@@ -22,5 +22,10 @@ class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """How long a start of a VM waits for its networks on the host."""
     report_seconds: float = 60.0
     """How often every host is asked how its networks are."""
+    lost_after_seconds: float = 60.0
+    """A host that was without a required network for so long, while another host of its cluster had it, has lost it and
+    becomes non-operational. A switch's port that comes up forwards only after up to 50 s (spanning tree)."""
+    back_after_seconds: float = 60.0
+    """A host that has lost a network and has it again for so long has it back."""
     nat_range: str = "10.64.0.0/10"
     """Where subnets for NAT networks are picked from."""

@@ -16,6 +16,7 @@ from volery.contracts.base import Entity, Message
 from volery.contracts.cluster import GET_CLUSTER, GET_DATA_CENTER, GetById
 from volery.contracts.errors import conflict
 from volery.runtime.core import Core
+from volery.runtime.losses import Losses
 from volery.runtime.tables import Change, Row, Stale, Table
 
 T = TypeVar("T", bound=Entity)
@@ -36,6 +37,8 @@ class Fabric:
     """Host → when it was last asked for a report."""
     shapes: dict[str, Message] = field(default_factory=dict)
     """Network → what its hosts must know of it, as last heard."""
+    losses: dict[str, Losses] = field(default_factory=dict)
+    """Network → since when which hosts are without it."""
     settled: asyncio.Event = field(default_factory=asyncio.Event)
     """Set and replaced whenever a host's state was written."""
 

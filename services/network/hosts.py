@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
 from msgspec.structs import replace
@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from services.network import model
 from services.network.fabric import Fabric
 from services.network.store import ATTACHMENTS, NETWORKS, HostRow, HostState
-from volery.contracts.agent import NETWORKS_REPORTED, NetworksReported
+from volery.contracts.agent import NETWORKS_REPORTED, BridgeReport, NetworksReported
 from volery.contracts.errors import Kind, Refused, not_found, unavailable
 from volery.contracts.ids import new_id
 from volery.contracts.naming import checked_id
@@ -132,8 +132,13 @@ def _applied(
         applied=networks,
         ready=ready,
         problems=problems,
+        severed=_severed(report.networks),
         failed=len(ready) < len(networks),
     )
+
+
+def _severed(bridges: Iterable[BridgeReport]) -> dict[str, str]:
+    return {bridge.network_id: bridge.link_down for bridge in bridges if bridge.link_down}
 
 
 async def apply(
@@ -167,12 +172,14 @@ async def _write(
     except Stale:  # an attachment went with its network: the state is what counts
         await svc.core.commit(svc.store.remember(host_id, state))
     touched = set(before.ready) ^ set(state.ready)
-    touched |= {
-        i for i in {*before.problems, *state.problems} if before.problems.get(i) != state.problems.get(i)
-    }
+    touched |= _changed(before.problems, state.problems) | _changed(before.severed, state.severed)
     for network_id in touched:
         svc.core.wake(f"network:{network_id}")
     svc.say_settled()
+
+
+def _changed(before: Mapping[str, str], now: Mapping[str, str]) -> set[str]:
+    return {i for i in before.keys() | now.keys() if before.get(i) != now.get(i)}
 
 
 async def show(svc: Fabric, network_id: str) -> None:
@@ -183,10 +190,13 @@ async def show(svc: Fabric, network_id: str) -> None:
     hosts = {host.id: host for host in await svc.store.hosts_in(row.public.data_center_id)}
     states = await svc.store.states()
     live = {i: states[i] for i, h in hosts.items() if i in states and h.status in model.CAN_APPLY}
-    ready = tuple(sorted(i for i, state in live.items() if network_id in state.ready))
-    problems = {
-        i: state.problems[network_id] for i, state in sorted(live.items()) if network_id in state.problems
-    }
+    ready = tuple(
+        sorted(
+            i for i, state in live.items() if network_id in state.ready and network_id not in state.severed
+        )
+    )
+    said = {i: state.problems | state.severed for i, state in sorted(live.items())}
+    problems = {i: why[network_id] for i, why in said.items() if network_id in why}
 
     def shown(row: Row[Network, Nothing]) -> tuple[Network, Nothing]:
         return replace(row.public, ready_host_ids=ready, problems=problems), row.private
@@ -203,12 +213,16 @@ async def reported(svc: Fabric, fact: NetworksReported) -> list[Change]:
         return []
     said = {bridge.network_id: bridge.in_sync for bridge in fact.networks}
     has = {network.network_id for network in state.applied}
+    severed = _severed(fact.networks)
+    shown = [f"network:{network_id}" for network_id in _changed(state.severed, severed)]
     if said.keys() == has and all(said[i] for i in state.ready):
-        return []
+        if not shown:
+            return []
+        return [svc.then_wake(svc.store.remember(fact.host_id, replace(state, severed=severed)), *shown)]
     ready = tuple(i for i in state.ready if said.get(i))
     svc.tried.pop(fact.host_id, None)
-    told = svc.store.remember(fact.host_id, replace(state, dirty=True, ready=ready))
-    return [svc.then_wake(told, f"host:{fact.host_id}")]
+    told = svc.store.remember(fact.host_id, replace(state, dirty=True, ready=ready, severed=severed))
+    return [svc.then_wake(told, f"host:{fact.host_id}", *shown)]
 
 
 @part.every(5.0)

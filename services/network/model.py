@@ -12,7 +12,7 @@ from random import Random
 import msgspec
 from msgspec.structs import replace
 
-from services.network.store import HostRow
+from services.network.store import HostRow, HostState
 from volery.contracts.base import encode
 from volery.contracts.errors import Kind, Refused, conflict, invalid
 from volery.contracts.host import HostStatus
@@ -31,6 +31,10 @@ NAT_PREFIX = 24
 CAN_APPLY = frozenset({HostStatus.UP, HostStatus.NON_OPERATIONAL})
 """Hosts that may be ordered to change their networks: one is often non-operational because a network is missing."""
 NEVER_UP = frozenset({HostStatus.INSTALLING})
+
+
+SPOKEN_OF = CAN_APPLY | {HostStatus.CONNECTING, HostStatus.PREPARING_FOR_MAINTENANCE}
+"""Hosts whose networks are known."""
 
 
 def checked(ask: CreateNetwork) -> CreateNetwork:
@@ -147,6 +151,24 @@ def belongs(network: Network, host: HostRow) -> bool:
     return network.data_center_id == host.data_center_id and (
         not network.cluster_ids or host.cluster_id in network.cluster_ids
     )
+
+
+def standing(
+    network: Network, hosts: Iterable[HostRow], states: Mapping[str, HostState]
+) -> tuple[frozenset[str], dict[str, str]]:
+    """(hosts that have the network, host → why it hasn't), of those that are to have it and can be asked."""
+    has, lacks = set[str](), dict[str, str]()
+    for host in hosts:
+        state = states.get(host.id)
+        if host.status not in SPOKEN_OF or state is None or not belongs(network, host):
+            continue
+        if network.id not in state.ready:
+            lacks[host.id] = state.problems.get(network.id, "it isn't there, and the host doesn't say why")
+        elif severed := state.severed.get(network.id, ""):
+            lacks[host.id] = severed
+        else:
+            has.add(host.id)
+    return frozenset(has), lacks
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,6 +117,7 @@ async def network_changed(svc: Fabric, network: Network) -> list[Change]:
         updated_at=network.created_at,
         ready_host_ids=(),
         problems={},
+        lost={},
         tags=(),
         description="",
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from services.network import hosts, mac_pools, networks, nics, projection
+from services.network import hosts, losses, mac_pools, networks, nics, projection
 from services.network.config import NetworkConfig
 from services.network.fabric import open_fabric
 from services.network.reconcile import reconcile, reconcile_all
@@ -16,7 +16,7 @@ def make_service() -> Service:
         Owner.NETWORK,
         open_fabric,
         NetworkConfig,
-        [networks.part, mac_pools.part, nics.part, hosts.part, projection.part],
+        [networks.part, mac_pools.part, nics.part, hosts.part, losses.part, projection.part],
         report=NETWORKS_REPORTED,
         order_finished=NETWORK_ORDER_FINISHED,
         order_progressed=NETWORK_ORDER_PROGRESSED,

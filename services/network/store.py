@@ -45,6 +45,8 @@ class HostState(Message):
     """Network → why it isn't there, or what is wrong with it."""
     failed: bool = False
     """The last attempt did not do all that was wanted: what was there before still is, and it is tried again."""
+    severed: dict[str, str] = {}
+    """Network → why no frame of it gets out of the host."""
     dirty: bool = False
     """The host said since that it isn't so any more."""
 
@@ -226,6 +228,12 @@ class Store:
     async def networks_with(self, ids: Iterable[str]) -> dict[str, Row[Network, Nothing]]:
         rows = await NETWORKS.where(self.pool, "id = any($1::text[])", list(ids))
         return {row.id: row for row in rows}
+
+    async def networks_to_miss(self) -> list[Row[Network, Nothing]]:
+        """Those that are required, or that some host has lost. What a person wrote has its quotes escaped."""
+        return await NETWORKS.where(
+            self.pool, """position('"required":true' in doc) > 0 or position('"lost":{"' in doc) > 0"""
+        )
 
     async def network_ids(self) -> list[str]:
         return [row["id"] for row in await self.pool.fetch("select id from network order by id")]

@@ -2,6 +2,6 @@
 
 It answers the calls `storage.*`, announces `fact.storage.*`, gives hosts the orders `storage.*`, `volume.*` and
 `transfer.*`, and hears what hosts say about their storage. It follows inventory's facts about data centers, hosts
-and VMs in tables of its own. It never knows what a cluster is, never starts a VM, and never deletes what it did
-not make.
+and VMs in tables of its own. Of clusters it knows only which hosts can stand in for
+each other. It never starts a VM, and never deletes what it did not make.
 """

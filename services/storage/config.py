@@ -17,6 +17,12 @@ class StorageConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Between attempts to connect a host that failed."""
     report_seconds: float = 60.0
     """How often every host is asked what is on its storage."""
+    lost_after_seconds: float = 120.0
+    """A host that could not read a storage domain for so long, while another host of its cluster could, has lost it and
+    becomes non-operational (oVirt: 300). Shorter than what initiators and failing-over arrays ride out (open-iscsi's
+    replacement_timeout is 120) would move VMs for nothing."""
+    back_after_seconds: float = 60.0
+    """A host that has lost a storage domain and reads it again for so long has it back."""
     reserve_bytes: int = GIB // 4
     """Space of a directory that disks may not be given: a full file system pauses every VM on it."""
     max_disk_bytes: int = 64 * 1024 * GIB

@@ -177,6 +177,13 @@ async def _changes(
     return [*changes, *(DISKS.update(idle[disk_id], new) for disk_id, new in seen.items())]
 
 
+async def changes(
+    svc: Storage, row: Row[StorageDomain, DomainPrivate], said: Mapping[str, StorageDomainReport]
+) -> list[Change]:
+    """What follows from what hosts said of this domain."""
+    return await _changes(svc, row, said, await luns.seen(svc, row.public))
+
+
 async def _lose(
     svc: Storage, domain_id: str, before: Sequence[Row[Disk, DiskPrivate]], report: StorageDomainReport
 ) -> None:

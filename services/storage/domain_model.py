@@ -117,6 +117,7 @@ def only_hosts(domain: StorageDomain, kept: frozenset[str]) -> StorageDomain:
         domain,
         host_ids=tuple(h for h in domain.host_ids if h in kept),
         unreachable={h: why for h, why in domain.unreachable.items() if h in kept},
+        lost={h: why for h, why in domain.lost.items() if h in kept},
     )
 
 

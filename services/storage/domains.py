@@ -295,7 +295,7 @@ async def _unattach(svc: Storage, domain_id: str) -> None:
     connected = sorted(set(hosts) & set(row.public.host_ids))
 
     def unattached(row: Row[StorageDomain, DomainPrivate]) -> tuple[StorageDomain, DomainPrivate]:
-        new = replace(row.public, data_center_id="", host_ids=(), unreachable={})
+        new = replace(row.public, data_center_id="", host_ids=(), unreachable={}, lost={})
         new = lease_model.only_wanted(new, False, ())
         return domain_model.with_status(new, False), replace(row.private, maintenance=False)
 
@@ -407,7 +407,7 @@ async def maintaining(svc: Storage, run: Run) -> None:
 
     def alone(row: Row[StorageDomain, DomainPrivate]) -> tuple[StorageDomain, DomainPrivate]:
         return lease_model.only_wanted(
-            replace(row.public, host_ids=(), unreachable={}), True, ()
+            replace(row.public, host_ids=(), unreachable={}, lost={}), True, ()
         ), row.private
 
     await svc.edit(DOMAINS, domain_id, alone)

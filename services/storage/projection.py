@@ -46,6 +46,7 @@ async def host_changed(svc: Storage, host: Host) -> list[Change]:
         and (known.status, known.data_center_id) == (host.status, host.data_center_id)
         and (known.name, known.data_address) == (host.name, host.capabilities.data_address)
         and (known.boot_id, known.leases) == (host.boot_id, host.capabilities.leases)
+        and known.cluster_id == host.cluster_id
     ):
         return []
     return [svc.then_wake(svc.store.know_host(host), f"host:{host.id}")]

@@ -10,6 +10,7 @@ from services.storage import (
     disk_work,
     disks,
     domains,
+    losses,
     projection,
     transfers,
     uses,
@@ -41,6 +42,7 @@ def make_service() -> Service:
         [
             domains.part,
             connections.part,
+            losses.part,
             disks.part,
             disk_work.part,
             uses.part,

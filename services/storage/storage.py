@@ -20,6 +20,7 @@ from volery.contracts.errors import unavailable
 from volery.contracts.storage import Disk, StorageDomain
 from volery.contracts.volume_orders import StorageLocation
 from volery.runtime.core import Core
+from volery.runtime.losses import Losses
 from volery.runtime.tables import Change, Row, Stale, Table
 from volery.runtime.vault import Vault, open_vault
 
@@ -41,6 +42,8 @@ class Storage:
     """(domain, host) that is being joined or left."""
     joining_failed: dict[tuple[str, str], float] = field(default_factory=dict)
     """(domain, host) → when that last failed."""
+    losses: dict[str, Losses] = field(default_factory=dict)
+    """Domain → since when which hosts are without it."""
     at_leases: weakref.WeakValueDictionary[str, asyncio.Lock] = field(
         default_factory=weakref.WeakValueDictionary
     )

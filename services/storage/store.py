@@ -120,7 +120,7 @@ DISK_ID = "disk_pkey"
 DISK_LUN = "disk_lun"
 
 Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
-_HOST = "id, name, data_center_id, status, data_address, boot_id, leases"
+_HOST = "id, name, data_center_id, cluster_id, status, data_address, boot_id, leases"
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +135,8 @@ class HostRow:
     boot_id: str = ""
     leases: LeaseAbility = field(default_factory=LeaseAbility)
     """As this boot reported it."""
+    cluster_id: str = ""
+    """Hosts with the same one can stand in for each other; "" until inventory has said it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,11 +211,11 @@ class Store:
 
     def know_host(self, host: Host) -> Change:
         return Change(
-            """insert into host (id, name, data_center_id, status, data_address, boot_id, leases)
-               values ({0}, {1}, {2}, {3}, {4}, {5}, {6})
+            """insert into host (id, name, data_center_id, status, data_address, boot_id, leases, cluster_id)
+               values ({0}, {1}, {2}, {3}, {4}, {5}, {6}, {7})
                on conflict (id) do update set name = excluded.name, data_center_id = excluded.data_center_id,
                    status = excluded.status, data_address = excluded.data_address, boot_id = excluded.boot_id,
-                   leases = excluded.leases""",
+                   leases = excluded.leases, cluster_id = excluded.cluster_id""",
             (
                 host.id,
                 host.name,
@@ -222,6 +224,7 @@ class Store:
                 host.capabilities.data_address,
                 host.boot_id,
                 encode(host.capabilities.leases).decode(),
+                host.cluster_id,
             ),
             guarded=False,
         )
@@ -287,6 +290,13 @@ class Store:
     async def domains_with(self, ids: Iterable[str]) -> dict[str, Row[StorageDomain, DomainPrivate]]:
         rows = await DOMAINS.where(self.pool, "id = any($1::text[])", list(ids))
         return {row.id: row for row in rows}
+
+    async def incomplete_domains(self) -> list[Row[StorageDomain, DomainPrivate]]:
+        """Attached ones that some host doesn't reach, or has lost. What a person wrote has its quotes escaped."""
+        return await DOMAINS.where(
+            self.pool,
+            """data_center_id <> '' and (position('"unreachable":{"' in doc) > 0 or position('"lost":{"' in doc) > 0)""",
+        )
 
     async def attached_domain_ids(self) -> list[str]:
         rows = await self.pool.fetch("select id from storage_domain where data_center_id <> '' order by id")

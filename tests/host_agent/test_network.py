@@ -213,7 +213,7 @@ def test_a_nic_goes_into_a_bridge_with_its_addresses_and_back(world: World) -> N
     applied = host.apply(network)
 
     assert applied["ok"]["networks"] == [
-        {"network_id": network.network_id, "bridge": "vb1", "in_sync": True, "problem": ""}
+        {"network_id": network.network_id, "bridge": "vb1", "in_sync": True, "problem": "", "link_down": ""}
     ]
     assert addresses(host, "vb1") == {"10.77.0.1/24", "fd77::1/64"}
     assert addresses(host, "eth0") == set()
@@ -233,6 +233,29 @@ def test_a_nic_goes_into_a_bridge_with_its_addresses_and_back(world: World) -> N
     assert host.apply() == {"ok": {"networks": []}}
     assert host.snapshot() == before
     assert host.ping("10.77.0.254")
+
+
+def test_a_pulled_cable_is_noticed_and_so_is_the_bridge_that_is_gone(world: World) -> None:
+    host = world.host()
+    network = bridge(nic="eth0")
+    assert host.apply(network)["ok"]["networks"][0]["link_down"] == ""
+    watching = host.start("watch")
+    assert watching.stdout is not None
+    assert watching.stdout.readline() == b"watching\n"
+    world.switch.ip("link", "set", "p1", "down")
+    assert answer_of(watching) == {"ok": "changed"}
+    (report,) = host.act("report")["ok"]
+    assert report["in_sync"]
+    assert report["link_down"] == "eth0 has no link: look at its cable and the switch's port"
+    world.switch.ip("link", "set", "p1", "up")
+    wait_until(lambda: host.act("report")["ok"][0]["link_down"] == "")
+    watching = host.start("watch")
+    assert watching.stdout is not None
+    assert watching.stdout.readline() == b"watching\n"
+    host.ip("link", "del", "vb1")
+    assert answer_of(watching) == {"ok": "changed"}
+    (report,) = host.act("report")["ok"]
+    assert not report["in_sync"]
 
 
 def test_vxlan_joins_two_hosts(world: World) -> None:

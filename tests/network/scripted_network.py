@@ -44,6 +44,8 @@ class NetworkHost:
     networks: tuple[HostNetwork, ...] = ()
     broken: set[str] = field(default_factory=set)
     """Networks that somebody took down behind our back."""
+    unplugged: set[str] = field(default_factory=set)
+    """Networks whose NIC has no link."""
     refuse: Any = None
     held: asyncio.Event | None = None
 
@@ -62,7 +64,12 @@ class NetworkHost:
 
     def reports(self) -> tuple[BridgeReport, ...]:
         return tuple(
-            BridgeReport(network_id=n.network_id, bridge=n.bridge, in_sync=n.network_id not in self.broken)
+            BridgeReport(
+                network_id=n.network_id,
+                bridge=n.bridge,
+                in_sync=n.network_id not in self.broken,
+                link_down="eth1 has no link" if n.network_id in self.unplugged else "",
+            )
             for n in self.networks
         )
 

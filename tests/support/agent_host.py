@@ -66,6 +66,7 @@ class IscsiTarget:
     iqn: str = "iqn.2026-11.test.volery:disks"
     port: int = field(default_factory=free_port)
     address: str = "127.0.0.1"
+    server: subprocess.Popen[bytes] | None = None
 
     @property
     def environment(self) -> dict[str, str]:
@@ -102,6 +103,15 @@ class IscsiTarget:
             self._tgtadm("logicalunit", "update", *place, "--params", "thin_provisioning=1")
         return path
 
+    def remove_lun(self, number: int, tid: int = 1) -> None:
+        self._tgtadm("logicalunit", "delete", "--tid", str(tid), "--lun", str(number))
+
+    def kill(self) -> None:
+        """It answers nobody any more."""
+        assert self.server is not None
+        self.server.kill()
+        self.server.wait()
+
 
 @contextlib.contextmanager
 def iscsi_target(
@@ -117,6 +127,7 @@ def iscsi_target(
             stderr=output,
             env=target.environment,
         )
+    target.server = server
     try:
         _wait_for_port((target.address, target.port), server, log)
         target.add_target(1, target.iqn, user, password)

@@ -34,6 +34,7 @@ from volery.contracts.agent import (
     OrderAck,
     OrderEnvelope,
     OrderFinished,
+    StorageChecked,
     StorageReported,
 )
 from volery.contracts.base import Message, Order
@@ -44,6 +45,7 @@ ROOT = Path(__file__).parents[2]
 TYPES: dict[str, type[FromHost]] = {
     "inventory.reported": HostReported,
     "storage.reported": StorageReported,
+    "storage.check_reported": StorageChecked,
     "network.reported": NetworksReported,
     "inventory.domain_changed": DomainChanged,
     "inventory.event_happened": DomainEventHappened,

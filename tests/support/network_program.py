@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from host_agent import network
+from host_agent import network, network_watch
 from host_agent.action import Host
 from host_agent.hypervisor import Hypervisor
 from tests.support.agent_host import make_host, running
@@ -46,9 +46,27 @@ async def act(host: Host, verb: str) -> object:
         return await network.restore(host)
     if verb == "report":
         return await network.report(host)
+    if verb == "watch":
+        return await changed(host)
     if verb == "features":
         return await network.features()
     return await network.nics()
+
+
+async def changed(host: Host) -> str:
+    """Returns when the watch has seen a change; says when it has begun."""
+    seen = asyncio.Event()
+    quick = Host(
+        msgspec.structs.replace(host.config, network_check_seconds=0.05), host.hypervisor, host.tickets, ""
+    )
+    watching = asyncio.create_task(network_watch.watch(quick, seen.set))
+    await asyncio.sleep(0.5)  # its first look
+    sys.stdout.write("watching\n")
+    sys.stdout.flush()
+    async with asyncio.timeout(30):
+        await seen.wait()
+    watching.cancel()
+    return "changed"
 
 
 async def main() -> None:

@@ -22,6 +22,7 @@ from volery.client.request import Request, body_of
 from volery.client.transport import Client, OperationFailed, ProblemError
 from volery.contracts.cluster import Cluster
 from volery.contracts.fencing import PowerState
+from volery.contracts.host import Host
 from volery.contracts.liveness import HostLiveness, LivenessState, ProofKind
 from volery.contracts.operation import Operation, OperationState
 from volery.contracts.power import (
@@ -132,6 +133,9 @@ def stage() -> Iterator[Stage]:
             "VOLERY_HA_SILENCE_BEFORE_FENCE_SECONDS": "35",
             "VOLERY_HA_START_HOLD_SECONDS": "5",
             "VOLERY_HA_SWITCH_QUIET_SECONDS": "1",
+            # Longer than a host needs to notice that what was cut is joined again.
+            "VOLERY_STORAGE_LOST_AFTER_SECONDS": "8",
+            "VOLERY_STORAGE_BACK_AFTER_SECONDS": "3",
         }
         plane.home_of(lab).create()
         plane.home_of(lab).change_settings(hurried)
@@ -352,10 +356,43 @@ def restarted_elsewhere(stage: Stage, vm: Vm, seconds: float) -> tuple[Vm, HostL
 
 
 def host_is_up(stage: Stage, host_id: str, seconds: float = 90.0) -> None:
+    host_is(stage, host_id, "up", seconds)
+
+
+def host_is(stage: Stage, host_id: str, status: str, seconds: float) -> Host:
     until = time.monotonic() + seconds
-    while (now := stage.client.send(api.HOSTS.get(host_id))).status != "up":
+    while (now := stage.client.send(api.HOSTS.get(host_id))).status != status:
         assert time.monotonic() < until, now
         time.sleep(0.2)
+    return now
+
+
+def test_a_host_that_lost_its_storage_sends_its_guest_away_and_comes_back_by_itself(
+    stage: Stage, survivor: Vm
+) -> None:
+    vm = stage.client.send(api.VMS.get(survivor.id))
+    first = int(stage.inside(vm, "tail -n 1 /run/tick"))
+    host = stage.lab.host(stage.host_number(vm.host_id))
+    shared = stage.client.find(api.STORAGE_DOMAINS, "shared")
+    # What is open there stays open, as on a file system whose server went away.
+    host.exec(["mount", "-t", "tmpfs", "none", str(stage.lab.shared_on_hosts)])
+    try:
+        cut = time.monotonic()
+        found = host_is(stage, vm.host_id, "non_operational", 30)
+        print(f"non-operational after {time.monotonic() - cut:.1f} s")
+        assert found.reasons == ("storage_unreachable",)
+        assert [(p.object_kind, p.object_id) for p in found.problems] == [("storage_domain", shared.id)]
+        moved = stage.until(vm.id, lambda now: now.status is VmStatus.UP and now.host_id != vm.host_id, 40)
+        print(f"its guest is elsewhere after {time.monotonic() - cut:.1f} s")
+        assert int(stage.inside(moved, "tail -n 1 /run/tick")) >= first, "it was not restarted"
+        assert not [name for name in stage.domains(host) if name.endswith(vm.id[-12:])]
+        assert stage.client.send(api.STORAGE_DOMAINS.get(shared.id)).status == "active"
+    finally:
+        host.exec(["umount", str(stage.lab.shared_on_hosts)])
+    mended = time.monotonic()
+    found = host_is(stage, vm.host_id, "up", 40)
+    print(f"up again after {time.monotonic() - mended:.1f} s")
+    assert (found.reasons, found.problems) == ((), ())
 
 
 def test_a_host_whose_plug_is_pulled_is_dead_by_its_bmc_and_its_guest_is_back_elsewhere(

@@ -118,6 +118,9 @@ def create_network(
     mtu: int = 1500,
     subnet: Annotated[str, typer.Option(help="NAT: a private network in CIDR form.")] = "",
     data_center: str = "Default",
+    required: Annotated[
+        bool, typer.Option("--required", help="A host that has lost it is non-operational.")
+    ] = False,
     output_format: Output = Format.TABLE,
 ) -> None:
     """Make a logical network."""
@@ -129,6 +132,7 @@ def create_network(
             vlan=vlan,
             mtu=mtu,
             subnet=subnet,
+            required=required,
         )
         output.show(client.send(api.NETWORKS.create(question)), output_format)
 

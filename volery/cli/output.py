@@ -23,6 +23,7 @@ STATES = {
     "down": "dim",
     "failed": "red",
     "non_responsive": "red",
+    "non_operational": "red",
     "illegal": "red",
     "unknown": "yellow",
     "maintenance": "yellow",
@@ -80,6 +81,8 @@ def cell(name: str, value: Any) -> str:
     """A value as a person reads it."""
     if name == "guest" and isinstance(value, dict):
         return " ".join([value.get("hostname", ""), *value.get("ip_addresses", [])]).strip() or "-"
+    if name == "problems" and isinstance(value, list):
+        return "\n".join(f"{item['message']} (since {cell('since_at', item['since'])})" for item in value)
     if name.endswith("_bytes") and isinstance(value, int):
         return size(value)
     if name in ("status", "state") and isinstance(value, str) and value in STATES:

@@ -302,11 +302,23 @@ class StorageReported(FromHost):
     lun_claims: tuple[LunClaim, ...] = ()
 
 
+class StorageChecked(FromHost):
+    """What a small read of one connected domain came to, said when it differs from the read before. Coalescible per domain:
+    only the newest matters."""
+
+    domain_id: str
+    readable: bool
+    problem: str = ""
+    """Why it isn't, as a sentence."""
+
+
 class BridgeReport(Message):
     network_id: str
     bridge: str
     in_sync: bool
     problem: str = ""
+    link_down: str = ""
+    """Why no frame gets out of the host, though its devices are as they should be: the NIC that carries it has no link."""
 
 
 class NetworksReported(FromHost):
@@ -320,6 +332,7 @@ HOST_REPORTED = Fact("fact.host.{host_id}.inventory.reported", HostReported)
 DOMAIN_CHANGED = Fact("fact.host.{host_id}.inventory.domain_changed", DomainChanged)
 DOMAIN_EVENT_HAPPENED = Fact("fact.host.{host_id}.inventory.event_happened", DomainEventHappened)
 STORAGE_REPORTED = Fact("fact.host.{host_id}.storage.reported", StorageReported)
+STORAGE_CHECKED = Fact("fact.host.{host_id}.storage.check_reported", StorageChecked)
 NETWORKS_REPORTED = Fact("fact.host.{host_id}.network.reported", NetworksReported)
 
 INVENTORY_ORDER_FINISHED = Fact("fact.host.{host_id}.inventory.order_finished", OrderFinished)

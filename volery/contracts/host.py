@@ -29,6 +29,19 @@ class HostStatus(StrEnum):
     """ha has proof that it is off or was reset, and it has not come back: its VMs have ended."""
 
 
+class HostProblem(Message):
+    """A part of a living host that is dead."""
+
+    reason: str
+    """storage_unreachable, network_missing"""
+    object_kind: str
+    """storage_domain, network"""
+    object_id: str
+    object_name: str
+    message: str
+    since: datetime
+
+
 class Host(Entity):
     name: str
     cluster_id: str
@@ -36,6 +49,8 @@ class Host(Entity):
     status: HostStatus = HostStatus.INSTALLING
     reasons: tuple[str, ...] = ()
     """Why it is non-operational, as codes: cpu_incompatible, libvirt_too_old, kvm_missing, storage_unreachable, …"""
+    problems: tuple[HostProblem, ...] = ()
+    """What it has lost that other hosts of its cluster have."""
     address: str = ""
     """Where its image server, migration and tunnels are reached."""
     comment: str = ""

@@ -36,6 +36,9 @@ class Network(Entity):
     """Hosts on which it is in sync now."""
     problems: dict[str, str] = {}
     """Host → why it isn't there."""
+    lost: dict[str, str] = {}
+    """Of a required network: host → why it has not had it for a while, though another host of its cluster has. It is
+    non-operational until it has had it again for a while."""
 
 
 class CreateNetwork(Message):

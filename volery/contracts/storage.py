@@ -70,6 +70,9 @@ class StorageDomain(Entity):
     """Hosts that reach it now."""
     unreachable: dict[str, str] = {}
     """Host → why it doesn't."""
+    lost: dict[str, str] = {}
+    """Host → why it has not reached it for a while, though another host of its cluster does: it is non-operational until it
+    has reached it again for a while."""
     strangers: tuple[str, ...] = ()
     """Found there, explained by no disk of ours; never deleted. LUNs as `lun 7`; `luns` says why."""
     busy_with: str = ""

@@ -14,6 +14,7 @@ import numpy as np
 
 from services.scheduler.fleet import UP, Bools, Fleet
 from services.scheduler.policies.request import Request, size
+from volery.contracts.host import HostStatus
 
 Mask = Callable[[Fleet, Request], Bools]
 Explain = Callable[[Fleet, Request, int], tuple[str, str]]
@@ -63,6 +64,8 @@ def is_up(fleet: Fleet, request: Request) -> Bools:
 def not_up(fleet: Fleet, request: Request, row: int) -> tuple[str, str]:
     name, status = fleet.names[row], fleet.status_of(row)
     change = f"activate {name}" if "maintenance" in status else f"bring {name} up"
+    if status == HostStatus.NON_OPERATIONAL:
+        change = f"mend what {name} lacks: its reasons and problems say what that is"
     return f"{name} is {status}, not up", change
 
 
