@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from host_agent import children
@@ -119,11 +119,18 @@ def resource(domain_id: str, key: str, path: str, offset: int = 0) -> str:
     return f"{domain_id}:{key}:{escaped(path)}:{offset}"
 
 
-async def ask(doing: str, *arguments: str, timeout_seconds: float = ASK_SECONDS) -> str:
+async def ask(
+    doing: str, *arguments: str, timeout_seconds: float = ASK_SECONDS, pass_fds: Sequence[int] = ()
+) -> str:
     """What it wrote. Raises SanlockFailed with its result, Refused(timeout), or Refused without the program."""
     said: list[bytes] = []
     try:
-        await children.run([PROGRAM, *arguments], timeout_seconds=timeout_seconds, on_output=said.append)
+        await children.run(
+            [PROGRAM, *arguments],
+            timeout_seconds=timeout_seconds,
+            pass_fds=pass_fds,
+            on_output=said.append,
+        )
     except children.ChildTimedOut as failure:
         raise Refused(
             Kind.TIMEOUT,

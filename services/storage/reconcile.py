@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from services.storage import (
     connections,
+    dead_leases,
     disk_work,
     domain_model,
     lease_model,
@@ -159,6 +160,6 @@ _KINDS = {
     "host": _host,
     "disk": _disk,
     "leftover": _leftover,
-    "lockspace": lockspaces.settle,
+    "lockspace": dead_leases.settle,
     "lease": vm_leases.remove,
 }

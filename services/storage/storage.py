@@ -41,6 +41,10 @@ class Storage:
     """(domain, host) that is being joined or left."""
     joining_failed: dict[tuple[str, str], float] = field(default_factory=dict)
     """(domain, host) → when that last failed."""
+    freeing: dict[tuple[str, str], asyncio.Task[None]] = field(default_factory=dict)
+    """(domain, host) whose number is being freed, because that host is dead; they are in `joining`, too."""
+    freeing_failed: dict[tuple[str, str], float] = field(default_factory=dict)
+    """(domain, host) → when that last failed."""
     at_leases: weakref.WeakValueDictionary[str, asyncio.Lock] = field(
         default_factory=weakref.WeakValueDictionary
     )

@@ -7,7 +7,7 @@ import logging
 
 from msgspec.structs import replace
 
-from services.storage import domain_model, lease_model
+from services.storage import dead_leases, domain_model, lease_model
 from services.storage.lease_store import VmLease
 from services.storage.storage import Storage
 from services.storage.store import DOMAINS, HostRow, Member
@@ -56,12 +56,13 @@ async def prepare(svc: Storage, ask: PrepareLease, caller: Caller) -> DomainLeas
         lease_model.refuse_unheld(domain, ask.host_id)
         lease = lease_model.lease_of(domain, vm_id)
         await svc.core.commit(svc.leases.has_lease(domain.id, vm_id))
+        await dead_leases.freed(svc, domain.id, svc.config.free_lease_seconds)
         await svc.core.orders.carry_out(
             CREATE_LEASE,
             CreateLease(domain_id=domain.id, key=vm_id, path=lease.path),
             host_id=ask.host_id,
             object_id=vm_id,
-            timeout_seconds=PREPARE_LEASE.timeout_seconds - 2,
+            timeout_seconds=PREPARE_LEASE.timeout_seconds - svc.config.free_lease_seconds - 2,
         )
     return lease
 
