@@ -74,6 +74,8 @@ class _LeaseFile(msgspec.Struct):
     name: str
     draft: str = ""
     size_bytes: int = LEASE_BYTES
+    domain_id: str = ""
+    installation: str = ""
 
 
 class _Found(msgspec.Struct):
@@ -234,6 +236,19 @@ async def _make(host: Host, place: _LeaseFile, kind: str, what: str, *options: s
         await _ask("publish", _LeaseFile(place.root, place.name, draft.name), Done)
     finally:
         await _ask("discard", draft, Done)
+
+
+async def sweep(config: AgentConfig, root: str, domain_id: str) -> None:
+    """Removes what leases left of a domain that is gone. Raises Refused while a host is in its lockspace: one that still
+    renews its number there would be reset, or end what it runs, if the file went away."""
+    place = _LeaseFile(root, LOCKSPACE, domain_id=domain_id, installation=config.installation)
+    if (await _ask("look", place, _Found)).exists and (numbers := await sanlock.members(_path(place))):
+        raise conflict(
+            f"{_path(place)} stays: {len(numbers)} hosts (number {', '.join(map(str, numbers[:5]))}) have not left this "
+            "lockspace of a storage domain that is gone; start them, so that they do, or remove it by hand if they are gone",
+            numbers=numbers[:50],
+        )
+    await _ask("sweep", place, Done)
 
 
 def locate(config: AgentConfig, domain_id: str, path: str, name: str) -> _LeaseFile:

@@ -40,7 +40,7 @@ from volery.contracts.leases import (
     proven,
     unchanged_seconds,
 )
-from volery.contracts.volume_orders import ConnectStorage, DirectoryLocation
+from volery.contracts.volume_orders import ConnectStorage, DirectoryLocation, DisconnectStorage
 from volery.runtime.clock import monotonic
 
 NAME = "a-host"
@@ -328,6 +328,23 @@ async def test_a_lease_is_made_held_by_a_tool_and_removed(world: Joined) -> None
     await leases.leave(world.host, world.leaving, running())
     with pytest.raises(SanlockFailed, match="has not joined the lockspace"):
         await leased.run(await world.lease(), ["echo", "never"], timeout_seconds=20)
+
+
+async def test_a_domain_that_is_gone_leaves_no_lease_once_every_host_has_left(world: Joined) -> None:
+    await world.join()
+    lease = await world.lease()
+    root = world.directory.parent
+    order = DisconnectStorage(domain_id=world.domain_id, remove=True, path=str(root.parent))
+    with pytest.raises(Refused, match=r"1 hosts \(number 7\) have not left"):
+        await storage.disconnect(world.host, order, running())
+    assert Path(lease.path).exists()
+    await leases.leave(world.host, world.leaving, running())
+    (world.directory / "notes.txt").touch()
+    await storage.disconnect(world.host, order, running())
+    assert Path(lease.path).exists(), "somebody else's file is in it"
+    (world.directory / "notes.txt").unlink()
+    await storage.disconnect(world.host, order, running())
+    assert not root.exists()
 
 
 async def test_a_lease_is_read_while_it_is_renewed_and_a_tool_ends_when_it_is_lost(world: Joined) -> None:
