@@ -43,6 +43,13 @@ class LeaseStore:
         )
         return None if row is None else Member(**dict(row))
 
+    async def resetting(self) -> list[Member]:
+        """Those that would reset their hosts, were they lost."""
+        rows = await self.pool.fetch(
+            f"select {_MEMBER} from lockspace_member where reset_host and boot_id <> '' order by domain_id"
+        )
+        return [Member(**dict(row)) for row in rows]
+
     async def memberships(self, host_id: str) -> dict[str, Member]:
         """By domain."""
         rows = await self.pool.fetch(f"select {_MEMBER} from lockspace_member where host_id = $1", host_id)
