@@ -224,6 +224,38 @@ async def test_a_vm_that_becomes_highly_available_while_it_is_down_gets_a_lease(
         assert (await world.bus.ask(UPDATE_VM, off)).lease == ""
 
 
+async def test_a_vm_that_becomes_highly_available_while_it_runs_gets_its_lease_at_the_next_start(
+    configured: Settings,
+) -> None:
+    async with leased(configured) as (world, hosts, storage):
+        shared = storage.domain(center(world), lease_host_ids=(hosts[0].id,))
+        vm = await world.vm(disks=(NewDisk(disk_id=storage.disk(shared).id),))
+        on = UpdateVm(id=vm.id, high_availability=HighAvailability(enabled=True))
+        off = UpdateVm(id=vm.id, high_availability=HighAvailability())
+        said: Vm = await world.bus.ask(UPDATE_VM, on)
+        assert (said.lease, said.next_lease, said.next_run) == ("", shared.id, True)
+        assert (await world.bus.ask(UPDATE_VM, off)).next_lease == ""
+        await world.bus.ask(UPDATE_VM, on)
+
+        storage.knows(replace(shared, lease_host_ids=()))  # nobody could hold it at this start
+        await again(world, vm)
+        assert specs(hosts[0])[-1].lease is None
+        waits = await world.get(vm.id)
+        assert (waits.lease, waits.next_lease, waits.next_run) == ("", shared.id, True)
+
+        storage.knows(shared)
+        await again(world, vm)
+        assert specs(hosts[0])[-1].lease.lockspace == shared.id
+        held = await world.get(vm.id)
+        assert (held.lease, held.next_lease, held.next_run) == (shared.id, "", False)
+
+
+async def again(world: World, vm: Vm) -> None:
+    await world.ended(await world.bus.ask(STOP_VM, StopVm(id=vm.id, force=True)))
+    await world.vm_is(vm.id, VmStatus.DOWN)
+    assert (await world.ended(await start(world, vm))).state is OperationState.SUCCEEDED
+
+
 async def test_without_a_host_that_can_hold_it_the_start_says_so(configured: Settings) -> None:
     async with leased(configured) as (world, hosts, storage):
         nobody = storage.domain(center(world))
