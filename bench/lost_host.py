@@ -1,7 +1,8 @@
 """How long a guest with a lease is away when its host loses its power, in a lab of two hosts; each trial's timeline.
 
-`sudo .venv/bin/python -m bench.lost_host [--io-timeout 10] [--bmc] [--trials 1]`. With `--bmc` the BMC lives and proves the
-death; without, power and BMC are lost together, and only the lease that isn't renewed any more can prove it.
+`sudo .venv/bin/python -m bench.lost_host [--io-timeout 10] [--loses power|both|nothing] [--trials 1]`. The host loses its
+power, and its BMC proves that; or both together, and only the lease that isn't renewed any more can prove it; or nothing: it
+stands still until ha has switched it off and on again.
 """
 
 from __future__ import annotations
@@ -95,15 +96,18 @@ def guest(client: Client, shared: StorageDomain) -> Vm:
     return client.send(api.VMS.get(vm_id))
 
 
-def trial(lab: Lab, client: Client, shared: StorageDomain, *, by_bmc: bool) -> float:
-    """Seconds from the loss of power to the guest that runs elsewhere."""
+def trial(lab: Lab, client: Client, shared: StorageDomain, loses: str) -> float:
+    """Seconds from the loss to the guest that runs elsewhere."""
     vm = guest(client, shared)
     number = int(client.send(api.HOSTS.get(vm.host_id)).name.removeprefix("h"))
     host, bmc = lab.host(number), lab.bmc(number)
     longest = dead_seconds(shared.lease_io_timeout_seconds) + 120.0
-    if not by_bmc:
+    if loses == "both":
         bmc.set_fault(Fault.UNREACHABLE)
-    host.power_off()
+    if loses == "nothing":
+        host.freeze()
+    else:
+        host.power_off()
     off = time.monotonic()
 
     def now() -> Vm:
@@ -126,7 +130,8 @@ def trial(lab: Lab, client: Client, shared: StorageDomain, *, by_bmc: bool) -> f
         flush=True,
     )
     bmc.set_fault(Fault.NONE)
-    host.power_on()
+    if loses != "nothing":
+        host.power_on()
     until(lambda: client.send(api.HOSTS.get(vm.host_id)).status == "up", 120, "the host is up again")
     joined(client, shared.id)
     client.wait(client.send(api.VMS.act(vm.id, "stop", Operation, {"force": True})))
@@ -137,7 +142,7 @@ def trial(lab: Lab, client: Client, shared: StorageDomain, *, by_bmc: bool) -> f
 def main() -> None:
     asked = argparse.ArgumentParser(description=__doc__)
     asked.add_argument("--io-timeout", type=int, default=10)
-    asked.add_argument("--bmc", action="store_true", help="the BMC answers")
+    asked.add_argument("--loses", choices=("power", "both", "nothing"), default="both")
     asked.add_argument("--trials", type=int, default=1)
     options = asked.parse_args()
     state = Path(tempfile.mkdtemp(prefix="volery-lost-", dir="/tmp"))
@@ -154,7 +159,7 @@ def main() -> None:
             f"{dead_seconds(options.io_timeout)} s, ha believes it after "
             f"{dead_seconds(options.io_timeout) + MARGIN_SECONDS} s"
         )
-        took = [trial(lab, client, shared, by_bmc=options.bmc) for _ in range(options.trials)]
+        took = [trial(lab, client, shared, options.loses) for _ in range(options.trials)]
         print(f"runs elsewhere: median {statistics.median(took):.1f} s, max {max(took):.1f} s")
         client.http.close()
     finally:

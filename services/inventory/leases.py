@@ -52,8 +52,10 @@ def refuse_place(domain: StorageDomain, vm_name: str, data_center_id: str) -> No
 
 
 def is_offered(domain: StorageDomain, data_center_id: str) -> bool:
-    """Whether a VM gets its lease there unasked: where no host can hold leases, nothing changes."""
-    return domain.leases and bool(domain.lease_host_ids) and domain.data_center_id == data_center_id
+    """Whether a VM gets its lease there unasked: not where fewer than two hosts can hold one, since then it could be
+    brought back nowhere else."""
+    held = domain.leases and len(domain.lease_host_ids) > 1
+    return held and domain.data_center_id == data_center_id
 
 
 async def for_new(inv: Inventory, ask: CreateVm, data_center_id: str, caller: Caller) -> str:

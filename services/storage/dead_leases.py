@@ -78,19 +78,32 @@ def begin(svc: Storage, member: Member) -> asyncio.Task[None] | None:
 
 
 async def _free(svc: Storage, member: Member) -> None:
-    row = await DOMAINS.find(svc.core.pool, member.domain_id)
-    if row is None:
-        return
-    svc.freeing_failed[member.domain_id, member.host_id] = monotonic()
-    try:
-        for freer_id in await _freers(svc, row.public, member):
-            if await _by(svc, row.public, member, freer_id):
-                svc.freeing_failed.pop((member.domain_id, member.host_id), None)
+    """Until it is settled: whoever was ordered to write and doesn't say how that ended is asked on, and nobody else."""
+    key, domain_id = (member.domain_id, member.host_id), member.domain_id
+    svc.freeing_failed[key] = monotonic()
+    while (row := await DOMAINS.find(svc.core.pool, domain_id)) is not None:
+        try:
+            if await _settled(svc, row.public, member):
+                svc.freeing_failed.pop(key, None)
+            return
+        except Refused as refused:
+            log.info("what %s holds on %s isn't freed: %s", member.host_id, row.public.name, refused.message)
+            if refused.kind is not Kind.TIMEOUT:
                 return
-    except Refused as refused:
-        log.info("what %s holds on %s isn't freed: %s", member.host_id, row.public.name, refused.message)
-    except Stale:
-        log.info("number %d in the lockspace of %s changed meanwhile", member.number, row.public.name)
+        except Stale:
+            log.info("number %d in the lockspace of %s changed meanwhile", member.number, row.public.name)
+            return
+        now = await svc.leases.member(*key)
+        if now is None or not is_due(svc, now):
+            return
+        member = now
+
+
+async def _settled(svc: Storage, domain: StorageDomain, member: Member) -> bool:
+    for freer_id in await _freers(svc, domain, member):
+        if await _by(svc, domain, member, freer_id):
+            return True
+    return False
 
 
 async def _freers(svc: Storage, domain: StorageDomain, member: Member) -> list[str]:
@@ -128,7 +141,7 @@ async def _by(svc: Storage, domain: StorageDomain, member: Member, freer_id: str
         )
     except Refused as refused:
         if refused.kind is Kind.TIMEOUT:
-            raise  # it may still write: it is asked again, and nobody else
+            raise  # it may still write
         if refused.details.get("rule") != LEASE_TAKEN:
             log.info("host %s can't free what %s held: %s", freer_id, member.host_id, refused.message)
             await svc.core.commit(svc.leases.freeing(member, ""))

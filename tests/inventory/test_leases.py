@@ -158,9 +158,9 @@ def specs(machine: Machine) -> list[Any]:
 async def test_a_highly_available_vm_gets_a_lease_beside_a_disk_that_it_writes(configured: Settings) -> None:
     async with leased(configured) as (world, hosts, storage):
         plain = storage.domain(center(world), leases=False)
-        nobody = storage.domain(center(world))
+        alone = storage.domain(center(world), lease_host_ids=(hosts[0].id,))
         shared = storage.domain(center(world), lease_host_ids=(hosts[0].id, hosts[1].id))
-        disks = [storage.disk(domain) for domain in (plain, nobody, shared)]
+        disks = [storage.disk(domain) for domain in (plain, alone, shared)]
         ask = tuple(NewDisk(disk_id=disk.id) for disk in disks)
         vm = await world.vm(ha=True, disks=ask)
         assert vm.lease == shared.id
@@ -169,7 +169,7 @@ async def test_a_highly_available_vm_gets_a_lease_beside_a_disk_that_it_writes(c
         assert storage.reached[-1].lease_domain_id == shared.id
         assert (await world.vm(disks=ask)).lease == "", "it isn't highly available"
         assert (await world.vm(ha=True, disks=ask, lease="")).lease == ""
-        assert (await world.vm(ha=True, disks=ask[:2])).lease == "", "no host holds leases there"
+        assert (await world.vm(ha=True, disks=ask[:2])).lease == "", "only one host holds leases there"
         read = NewDisk(disk_id=disks[2].id, read_only=True)
         assert (await world.vm(ha=True, disks=(read,))).lease == ""
         assert (await world.vm(ha=True, disks=(), lease=shared.id)).lease == shared.id
@@ -215,7 +215,7 @@ async def start(world: World, vm: Vm) -> Operation:
 
 async def test_a_vm_that_becomes_highly_available_while_it_is_down_gets_a_lease(configured: Settings) -> None:
     async with leased(configured) as (world, hosts, storage):
-        shared = storage.domain(center(world), lease_host_ids=(hosts[0].id,))
+        shared = storage.domain(center(world), lease_host_ids=(hosts[0].id, hosts[1].id))
         vm = await world.vm(start=False, disks=(NewDisk(disk_id=storage.disk(shared).id),))
         assert vm.lease == ""
         on = UpdateVm(id=vm.id, high_availability=HighAvailability(enabled=True))
@@ -228,7 +228,7 @@ async def test_a_vm_that_becomes_highly_available_while_it_runs_gets_its_lease_a
     configured: Settings,
 ) -> None:
     async with leased(configured) as (world, hosts, storage):
-        shared = storage.domain(center(world), lease_host_ids=(hosts[0].id,))
+        shared = storage.domain(center(world), lease_host_ids=(hosts[0].id, hosts[1].id))
         vm = await world.vm(disks=(NewDisk(disk_id=storage.disk(shared).id),))
         on = UpdateVm(id=vm.id, high_availability=HighAvailability(enabled=True))
         off = UpdateVm(id=vm.id, high_availability=HighAvailability())
@@ -237,7 +237,7 @@ async def test_a_vm_that_becomes_highly_available_while_it_runs_gets_its_lease_a
         assert (await world.bus.ask(UPDATE_VM, off)).next_lease == ""
         await world.bus.ask(UPDATE_VM, on)
 
-        storage.knows(replace(shared, lease_host_ids=()))  # nobody could hold it at this start
+        storage.knows(replace(shared, lease_host_ids=(hosts[0].id,)))  # nowhere else could it be brought back
         await again(world, vm)
         assert specs(hosts[0])[-1].lease is None
         waits = await world.get(vm.id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -112,9 +113,11 @@ async def test_a_dead_hosts_lease_is_freed_at_once_and_its_next_boot_joins_again
             at.hosts[0].joined[made.domain.id].host_number,
             before.generation,
         )
+        await joined_by(at, made.domain, 1)
         await made.boots(0)
         await at.until(lambda: made.known(0))
         assert made.lease(0).generation == before.generation + 1
+        await joined_by(at, made.domain, 0, 1)
         await at.hosts[0].agent.report("storage")
         await at.hosts[0].agent.until_committed("storage")
         assert not made.is_free(0)
@@ -170,6 +173,28 @@ async def test_a_proof_that_was_voided_since_frees_nothing(configured: Settings)
         await at.bus.ask(PREPARE_LEASE, ask)
         assert not made.is_free(0)
         assert len(made.asked(1)) == count
+
+
+async def test_a_proof_that_is_voided_while_its_order_is_under_way_ends_the_order(
+    configured: Settings,
+) -> None:
+    soon = {"VOLERY_STORAGE_FREE_LEASE_SECONDS": "0.5"}
+    async with party(dataclasses.replace(configured, environ=soon)) as made:
+        at, before = made.at, made.lease(0)
+        at.hosts[1].held[FREE] = asyncio.Event()
+        await made.dies(0)
+        await at.until(lambda: began(made, 1))
+        made.ha.holds(at.rows[0].id, at.hosts[0].agent.boot_id, LivenessState.UP)
+        await at.hosts[0].agent.start()
+        await becomes(at, 0, status=HostStatus.UP)
+
+        async def ended() -> bool:
+            async with open_direct(configured.database, Owner.STORAGE) as connection:
+                return not await connection.fetch("select 1 from lockspace_member where freer_host_id <> ''")
+
+        await at.until(ended, 30.0)
+        assert made.lease(0) == before
+        assert await made.known(0), "its number is its own as before"
 
 
 async def test_a_number_is_not_joined_while_it_may_be_written_free(configured: Settings) -> None:
