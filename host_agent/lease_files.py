@@ -15,7 +15,7 @@ import stat
 import sys
 from typing import Any
 
-from host_agent.files import DIRECTORY_MODE, LEASES, answer, refuse
+from host_agent.files import DIRECTORY_MODE, LEASES, answer, check_marker, refuse
 
 LEASE_NAME = re.compile(r"lockspace|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 DRAFT_NAME = re.compile(r"\.new-[0-9a-f-]{1,80}")
@@ -110,7 +110,30 @@ def discard(request: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-VERBS = {"look": look, "draft": draft, "publish": publish, "discard": discard}
+def sweep(request: dict[str, Any]) -> dict[str, Any]:
+    """Removes the folder of leases of a domain that is gone, unless something else is in it. Nobody may be in its
+    lockspace any more."""
+    root = request["root"]
+    try:
+        directory = opened(root)
+    except FileNotFoundError:
+        return {}
+    try:
+        check_marker(os.path.dirname(root), root, request["domain_id"], request["installation"])
+        names = os.listdir(directory)
+        if not all(LEASE_NAME.fullmatch(name) or DRAFT_NAME.fullmatch(name) for name in names):
+            return {}
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=directory)
+    finally:
+        os.close(directory)
+    with contextlib.suppress(FileNotFoundError):
+        os.rmdir(os.path.join(root, LEASES))
+    return {}
+
+
+VERBS = {"look": look, "draft": draft, "publish": publish, "discard": discard, "sweep": sweep}
 
 
 def main() -> None:

@@ -6,8 +6,10 @@ Nothing here renews a lease or ends what held one: that is sanlock's, and goes o
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +31,17 @@ from volery.contracts.leases import (
     CREATE_LEASE,
     DEFAULT_IO_TIMEOUT_SECONDS,
     DELETE_LEASE,
+    FREE_HOST_LEASE,
     JOIN_LOCKSPACE,
     LEASE_BYTES,
+    LEASE_TAKEN,
     LEAVE_LOCKSPACE,
     MAX_HOST_NUMBER,
     READ_HOST_LEASE,
     REPORT_LEASES,
     CreateLease,
     DeleteLease,
+    FreeHostLease,
     HostLeaseReading,
     HostLeaseReadings,
     JoinLockspace,
@@ -55,6 +60,8 @@ from volery.runtime.clock import monotonic
 LOCKSPACE = "lockspace"
 LOOK_AGAIN_SECONDS = 0.2
 MAX_WAIT_SECONDS = 240.0
+FORMER_SECONDS = 2.0
+"""How long an earlier attempt to free a lease is waited for before the order says that its outcome is unknown."""
 QEMU_CONF = Path("/etc/libvirt/qemu.conf")
 PLUGINS = ("/usr/lib/x86_64-linux-gnu/libvirt", "/usr/lib64/libvirt", "/usr/lib/libvirt")
 _LOCK_MANAGER = re.compile(r'^\s*lock_manager\s*=\s*"(\w+)"', re.MULTILINE)
@@ -67,6 +74,8 @@ class _LeaseFile(msgspec.Struct):
     name: str
     draft: str = ""
     size_bytes: int = LEASE_BYTES
+    domain_id: str = ""
+    installation: str = ""
 
 
 class _Found(msgspec.Struct):
@@ -229,6 +238,19 @@ async def _make(host: Host, place: _LeaseFile, kind: str, what: str, *options: s
         await _ask("discard", draft, Done)
 
 
+async def sweep(config: AgentConfig, root: str, domain_id: str) -> None:
+    """Removes what leases left of a domain that is gone. Raises Refused while a host is in its lockspace: one that still
+    renews its number there would be reset, or end what it runs, if the file went away."""
+    place = _LeaseFile(root, LOCKSPACE, domain_id=domain_id, installation=config.installation)
+    if (await _ask("look", place, _Found)).exists and (numbers := await sanlock.members(_path(place))):
+        raise conflict(
+            f"{_path(place)} stays: {len(numbers)} hosts (number {', '.join(map(str, numbers[:5]))}) have not left this "
+            "lockspace of a storage domain that is gone; start them, so that they do, or remove it by hand if they are gone",
+            numbers=numbers[:50],
+        )
+    await _ask("sweep", place, Done)
+
+
 def locate(config: AgentConfig, domain_id: str, path: str, name: str) -> _LeaseFile:
     """The file that an order names. Raises Refused(invalid) for any but a lease of a connected directory domain."""
     for domain in connected(config):
@@ -363,6 +385,60 @@ async def _reading(order: ReadHostLease, path: str) -> HostLeaseReading:
     )
 
 
+async def free_host(host: Host, order: FreeHostLease, running: Running) -> Done:
+    """One that is free already is a success. Whose boot it is has been proven dead by whoever ordered it; that it is that
+    boot's is looked at here, just before it is written. Raises Refused(timeout) while it may still be written."""
+    place = locate(host.config, order.domain_id, order.path, LOCKSPACE)
+    own = await joined(order.domain_id)
+    if own is None or own.host_number == order.host_number or not 1 <= order.host_number <= MAX_HOST_NUMBER:
+        raise invalid(
+            f"this host can't free the lease of number {order.host_number} in the lockspace of storage domain"
+            f" {order.domain_id}: it has to be in that lockspace itself, under another number"
+        )
+    what = sanlock.lockspace(order.domain_id, order.host_number, _path(place))
+    doing = f"free the lease of number {order.host_number}"
+    async with _alone(host.config, order) as descriptor:
+        if await _is_taken(order, place):
+            await sanlock.ask(doing, "direct", "release_id", "-s", what, pass_fds=(descriptor,))
+            if await _is_taken(order, place):
+                raise Refused(
+                    Kind.UNAVAILABLE, f"{order.path} was written and hasn't changed: look at the storage"
+                )
+    return Done()
+
+
+@contextlib.asynccontextmanager
+async def _alone(config: AgentConfig, order: FreeHostLease) -> AsyncIterator[int]:
+    """A child that a former order left behind, stuck in the kernel, may write yet."""
+    lock = Path(config.state_dir) / "locks" / f"lease-{order.domain_id}-{order.host_number}"
+    otherwise = (
+        f"an earlier attempt to free {order.path} has not ended: look at the storage's mount on this host"
+    )
+    async with contextlib.AsyncExitStack() as stack:
+        try:
+            held = children.held(lock, wait_seconds=FORMER_SECONDS, otherwise=otherwise)
+            descriptor = await stack.enter_async_context(held)
+        except Refused as refused:
+            raise Refused(Kind.TIMEOUT, refused.message) from refused
+        yield descriptor
+
+
+async def _is_taken(order: FreeHostLease, place: _LeaseFile) -> bool:
+    """Whether the boot that the order means holds it. Raises Refused(conflict) when it is another's."""
+    try:
+        leader = await sanlock.read_host(order.domain_id, order.host_number, _path(place))
+    except Refused as refused:  # a reading without an answer leaves nothing open
+        raise Refused(Kind.UNAVAILABLE, refused.message) from refused
+    if leader.number("owner_generation") != order.generation:
+        raise Refused(
+            Kind.CONFLICT,
+            f"number {order.host_number} in the lockspace of storage domain {order.domain_id} was taken"
+            f" {leader.number('owner_generation')} times, not {order.generation}: it is another boot's",
+            rule=LEASE_TAKEN,
+        )
+    return leader.number("timestamp") != 0
+
+
 ACTIONS: tuple[Action[Any, Any], ...] = (
     Action(JOIN_LOCKSPACE, join),
     Action(LEAVE_LOCKSPACE, whole(leave)),
@@ -370,4 +446,5 @@ ACTIONS: tuple[Action[Any, Any], ...] = (
     Action(DELETE_LEASE, whole(delete)),
     Action(REPORT_LEASES, report),
     Action(READ_HOST_LEASE, read_host),
+    Action(FREE_HOST_LEASE, whole(free_host)),
 )

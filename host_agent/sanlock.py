@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from host_agent import children
@@ -18,6 +18,7 @@ PROGRAM = "sanlock"
 ASK_SECONDS = 10.0
 """For what the daemon answers from memory, and for one read; beyond it the daemon or the storage hangs."""
 _RESULT = re.compile(r"^\w+ done (-?\d+)$", re.MULTILINE)
+_HOST_LEASE = re.compile(r"^\d+ +\S+ +\S+ +(?P<timestamp>\d+) +(?P<number>\d+) +\d+ *$", re.MULTILINE)
 _LOCKSPACE = re.compile(r"s (?P<name>[^:]+):(?P<number>\d+):")
 _RESOURCE = re.compile(r"r (?P<lockspace>[^:]+):(?P<key>[^:]+):.* p (?P<pid>-?\d+)")
 
@@ -119,11 +120,18 @@ def resource(domain_id: str, key: str, path: str, offset: int = 0) -> str:
     return f"{domain_id}:{key}:{escaped(path)}:{offset}"
 
 
-async def ask(doing: str, *arguments: str, timeout_seconds: float = ASK_SECONDS) -> str:
+async def ask(
+    doing: str, *arguments: str, timeout_seconds: float = ASK_SECONDS, pass_fds: Sequence[int] = ()
+) -> str:
     """What it wrote. Raises SanlockFailed with its result, Refused(timeout), or Refused without the program."""
     said: list[bytes] = []
     try:
-        await children.run([PROGRAM, *arguments], timeout_seconds=timeout_seconds, on_output=said.append)
+        await children.run(
+            [PROGRAM, *arguments],
+            timeout_seconds=timeout_seconds,
+            pass_fds=pass_fds,
+            on_output=said.append,
+        )
     except children.ChildTimedOut as failure:
         raise Refused(
             Kind.TIMEOUT,
@@ -194,6 +202,14 @@ def _joined(found: re.Match[str], values: Mapping[str, str]) -> LockspaceReport:
 async def read_host(domain_id: str, number: int, path: str) -> Leader:
     """A host's lease. Raises SanlockFailed when the storage can't be read."""
     return await _read("read a host's lease", "-s", lockspace(domain_id, number, path))
+
+
+async def members(path: str) -> list[int]:
+    """Numbers that hosts hold in a lockspace, or held when they died. Raises SanlockFailed when it can't be read."""
+    said = await ask("read who is in a lockspace", "direct", "dump", escaped(path))
+    if not said.strip().startswith("offset"):
+        raise SanlockFailed("read who is in a lockspace", -errno.EIO)
+    return [int(found["number"]) for found in _HOST_LEASE.finditer(said) if int(found["timestamp"])]
 
 
 async def read_lease(domain_id: str, key: str, path: str) -> Leader:

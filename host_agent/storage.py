@@ -99,7 +99,8 @@ def _report(domain_id: str, found: Contents) -> StorageDomainReport:
 
 
 async def disconnect(host: Host, order: DisconnectStorage, running: Running) -> Done:
-    """Forgets the domain; with `remove` also its own directory, if nothing but Volery's empty folders is in it."""
+    """Forgets the domain; with `remove` also its own directory, if nothing but Volery's empty folders and leases that
+    nobody can hold any more is in it."""
     if order.remove:
         await _remove(host, order)
     places.forget(host.config, order.domain_id)
@@ -114,6 +115,7 @@ async def _remove(host: Host, order: DisconnectStorage) -> None:
         roots.append(os.path.join(os.path.normpath(order.path), order.domain_id))
     for root in dict.fromkeys(roots):
         request = _Domain(domain_id=order.domain_id, installation=host.config.installation, root=root)
+        await leases.sweep(host.config, root, order.domain_id)
         await places.ask("abandon", request, Done, timeout_seconds=LOOK_SECONDS)
 
 

@@ -30,6 +30,7 @@ from volery.contracts.protection import (
     VmProtection,
 )
 from volery.contracts.scheduling import FIND_ROOM, FindRoom, Room, RoomFor
+from volery.contracts.storage import FIND_LEASE_PROOFS, FindLeaseProofs
 from volery.contracts.vm import VM_CHANGED, VM_DELETED, Vm
 from volery.runtime.bus import Caller
 from volery.runtime.clock import monotonic, utc_now
@@ -128,6 +129,7 @@ def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
 
 async def _proofs(ha: Ha) -> Proofs:
     found: dict[str, dict[str, HostProof]] = defaultdict(dict)
+    leases = await _leases(ha)
     power = {row.id: row.public for row in await POWER.where(ha.core.pool)}
     paused = {row.id: row.public for row in await PAUSES.where(ha.core.pool) if row.public.until > utc_now()}
     for watch in ha.watches.values():
@@ -138,9 +140,21 @@ async def _proofs(ha: Ha) -> Proofs:
                 name=facts.name,
                 power=power.get(facts.id),
                 paused=pauses.words_of([paused[key] for key in pauses.keys_of(facts) if key in paused]),
+                lease=leases.get(facts.id, ""),
                 lacking=_lacking(ha, facts.id, facts.cluster_id, power.get(facts.id)),
             )
     return found
+
+
+async def _leases(ha: Ha) -> Mapping[str, str]:
+    """Host → storage domain whose lease could prove its death; as it was said last when storage doesn't answer."""
+    try:
+        said = await ha.core.bus.ask(FIND_LEASE_PROOFS, FindLeaseProofs(), again=False)
+    except Refused as refused:
+        log.debug("storage doesn't say which leases could prove a death: %s", refused.message)
+    else:
+        ha.unjudged.leases = said.domains
+    return ha.unjudged.leases
 
 
 def _lacking(ha: Ha, host_id: str, cluster_id: str, power: PowerManagement | None) -> tuple[str, ...]:

@@ -35,6 +35,8 @@ class Unjudged:
     all_at: float = float("-inf")
     settings: frozenset[tuple[str, int]] = frozenset()
     """How power management and pauses of fencing were when it was last looked."""
+    leases: dict[str, str] = field(default_factory=dict)
+    """Host → storage domain whose lease could prove its death, as storage said last."""
 
     def mark_all(self, within: float, between: float) -> None:
         """All of them are due within so many seconds, but not twice within `between`."""

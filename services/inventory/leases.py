@@ -52,8 +52,10 @@ def refuse_place(domain: StorageDomain, vm_name: str, data_center_id: str) -> No
 
 
 def is_offered(domain: StorageDomain, data_center_id: str) -> bool:
-    """Whether a VM gets its lease there unasked: where no host can hold leases, nothing changes."""
-    return domain.leases and bool(domain.lease_host_ids) and domain.data_center_id == data_center_id
+    """Whether a VM gets its lease there unasked: not where fewer than two hosts can hold one, since then it could be
+    brought back nowhere else."""
+    held = domain.leases and len(domain.lease_host_ids) > 1
+    return held and domain.data_center_id == data_center_id
 
 
 async def for_new(inv: Inventory, ask: CreateVm, data_center_id: str, caller: Caller) -> str:
@@ -78,13 +80,34 @@ async def for_edited(inv: Inventory, vm: Vm, ask: UpdateVm, new: Vm, caller: Cal
                 + ": the host that runs it holds it; stop the VM first",
                 status=vm.status,
             )
-        return replace(new, lease=await _checked(inv, ask.lease, vm.name, vm.data_center_id, caller))
+        lease = await _checked(inv, ask.lease, vm.name, vm.data_center_id, caller)
+        return replace(new, lease=lease, next_lease="")
+    if not new.high_availability.enabled and vm.next_lease:
+        return replace(new, next_lease="")
     becomes = new.high_availability.enabled and not vm.high_availability.enabled
-    if not becomes or ask.lease is not UNSET or vm.lease or vm.status is not VmStatus.DOWN or vm.busy_with:
+    if not becomes or ask.lease is not UNSET or vm.lease:
         return new
     written = [disk.disk_id for disk in vm.disks if disk.active and not disk.read_only]
     domain_ids = [await _domain_of(inv, disk_id, caller) for disk_id in written]
-    return replace(new, lease=await _offered(inv, domain_ids, vm.data_center_id, caller))
+    offered = await _offered(inv, domain_ids, vm.data_center_id, caller)
+    if vm.status is VmStatus.DOWN and not vm.busy_with:
+        return replace(new, lease=offered)
+    return replace(new, next_lease=offered, next_run=new.next_run or bool(offered))
+
+
+async def at_start(inv: Inventory, vm: Vm) -> Vm:
+    """The VM with the lease that waited for this start. One that could not be held now goes on waiting: nobody asked for
+    it, so no start fails for it."""
+    if not vm.next_lease:
+        return vm
+    try:
+        domain = await inv.core.bus.ask(GET_STORAGE_DOMAIN, GetById(id=vm.next_lease), again=False)
+    except Refused as refused:
+        log.info("VM %s starts without the lease that waits for it: %s", vm.name, refused.message)
+        return vm
+    if not is_offered(domain, vm.data_center_id):
+        return vm
+    return replace(vm, lease=vm.next_lease, next_lease="")
 
 
 async def _checked(inv: Inventory, domain_id: str, name: str, data_center_id: str, caller: Caller) -> str:

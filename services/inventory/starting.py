@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 
 from msgspec.structs import replace
 
-from services.inventory import model
+from services.inventory import leases, model
 from services.inventory.desk import Inventory
 from services.inventory.specs import disk_ids, domain_spec, need_of
 from services.inventory.store import VMS
@@ -98,7 +98,7 @@ async def start_vm(inv: Inventory, ask: StartVm, caller: Caller) -> Operation:
         if ask.dry_run:
             return replace(op, id="", result={"placement": await _plan(inv, vm, ask, caller)})
         new = replace(
-            vm,
+            vm if row.private.saved_path else await leases.at_start(inv, vm),
             desired=DesiredState.UP,
             status=VmStatus.RESTORING_STATE if row.private.saved_path else VmStatus.WAIT_FOR_LAUNCH,
             busy_with=op.id,
@@ -158,7 +158,7 @@ async def restart_vm(inv: Inventory, ask: RestartVm, caller: Caller) -> Operatio
             caller=caller,
         )
         new = replace(
-            vm,
+            await leases.at_start(inv, vm),
             status=VmStatus.WAIT_FOR_LAUNCH,
             status_reason=ask.reason,
             busy_with=op.id,
@@ -372,7 +372,7 @@ async def _settle_running(inv: Inventory, ask: Starting, epoch: int, host_id: st
                 status_reason="",
                 fits_nowhere="",
                 host_id=host_id,
-                next_run=False,
+                next_run=bool(vm.next_lease),
                 started_at=utc_now(),
             )
         )

@@ -36,5 +36,7 @@ class StorageConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     dead."""
     leave_seconds: float = 130.0
     """How long a host may take to leave a lockspace."""
+    free_lease_seconds: float = 10.0
+    """How long a host may take to free what a dead one held in a lockspace; until it says how that ended no other does."""
     read_lease_seconds: float = 15.0
     """How long a host may take to read another's lease."""

@@ -214,6 +214,21 @@ def could_prove(member: Member, watchdog: Watchdog) -> bool:
     return bool(member.boot_id) and member.generation > 0 and member.reset_host and watchdog.inescapable
 
 
+def proofs(
+    members: Iterable[Member], domains: Mapping[str, StorageDomain], hosts: Mapping[str, HostRow]
+) -> dict[str, str]:
+    """Hosts whose death an expired lease could prove, and the name of the storage domain that it would be read on."""
+    found: dict[str, str] = {}
+    for member in members:
+        domain, host = domains.get(member.domain_id), hosts.get(member.host_id)
+        if domain is None or host is None or not could_prove(member, watchdog_of(member, host)):
+            continue
+        others = set(domain.lease_host_ids) - {host.id}
+        if any(other in hosts and hosts[other].status == HostStatus.UP for other in others):
+            found.setdefault(host.id, domain.name)
+    return found
+
+
 def watchdog_of(member: Member, host: HostRow) -> Watchdog:
     """What was reported of the boot that holds the lease; of any other it says nothing."""
     return host.leases.watchdog if host.boot_id and host.boot_id == member.boot_id else Watchdog()

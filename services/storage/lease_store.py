@@ -9,7 +9,9 @@ from volery.contracts.errors import Kind, Refused
 from volery.contracts.leases import MAX_HOST_NUMBER, LockspaceReport
 from volery.runtime.tables import Change, Taken, commit
 
-_MEMBER = "domain_id, host_id, number, asked, boot_id, generation, io_timeout_seconds, reset_host"
+_MEMBER = (
+    "domain_id, host_id, number, asked, boot_id, generation, io_timeout_seconds, reset_host, freer_host_id"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,13 @@ class LeaseStore:
             host_id,
         )
         return None if row is None else Member(**dict(row))
+
+    async def resetting(self) -> list[Member]:
+        """Those that would reset their hosts, were they lost."""
+        rows = await self.pool.fetch(
+            f"select {_MEMBER} from lockspace_member where reset_host and boot_id <> '' order by domain_id"
+        )
+        return [Member(**dict(row)) for row in rows]
 
     async def memberships(self, host_id: str) -> dict[str, Member]:
         """By domain."""
@@ -110,9 +119,33 @@ class LeaseStore:
         """The host said that it is not in the lockspace (any more): a reboot ends that."""
         return Change(
             """update lockspace_member set boot_id = '', generation = 0
-               where domain_id = {0} and host_id = {1} and generation = {2}""",
+               where domain_id = {0} and host_id = {1} and generation = {2} and freer_host_id = ''""",
             (member.domain_id, member.host_id, member.generation),
             guarded=False,
+        )
+
+    async def dead(self) -> list[Member]:
+        """Those whose boot has ended by proof while it held them, and those that are being freed."""
+        rows = await self.pool.fetch(
+            f"""select {_MEMBER} from lockspace_member m where freer_host_id <> '' or boot_id <> '' and exists (
+                    select 1 from host_death d where d.host_id = m.host_id and d.boot_id = m.boot_id)"""
+        )
+        return [Member(**dict(row)) for row in rows]
+
+    def freeing(self, member: Member, freer_host_id: str) -> Change:
+        """Written before the order is: from here on that host may write the lease. "": it will not (any more)."""
+        return Change(
+            """update lockspace_member set freer_host_id = {4} where domain_id = {0} and host_id = {1}
+               and boot_id = {2} and generation = {3} returning 1""",
+            (member.domain_id, member.host_id, member.boot_id, member.generation, freer_host_id),
+        )
+
+    def freed(self, member: Member) -> Change:
+        """Nothing of that boot is left in the lockspace."""
+        return Change(
+            """update lockspace_member set freer_host_id = '', boot_id = '', generation = 0
+               where domain_id = {0} and host_id = {1} and boot_id = {2} and generation = {3} returning 1""",
+            (member.domain_id, member.host_id, member.boot_id, member.generation),
         )
 
     def left(self, domain_id: str, host_id: str) -> Change:

@@ -65,6 +65,9 @@ async def settle(svc: Storage, rest: str) -> None:
         work = _leave(svc, row.public, host_id)
     else:
         return
+    if key in svc.joining:  # what a dead host left is being freed since
+        work.close()
+        return
     svc.joining.add(key)
     svc.core.operations.spawn(work)
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from services.storage import (
     connections,
+    dead_leases,
     disk_work,
     domain_model,
     lease_model,
@@ -38,6 +39,7 @@ async def reconcile_all(svc: Storage) -> Sequence[str]:
         *(f"domain:{domain_id}" for domain_id in await svc.store.attached_domain_ids()),
         *(f"disk:{disk_id}" for disk_id in await svc.store.unsettled_disks()),
         *(f"leftover:{left.domain_id}" for left in await svc.store.leftovers()),
+        *(lockspaces.key_of(one.domain_id, one.host_id) for one in await svc.leases.dead()),
         *(f"lease:{lease.domain_id}:{lease.vm_id}" for lease in await svc.leases.doomed_leases()),
     ]
 
@@ -159,6 +161,6 @@ _KINDS = {
     "host": _host,
     "disk": _disk,
     "leftover": _leftover,
-    "lockspace": lockspaces.settle,
+    "lockspace": dead_leases.settle,
     "lease": vm_leases.remove,
 }

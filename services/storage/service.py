@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from services.storage import (
     connections,
+    dead_leases,
     discovery,
     disk_work,
     disks,
@@ -57,6 +58,7 @@ def make_service() -> Service:
         release=release,
         reconcile=reconcile,
         reconcile_all=reconcile_all,
+        on_death=dead_leases.died,
         on_gap=projection.list_again,
     )
 

@@ -44,6 +44,10 @@ class Storage:
     """(domain, host) → when that last failed."""
     losses: dict[str, Losses] = field(default_factory=dict)
     """Domain → since when which hosts are without it."""
+    freeing: dict[tuple[str, str], asyncio.Task[None]] = field(default_factory=dict)
+    """(domain, host) whose number is being freed, because that host is dead; they are in `joining`, too."""
+    freeing_failed: dict[tuple[str, str], float] = field(default_factory=dict)
+    """(domain, host) → when that last failed."""
     at_leases: weakref.WeakValueDictionary[str, asyncio.Lock] = field(
         default_factory=weakref.WeakValueDictionary
     )

@@ -153,6 +153,8 @@ class Member:
     generation: int
     io_timeout_seconds: int
     reset_host: bool
+    freer_host_id: str = ""
+    """Which was ordered to write its lease free, and may be about to; it is not joined again meanwhile."""
 
     @property
     def joined(self) -> LockspaceReport:

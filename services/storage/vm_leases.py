@@ -7,7 +7,7 @@ import logging
 
 from msgspec.structs import replace
 
-from services.storage import domain_model, lease_model
+from services.storage import dead_leases, domain_model, lease_model
 from services.storage.lease_store import VmLease
 from services.storage.storage import Storage
 from services.storage.store import DOMAINS, HostRow, Member
@@ -25,11 +25,14 @@ from volery.contracts.leases import (
 )
 from volery.contracts.naming import checked_id
 from volery.contracts.storage import (
+    FIND_LEASE_PROOFS,
     PREPARE_LEASE,
     READ_HOST_LEASES,
     RELEASE_LEASE,
+    FindLeaseProofs,
     HostLeases,
     HostLeaseSeen,
+    LeaseProofs,
     PrepareLease,
     ReadHostLeases,
     ReleaseLease,
@@ -56,12 +59,13 @@ async def prepare(svc: Storage, ask: PrepareLease, caller: Caller) -> DomainLeas
         lease_model.refuse_unheld(domain, ask.host_id)
         lease = lease_model.lease_of(domain, vm_id)
         await svc.core.commit(svc.leases.has_lease(domain.id, vm_id))
+        await dead_leases.freed(svc, domain.id, svc.config.free_lease_seconds)
         await svc.core.orders.carry_out(
             CREATE_LEASE,
             CreateLease(domain_id=domain.id, key=vm_id, path=lease.path),
             host_id=ask.host_id,
             object_id=vm_id,
-            timeout_seconds=PREPARE_LEASE.timeout_seconds - 2,
+            timeout_seconds=PREPARE_LEASE.timeout_seconds - svc.config.free_lease_seconds - 2,
         )
     return lease
 
@@ -122,6 +126,17 @@ async def read_host_leases(svc: Storage, ask: ReadHostLeases, caller: Caller) ->
     telling = [m for m in members if lease_model.could_prove(m, lease_model.watchdog_of(m, host))]
     seen = await asyncio.gather(*(_seen(svc, host, m, ask.reader_ids.get(m.domain_id, "")) for m in telling))
     return HostLeases(leases=tuple(one for one in seen if one is not None))
+
+
+@part.answers(FIND_LEASE_PROOFS)
+async def find_lease_proofs(svc: Storage, ask: FindLeaseProofs, caller: Caller) -> LeaseProofs:
+    members = await svc.leases.resetting()
+    if not members:
+        return LeaseProofs()
+    ids = sorted({member.domain_id for member in members})
+    domains = {row.id: row.public for row in await DOMAINS.where(svc.core.pool, "id = any($1::text[])", ids)}
+    hosts = {host.id: host for host in await svc.store.hosts()}
+    return LeaseProofs(domains=lease_model.proofs(members, domains, hosts))
 
 
 async def _seen(svc: Storage, host: HostRow, member: Member, before: str) -> HostLeaseSeen | None:

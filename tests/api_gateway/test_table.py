@@ -35,6 +35,7 @@ INTERNAL = {
     "storage.lease.prepare",
     "storage.lease.release",
     "storage.lease.read_host",
+    "storage.lease.find_proofs",
     "network.nic.allocate",
     "network.nic.release",
     "network.host.prepare",

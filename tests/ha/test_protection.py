@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -12,13 +13,18 @@ from msgspec.structs import replace
 from tests.ha.places import GIB, place, set_power
 from tests.ha.site import caller
 from tests.ha.world import CLUSTER_ID, until, vm
+from tests.support.runtime import running
+from tests.support.speaker import Speaker
+from volery.contracts.base import Owner
 from volery.contracts.cluster import GetById
 from volery.contracts.errors import Refused
 from volery.contracts.host import HostStatus
 from volery.contracts.operation import ListQuery
 from volery.contracts.power import PAUSE_FENCING, RESUME_FENCING, PauseFencing, ResumeFencing
 from volery.contracts.protection import GET_PROTECTION, LIST_PROTECTION, VmProtection
+from volery.contracts.storage import FIND_LEASE_PROOFS, FindLeaseProofs, LeaseProofs
 from volery.contracts.vm import VM_CHANGED, VM_DELETED, HighAvailability
+from volery.runtime.bus import Caller
 from volery.runtime.programs import Settings
 
 
@@ -61,6 +67,36 @@ async def test_a_vm_becomes_protected_step_by_step_and_says_what_is_missing(
         await until(forgotten)
         with pytest.raises(Refused, match="there is no protection of VM"):
             await at.bus.ask(GET_PROTECTION, GetById(id=at.web.id))
+
+
+@dataclass
+class Leases(Speaker):
+    """A storage that says whose death a lease could prove."""
+
+    owner: Owner = Owner.STORAGE
+    domains: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.answers = [(FIND_LEASE_PROOFS, self._say)]
+
+    async def _say(self, _: Speaker, ask: FindLeaseProofs, caller: Caller) -> LeaseProofs:
+        return LeaseProofs(domains=self.domains)
+
+
+async def test_a_lease_that_would_prove_its_hosts_death_protects_a_vm_without_a_bmc(
+    configured: Settings, tmp_path: Path
+) -> None:
+    storage = Leases()
+    async with running(configured, storage.service()), place(configured, tmp_path) as at:
+        await at.is_said(at.web.id, "no_proof")
+        storage.domains = {at.hosts[1].id: "shared"}
+        web = await at.says_vm(at.web)
+        await at.is_said(at.web.id, "no_proof")
+        storage.domains = {at.hosts[0].id: "shared"}
+        await at.is_said(at.web.id, protected=True)
+        storage.domains = {}
+        await at.says_vm(web)
+        await at.is_said(at.web.id, "no_proof")
 
 
 async def test_what_is_on_its_way_keeps_what_was_said_and_what_is_gone_is_forgotten(

@@ -57,6 +57,12 @@ NO_POWER = {h: proof(h, power=None) for h in ("h1", "h2")}
 
 CASES: dict[str, tuple[VmNeed, Room, dict[str, HostProof], list[ReasonCode]]] = {
     "all is well": (vm(), FITS, PROOFS, []),
+    "its host has no BMC, but a lease that resets it": (
+        vm(), FITS, PROOFS | {"h1": proof(power=None, lease="shared")}, [],
+    ),
+    "only another host has such a lease": (
+        vm(), FITS, NO_POWER | {"h2": proof("h2", power=None, lease="shared")}, [C.NO_PROOF],
+    ),
     "restarted on its own host, as asked": (vm(same_host=True), FITS, PROOFS, [C.SAME_HOST]),
     "local disk": (
         vm(local_host_id="h1"),

@@ -23,9 +23,11 @@ from volery.contracts.domain import DomainLease
 from volery.contracts.errors import Kind, Refused
 from volery.contracts.ids import new_id
 from volery.contracts.leases import (
+    LEASE_TAKEN,
     CreateLease,
     DeleteLease,
     ExpiredLease,
+    FreeHostLease,
     HostLeaseReading,
     JoinLockspace,
     LeaveLockspace,
@@ -38,7 +40,8 @@ from volery.contracts.leases import (
     proven,
     unchanged_seconds,
 )
-from volery.contracts.volume_orders import ConnectStorage, DirectoryLocation
+from volery.contracts.volume_orders import ConnectStorage, DirectoryLocation, DisconnectStorage
+from volery.runtime.clock import monotonic
 
 NAME = "a-host"
 
@@ -327,6 +330,23 @@ async def test_a_lease_is_made_held_by_a_tool_and_removed(world: Joined) -> None
         await leased.run(await world.lease(), ["echo", "never"], timeout_seconds=20)
 
 
+async def test_a_domain_that_is_gone_leaves_no_lease_once_every_host_has_left(world: Joined) -> None:
+    await world.join()
+    lease = await world.lease()
+    root = world.directory.parent
+    order = DisconnectStorage(domain_id=world.domain_id, remove=True, path=str(root.parent))
+    with pytest.raises(Refused, match=r"1 hosts \(number 7\) have not left"):
+        await storage.disconnect(world.host, order, running())
+    assert Path(lease.path).exists()
+    await leases.leave(world.host, world.leaving, running())
+    (world.directory / "notes.txt").touch()
+    await storage.disconnect(world.host, order, running())
+    assert Path(lease.path).exists(), "somebody else's file is in it"
+    (world.directory / "notes.txt").unlink()
+    await storage.disconnect(world.host, order, running())
+    assert not root.exists()
+
+
 async def test_a_lease_is_read_while_it_is_renewed_and_a_tool_ends_when_it_is_lost(world: Joined) -> None:
     await world.join()
     order = ReadHostLease(domain_id=world.domain_id, path=world.leaving.path, host_number=7)
@@ -349,6 +369,93 @@ async def test_a_lease_is_read_while_it_is_renewed_and_a_tool_ends_when_it_is_lo
     assert ended.value.status in (-signal.SIGTERM, -signal.SIGKILL)
     with pytest.raises(Refused):  # it can't be read, so it says nothing
         await read(world, 7)
+
+
+@contextlib.asynccontextmanager
+async def another_machine(
+    world: Joined, number: int, directory: Path
+) -> AsyncIterator[subprocess.Popen[bytes]]:
+    """With a daemon of its own, in the same lockspace."""
+    environment = {**os.environ, "SANLOCK_RUN_DIR": str(directory), "SANLOCK_PRIVILEGED": "0"}
+    directory.mkdir()
+    with (directory / "log").open("wb") as log:
+        arguments = ["sanlock", "daemon", "-D", "-w", "0", "-e", "another"]
+        process = subprocess.Popen(arguments, stdout=log, stderr=log, env=environment)
+    try:
+        what = sanlock.lockspace(world.domain_id, number, world.leaving.path)
+        join = ["sanlock", "client", "add_lockspace", "-s", what, "-o", "1"]
+        for _ in range(100):  # until the daemon listens
+            with contextlib.suppress(ChildFailed):
+                await children.run(join, timeout_seconds=30, environment=environment)
+                break
+            await asyncio.sleep(0.05)
+        else:
+            pytest.fail((directory / "log").read_text())
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+async def test_what_a_dead_machine_held_is_taken_at_once_when_its_lease_is_freed(
+    world: Joined, tmp_path: Path
+) -> None:
+    await world.join()
+    lease = await world.lease()
+
+    def freeing(generation: int, number: int = 8) -> FreeHostLease:
+        return FreeHostLease(
+            domain_id=world.domain_id,
+            path=world.leaving.path,
+            host_number=number,
+            generation=generation,
+        )
+
+    async with another_machine(world, 8, tmp_path / "another") as process:
+        environment = {"SANLOCK_RUN_DIR": str(tmp_path / "another")}
+        holder = asyncio.create_task(
+            leased.run(lease, ["sleep", "60"], timeout_seconds=60, environment=environment)
+        )
+        async with asyncio.timeout(20):
+            while (await sanlock.read_lease(lease.lockspace, lease.key, lease.path)).number("owner_id") != 8:
+                await asyncio.sleep(0.05)
+        process.kill()
+        holder.cancel()
+        await asyncio.wait({holder})
+
+    dead = await read(world, 8)
+    assert (dead.generation, dead.timestamp > 0) == (1, True)
+    for wrong, sentence in (
+        (freeing(2), "taken 1 times, not 2"),
+        (freeing(0), "taken 1 times, not 0"),
+        (freeing(1, number=7), "under another number"),
+        (freeing(1, number=0), "under another number"),
+    ):
+        with pytest.raises(Refused, match=sentence):
+            await leases.free_host(world.host, wrong, running())
+    assert (await read(world, 8)).timestamp == dead.timestamp
+
+    lock = Path(world.host.config.state_dir) / "locks" / f"lease-{world.domain_id}-8"
+    async with children.held(lock, wait_seconds=0, otherwise="it is held"):  # a former attempt that is stuck
+        with pytest.raises(Refused, match="an earlier attempt to free") as refused:
+            await leases.free_host(world.host, freeing(1), running())
+    assert refused.value.kind is Kind.TIMEOUT
+    assert (await read(world, 8)).timestamp == dead.timestamp
+
+    for _ in range(2):  # a repeat finds it free
+        await leases.free_host(world.host, freeing(1), running())
+    free = await read(world, 8)
+    assert (free.holder, free.generation, free.timestamp) == ("another", 1, 0)
+    began = monotonic()
+    assert await leased.run(lease, ["echo", "mine"], timeout_seconds=20) == b"mine\n"
+    assert monotonic() - began < 10 < dead_seconds(1)
+
+    async with another_machine(world, 8, tmp_path / "again"):  # its next boot
+        now = await read(world, 8)
+        with pytest.raises(Refused, match="taken 2 times, not 1") as refused:
+            await leases.free_host(world.host, freeing(1), running())
+        assert refused.value.details["rule"] == LEASE_TAKEN
+        assert (now.generation, now.timestamp > 0) == (2, True)
 
 
 async def test_only_leases_of_connected_domains_are_touched(world: Joined, tmp_path: Path) -> None:

@@ -158,9 +158,9 @@ def specs(machine: Machine) -> list[Any]:
 async def test_a_highly_available_vm_gets_a_lease_beside_a_disk_that_it_writes(configured: Settings) -> None:
     async with leased(configured) as (world, hosts, storage):
         plain = storage.domain(center(world), leases=False)
-        nobody = storage.domain(center(world))
+        alone = storage.domain(center(world), lease_host_ids=(hosts[0].id,))
         shared = storage.domain(center(world), lease_host_ids=(hosts[0].id, hosts[1].id))
-        disks = [storage.disk(domain) for domain in (plain, nobody, shared)]
+        disks = [storage.disk(domain) for domain in (plain, alone, shared)]
         ask = tuple(NewDisk(disk_id=disk.id) for disk in disks)
         vm = await world.vm(ha=True, disks=ask)
         assert vm.lease == shared.id
@@ -169,7 +169,7 @@ async def test_a_highly_available_vm_gets_a_lease_beside_a_disk_that_it_writes(c
         assert storage.reached[-1].lease_domain_id == shared.id
         assert (await world.vm(disks=ask)).lease == "", "it isn't highly available"
         assert (await world.vm(ha=True, disks=ask, lease="")).lease == ""
-        assert (await world.vm(ha=True, disks=ask[:2])).lease == "", "no host holds leases there"
+        assert (await world.vm(ha=True, disks=ask[:2])).lease == "", "only one host holds leases there"
         read = NewDisk(disk_id=disks[2].id, read_only=True)
         assert (await world.vm(ha=True, disks=(read,))).lease == ""
         assert (await world.vm(ha=True, disks=(), lease=shared.id)).lease == shared.id
@@ -215,13 +215,45 @@ async def start(world: World, vm: Vm) -> Operation:
 
 async def test_a_vm_that_becomes_highly_available_while_it_is_down_gets_a_lease(configured: Settings) -> None:
     async with leased(configured) as (world, hosts, storage):
-        shared = storage.domain(center(world), lease_host_ids=(hosts[0].id,))
+        shared = storage.domain(center(world), lease_host_ids=(hosts[0].id, hosts[1].id))
         vm = await world.vm(start=False, disks=(NewDisk(disk_id=storage.disk(shared).id),))
         assert vm.lease == ""
         on = UpdateVm(id=vm.id, high_availability=HighAvailability(enabled=True))
         assert (await world.bus.ask(UPDATE_VM, on)).lease == shared.id
         off = UpdateVm(id=vm.id, lease="")
         assert (await world.bus.ask(UPDATE_VM, off)).lease == ""
+
+
+async def test_a_vm_that_becomes_highly_available_while_it_runs_gets_its_lease_at_the_next_start(
+    configured: Settings,
+) -> None:
+    async with leased(configured) as (world, hosts, storage):
+        shared = storage.domain(center(world), lease_host_ids=(hosts[0].id, hosts[1].id))
+        vm = await world.vm(disks=(NewDisk(disk_id=storage.disk(shared).id),))
+        on = UpdateVm(id=vm.id, high_availability=HighAvailability(enabled=True))
+        off = UpdateVm(id=vm.id, high_availability=HighAvailability())
+        said: Vm = await world.bus.ask(UPDATE_VM, on)
+        assert (said.lease, said.next_lease, said.next_run) == ("", shared.id, True)
+        assert (await world.bus.ask(UPDATE_VM, off)).next_lease == ""
+        await world.bus.ask(UPDATE_VM, on)
+
+        storage.knows(replace(shared, lease_host_ids=(hosts[0].id,)))  # nowhere else could it be brought back
+        await again(world, vm)
+        assert specs(hosts[0])[-1].lease is None
+        waits = await world.get(vm.id)
+        assert (waits.lease, waits.next_lease, waits.next_run) == ("", shared.id, True)
+
+        storage.knows(shared)
+        await again(world, vm)
+        assert specs(hosts[0])[-1].lease.lockspace == shared.id
+        held = await world.get(vm.id)
+        assert (held.lease, held.next_lease, held.next_run) == (shared.id, "", False)
+
+
+async def again(world: World, vm: Vm) -> None:
+    await world.ended(await world.bus.ask(STOP_VM, StopVm(id=vm.id, force=True)))
+    await world.vm_is(vm.id, VmStatus.DOWN)
+    assert (await world.ended(await start(world, vm))).state is OperationState.SUCCEEDED
 
 
 async def test_without_a_host_that_can_hold_it_the_start_says_so(configured: Settings) -> None:

@@ -26,11 +26,14 @@ from volery.contracts.ids import new_id
 from volery.contracts.leases import (
     CREATE_LEASE,
     DELETE_LEASE,
+    FREE_HOST_LEASE,
     JOIN_LOCKSPACE,
+    LEASE_TAKEN,
     LEAVE_LOCKSPACE,
     READ_HOST_LEASE,
     CreateLease,
     DeleteLease,
+    FreeHostLease,
     HostLeaseReading,
     HostLeaseReadings,
     JoinLockspace,
@@ -148,6 +151,7 @@ class StorageHost:
             (CREATE_LEASE, self.create_lease),
             (DELETE_LEASE, self.delete_lease),
             (READ_HOST_LEASE, self.read_host),
+            (FREE_HOST_LEASE, self.free_host),
         )
         for order, act in acts:
             self.agent.does(order, self._guarded(order.kind, act))
@@ -357,6 +361,13 @@ class StorageHost:
         found = self.shelf.lockspaces[ask.domain_id][ask.host_number]
         now = replace(found, asked_seconds=time.monotonic(), answered_seconds=time.monotonic())
         return HostLeaseReadings(reader_boot_id=self.agent.boot_id, first=now, second=now)
+
+    def free_host(self, ask: FreeHostLease) -> Done:
+        leases = self.shelf.lockspaces[ask.domain_id]
+        if leases[ask.host_number].generation != ask.generation:
+            raise Refused(Kind.CONFLICT, "it is another boot's", rule=LEASE_TAKEN)
+        leases[ask.host_number] = replace(leases[ask.host_number], timestamp=0)
+        return Done()
 
 
 def replace_info(info: VolumeInfo, sha256: str) -> VolumeInfo:

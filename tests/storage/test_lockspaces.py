@@ -18,6 +18,7 @@ from volery.contracts.storage import (
     ACT_ON_STORAGE_DOMAIN,
     CREATE_STORAGE_DOMAIN,
     DELETE_STORAGE_DOMAIN,
+    FIND_LEASE_PROOFS,
     PREPARE_LEASE,
     REACH_DISKS,
     READ_HOST_LEASES,
@@ -28,6 +29,7 @@ from volery.contracts.storage import (
     DeleteStorageDomain,
     DomainKind,
     DomainStatus,
+    FindLeaseProofs,
     PrepareLease,
     ReachDisks,
     ReadHostLeases,
@@ -262,6 +264,8 @@ async def test_only_leases_that_could_prove_something_are_read(configured: Setti
         assert (seen.reader_id, seen.boot_id) == (reader, at.hosts[0].agent.boot_id)
         assert seen.joined == at.hosts[0].joined[domain.id]
         assert seen.readings.second.generation == seen.joined.generation
+        found = await at.bus.ask(FIND_LEASE_PROOFS, FindLeaseProofs())
+        assert found.domains == dict.fromkeys((silent, reader), domain.name)
         at.hosts[1].refusing["lease.read_host"] = Refused(Kind.UNAVAILABLE, "the storage could not be read")
         (seen,) = (await at.bus.ask(READ_HOST_LEASES, ask)).leases
         assert (seen.readings, seen.problem) == (None, "the storage could not be read")
@@ -271,6 +275,13 @@ async def test_only_leases_that_could_prove_something_are_read(configured: Setti
             return not (await at.bus.ask(READ_HOST_LEASES, ask)).leases
 
         await at.until(nothing)
+        assert list((await at.bus.ask(FIND_LEASE_PROOFS, FindLeaseProofs())).domains) == [reader]
+        await becomes(at, 0, status=HostStatus.NON_RESPONSIVE)
+
+        async def nobody_could_read_it() -> bool:
+            return not (await at.bus.ask(FIND_LEASE_PROOFS, FindLeaseProofs())).domains
+
+        await at.until(nobody_could_read_it)
 
 
 BAD: list[tuple[dict[str, Any], str]] = [

@@ -317,10 +317,15 @@ def test_a_silent_host_is_noticed_and_nothing_of_it_is_started_elsewhere(stage: 
 
 
 @pytest.fixture(scope="module")
-def survivor(stage: Stage) -> Iterator[Vm]:
-    """A highly available guest, on hosts whose BMCs were tested."""
+def powered(stage: Stage) -> None:
+    """Every host's BMC is known, and was tested."""
     for host in stage.lab.hosts:
         manage_power(stage, host.number)
+
+
+@pytest.fixture(scope="module")
+def survivor(stage: Stage, powered: None) -> Iterator[Vm]:
+    """A highly available guest, on hosts whose BMCs were tested."""
     vm = stage.guest("phoenix", high_availability=HighAvailability(enabled=True))
     yield vm
     stage.remove(vm)
@@ -477,7 +482,35 @@ def leases_on(stage: Stage) -> StorageDomain:
     return now
 
 
-def test_with_power_and_bmc_gone_an_expired_lease_brings_its_guest_back(stage: Stage) -> None:
+def test_a_guest_with_a_lease_is_back_as_soon_as_a_bmc_has_proven_its_host_dead(
+    stage: Stage, powered: None
+) -> None:
+    """Another host frees what the dead one held: nobody waits until its lease has expired."""
+    shared = leases_on(stage)
+    vm = stage.guest("leased", high_availability=HighAvailability(enabled=True))
+    assert vm.lease == shared.id
+    host = stage.lab.host(stage.host_number(vm.host_id))
+    host.power_off()
+    off = time.monotonic()
+    back, liveness = restarted_elsewhere(stage, vm, 180)
+    took = time.monotonic() - off
+    print(f"runs elsewhere after {took:.1f} s")
+    assert liveness.proof is not None
+    assert liveness.proof.kind is ProofKind.BMC_OFF
+    assert took < 8 * 2 + 60, "before the lease had expired"
+    (restart,) = stage.client.list(api.RESTARTS, filter={"vm_id": vm.id})
+    assert restart.attempts == 1
+    stage.until(back.id, lambda now: now.guest.agent_connected, 90)
+    host.power_on()
+    host_is_up(stage, vm.host_id)
+    leases_on(stage)  # its next boot has its number again
+    stage.act(back.id, "migrate")
+    back = stage.client.send(api.VMS.get(back.id))
+    assert back.host_id == vm.host_id
+    stage.remove(back)
+
+
+def test_with_power_and_bmc_gone_an_expired_lease_brings_its_guest_back(stage: Stage, powered: None) -> None:
     shared = leases_on(stage)
     vm = stage.guest("heir", high_availability=HighAvailability(enabled=True))
     assert vm.lease == shared.id

@@ -30,6 +30,10 @@ LEASE_HELD = "lease_held"
 it now, and each may in a while."""
 
 
+LEASE_TAKEN = "lease_taken"
+"""The `rule` of a refusal to free a host's lease: it isn't that boot's any more, so there is nothing to free."""
+
+
 class Watchdog(Message):
     """What will reset this host when it stops renewing its leases, as found in this boot."""
 
@@ -143,6 +147,18 @@ class ReadHostLease(Message):
     """Between the two."""
 
 
+class FreeHostLease(Message):
+    """Write the lease of a boot free that has ended by proof, as that host does when it leaves: what it held can be taken
+    at once. Refused by the rule `lease_taken` unless that boot's generation is still there."""
+
+    domain_id: str
+    path: str
+    """{domain}/leases/lockspace"""
+    host_number: int
+    generation: int
+    """Which the dead boot reported: each join has its own."""
+
+
 class HostLeaseReading(Message):
     """A host's lease as it was on the storage, and when, by the reader's monotonic clock."""
 
@@ -220,3 +236,4 @@ CREATE_LEASE = Order("lease.create", CreateLease, Done)
 DELETE_LEASE = Order("lease.delete", DeleteLease, Done)
 REPORT_LEASES = Order("lease.report", ReportLeases, LeasesReport)
 READ_HOST_LEASE = Order("lease.read_host", ReadHostLease, HostLeaseReadings)
+FREE_HOST_LEASE = Order("lease.free_host", FreeHostLease, Done)

@@ -412,6 +412,16 @@ class HostLeases(Message):
     """Empty: no lease of this host could prove anything."""
 
 
+class FindLeaseProofs(Message):
+    """ha to storage: whose death could an expired lease prove?"""
+
+
+class LeaseProofs(Message):
+    domains: dict[str, str] = {}
+    """Host → name of the storage domain whose lease could, as things are now: it resets the host, whose watchdog can't be
+    outlived, and another host that is up could read it."""
+
+
 CREATE_STORAGE_DOMAIN = Call("storage.domain.create", CreateStorageDomain, Operation, mutates=True)
 UPDATE_STORAGE_DOMAIN = Call("storage.domain.update", UpdateStorageDomain, StorageDomain, mutates=True)
 ATTACH_STORAGE_DOMAIN = Call("storage.domain.attach", AttachStorageDomain, Operation, mutates=True)
@@ -453,3 +463,4 @@ REACH_DISKS_OF_MANY = Call("storage.disk.reach_of_many", ReachDisksOfMany, DiskR
 PREPARE_LEASE = Call("storage.lease.prepare", PrepareLease, DomainLease, timeout_seconds=30)
 RELEASE_LEASE = Call("storage.lease.release", ReleaseLease, Done, mutates=True)
 READ_HOST_LEASES = Call("storage.lease.read_host", ReadHostLeases, HostLeases, timeout_seconds=20)
+FIND_LEASE_PROOFS = Call("storage.lease.find_proofs", FindLeaseProofs, LeaseProofs)

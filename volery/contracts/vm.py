@@ -170,6 +170,8 @@ class Vm(Entity):
     delete_protected: bool = False
     lease: str = ""
     """The storage domain where its lease is: no host runs it without holding that. "" is none."""
+    next_lease: str = ""
+    """The storage domain where its next start gives it a lease, since it became highly available while it ran."""
     external: bool = False
     """Found on a host, not made by Volery: shown and left alone."""
     busy_with: str = ""
@@ -268,7 +270,8 @@ class UpdateVm(Message):
     """None: if it is highly available."""
     delete_protected: bool | UnsetType = UNSET
     lease: str | UnsetType = UNSET
-    """Only while it is down. Unset, a VM that becomes highly available while it is down gets one as a new one does."""
+    """Only while it is down. Unset, a VM that becomes highly available gets one as a new one does: at once when it is
+    down, else at its next start (`next_lease`)."""
 
 
 class DeleteVm(Message):

@@ -73,6 +73,13 @@ class Deaths:
             details={"host_died": True, "host_id": host_id, "proof_id": proof.id, "proof": str(proof.kind)},
         )
 
+    async def confirmed(self, host_id: str, boot_id: str) -> bool:
+        """Whether this boot has ended, as ha says now: for what can't be taken back. Raises Refused when ha can't be asked."""
+        said = await self._one(host_id)
+        if said is not None:
+            await self._note(said)
+        return self.has_ended(host_id, boot_id)
+
     async def heard(self, fact: HostLiveness) -> Sequence[Change]:
         """ha says something new of a host: it is asked again before anything follows from it."""
         self.waiting.add(fact.id)
@@ -182,7 +189,7 @@ class Deaths:
                 guarded=False,
             )
         )
-        del self.ended[host_id, boot_id]
+        self.ended.pop((host_id, boot_id), None)
 
     async def _write(self, change: Change) -> None:
         while True:

@@ -90,7 +90,7 @@ class Operations:
     """What becomes of the object when its operation ended, e.g. `busy_with` cleared."""
     quarantine: Quarantine
     leading: bool = False
-    hint: Callable[[], None] = lambda: None
+    hint: Callable[[], object] = lambda: None
     """Tells the leader, if it is another process, that there is work."""
     table: Table[Operation, OperationPrivate] = field(init=False)
     runs: dict[str, tuple[Run, asyncio.Task[None]]] = field(default_factory=dict)
@@ -99,10 +99,11 @@ class Operations:
     def __post_init__(self) -> None:
         self.table = operation_table(self.owner)
 
-    def spawn(self, work: Any) -> None:
+    def spawn(self, work: Any) -> asyncio.Task[Any]:
         task = asyncio.create_task(work)
         self.tasks.add(task)
         task.add_done_callback(self._spawned)
+        return task
 
     def _spawned(self, task: asyncio.Task[Any]) -> None:
         self.tasks.discard(task)

@@ -235,7 +235,7 @@ class Orders:
         lane = self.lanes.setdefault((host_id, object_id), asyncio.Lock())
         try:
             async with asyncio.timeout(timeout_seconds), lane:
-                for left in await self._left_open(host_id, object_id):
+                for left in await self.left_open(host_id, object_id):
                     await self.result(left)
                 order_id = random_id()
                 given = self.give(order, question, order_id=order_id, host_id=host_id, object_id=object_id)
@@ -265,7 +265,8 @@ class Orders:
         cancelling.set()
         return await self.result(order_id, cancelling)
 
-    async def _left_open(self, host_id: str, object_id: str) -> list[str]:
+    async def left_open(self, host_id: str, object_id: str) -> list[str]:
+        """Orders outside operations that have not ended, oldest first."""
         rows = await self.pool.fetch(
             """select order_id from host_order where host_id = $1 and object_id = $2 and operation_id = ''
                and state <> 'finished' order by order_seq""",

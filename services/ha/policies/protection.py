@@ -45,10 +45,14 @@ class HostProof:
     """Fencing is switched off for it: until when, and why."""
     lacking: tuple[str, ...] = ()
     """Fence agents of its devices that neither another host of its cluster nor ha's own machine has."""
+    lease: str = ""
+    """The storage domain whose lease, once expired, would prove it: the host's watchdog resets it with that lease."""
 
 
 def why_no_proof(host: HostProof) -> tuple[ProtectionReason, ...]:
-    """Why nobody but a person could say that this host is dead; empty: its power management can."""
+    """Why nobody but a person could say that this host is dead; empty: its power management can, or a lease that expires."""
+    if host.lease:
+        return ()
     name, power = host.name, host.power
     if power is None:
         return (
