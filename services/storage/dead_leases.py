@@ -1,4 +1,4 @@
-"""What a dead host held in a lockspace is free as soon as its death is proven: another host writes its host lease free,
+"""What a dead host held in a lockspace is free as soon as its BMC, or a new boot, proves its death: another host writes its host lease free,
 and then sanlock lets anybody take what it held, instead of 8 io_timeouts + 60 s after its last renewal.
 
 Only for the boot that the proof names, if it is the one that reported the generation that is on the storage: ha is asked
@@ -18,6 +18,7 @@ from services.storage.store import DOMAINS, Member
 from volery.contracts.errors import Kind, Refused
 from volery.contracts.host import HostStatus
 from volery.contracts.leases import FREE_HOST_LEASE, LEASE_TAKEN, FreeHostLease
+from volery.contracts.liveness import ProofKind
 from volery.contracts.storage import StorageDomain
 from volery.runtime.clock import monotonic
 from volery.runtime.tables import Stale
@@ -45,13 +46,17 @@ async def settle(svc: Storage, rest: str) -> None:
 
 
 def is_due(svc: Storage, member: Member) -> bool:
-    ended = bool(member.boot_id) and svc.core.orders.deaths.has_ended(member.host_id, member.boot_id)
-    return bool(member.freer_host_id) or (ended and member.generation > 0)
+    """A person's word alone frees nothing: if it was an error, the lease that is renewed keeps the VMs where they run. By
+    the time that somebody has looked and said so, a dead host's lease has mostly expired."""
+    proof = svc.core.orders.deaths.ended.get((member.host_id, member.boot_id))
+    by_machine = proof is not None and proof.kind is not ProofKind.PERSON
+    return bool(member.freer_host_id) or (by_machine and member.generation > 0)
 
 
 async def freed(svc: Storage, domain_id: str, within_seconds: float) -> None:
     """Before a lease of this domain is taken: whatever dead hosts hold there is freed, or that was tried for so long."""
-    due = [member for member in await svc.leases.dead() if member.domain_id == domain_id]
+    dead = await svc.leases.dead()
+    due = [member for member in dead if member.domain_id == domain_id and is_due(svc, member)]
     tasks = {task for member in due if (task := begin(svc, member)) is not None}
     if tasks:
         await asyncio.wait(tasks, timeout=within_seconds)

@@ -20,7 +20,7 @@ from volery.contracts.errors import Kind, Refused
 from volery.contracts.host import HostStatus
 from volery.contracts.ids import new_id
 from volery.contracts.leases import FREE_HOST_LEASE, HostLeaseReading
-from volery.contracts.liveness import LIVENESS_CHANGED, HostLiveness, LivenessState
+from volery.contracts.liveness import LIVENESS_CHANGED, HostLiveness, LivenessState, ProofKind
 from volery.contracts.storage import PREPARE_LEASE, PrepareLease, StorageDomain
 from volery.runtime.database import open_direct
 from volery.runtime.programs import Settings
@@ -50,6 +50,12 @@ class Party:
             rows = await connection.fetch("select boot_id, generation from lockspace_member")
         boots = {row["boot_id"] for row in rows if row["generation"]}
         return boots >= {self.at.hosts[n].agent.boot_id for n in numbers}
+
+    async def believed_dead(self, number: int) -> bool:
+        """Whether storage has written down that this host's boot has ended."""
+        async with open_direct(self.settings.database, Owner.STORAGE) as connection:
+            boots = await connection.fetch("select boot_id from host_death")
+        return self.at.hosts[number].agent.boot_id in {row["boot_id"] for row in boots}
 
     def lease(self, number: int) -> HostLeaseReading:
         """A host's lease, on the storage."""
@@ -122,6 +128,22 @@ async def test_a_dead_hosts_lease_is_freed_at_once_and_its_next_boot_joins_again
         await at.hosts[0].agent.until_committed("storage")
         assert not made.is_free(0)
         assert len(made.asked(1)) == 1
+
+
+async def test_a_persons_word_alone_frees_nothing(configured: Settings) -> None:
+    async with party(configured) as made:
+        at = made.at
+        await made.falls(0)
+        said = made.proof(0)
+        assert said.proof is not None
+        said = replace(said, proof=replace(said.proof, kind=ProofKind.PERSON))
+        made.ha.knows(said)
+        await made.ha.says(LIVENESS_CHANGED, said)
+        await at.until(lambda: made.believed_dead(0))
+        ask = PrepareLease(storage_domain_id=made.domain.id, vm_id=new_id(), host_id=at.rows[1].id)
+        await at.bus.ask(PREPARE_LEASE, ask)
+        assert not made.is_free(0)
+        assert made.asked(1) == []
 
 
 async def test_a_vms_lease_is_prepared_after_what_the_dead_host_held_is_free(configured: Settings) -> None:
