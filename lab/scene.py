@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import json
 import shutil
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -85,6 +88,34 @@ class Scene:
                 raise TooLate(f"waited {seconds:.0f} s for {what()}")
             time.sleep(0.1)
 
+    def inside(self, vm: Vm, command: str, seconds: float = 20.0) -> str:
+        """What a shell in the guest prints, by its agent on the host where it runs."""
+        host = self.host(vm.host_id)
+        (name,) = self.domains(host, vm)
+
+        def agent(execute: str, **arguments: Any) -> Any:
+            question = json.dumps({"execute": execute, "arguments": arguments})
+            asked = host.enter(["virsh", "-q", "qemu-agent-command", name, question])
+            answer = subprocess.run(asked, capture_output=True, text=True, check=True)
+            return json.loads(answer.stdout)["return"]
+
+        pid = agent("guest-exec", path="/bin/sh", arg=["-c", command], **{"capture-output": True})["pid"]
+        said: dict[str, Any] = {}
+
+        def ended() -> bool:
+            said.update(agent("guest-exec-status", pid=pid))
+            return bool(said["exited"])
+
+        self.wait(ended, seconds, lambda: f"{command!r} in {vm.name}")
+        return base64.b64decode(said.get("out-data", "")).decode()
+
+    @staticmethod
+    def domains(host: Host, vm: Vm | None = None) -> list[str]:
+        """A host's domains in libvirt, running or not; the VM's: one or none."""
+        asked = host.enter(["virsh", "-q", "list", "--all", "--name"])
+        listing = subprocess.run(asked, capture_output=True, text=True, check=True)
+        return [name for name in listing.stdout.split() if vm is None or name.endswith(vm.id[-12:])]
+
     def host(self, host_id: str) -> Host:
         """The lab's host behind Volery's."""
         name = self.client.send(api.HOSTS.get(host_id)).name
@@ -135,8 +166,8 @@ class Scene:
 
 
 @contextlib.contextmanager
-def staged(hosts: int, settings: Mapping[str, str]) -> Iterator[Scene]:
-    """A new lab and control plane, with these settings (VOLERY_…); everything of it is gone afterwards."""
+def staged(hosts: int, settings: Mapping[str, str], *, image: bool = True) -> Iterator[Scene]:
+    """A new lab and control plane, with these settings (VOLERY_…), and the guest's `image`; everything of it is gone afterwards."""
     state = Path(tempfile.mkdtemp(prefix="volery-scene-", dir="/tmp"))
     state.chmod(0o755)  # PostgreSQL's own user passes through
     lab = Lab(state)
@@ -144,7 +175,7 @@ def staged(hosts: int, settings: Mapping[str, str]) -> Iterator[Scene]:
         lab.up(hosts)
         plane.home_of(lab).create()
         plane.home_of(lab).change_settings(dict(settings))
-        client = plane.connect(lab, QUIET)
+        client = plane.connect(lab, QUIET, image=image)
         yield Scene(lab, client)
         client.http.close()
     finally:

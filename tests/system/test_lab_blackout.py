@@ -3,51 +3,33 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from lab import plane
-from lab.lab import Lab
-from tests.system.test_lab_stories import MIB, Stage, host_is_up
+from lab.scene import MIB, QUIET, Scene, staged
 from volery.client import api
 from volery.contracts.liveness import LivenessState
 from volery.contracts.operation import Operation
 from volery.contracts.vm import CreateVm, DesiredState, HighAvailability, NewDisk, Vm, VmStatus
 from volery.setup import embedded, supervisor
-from volery.setup.console import Output
-from volery.setup.down import down
 from volery.setup.home import Home
 from volery.setup.programs import PROGRAMS
 from volery.setup.up import up
 
 pytestmark = pytest.mark.timeout(300)
-QUIET = Output(Console(quiet=True))
 
 
 @pytest.fixture
-def stage() -> Iterator[Stage]:
-    state = Path(tempfile.mkdtemp(prefix="volery-blackout-", dir="/tmp"))
-    state.chmod(0o755)  # PostgreSQL's own user passes through
-    lab = Lab(state)
-    try:
-        lab.up(2)
-        client = plane.connect(lab, QUIET, image=False)
-        yield Stage(lab, client)
-        client.http.close()
-    finally:
-        down(plane.home_of(lab), QUIET)
-        lab.down()
-        shutil.rmtree(state, ignore_errors=True)
+def stage() -> Iterator[Scene]:
+    with staged(2, {}, image=False) as scene:
+        yield scene
 
 
-def runs_on(stage: Stage, host: str, name: str, *, ha: bool, back: bool | None = None) -> Vm:
+def runs_on(stage: Scene, host: str, name: str, *, ha: bool, back: bool | None = None) -> Vm:
     """A VM with a disk on the shared storage, and no system on it."""
     shared = stage.client.find(api.STORAGE_DOMAINS, "shared")
     ask = CreateVm(
@@ -71,17 +53,17 @@ def plug_pulled(home: Home) -> None:
             os.kill(process.pid, signal.SIGKILL)
 
 
-def runs_anew(stage: Stage, vm: Vm, seconds: float) -> Vm:
+def runs_anew(stage: Scene, vm: Vm, seconds: float) -> Vm:
     return stage.until(vm.id, lambda now: now.status is VmStatus.UP and now.epoch > vm.epoch, seconds)
 
 
-def places(stage: Stage, vm: Vm) -> list[str]:
+def places(stage: Scene, vm: Vm) -> list[str]:
     """Hosts that have a domain of it."""
     on = [host for host in stage.lab.hosts if host.boot is not None]
-    return [host.name for host in on if any(n.endswith(vm.id[-12:]) for n in stage.domains(host))]
+    return [host.name for host in on if stage.domains(host, vm)]
 
 
-def test_after_a_blackout_all_that_is_to_come_back_does_once(stage: Stage) -> None:
+def test_after_a_blackout_all_that_is_to_come_back_does_once(stage: Scene) -> None:
     first, late = stage.lab.hosts
     back = runs_on(stage, "h1", "back", ha=True)
     wanted = runs_on(stage, "h1", "wanted", ha=False, back=True)
@@ -111,6 +93,6 @@ def test_after_a_blackout_all_that_is_to_come_back_does_once(stage: Stage) -> No
     assert places(stage, waits) == []
     late.power_on()
     runs_anew(stage, waits, 60)
-    host_is_up(stage, waits.host_id)
+    stage.host_is_up(waits.host_id)
     print(f"all of it after {time.monotonic() - began:.1f} s")
     assert [len(places(stage, vm)) for vm in (back, wanted, waits, plain)] == [1, 1, 1, 0]

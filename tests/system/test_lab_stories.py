@@ -2,153 +2,44 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from rich.console import Console
 
-from lab import plane
 from lab.board import Fault
-from lab.lab import Lab
+from lab.scene import MIB, Scene, staged
 from volery.client import api
 from volery.client.request import Request, body_of
-from volery.client.transport import Client, OperationFailed, ProblemError
-from volery.contracts.cluster import Cluster
-from volery.contracts.fencing import PowerState
-from volery.contracts.host import Host
+from volery.client.transport import OperationFailed, ProblemError
 from volery.contracts.liveness import HostLiveness, LivenessState, ProofKind
 from volery.contracts.operation import Operation, OperationState
 from volery.contracts.power import (
     ConfirmHostRebooted,
-    Identity,
-    NewFenceDevice,
-    PowerManagement,
-    SetPowerManagement,
 )
-from volery.contracts.storage import CreateDisk, StorageDomain
-from volery.contracts.vm import CreateVm, HighAvailability, MigrationPolicy, NewDisk, NewNic, Vm, VmStatus
-from volery.setup.console import Output
-from volery.setup.down import down
+from volery.contracts.storage import CreateDisk
+from volery.contracts.vm import CreateVm, HighAvailability, MigrationPolicy, Vm, VmStatus
 
 pytestmark = pytest.mark.timeout(420)
-MIB = 1024 * 1024
-
-
-@dataclass
-class Stage:
-    lab: Lab
-    client: Client
-
-    @property
-    def cluster(self) -> Cluster:
-        return self.client.find(api.CLUSTERS, plane.NAME)
-
-    def guest(self, name: str, **fields: Any) -> Vm:
-        """A running VM from the guest image, whose agent has answered."""
-        image = self.client.find(api.DISKS, plane.IMAGE)
-        network = self.client.find(api.NETWORKS, "lab")
-        ask = CreateVm(
-            name=name,
-            cluster_id=self.cluster.id,
-            memory_bytes=160 * MIB,
-            disks=(NewDisk(storage_domain_id=image.storage_domain_id, copy_of=image.id),),
-            nics=(NewNic(network_id=network.id),),
-            **fields,
-        )
-        vm_id = self.client.wait(self.client.send(api.VMS.create(ask, Operation))).object_id
-        self.act(vm_id, "start")
-        return self.until(vm_id, lambda vm: vm.guest.agent_connected and vm.guest.hostname == name, 120)
-
-    def act(self, vm_id: str, action: str, body: dict[str, Any] | None = None) -> Operation:
-        return self.client.wait(self.client.send(api.VMS.act(vm_id, action, Operation, body)))
-
-    def until(self, vm_id: str, holds: Callable[[Vm], bool], seconds: float = 30.0) -> Vm:
-        until = time.monotonic() + seconds
-        while True:
-            vm = self.client.send(api.VMS.get(vm_id))
-            if holds(vm):
-                return vm
-            assert time.monotonic() < until, vm
-            time.sleep(0.1)
-
-    def host_number(self, host_id: str) -> int:
-        return int(self.client.send(api.HOSTS.get(host_id)).name.removeprefix("h"))
-
-    def inside(self, vm: Vm, command: str) -> str:
-        """What a shell in the guest prints, by its agent on the host where it runs."""
-        import base64
-        import json
-
-        host = self.lab.host(self.host_number(vm.host_id))
-        name = next(n for n in self.domains(host) if n.endswith(vm.id[-12:]))
-
-        def agent(execute: str, **arguments: Any) -> Any:
-            question = json.dumps({"execute": execute, "arguments": arguments})
-            answer = subprocess.run(
-                host.enter(["virsh", "-q", "qemu-agent-command", name, question]),
-                capture_output=True,
-                text=True,
-                check=True,
-            )
-            return json.loads(answer.stdout)["return"]
-
-        pid = agent("guest-exec", path="/bin/sh", arg=["-c", command], **{"capture-output": True})["pid"]
-        until = time.monotonic() + 20
-        while not (done := agent("guest-exec-status", pid=pid))["exited"]:
-            assert time.monotonic() < until, command
-            time.sleep(0.1)
-        return base64.b64decode(done.get("out-data", "")).decode()
-
-    @staticmethod
-    def domains(host: Any) -> list[str]:
-        listing = subprocess.run(
-            host.enter(["virsh", "-q", "list", "--all", "--name"]), capture_output=True, text=True, check=True
-        )
-        return [line for line in listing.stdout.split() if line]
-
-    def remove(self, vm: Vm) -> None:
-        now = self.client.send(api.VMS.get(vm.id))
-        if now.status is not VmStatus.DOWN:
-            self.act(vm.id, "stop", {"force": True})
-        self.client.wait(self.client.send(api.VMS.delete(vm.id, Operation)))
 
 
 @pytest.fixture(scope="module")
-def stage() -> Iterator[Stage]:
-    state = Path(tempfile.mkdtemp(prefix="volery-stories-", dir="/tmp"))
-    state.chmod(0o755)  # PostgreSQL's own user passes through
-    lab = Lab(state)
-    try:
-        lab.up(2)
-        output = Output(Console(quiet=True))
-        # The least silence that ha accepts, and no hold for a control plane that has only just begun.
-        hurried = {
-            "VOLERY_HA_SILENCE_BEFORE_FENCE_SECONDS": "35",
-            "VOLERY_HA_START_HOLD_SECONDS": "5",
-            "VOLERY_HA_SWITCH_QUIET_SECONDS": "1",
-            # Longer than a host needs to notice that what was cut is joined again.
-            "VOLERY_STORAGE_LOST_AFTER_SECONDS": "8",
-            "VOLERY_STORAGE_BACK_AFTER_SECONDS": "3",
-        }
-        plane.home_of(lab).create()
-        plane.home_of(lab).change_settings(hurried)
-        client = plane.connect(lab, output)
-        yield Stage(lab, client)
-        client.http.close()
-    finally:
-        down(plane.home_of(lab), Output(Console(quiet=True)))
-        lab.down()
-        shutil.rmtree(state, ignore_errors=True)
+def stage() -> Iterator[Scene]:
+    # The least silence that ha accepts, and no hold for a control plane that has only just begun.
+    hurried = {
+        "VOLERY_HA_SILENCE_BEFORE_FENCE_SECONDS": "35",
+        "VOLERY_HA_START_HOLD_SECONDS": "5",
+        "VOLERY_HA_SWITCH_QUIET_SECONDS": "1",
+        "VOLERY_STORAGE_LOST_AFTER_SECONDS": "8",
+        "VOLERY_STORAGE_BACK_AFTER_SECONDS": "3",
+    }
+    with staged(2, hurried) as scene:
+        yield scene
 
 
-def test_a_guest_migrates_while_it_counts(stage: Stage) -> None:
+def test_a_guest_migrates_while_it_counts(stage: Scene) -> None:
     vm = stage.guest("mover")
     first = int(stage.inside(vm, "tail -n 1 /run/tick"))
     done = stage.act(vm.id, "migrate")
@@ -159,12 +50,12 @@ def test_a_guest_migrates_while_it_counts(stage: Stage) -> None:
     assert int(stage.inside(moved, "tail -n 1 /run/tick")) >= first
     boot = float(stage.inside(moved, "cut -d' ' -f1 /proc/uptime"))
     assert boot > 3, "it was not restarted"
-    source = stage.lab.host(stage.host_number(vm.host_id))
-    assert not [name for name in stage.domains(source) if name.endswith(vm.id[-12:])]
+    source = stage.host(vm.host_id)
+    assert not stage.domains(source, vm)
     stage.remove(moved)
 
 
-def test_a_migration_is_cancelled_and_the_guest_stays(stage: Stage) -> None:
+def test_a_migration_is_cancelled_and_the_guest_stays(stage: Scene) -> None:
     vm = stage.guest("stayer")
     # 1 MiB/s needs minutes for its memory, so there is time to change one's mind.
     op = stage.client.send(
@@ -182,12 +73,12 @@ def test_a_migration_is_cancelled_and_the_guest_stays(stage: Stage) -> None:
     assert now.host_id == vm.host_id
     assert now.epoch > vm.epoch + 1, "the source's epoch is above the destination's"
     assert stage.inside(now, "echo alive").strip() == "alive"
-    other = next(h for h in stage.lab.hosts if h.number != stage.host_number(vm.host_id))
-    assert not [name for name in stage.domains(other) if name.endswith(vm.id[-12:])]
+    other = next(h for h in stage.lab.hosts if h.number != stage.host(vm.host_id).number)
+    assert not stage.domains(other, vm)
     stage.remove(now)
 
 
-def test_disks_grow_and_come_and_go_while_it_runs(stage: Stage) -> None:
+def test_disks_grow_and_come_and_go_while_it_runs(stage: Scene) -> None:
     vm = stage.guest("disks")
     disk = vm.disks[0]
     grow = api.DISKS.act(disk.disk_id, "resize", Operation, {"size_bytes": 256 * MIB})
@@ -211,9 +102,9 @@ def test_disks_grow_and_come_and_go_while_it_runs(stage: Stage) -> None:
     stage.remove(moved)
 
 
-def test_a_crashed_highly_available_guest_comes_back(stage: Stage) -> None:
+def test_a_crashed_highly_available_guest_comes_back(stage: Scene) -> None:
     vm = stage.guest("survivor", high_availability=HighAvailability(enabled=True))
-    host = stage.lab.host(stage.host_number(vm.host_id))
+    host = stage.host(vm.host_id)
     (qemu,) = [
         pid for pid in host.pids("qemu-system-x86") if vm.id in Path(f"/proc/{pid}/cmdline").read_text()
     ]
@@ -227,10 +118,10 @@ def test_a_crashed_highly_available_guest_comes_back(stage: Stage) -> None:
     stage.remove(back)
 
 
-def test_a_host_that_is_shut_down_sends_its_guest_elsewhere_before_it_is_off(stage: Stage) -> None:
+def test_a_host_that_is_shut_down_sends_its_guest_elsewhere_before_it_is_off(stage: Scene) -> None:
     """Its own agent says that the guest has ended: nobody waits for a proof that the host is dead."""
     vm = stage.guest("leaver", high_availability=HighAvailability(enabled=True))
-    host = stage.lab.host(stage.host_number(vm.host_id))
+    host = stage.host(vm.host_id)
     began = time.monotonic()
     host.power_down()
     off = time.monotonic()
@@ -241,12 +132,12 @@ def test_a_host_that_is_shut_down_sends_its_guest_elsewhere_before_it_is_off(sta
     assert restart.reason == "host_shutdown"
     stage.until(vm.id, lambda now: now.guest.agent_connected, 90)
     host.power_on()
-    host_is_up(stage, vm.host_id)
-    assert not [name for name in stage.domains(host) if name.endswith(vm.id[-12:])]
+    stage.host_is_up(vm.host_id)
+    assert not stage.domains(host, vm)
     stage.remove(back)
 
 
-def test_maintenance_moves_everything_away(stage: Stage) -> None:
+def test_maintenance_moves_everything_away(stage: Scene) -> None:
     vm = stage.guest("evacuee")
     request = api.HOSTS.act(vm.host_id, "maintenance", Operation, {"reason": "new memory"})
     stage.client.wait(stage.client.send(request))
@@ -261,7 +152,7 @@ def test_maintenance_moves_everything_away(stage: Stage) -> None:
     stage.remove(moved)
 
 
-def test_maintenance_names_who_may_not_move_and_moves_the_others(stage: Stage) -> None:
+def test_maintenance_names_who_may_not_move_and_moves_the_others(stage: Scene) -> None:
     host = stage.client.find(api.HOSTS, "h1")
     vms = []
     for name, allowed in (("first", True), ("pinned", False), ("second", True)):
@@ -286,7 +177,7 @@ def test_maintenance_names_who_may_not_move_and_moves_the_others(stage: Stage) -
         stage.remove(vm)
 
 
-def test_maintenance_is_cancelled_and_so_is_the_move_under_way(stage: Stage) -> None:
+def test_maintenance_is_cancelled_and_so_is_the_move_under_way(stage: Scene) -> None:
     slow = MigrationPolicy(bandwidth_mib_per_second=1, auto_converge=False)
     vm = stage.guest("lingerer", migration=slow)
     op = stage.client.send(api.HOSTS.act(vm.host_id, "maintenance", Operation))
@@ -300,15 +191,15 @@ def test_maintenance_is_cancelled_and_so_is_the_move_under_way(stage: Stage) -> 
     stage.remove(now)
 
 
-def test_a_silent_host_is_noticed_and_nothing_of_it_is_started_elsewhere(stage: Stage) -> None:
+def test_a_silent_host_is_noticed_and_nothing_of_it_is_started_elsewhere(stage: Scene) -> None:
     vm = stage.guest("patient", high_availability=HighAvailability(enabled=True))
-    number = stage.host_number(vm.host_id)
+    number = stage.host(vm.host_id).number
     host = stage.lab.host(number)
     host.cut()
     try:
         stage.until(vm.id, lambda now: now.status is VmStatus.UNKNOWN, 40)
         other = next(h for h in stage.lab.hosts if h.number != number)
-        assert not [name for name in stage.domains(other) if name.endswith(vm.id[-12:])]
+        assert not stage.domains(other, vm)
     finally:
         host.join()
     back = stage.until(vm.id, lambda now: now.status is VmStatus.UP, 60)
@@ -317,40 +208,21 @@ def test_a_silent_host_is_noticed_and_nothing_of_it_is_started_elsewhere(stage: 
 
 
 @pytest.fixture(scope="module")
-def powered(stage: Stage) -> None:
+def powered(stage: Scene) -> None:
     """Every host's BMC is known, and was tested."""
     for host in stage.lab.hosts:
-        manage_power(stage, host.number)
+        stage.manage_power(host.number)
 
 
 @pytest.fixture(scope="module")
-def survivor(stage: Stage, powered: None) -> Iterator[Vm]:
+def survivor(stage: Scene, powered: None) -> Iterator[Vm]:
     """A highly available guest, on hosts whose BMCs were tested."""
     vm = stage.guest("phoenix", high_availability=HighAvailability(enabled=True))
     yield vm
     stage.remove(vm)
 
 
-def manage_power(stage: Stage, number: int) -> None:
-    bmc = stage.lab.bmc(number)
-    user, password = bmc.login
-    device = NewFenceDevice(
-        agent="fence_redfish",
-        address=bmc.address,
-        username=user,
-        options={"ssl_insecure": "1"},
-        secrets={"password": password},
-    )
-    host = stage.client.find(api.HOSTS, f"h{number}")
-    question = SetPowerManagement(id=host.id, devices=(device,))
-    path = f"hosts/{host.id}/power-management"
-    stage.client.send(Request("PUT", path, PowerManagement, body_of(question)))
-    tested = stage.client.send(Request("POST", f"{path}/test", PowerManagement, b"{}"))
-    assert tested.test_passed, tested.test_words
-    assert (tested.identity, tested.power) == (Identity.CHECKED, PowerState.ON)
-
-
-def restarted_elsewhere(stage: Stage, vm: Vm, seconds: float) -> tuple[Vm, HostLiveness]:
+def restarted_elsewhere(stage: Scene, vm: Vm, seconds: float) -> tuple[Vm, HostLiveness]:
     """The VM runs on the other host, its disk and all, and nowhere else; with what is known of where it ran."""
     back = stage.until(
         vm.id,
@@ -360,51 +232,11 @@ def restarted_elsewhere(stage: Stage, vm: Vm, seconds: float) -> tuple[Vm, HostL
     return back, stage.client.send(api.LIVENESS.get(vm.host_id))
 
 
-def host_is_up(stage: Stage, host_id: str, seconds: float = 90.0) -> None:
-    host_is(stage, host_id, "up", seconds)
-
-
-def host_is(stage: Stage, host_id: str, status: str, seconds: float) -> Host:
-    until = time.monotonic() + seconds
-    while (now := stage.client.send(api.HOSTS.get(host_id))).status != status:
-        assert time.monotonic() < until, now
-        time.sleep(0.2)
-    return now
-
-
-def test_a_host_that_lost_its_storage_sends_its_guest_away_and_comes_back_by_itself(
-    stage: Stage, survivor: Vm
-) -> None:
-    vm = stage.client.send(api.VMS.get(survivor.id))
-    first = int(stage.inside(vm, "tail -n 1 /run/tick"))
-    host = stage.lab.host(stage.host_number(vm.host_id))
-    shared = stage.client.find(api.STORAGE_DOMAINS, "shared")
-    # What is open there stays open, as on a file system whose server went away.
-    host.exec(["mount", "-t", "tmpfs", "none", str(stage.lab.shared_on_hosts)])
-    try:
-        cut = time.monotonic()
-        found = host_is(stage, vm.host_id, "non_operational", 30)
-        print(f"non-operational after {time.monotonic() - cut:.1f} s")
-        assert found.reasons == ("storage_unreachable",)
-        assert [(p.object_kind, p.object_id) for p in found.problems] == [("storage_domain", shared.id)]
-        moved = stage.until(vm.id, lambda now: now.status is VmStatus.UP and now.host_id != vm.host_id, 40)
-        print(f"its guest is elsewhere after {time.monotonic() - cut:.1f} s")
-        assert int(stage.inside(moved, "tail -n 1 /run/tick")) >= first, "it was not restarted"
-        assert not [name for name in stage.domains(host) if name.endswith(vm.id[-12:])]
-        assert stage.client.send(api.STORAGE_DOMAINS.get(shared.id)).status == "active"
-    finally:
-        host.exec(["umount", str(stage.lab.shared_on_hosts)])
-    mended = time.monotonic()
-    found = host_is(stage, vm.host_id, "up", 40)
-    print(f"up again after {time.monotonic() - mended:.1f} s")
-    assert (found.reasons, found.problems) == ((), ())
-
-
 def test_a_host_whose_plug_is_pulled_is_dead_by_its_bmc_and_its_guest_is_back_elsewhere(
-    stage: Stage, survivor: Vm
+    stage: Scene, survivor: Vm
 ) -> None:
     vm = stage.client.send(api.VMS.get(survivor.id))
-    host = stage.lab.host(stage.host_number(vm.host_id))
+    host = stage.host(vm.host_id)
     host.power_off()
     pulled = time.monotonic()
     back, liveness = restarted_elsewhere(stage, vm, 90)
@@ -415,13 +247,13 @@ def test_a_host_whose_plug_is_pulled_is_dead_by_its_bmc_and_its_guest_is_back_el
     records = list(stage.client.list(api.FENCE_RECORDS, filter={"host_id": vm.host_id}))
     assert [r for r in records if r.requested_by == "service:ha"] == []
     host.power_on()
-    host_is_up(stage, vm.host_id)
-    assert not [name for name in stage.domains(host) if name.endswith(vm.id[-12:])]
+    stage.host_is_up(vm.host_id)
+    assert not stage.domains(host, vm)
 
 
-def test_a_frozen_host_is_fenced_and_comes_back_without_its_guest(stage: Stage, survivor: Vm) -> None:
+def test_a_frozen_host_is_fenced_and_comes_back_without_its_guest(stage: Scene, survivor: Vm) -> None:
     vm = stage.client.send(api.VMS.get(survivor.id))
-    host = stage.lab.host(stage.host_number(vm.host_id))
+    host = stage.host(vm.host_id)
     boot = host.boot
     host.freeze()
     frozen = time.monotonic()
@@ -431,9 +263,9 @@ def test_a_frozen_host_is_fenced_and_comes_back_without_its_guest(stage: Stage, 
     assert took >= 35
     assert liveness.proof is not None
     assert liveness.proof.kind is ProofKind.BMC_OFF
-    host_is_up(stage, vm.host_id, 120)  # ha switched it on again
+    stage.host_is_up(vm.host_id, 120)  # ha switched it on again
     assert host.boot != boot
-    assert not [name for name in stage.domains(host) if name.endswith(vm.id[-12:])]
+    assert not stage.domains(host, vm)
     (record,) = stage.client.list(
         api.FENCE_RECORDS, filter={"host_id": vm.host_id, "requested_by": "service:ha"}
     )
@@ -441,9 +273,9 @@ def test_a_frozen_host_is_fenced_and_comes_back_without_its_guest(stage: Stage, 
     assert steps.index("ordered_off") < steps.index("proven") < steps.index("ordered_on")
 
 
-def test_with_power_and_bmc_gone_its_guest_waits_for_a_person(stage: Stage, survivor: Vm) -> None:
+def test_with_power_and_bmc_gone_its_guest_waits_for_a_person(stage: Scene, survivor: Vm) -> None:
     vm = stage.client.send(api.VMS.get(survivor.id))
-    number = stage.host_number(vm.host_id)
+    number = stage.host(vm.host_id).number
     host, bmc = stage.lab.host(number), stage.lab.bmc(number)
     path = f"hosts/{vm.host_id}/confirm-rebooted"
     yes = ConfirmHostRebooted(id=vm.host_id, confirm=host.name, reason="burnt")
@@ -453,12 +285,11 @@ def test_with_power_and_bmc_gone_its_guest_waits_for_a_person(stage: Stage, surv
     host.power_off()
     try:
         stage.until(vm.id, lambda now: now.status is VmStatus.UNKNOWN, 60)
-        until = time.monotonic() + 120
-        while (
-            "its BMC can't be asked" not in (now := stage.client.send(api.LIVENESS.get(vm.host_id))).fencing
-        ):
-            assert time.monotonic() < until, now
-            time.sleep(0.2)
+
+        def why() -> str:
+            return stage.client.send(api.LIVENESS.get(vm.host_id)).fencing
+
+        stage.wait(lambda: "its BMC can't be asked" in why(), 120, why)
         assert stage.client.send(api.VMS.get(vm.id)).status is VmStatus.UNKNOWN
         stage.client.send(Request("POST", path, HostLiveness, body_of(yes)))
         _, liveness = restarted_elsewhere(stage, vm, 90)
@@ -467,29 +298,17 @@ def test_with_power_and_bmc_gone_its_guest_waits_for_a_person(stage: Stage, surv
     finally:
         bmc.set_fault(Fault.NONE)
         host.power_on()
-    host_is_up(stage, vm.host_id)
-
-
-def leases_on(stage: Stage) -> StorageDomain:
-    """The shared directory holds leases, and every host has joined its lockspace."""
-    shared = stage.client.find(api.STORAGE_DOMAINS, "shared")
-    fields = {"leases": True, "lease_io_timeout_seconds": 2, "reset_hosts": True}
-    stage.client.send(api.STORAGE_DOMAINS.update(shared.id, fields, 0))
-    until = time.monotonic() + 60
-    while len((now := stage.client.send(api.STORAGE_DOMAINS.get(shared.id))).lease_host_ids) < 2:
-        assert time.monotonic() < until, now
-        time.sleep(0.2)
-    return now
+    stage.host_is_up(vm.host_id)
 
 
 def test_a_guest_with_a_lease_is_back_as_soon_as_a_bmc_has_proven_its_host_dead(
-    stage: Stage, powered: None
+    stage: Scene, powered: None
 ) -> None:
     """Another host frees what the dead one held: nobody waits until its lease has expired."""
-    shared = leases_on(stage)
+    shared = stage.hold_leases(2)
     vm = stage.guest("leased", high_availability=HighAvailability(enabled=True))
     assert vm.lease == shared.id
-    host = stage.lab.host(stage.host_number(vm.host_id))
+    host = stage.host(vm.host_id)
     host.power_off()
     off = time.monotonic()
     back, liveness = restarted_elsewhere(stage, vm, 180)
@@ -502,21 +321,21 @@ def test_a_guest_with_a_lease_is_back_as_soon_as_a_bmc_has_proven_its_host_dead(
     assert restart.attempts == 1
     stage.until(back.id, lambda now: now.guest.agent_connected, 90)
     host.power_on()
-    host_is_up(stage, vm.host_id)
-    leases_on(stage)  # its next boot has its number again
+    stage.host_is_up(vm.host_id)
+    stage.hold_leases(2)  # its next boot has its number again
     stage.act(back.id, "migrate")
     back = stage.client.send(api.VMS.get(back.id))
     assert back.host_id == vm.host_id
     stage.remove(back)
 
 
-def test_with_power_and_bmc_gone_an_expired_lease_brings_its_guest_back(stage: Stage, powered: None) -> None:
-    shared = leases_on(stage)
+def test_with_power_and_bmc_gone_an_expired_lease_brings_its_guest_back(stage: Scene, powered: None) -> None:
+    shared = stage.hold_leases(2)
     vm = stage.guest("heir", high_availability=HighAvailability(enabled=True))
     assert vm.lease == shared.id
     stage.act(vm.id, "migrate")  # the lease moves along
     vm = stage.client.send(api.VMS.get(vm.id))
-    number = stage.host_number(vm.host_id)
+    number = stage.host(vm.host_id).number
     host, bmc = stage.lab.host(number), stage.lab.bmc(number)
     bmc.set_fault(Fault.UNREACHABLE)
     host.power_off()
@@ -532,6 +351,6 @@ def test_with_power_and_bmc_gone_an_expired_lease_brings_its_guest_back(stage: S
     finally:
         bmc.set_fault(Fault.NONE)
         host.power_on()
-    host_is_up(stage, vm.host_id)
-    assert not [name for name in stage.domains(host) if name.endswith(vm.id[-12:])]
+    stage.host_is_up(vm.host_id)
+    assert not stage.domains(host, vm)
     stage.remove(back)
