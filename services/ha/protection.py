@@ -58,6 +58,7 @@ async def begin(ha: Ha) -> None:
 
 
 @part.hears(VM_CHANGED)
+@part.hears(VM_DELETED)
 async def vm_changed(ha: Ha, vm: Vm) -> list[Change]:
     """It is due at once; the others, since it may have taken or left room, later."""
     if vm.high_availability.enabled or vm.id in ha.unjudged.known:
@@ -66,25 +67,11 @@ async def vm_changed(ha: Ha, vm: Vm) -> list[Change]:
     return []
 
 
-@part.hears(VM_DELETED)
-async def vm_deleted(ha: Ha, vm: Vm) -> list[Change]:
-    return await vm_changed(ha, vm)
-
-
 @part.hears(HOST_CHANGED)
-async def host_changed(ha: Ha, host: Host) -> list[Change]:
-    fleet_changed(ha)
-    return []
-
-
 @part.hears(HOST_DELETED)
-async def host_deleted(ha: Ha, host: Host) -> list[Change]:
-    return await host_changed(ha, host)
-
-
 @part.hears(CLUSTER_CHANGED)
-async def cluster_changed(ha: Ha, cluster: Cluster) -> list[Change]:
-    """Its over-commit says what fits."""
+async def something_changed(ha: Ha, _: Host | Cluster) -> list[Change]:
+    """A cluster's over-commit says what fits, too."""
     fleet_changed(ha)
     return []
 

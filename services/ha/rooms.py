@@ -10,13 +10,14 @@ from msgspec.structs import replace
 
 from services.ha import store
 from services.ha.state import Ha
-from volery.contracts.cluster import CLUSTER_CHANGED, Cluster
+from volery.contracts.base import Entity
+from volery.contracts.cluster import CLUSTER_CHANGED
 from volery.contracts.errors import Refused
-from volery.contracts.host import HOST_CHANGED, Host
-from volery.contracts.network import NETWORK_CHANGED, Network
+from volery.contracts.host import HOST_CHANGED
+from volery.contracts.network import NETWORK_CHANGED
 from volery.contracts.protection import DESCRIBE_NEEDS, VmNeed, VmNeeds
-from volery.contracts.scheduling import CLAIM_DELETED, FIND_ROOM, Claim, FindRoom, RoomFor
-from volery.contracts.storage import STORAGE_DOMAIN_CHANGED, StorageDomain
+from volery.contracts.scheduling import CLAIM_DELETED, FIND_ROOM, FindRoom, RoomFor
+from volery.contracts.storage import STORAGE_DOMAIN_CHANGED
 from volery.contracts.vm import VM_CHANGED, Vm
 from volery.runtime.bus import Caller
 from volery.runtime.clock import monotonic
@@ -102,31 +103,11 @@ async def _ask_for(ha: Ha, vm: VmNeed) -> RoomFor:
 
 
 @part.hears(CLAIM_DELETED)
-async def claim_deleted(ha: Ha, claim: Claim) -> list[Change]:
-    may_have_come(ha)
-    return []
-
-
 @part.hears(HOST_CHANGED)
-async def host_changed(ha: Ha, host: Host) -> list[Change]:
-    may_have_come(ha)
-    return []
-
-
 @part.hears(CLUSTER_CHANGED)
-async def cluster_changed(ha: Ha, cluster: Cluster) -> list[Change]:
-    may_have_come(ha)
-    return []
-
-
 @part.hears(STORAGE_DOMAIN_CHANGED)
-async def domain_changed(ha: Ha, domain: StorageDomain) -> list[Change]:
-    may_have_come(ha)
-    return []
-
-
 @part.hears(NETWORK_CHANGED)
-async def network_changed(ha: Ha, network: Network) -> list[Change]:
+async def something_changed(ha: Ha, _: Entity) -> list[Change]:
     may_have_come(ha)
     return []
 
