@@ -154,6 +154,16 @@ KINDS: tuple[Kind, ...] = (
         fenced=True,
     ),
     Elsewhere(
+        "plug-lease",
+        "power lost, BMC answers off, lease at io_timeout 10",
+        lambda scene, host: host.power_off(),
+        lambda scene, host: host.power_on(),
+        BMC_OFF,
+        order_seconds=10.0,
+        share=1 / 6,
+        io_timeout_seconds=10,
+    ),
+    Elsewhere(
         "lease2",
         "power and BMC lost, lease at io_timeout 2",
         lose_all,
