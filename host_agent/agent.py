@@ -230,6 +230,7 @@ class Agent:
             raise _Ended(0, "it was asked to")
         log.warning("this host is being shut down: its VMs are, too")
         core.orders.leaving = True
+        await self._say_that_it_lives(core)
         ended = await end_guests(core.host.hypervisor, self.config.shutdown_guests_seconds)
         await core.reporter.settle(ended)
         if not await core.spool.wait_committed(Owner.INVENTORY, FAREWELL_SECONDS):
@@ -420,17 +421,21 @@ class Agent:
             error_cb=_bus_problem,
         )
         async for _ in _every(self.config.beat_seconds):
-            beat = Beat(
-                host_id=self.identity.host_id,
-                generation=core.journal.generation,
-                boot_id=core.clock.boot_id,
-                beat_seq=core.clock.beat(),
-                clock_ms=int(utc_now().timestamp() * 1000),
-                hypervisor_ok=core.host.hypervisor.connected,
-                stuck_threads=core.host.hypervisor.stuck.count,
-            )
-            with contextlib.suppress(nats.errors.Error):
-                await self.beats.publish(fill(BEAT_SUBJECT, beat), encode(beat))
+            await self._say_that_it_lives(core)
+
+    async def _say_that_it_lives(self, core: Core) -> None:
+        beat = Beat(
+            host_id=self.identity.host_id,
+            generation=core.journal.generation,
+            boot_id=core.clock.boot_id,
+            beat_seq=core.clock.beat(),
+            clock_ms=int(utc_now().timestamp() * 1000),
+            hypervisor_ok=core.host.hypervisor.connected,
+            stuck_threads=core.host.hypervisor.stuck.count,
+            leaving=core.orders.leaving,
+        )
+        with contextlib.suppress(nats.errors.Error):
+            await self.beats.publish(fill(BEAT_SUBJECT, beat), encode(beat))
 
     async def _sample(self, host: Host) -> None:
         async for _ in _every(self.config.sample_seconds):

@@ -51,7 +51,8 @@ class HaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """At most this share of a cluster's hosts, and at least one, are ordered off within `brake_window_seconds`."""
     brake_window_seconds: float = 600.0
     reboot_quiet_seconds: float = 600.0
-    """A host that a person switched is not fenced for this long, or until it is up under a new boot."""
+    """A host that a person switched, or that said before that it is being shut down, is not fenced for this long, or until
+    it is up under a new boot."""
     switch_quiet_seconds: float = 180.0
     """Between two switches of one host by hand."""
     test_seconds: float = 86400.0

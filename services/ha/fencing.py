@@ -104,6 +104,7 @@ async def gather(ha: Ha, watch: Watch, row: PowerRow | None, record: RecordRow |
         unsettled_vms=await store.unsettled_on(pool, facts.id),
         paused=await pauses.words(ha, facts),
         switched_age=None if acted_at is None else now - acted_at,
+        leaving_age=watch.leaving_age(now),
         leading=now - ha.leading_since,
         storm=ha.storm_since is not None,
         cut_off=await executors.is_cut_off(ha, watch),

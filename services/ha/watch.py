@@ -135,6 +135,11 @@ class Watch:
         """Its BMC is another one now, or lied: nothing that it said counts."""
         self.off_first = self.reading = None
 
+    def leaving_age(self, now: float) -> float | None:
+        """Since its agent last said that the host is being shut down; None when it said something else since."""
+        beat, at = self.beat, self.beat_at
+        return now - at if beat is not None and at is not None and beat.leaving else None
+
     def last_sign(self, listening_since: float) -> float:
         """When it was last heard of at all; what nobody could have heard counts as heard."""
         signs = [s.at for s in (self.former, self.stranger) if s is not None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from volery.contracts.power import (
 )
 from volery.runtime.bus import Bus, Caller
 from volery.runtime.programs import Settings
+from volery.runtime.service import Service
 
 
 def uuid(number: int) -> str:
@@ -112,6 +113,7 @@ async def site(
     replicas: int = 1,
     *,
     powered: bool = True,
+    beside: Sequence[Service] = (),
     **more: str,
 ) -> AsyncIterator[Site]:
     owner = Inventory()
@@ -125,7 +127,7 @@ async def site(
     settings = hurried(configured, VOLERY_HA_KEY_FILE=str(tmp_path / "ha.key"), **more)
     async with AsyncExitStack() as stack:
         programs = [ha() for _ in range(replicas)]
-        bus = await stack.enter_async_context(running(settings, owner.service(), *programs))
+        bus = await stack.enter_async_context(running(settings, owner.service(), *beside, *programs))
         executors = await stack.enter_async_context(executing(bus.client, *(h.id for h in hosts)))
         for n in range(count):
             executors.bmcs[f"bmc{n}"] = Bmc(uuid(n))

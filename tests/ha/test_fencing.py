@@ -235,6 +235,29 @@ async def test_when_most_of_a_cluster_is_silent_ha_orders_nothing(
         assert (await at.becomes(1, "non_responsive")).proof is None
 
 
+async def test_a_host_that_said_that_it_reboots_is_given_time_unless_a_vm_is_left_on_it(
+    configured: Settings, tmp_path: Path
+) -> None:
+    async with site(configured, tmp_path, 4, VOLERY_HA_REBOOT_QUIET_SECONDS="60") as at:
+        left = vm(host_id=at.hosts[1].id, status=VmStatus.UP)
+        await at.owner.says(VM_CHANGED, left)
+        for number in (0, 1):
+            at.hearts[number].leaving = True
+            await at.hearts[number].beat()
+            at.hearts[number].stop()
+        await at.becomes(1, "dead")
+        held = await at.says(0, "its administrator shut it down or reboots it")
+        assert at.bmc(1).did(PowerAction.OFF) == 1
+        assert (held.state, at.bmc(0).did(PowerAction.OFF)) == (LivenessState.NON_RESPONSIVE, 0)
+        at.hearts[0].leaving, at.hearts[0].boot_id = False, "boot-2"
+        at.hearts[0].start()
+        back = await at.becomes(0, "up")
+        assert back.proof is not None
+        assert back.proof.kind is ProofKind.NEW_BOOT
+        at.hearts[0].stop()  # this time it said nothing before, and only the brake holds
+        await at.says(0, "the most without a person")
+
+
 async def test_maintenance_and_pauses_hold_and_let_go(configured: Settings, tmp_path: Path) -> None:
     async with site(configured, tmp_path) as at:
         scope = {"scope": FencingScope.HOST, "object_id": at.hosts[0].id}

@@ -9,6 +9,7 @@ import pytest
 from msgspec.structs import replace
 
 from tests.ha.site import caller, site
+from tests.ha.test_leases import Storage, seen
 from tests.ha.world import CLUSTER, Inventory, ha, hurried, until
 from tests.support.runtime import running
 from volery.contracts.cluster import CLUSTER_DELETED, GetById
@@ -44,6 +45,27 @@ async def test_nothing_is_switched_off_while_too_many_hosts_are_silent_for_its_p
         assert "25 %" in held.fencing
         assert at.bmc(0).did(PowerAction.OFF) == 0
         await at.bus.ask(SET_FENCING_POLICY, replace(SPARES, connectivity_broken_percent=26), caller("set"))
+        await at.becomes(0, "dead")
+        assert at.bmc(0).did(PowerAction.OFF) == 1
+
+
+async def test_a_silent_host_is_spared_while_its_lease_is_renewed(
+    configured: Settings, tmp_path: Path
+) -> None:
+    """By its cluster's policy, and only as long as that says so."""
+    storage = Storage(says_=lambda at: seen(at, timestamp=int(at)))
+    async with site(configured, tmp_path, beside=[storage.service()]) as at:
+        policy = SetFencingPolicy(id=CLUSTER.id, skip_while_lease_alive=True)
+        await at.bus.ask(SET_FENCING_POLICY, policy, caller("set"))
+        at.hearts[0].stop()
+        await at.says(0, "its storage lease is renewed, so the machine and its VMs run")
+        for _ in range(6):  # longer than the silence before a fence
+            storage.now += 10
+            await storage.read_again(1)
+        held = await at.liveness(0)
+        assert (held.state, held.proof, at.bmc(0).did(PowerAction.OFF)) == ("non_responsive", None, 0)
+        assert "spares it" in held.fencing
+        await at.bus.ask(SET_FENCING_POLICY, SetFencingPolicy(id=CLUSTER.id), caller("set"))
         await at.becomes(0, "dead")
         assert at.bmc(0).did(PowerAction.OFF) == 1
 

@@ -7,7 +7,15 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from services.ha.config import HaConfig
-from services.ha.policies.restart_order import Step, WatchedVm, decide, ended, is_over, within
+from services.ha.policies.restart_order import (
+    Step,
+    WatchedVm,
+    decide,
+    ended,
+    is_over,
+    waits_for_more_important,
+    within,
+)
 from volery.contracts.liveness import LivenessState
 
 CONFIG = HaConfig()
@@ -40,10 +48,28 @@ def watched(**fields: object) -> WatchedVm:
         ({"reason": "host_lost"}, False),
         ({"reason": "start_failed"}, False),
         ({"busy": True}, False),
+        # wanted up after a blackout, though not highly available
+        ({"enabled": False, "after_blackout": True, "reason": "host_died"}, True),
+        ({"enabled": False, "after_blackout": True, "reason": "host_shutdown"}, True),
+        ({"enabled": False, "after_blackout": True, "reason": "crashed"}, False),
+        ({"enabled": False, "after_blackout": True, "reason": "host_died", "desired": "down"}, False),
     ],
 )
 def test_only_a_proven_unasked_end_is_a_crash(fields: dict, expected: bool) -> None:
     assert ended(watched(**fields)) is expected
+
+
+@pytest.mark.parametrize(
+    ("priority", "waited", "waits"),
+    [(51, 0.0, True), (51, 59.9, True), (51, 60.0, False), (50, 0.0, False), (49, 0.0, False)],
+)
+def test_after_a_blackout_the_more_important_vm_of_a_missing_host_is_waited_for(
+    priority: int, waited: float, waits: bool
+) -> None:
+    other = watched(id="w", name="db", priority=priority)
+    sentence = waits_for_more_important(watched(), other, "h2", waited, 60.0)
+    assert bool(sentence) is waits
+    assert not waits or "host h2, which isn't back since ha began, since VM db there" in sentence
 
 
 def test_the_first_is_at_once_and_each_next_waits_longer() -> None:

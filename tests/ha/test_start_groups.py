@@ -80,6 +80,14 @@ def test_who_is_awaited(case: str) -> None:
     assert waits_for("a", groups, {"a": first}, 0) == ""
 
 
+def test_what_is_said_to_run_on_a_host_that_may_be_dead_is_awaited() -> None:
+    groups = {"db": group("db", "a"), "web": group("web", "b", after=("db",))}
+    members = {"a": member(status="up", host_id="h1")}
+    assert waits_for("b", groups, members, 1.0, {"h2"}) == ""
+    assert "VM db of start group db" in waits_for("b", groups, members, 1.0, {"h1"})
+    assert waits_for("b", groups, members, 600.0, {"h1"}) == ""
+
+
 NAMES = "abcde"
 graphs = st.fixed_dictionaries(
     {name: st.sets(st.sampled_from(NAMES)).map(lambda names: tuple(sorted(names))) for name in NAMES}

@@ -130,6 +130,7 @@ class Heart:
     boot_id: str = "boot-1"
     generation: str = "journal-1"
     seq: int = 0
+    leaving: bool = False
     task: asyncio.Task[None] | None = None
 
     async def beat(self) -> None:
@@ -140,6 +141,7 @@ class Heart:
             boot_id=self.boot_id,
             beat_seq=self.seq,
             clock_ms=0,
+            leaving=self.leaving,
         )
         await self.client.publish(fill(BEAT_SUBJECT, beat), encode(beat))
 

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from host_agent.config import AgentConfig
@@ -20,6 +21,7 @@ from volery.contracts.agent import CommittedWord, DomainChanged, OrderState
 from volery.contracts.base import encode
 from volery.contracts.domain import DomainSpec, DomainState
 from volery.contracts.domain_orders import RUN_DOMAIN, RunDomain
+from volery.contracts.metrics import Beat
 
 
 @pytest.fixture
@@ -70,9 +72,15 @@ async def test_a_host_that_is_shut_down_ends_its_vms_and_says_why(
     vm_id = await running_vm(ear)
     (tmp_path / "going-down").touch()
     assert agent.process is not None
+    beats = await ear.client.subscribe(f"beat.host.{HOST_ID}")
+    await ear.client.flush()
+    assert not msgspec.json.decode((await beats.next_msg(5)).data, type=Beat).leaving
     agent.process.terminate()
     fact = (await ear.until(lambda: gone(ear)))[0]
     assert (fact.domain.vm_id, fact.domain.epoch, fact.domain.reason) == (vm_id, 3, "host_shutdown")
+    async with asyncio.timeout(10):
+        while not msgspec.json.decode((await beats.next_msg(5)).data, type=Beat).leaving:
+            pass
     # It waits until somebody took note, and takes in nothing meanwhile.
     other = str(uuid.uuid4())
     spec = DomainSpec(vm_id=other, name="other", title="", memory_bytes=64 << 20, installation="test")

@@ -22,6 +22,8 @@ class Beat(Message):
     """The host's Unix time: for the skew warning only."""
     hypervisor_ok: bool = True
     stuck_threads: int = 0
+    leaving: bool = False
+    """Its administrator shuts the host down, or reboots it: the silence that follows is meant."""
 
 
 class DiskSample(Message):

@@ -89,6 +89,8 @@ class Silent:
     """Fencing is switched off for it: until when, and why."""
     switched_age: float | None = None
     """Since a person switched its power, while it is not up under a new boot."""
+    leaving_age: float | None = None
+    """Since its agent last said that the host is being shut down, and has said nothing else."""
     leading: float = float("inf")
     """How long this ha has led."""
     storm: bool = False
@@ -156,6 +158,10 @@ HOLDS: tuple[Hold, ...] = (
     Hold("installing", lambda s, c: s.status == HostStatus.INSTALLING, "it is being installed"),
     Hold("switched", lambda s, c: s.switched_age is not None and s.switched_age < c.reboot_quiet_seconds,
          "its power was switched by hand a short while ago; it is given time to start"),
+    Hold("leaving", lambda s, c: s.leaving_age is not None and s.leaving_age < c.reboot_quiet_seconds
+         and not s.protected_vms,
+         "its administrator shut it down or reboots it, as its agent said before, and no highly available VM is left on "
+         "it: it is given time to start"),
     Hold("quarantine", lambda s, c: bool(s.quarantine), "ha waits, since the database was restored: {quarantine}"),
     Hold("ours", lambda s, c: s.ours, "ha itself runs on it, so the machine lives; look at its agent"),
     Hold("cut_off", lambda s, c: s.cut_off,
