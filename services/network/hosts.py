@@ -88,9 +88,10 @@ async def settle(svc: Fabric, host_id: str, wanted: model.Desired, state: HostSt
     except Refused as refused:
         changed, going = model.changed_networks(state.applied, wanted.networks)
         log.info("networks of host %s: %s", host_id, refused.message)
-        single = len(changed) + len(going) == 1
-        if refused.kind not in THE_SET_S_FAULT or single or len(changed) + len(going) > ONE_BY_ONE:
-            problems |= {network.network_id: refused.message for network in (*changed, *going)}
+        count = len(changed) + len(going)
+        if refused.kind not in THE_SET_S_FAULT or count <= 1 or count > ONE_BY_ONE:
+            gone = [network for network in wanted.networks if network.network_id not in state.ready]
+            problems |= {network.network_id: refused.message for network in (*changed, *going, *gone)}
             return replace(state, tried=wanted.digest, problems=problems, failed=True)
     return await _one_by_one(svc, host_id, wanted, state, problems)
 
@@ -216,6 +217,8 @@ async def reported(svc: Fabric, fact: NetworksReported) -> list[Change]:
     severed = _severed(fact.networks)
     shown = [f"network:{network_id}" for network_id in _changed(state.severed, severed)]
     if said.keys() == has and all(said[i] for i in state.ready):
+        if state.failed:  # what was in its way may be gone
+            svc.core.wake(f"host:{fact.host_id}")
         if not shown:
             return []
         return [svc.then_wake(svc.store.remember(fact.host_id, replace(state, severed=severed)), *shown)]

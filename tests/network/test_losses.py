@@ -92,6 +92,22 @@ async def test_a_network_that_a_host_cannot_make_is_lost_until_it_is_not_require
         await shows(at, network, lambda now: not now.lost)
 
 
+async def test_a_bridge_that_is_gone_is_lost_with_the_hosts_own_words(hurried: Settings) -> None:
+    async with plant(hurried) as at:
+        network = await at.network("needed", required=True)
+        await at.until_ready(network, 2)
+        host = at.hosts[0]
+        host.refuse = refusing(Refused(Kind.CONFLICT, "there is a device of that name"), "needed")
+        host.broken.add(network.id)
+        await host.agent.report("network")
+        now = await shows(at, network, lambda now: now.lost)
+        assert now.lost == {host.agent.host_id: "there is a device of that name"}
+        host.refuse = None
+        await host.agent.report("network")
+        await shows(at, network, lambda now: not now.lost)
+        assert (await at.get(network)).problems == {}
+
+
 NOW = datetime(2026, 11, 29, tzinfo=UTC)
 NETWORK = Network(
     id="n",

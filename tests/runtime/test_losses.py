@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from volery.runtime.losses import Losses, Patience
 
 PATIENCE = Patience(lost_after=120.0, back_after=60.0)
-GROUPS = {"a": "c1", "b": "c1", "c": "c2", "x": ""}
+GROUPS = {"a": "c1", "b": "c1", "c": "c2", "x": "", "y": ""}
 WHY = "it hangs"
 
 
@@ -36,7 +36,7 @@ def story(*steps: tuple[float, str, str], lost: str = "") -> str:
         ([(0, "", "ab"), (9999, "a", "b"), (10119, "a", "b")], "b"),
         ([(0, "c", "ab"), (9999, "c", "ab")], ""),  # only a host of its own cluster stands in for it
         ([(0, "a", "bx"), (120, "a", "bx")], "b"),  # nobody has said yet which cluster x is of
-        ([(0, "x", "b"), (120, "x", "b")], ""),
+        ([(0, "x", "by"), (120, "x", "by")], ""),
         ([(0, "a", "b"), (120, "a", "")], ""),  # it isn't spoken of any more
     ],
 )
