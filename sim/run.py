@@ -127,14 +127,14 @@ async def _play(world: World, chance: random.Random) -> None:
         await _settled(world)
         if world.oracle.violations:
             return
-        quiet = chance.uniform(200, 900)
+        quiet = chance.uniform(900, 1800)
         world.note(f"{quiet:.0f} s pass in peace")
         world.time.skip(quiet)
 
 
 async def _scene(world: World, chance: random.Random) -> int:
     """Some faults and requests that overlap. How many faults there were."""
-    count = chance.choice((1, 2, 2, 3, 4))
+    count = chance.choice((2, 3, 3, 4, 5))
     faults = chance.choices([f for f, _ in FAULTS], [w for _, w in FAULTS], k=count)
     asked = chance.choices(
         [r for r, _ in people.REQUESTS], [w for _, w in people.REQUESTS], k=chance.randrange(4)
@@ -146,7 +146,7 @@ async def _scene(world: World, chance: random.Random) -> int:
 
 async def _later(chance: random.Random, act: Any, world: World) -> None:
     scene = Scene(world, random.Random(chance.getrandbits(64)))
-    await asyncio.sleep(scene.chance.uniform(0, 25))
+    await asyncio.sleep(scene.chance.uniform(0, 20))
     world.reached.add(act.__name__)
     await act(scene)
 

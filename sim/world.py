@@ -102,7 +102,10 @@ class World:
         for machine in self.control:
             machine.killed = self.outsides[machine.name].process_gone
         self.replicas: dict[str, Replica] = {}
-        self.environ = {"VOLERY_HA_START_HOLD_SECONDS": self.chance.choice(("5", "30", "300"))}
+        self.environ = {
+            "VOLERY_HA_START_HOLD_SECONDS": self.chance.choice(("5", "30", "300")),
+            "VOLERY_HA_SILENCE_BEFORE_FENCE_SECONDS": self.chance.choice(("35", "35", "60")),
+        }
         for name in ("inventory", "scheduler", "storage", "network"):
             self._replica(name, name, self.control[0])
         self._replica("ha-1", "ha", self.control[0])

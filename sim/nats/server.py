@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from sim.loop import Process
 from sim.nats.streams import API, JetStream
 from sim.nats.subjects import Interest, Interests
@@ -209,7 +211,7 @@ class NatsServer:
         if patient is not None:
             self.requests[reply] = (connection, patient)
         if subject.startswith(API):
-            answer = json.dumps(self.jetstream.answer(subject, data)).encode()
+            answer = msgspec.json.encode(self.jetstream.answer(subject, data))
             self._reply(reply, answer, None, DISK_SECONDS)
             return
         interested = self._route(subject, reply, data, headers)
@@ -220,7 +222,7 @@ class NatsServer:
         if stream is not None:
             stored = self.jetstream.store(stream, subject, data, headers)
             if reply:
-                self._reply(reply, json.dumps(stored).encode(), None, DISK_SECONDS)
+                self._reply(reply, msgspec.json.encode(stored), None, DISK_SECONDS)
         elif not interested and reply:
             self._reply(reply, b"", NO_RESPONDERS)
 

@@ -22,6 +22,7 @@ from volery.contracts.base import Owner
 from volery.contracts.ids import random_token
 from volery.runtime import telemetry
 from volery.runtime.bus import Bus
+from volery.runtime.tail import last_position
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ _MOVE = """
         returning id, subject, body
     ), head as (
         update log_head set position = position + (select count(*) from moved)
+        where exists (select from moved)
         returning history, position - (select count(*) from moved) as before
     ), numbered as (
         select h.before + row_number() over (order by m.id) as position, m.subject, m.body, h.history
@@ -174,11 +176,9 @@ class Relay:
             async with asyncio.timeout(1.0):
                 await self.wake.wait()
         except TimeoutError:
-            info = await self.js.stream_info(stream_name(self.facts.owner))
-            if info.state.last_seq != self.published:
-                raise nats.js.errors.Error(
-                    f"stream stands at {info.state.last_seq}, not {self.published}"
-                ) from None
+            last = await last_position(self.bus.client, stream_name(self.facts.owner))
+            if last != self.published:
+                raise nats.js.errors.Error(f"stream stands at {last}, not {self.published}") from None
         self.wake.clear()
 
     async def _align(self) -> None:
