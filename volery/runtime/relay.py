@@ -142,12 +142,14 @@ class Relay:
     facts: Log
     replicas: int
     wake: asyncio.Event
-    on_restored: Callable[[str], Awaitable[None]]
+    on_restored: Callable[[str, int], Awaitable[None]]
     """Awaited, before anything is rewritten, when the stream proves that PostgreSQL is older than the bus."""
     answer_seconds: float = ANSWER_SECONDS
     js: JetStreamContext = field(init=False)
     history: str = ""
     published: int = 0
+    aligned: asyncio.Event = field(default_factory=asyncio.Event)
+    """The log was compared with the stream: a database older than the bus has been noticed."""
 
     def __post_init__(self) -> None:
         self._begin()
@@ -160,6 +162,7 @@ class Relay:
         while True:
             try:
                 await self._align()
+                self.aligned.set()
                 while True:
                     await self._publish_waiting()
                     await self._wait()
@@ -191,7 +194,7 @@ class Relay:
                 f"the stream of {self.facts.owner} is at {info.state.last_seq} and the log at {head.position}, so "
                 "PostgreSQL was restored from an older state"
             )
-            await self.on_restored(reason)
+            await self.on_restored(reason, info.state.last_seq)
             await self.facts.rewrite_history(info.state.last_seq)
             await self._remake(await self.facts.head())
         elif info.state.last_seq + 1 < head.oldest:
