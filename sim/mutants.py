@@ -383,10 +383,10 @@ MUTANTS: dict[str, Mutant] = {
     "orders of the dead wait for ever": Mutant(_orders_of_the_dead_wait_for_ever, 0, "steps"),
     "nothing brakes": Mutant(_nothing_brakes, 0, "many"),
     "the brake is in memory": Mutant(_the_brake_is_in_memory, 0, "many"),
-    "ends of other placements count": Mutant(_ends_of_other_placements_count, 0, "restores"),
+    "ends of other placements count": Mutant(_ends_of_other_placements_count, 54, "restores"),
     "quarantine never begins": Mutant(_quarantine_never_begins, 2, "restores"),
-    "quarantine holds no looks": Mutant(_quarantine_holds_no_looks, 0, "restores"),
-    "restored databases are noticed late": Mutant(_restored_databases_are_noticed_late, 0, "restores"),
+    "quarantine holds no looks": Mutant(_quarantine_holds_no_looks, 29, "restores"),
+    "restored databases are noticed late": Mutant(_restored_databases_are_noticed_late, 29, "restores"),
 }
 
 
