@@ -42,9 +42,10 @@ check: ## types, style, layering
 	@$(PYTHON) -m mypy
 	@.venv/bin/lint-imports
 
-sim: ## SEEDS=200 installations and their faults on virtual time (SEED=7 replays one)
+sim: ## SEEDS=200 installations and their faults on virtual time (SEED=7 replays one, MUTANTS=1 each known mistake)
 	@deploy/bootstrap.sh venv
-	@$(PYTHON) -m sim $(if $(SEED),--seed $(SEED),--seeds $(SEEDS))
+	@$(PYTHON) -m sim $(if $(MUTANTS),--mutants,$(if $(SEED),--seed $(SEED),--seeds $(SEEDS)) \
+		$(if $(FOCUS),--focus '$(FOCUS)') $(if $(MUTANT),--mutant '$(MUTANT)'))
 
 lab: ## HOSTS=3 hosts on this machine, connected to one control plane
 	@VOLERY_TARGET=lab deploy/bootstrap.sh test

@@ -16,19 +16,25 @@ import msgspec
 from sim.loop import new_loop
 from sim.plane import SERVICES
 from sim.postgres import Database, Snapshot
-from sim.run import Outcome, Play, episode
+from sim.run import Outcome, Scenario, episode
 
 PROCESSOR_SECONDS = 180
 """A seed that takes more of a processor hangs in a way that virtual time doesn't see."""
 
 
-before: list[Callable[[], None]] = []
+@dataclass(frozen=True)
+class Play:
+    """What is played: `focus` names what its scenes are made of, `mutant` a mistake in the product, `scenario` is what
+    happens instead of scenes."""
+
+    seed: int
+    focus: str = ""
+    mutant: str = ""
+    scenario: Scenario | None = None
+
+
+before: list[Callable[[Play], None]] = []
 """Called in the process of each seed before it begins."""
-
-
-def before_each() -> None:
-    for act in before:
-        act()
 
 
 @dataclass(frozen=True)
@@ -58,36 +64,36 @@ async def _migrate(database: Database) -> None:
         await database.migrate(owner)
 
 
-def run_one(seed: int, level: int = logging.WARNING, play: Play | None = None) -> Outcome:
+def run_one(play: Play, level: int = logging.WARNING) -> Outcome:
     """One seed; returns when it has ended."""
-    return next(run_many([seed], 1, level, play))
+    return next(run_many([play], 1, level))[1]
 
 
 def run_many(
-    seeds: Iterable[int], at_once: int, level: int = logging.WARNING, play: Play | None = None
-) -> Iterator[Outcome]:
-    """Outcomes in the order in which they end. `play` instead of faults in scenes."""
+    plays: Iterable[Play], at_once: int, level: int = logging.WARNING
+) -> Iterator[tuple[Play, Outcome]]:
+    """Outcomes in the order in which they end."""
     warm()
-    waiting = iter(seeds)
-    running: dict[int, tuple[int, int, bytearray]] = {}
-    """Pipe → seed, process, what it said."""
+    waiting = iter(plays)
+    running: dict[int, tuple[Play, int, bytearray]] = {}
+    """Pipe → what is played, process, what it said."""
     while True:
-        while len(running) < at_once and (seed := next(waiting, None)) is not None:
-            pipe, process = _fork(seed, level, play)
-            running[pipe] = (seed, process, bytearray())
+        while len(running) < at_once and (play := next(waiting, None)) is not None:
+            pipe, process = _fork(play, level)
+            running[pipe] = (play, process, bytearray())
         if not running:
             return
         ready, _, _ = select.select(list(running), [], [])
         for pipe in ready:
-            seed, process, said = running[pipe]
+            play, process, said = running[pipe]
             if piece := os.read(pipe, 1 << 16):
                 said += piece
             else:
                 del running[pipe]
-                yield _ended(seed, pipe, process, bytes(said))
+                yield play, _ended(play.seed, pipe, process, bytes(said))
 
 
-def _fork(seed: int, level: int, play: Play | None) -> tuple[int, int]:
+def _fork(play: Play, level: int) -> tuple[int, int]:
     reading, writing = os.pipe()
     process = os.fork()
     if process:
@@ -96,10 +102,12 @@ def _fork(seed: int, level: int, play: Play | None) -> tuple[int, int]:
     try:
         resource.setrlimit(resource.RLIMIT_CPU, (PROCESSOR_SECONDS, PROCESSOR_SECONDS))
         gc.disable()  # the dead are never collected, and a seed is short
-        before_each()
+        for act in before:
+            act(play)
         loaded = warm()
-        loaded.database.reset(loaded.empty, seed)
-        said = msgspec.json.encode(asdict(episode(seed, loaded.database, level=level, play=play)))
+        loaded.database.reset(loaded.empty, play.seed)
+        outcome = episode(play.seed, loaded.database, focus=play.focus, scenario=play.scenario, level=level)
+        said = msgspec.json.encode(asdict(outcome))
         with os.fdopen(writing, "wb") as pipe:
             pipe.write(said)
     finally:

@@ -42,17 +42,20 @@ Fault = Callable[[Scene], Awaitable[None]]
 
 
 async def power_lost(scene: Scene) -> None:
-    await _power_lost(scene, scene.host())
+    await lose_power(scene, scene.host())
 
 
-async def _power_lost(scene: Scene, host: HostMachine) -> None:
+async def lose_power(scene: Scene, host: HostMachine) -> None:
     host.lose_power()
     await scene.last(host.name, "no power", scene.seconds(1, 120))
     host.power_on()
 
 
 async def host_frozen(scene: Scene) -> None:
-    host = scene.host()
+    await freeze(scene, scene.host())
+
+
+async def freeze(scene: Scene, host: HostMachine) -> None:
     if not host.on or host.frozen:
         return
     host.freeze()
@@ -63,10 +66,10 @@ async def host_frozen(scene: Scene) -> None:
 
 
 async def network_cut(scene: Scene) -> None:
-    await _network_cut(scene, scene.host())
+    await cut_network(scene, scene.host())
 
 
-async def _network_cut(scene: Scene, host: HostMachine) -> None:
+async def cut_network(scene: Scene, host: HostMachine) -> None:
     if host.link.cut:
         return
     scene.world.server.cut(host.link)
@@ -84,14 +87,20 @@ async def slow_network(scene: Scene) -> None:
 
 
 async def agent_killed(scene: Scene) -> None:
-    host = scene.host()
+    await kill_agent(scene, scene.host())
+
+
+async def kill_agent(scene: Scene, host: HostMachine) -> None:
     seconds = scene.seconds(0.5, 60)
     host.kill_agent(seconds)
     await scene.last(host.name, "agent killed", seconds)
 
 
 async def agent_paused(scene: Scene) -> None:
-    host = scene.host()
+    await pause_agent(scene, scene.host())
+
+
+async def pause_agent(scene: Scene, host: HostMachine) -> None:
     process = host.agent_process
     if process is None or process.dead or process.stopped:
         return
@@ -108,7 +117,10 @@ async def journal_lost(scene: Scene) -> None:
 
 
 async def libvirt_killed(scene: Scene) -> None:
-    host = scene.host()
+    await kill_libvirt(scene, scene.host())
+
+
+async def kill_libvirt(scene: Scene, host: HostMachine) -> None:
     if not host.on or not host.daemon.up or host.frozen:
         return
     host.daemon.stop()
@@ -238,38 +250,13 @@ async def clock_jumped(scene: Scene) -> None:
 
 
 async def many_lose_power(scene: Scene) -> None:
-    await asyncio.gather(*(_power_lost(scene, host) for host in _many(scene)))
+    await asyncio.gather(*(lose_power(scene, host) for host in _many(scene)))
 
 
 async def many_are_cut(scene: Scene) -> None:
-    await asyncio.gather(*(_network_cut(scene, host) for host in _many(scene)))
+    await asyncio.gather(*(cut_network(scene, host) for host in _many(scene)))
 
 
 def _many(scene: Scene) -> list[HostMachine]:
     hosts = list(scene.world.hosts.values())
     return scene.chance.sample(hosts, max(2, int(len(hosts) * scene.chance.choice((0.4, 0.7, 1.0)))))
-
-
-FAULTS: tuple[tuple[Fault, float], ...] = (
-    (power_lost, 3.0),
-    (host_frozen, 3.0),
-    (network_cut, 3.0),
-    (slow_network, 0.7),
-    (agent_killed, 2.0),
-    (agent_paused, 1.5),
-    (journal_lost, 0.4),
-    (libvirt_killed, 2.0),
-    (vm_crashed, 3.0),
-    (guest_powers_off, 1.0),
-    (service_killed, 3.0),
-    (service_paused, 2.0),
-    (nats_gone, 1.0),
-    (postgres_gone, 1.0),
-    (both_gone, 0.4),
-    (bmc_troubled, 1.5),
-    (leader_killed_in_mid_fence, 1.5),
-    (clock_jumped, 1.0),
-    (many_lose_power, 0.5),
-    (many_are_cut, 0.5),
-)
-"""With how often they are chosen."""

@@ -147,6 +147,9 @@ class MemoryHypervisor(Hypervisor):
             self.leaving.discard(vm_id)
 
 
+PHASES = ("prepare", "copy", "switch", "finish")
+
+
 @dataclass(eq=False)
 class Move:
     """A live migration: the destination waits, memory is copied, both stand still, the destination runs."""
@@ -155,13 +158,17 @@ class Move:
     target: Daemon
     xml: str
     phase: str = "prepare"
-    """prepare, copy, switch, finish, done"""
+    """One of PHASES, or done."""
     reachable: Callable[[], bool] = lambda: True
     problem: str = ""
     aborted: asyncio.Event = field(default_factory=asyncio.Event)
     done: asyncio.Future[str] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     """Why it failed; "" when the domain is there."""
     started: float = field(default_factory=lambda: asyncio.get_running_loop().time())
+
+    def _enter(self, phase: str) -> None:
+        self.phase = phase
+        self.source.daemon.moves(self.source, self.target, phase)
 
     def abort(self, why: str) -> None:
         if self.phase in ("prepare", "copy"):
@@ -199,6 +206,7 @@ class Move:
         event = {"event": "started", "reason": "migrated"}
         self.target.tell(HypervisorEvent(EventName.LIFECYCLE, vm_id, event, DomainState.INCOMING))
         self.target.spawn(self._guard(arrived))
+        self._enter("prepare")
         return arrived
 
     async def _guard(self, arrived: Domain) -> None:
@@ -210,7 +218,7 @@ class Move:
                 self.target.end(arrived, "failed")
 
     async def _copy(self, arrived: Domain) -> None:
-        self.phase = "copy"
+        self._enter("copy")
         seconds = self.source.daemon.guest_of(self.source.vm_id).migration_seconds
         end = asyncio.get_running_loop().time() + seconds
         while not self.problem and asyncio.get_running_loop().time() < end:
@@ -236,7 +244,7 @@ class Move:
     async def _switch(self, arrived: Domain) -> None:
         """From here on nobody can call it off: a lost answer leaves the source paused."""
         source, daemon = self.source, self.source.daemon
-        self.phase = "switch"
+        self._enter("switch")
         if (now := source.state) is not DomainState.RUNNING:
             self.problem = f"the domain is {now.value}"
             self._drop(arrived)
@@ -250,7 +258,7 @@ class Move:
             if stands_still:
                 daemon.become(source, DomainState.RUNNING, "migration_canceled", "resumed", "unpaused")
             return
-        self.phase = "finish"
+        self._enter("finish")
         self.target.become(arrived, DomainState.RUNNING, "migrated", "resumed", "migrated")
         await asyncio.sleep(FINISH_SECONDS)
         if not self.reachable():

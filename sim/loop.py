@@ -48,7 +48,7 @@ class Process:
     machine: Any = None
     stopped: bool = False
     dead: bool = False
-    held: list[events.Handle] = field(default_factory=list)
+    held: list[Handle] = field(default_factory=list)
     """What became ready while it was stopped."""
     buried: list[Any] = field(default_factory=list)
     """Tasks that must neither run nor be collected: their clean-up would be done."""
@@ -60,13 +60,13 @@ PROCESS: ContextVar[Process | None] = ContextVar("sim_process", default=None)
 
 
 class SimFuture(asyncio.Future[Any]):
-    """Hashed by its number, so that sets of futures are walked in the same order in every run."""
+    """Hashed by a number, so that sets of futures are walked in the same order in every run."""
 
-    def __init__(self, *, loop: SimLoop) -> None:
-        super().__init__(loop=loop)
-        self.number = next(loop.numbers)
+    number = 0
 
     def __hash__(self) -> int:
+        if not self.number:
+            self.number = next(self.get_loop().numbers)  # type: ignore[attr-defined]
         return self.number
 
 
@@ -78,6 +78,29 @@ class SimTask(asyncio.Task[Any]):
 
     def __hash__(self) -> int:
         return self.number
+
+
+class Handle:
+    """As asyncio's, with nothing that a simulation doesn't need: there are some hundred thousand per seed."""
+
+    __slots__ = ("args", "callback", "context", "is_cancelled", "time")
+
+    def __init__(self, callback: Any, args: tuple[Any, ...], context: Any, time: float) -> None:
+        self.callback: Any = callback
+        self.args: Any = args
+        self.context = contextvars.copy_context() if context is None else context
+        self.is_cancelled = False
+        self.time = time
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+        self.callback = self.args = None
+
+    def cancelled(self) -> bool:
+        return self.is_cancelled
+
+    def when(self) -> float:
+        return self.time
 
 
 def _make_task(loop: Any, coro: Any, **options: Any) -> Any:
@@ -97,42 +120,34 @@ class SimLoop(asyncio.AbstractEventLoop):
         """The dead are kept: were they collected, their clean-up would run."""
         self._time = 0.0
         self._moved_at_step = 0
-        self._ready: deque[events.Handle] = deque()
-        self._timers: list[tuple[float, int, events.TimerHandle]] = []
+        self._ready: deque[Handle] = deque()
+        self._timers: list[tuple[float, int, Handle]] = []
         self._running = False
         self._closed = False
-        self._context = contextvars.copy_context()
 
     # Time and order
 
     def time(self) -> float:
         return self._time
 
-    def call_soon(self, callback: Any, *args: Any, context: Any = None) -> events.Handle:  # type: ignore[override]
-        handle = events.Handle(callback, args, self, context)
+    def call_soon(self, callback: Any, *args: Any, context: Any = None) -> Any:  # type: ignore[override]
+        handle = Handle(callback, args, context, 0.0)
         self._ready.append(handle)
         return handle
 
     call_soon_threadsafe = call_soon  # type: ignore[assignment]
 
-    def call_later(  # type: ignore[override]
-        self, delay: float, callback: Any, *args: Any, context: Any = None
-    ) -> events.TimerHandle:
+    def call_later(self, delay: float, callback: Any, *args: Any, context: Any = None) -> Any:  # type: ignore[override]
         return self.call_at(self._time + delay, callback, *args, context=context)
 
-    def call_at(  # type: ignore[override]
-        self, when: float, callback: Any, *args: Any, context: Any = None
-    ) -> events.TimerHandle:
-        handle = events.TimerHandle(when, callback, args, self, context)
+    def call_at(self, when: float, callback: Any, *args: Any, context: Any = None) -> Any:  # type: ignore[override]
+        handle = Handle(callback, args, context, when)
         heapq.heappush(self._timers, (when, next(self.numbers), handle))
         return handle
 
-    def _timer_handle_cancelled(self, handle: events.TimerHandle) -> None:
-        """It stays in the heap until its time comes."""
-
     def next_timer(self) -> float | None:
         """When something happens next, if nothing is ready now."""
-        while self._timers and self._timers[0][2]._cancelled:
+        while self._timers and self._timers[0][2].is_cancelled:
             heapq.heappop(self._timers)
         return self._timers[0][0] if self._timers else None
 
@@ -146,39 +161,47 @@ class SimLoop(asyncio.AbstractEventLoop):
         self._running = True
         try:
             task: Any = self.create_task(work)
+            ready = self._ready
             while not task.done():
-                self._step()
+                if not ready:
+                    self._go_on()
+                self._step(ready.popleft())
             return task.result()  # type: ignore[no-any-return]
         finally:
             self._running = False
             events._set_running_loop(None)
 
-    def _step(self) -> None:
-        if not self._ready:
-            when = self.next_timer()
-            if when is None:
-                raise Deadlock(f"at {self._time:.3f} s nothing is ready and no timer runs")
-            if when > self.most_seconds:
-                raise OutOfTime(f"{self.most_seconds:g} virtual seconds have passed")
-            if when > self._time:
-                self._time, self._moved_at_step = when, self.steps
-            while self._timers and self._timers[0][0] <= self._time:
-                timer = heapq.heappop(self._timers)[2]
-                if not timer._cancelled:
-                    self._ready.append(timer)
+    def _go_on(self) -> None:
+        """To the next instant at which something happens."""
+        when = self.next_timer()
+        if when is None:
+            raise Deadlock(f"at {self._time:.3f} s nothing is ready and no timer runs")
+        if when > self.most_seconds:
+            raise OutOfTime(f"{self.most_seconds:g} virtual seconds have passed")
+        if when > self._time:
+            self._time, self._moved_at_step = when, self.steps
+        timers = self._timers
+        while timers and timers[0][0] <= self._time:
+            timer = heapq.heappop(timers)[2]
+            if not timer.is_cancelled:
+                self._ready.append(timer)
+
+    def _step(self, handle: Handle) -> None:
+        if handle.is_cancelled:
+            return
+        process = handle.context.get(PROCESS)
+        if process is not None and (process.stopped or process.dead):
+            (process.buried if process.dead else process.held).append(handle)
+            return
+        self.steps += 1
         if self.steps - self._moved_at_step > MOST_STEPS:
             raise Stuck(f"{MOST_STEPS} steps at {self._time:.3f} s, and no end")
-        ready = self._ready
-        for _ in range(len(ready)):
-            handle = ready.popleft()
-            if handle._cancelled:
-                continue
-            process = handle._context.get(PROCESS)  # type: ignore[attr-defined]
-            if process is not None and (process.stopped or process.dead):
-                (process.buried if process.dead else process.held).append(handle)
-                continue
-            self.steps += 1
-            handle._run()
+        try:
+            handle.context.run(handle.callback, *handle.args)
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            self.failed.append(error)
 
     # Processes
 

@@ -1,28 +1,41 @@
-"""Mistakes that the product could have, put into it by name: `VOLERY_TEST_MUTANT=name make sim` must find each.
+"""Mistakes that the product could have, put into it by name: `make sim MUTANTS=1` must catch each.
 
 They live in the process of one seed and nowhere else; each names a seed that catches it.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
+from msgspec.structs import replace as replaced
+
 from host_agent import journal, orders
+from host_agent.rules import judge
 from host_agent.spool import Spool
 from services.ha import fencing, restarts
+from services.ha import store as ha_store
+from services.ha.policies import evidence, restart_order
+from services.ha.policies.evidence import Held
 from services.ha.policies.fencing import Decision, Silent, decide
-from services.inventory import migration, reconcile, starting
+from services.ha.store import RESTARTS
+from services.ha.watch import Watch
+from services.inventory import migration, reconcile, starting, stopping
+from services.inventory.store import Store
 from sim import alone
-from volery.contracts.liveness import LivenessState
+from sim.alone import Play
+from volery.contracts.fencing import PowerState
+from volery.contracts.liveness import LivenessState, ProofKind
+from volery.runtime import service
+from volery.runtime.core import Core
+from volery.runtime.deaths import Deaths
 from volery.runtime.hear import HostHearing
 from volery.runtime.operations import Operations
+from volery.runtime.orders import Orders as OwnersOrders
+from volery.runtime.quarantine import Quarantine
 from volery.runtime.relay import Relay
-
-VARIABLE = "VOLERY_TEST_MUTANT"
 
 
 @dataclass(frozen=True)
@@ -31,14 +44,23 @@ class Mutant:
 
     apply: Callable[[], None]
     seed: int
+    focus: str = ""
     quick: bool = False
     """Tried by the test suite, too."""
+
+    def play(self, name: str) -> Play:
+        return Play(self.seed, self.focus, name)
 
 
 def _put(module: ModuleType, name: str, mistake: Callable[..., Any]) -> None:
     """Where a module has imported a rule by name."""
     assert hasattr(module, name), f"{module.__name__} has no {name} any more: look for what took its place"
     setattr(module, name, mistake)
+
+
+def _put_value(module: ModuleType, name: str, value: Any) -> None:
+    assert hasattr(module, name), f"{module.__name__} has no {name} any more: look for what took its place"
+    setattr(module, name, value)
 
 
 async def _nothing(*_: Any, **__: Any) -> None:
@@ -135,37 +157,243 @@ def _healthy_hosts_are_shot() -> None:
     fencing.part.every(0.5)(look_at_everybody)
 
 
+def _quarantine_holds_no_looks() -> None:
+    _put_value(reconcile, "HELD_IN_QUARANTINE", frozenset())
+
+
+def _restored_databases_are_noticed_late() -> None:
+    """What hosts say is heard before the log was compared with the stream."""
+
+    async def at_once(event: Any, work: Any) -> None:
+        await work
+
+    _put(service, "after", at_once)
+
+
+def _quarantine_never_begins() -> None:
+    Quarantine.begin = _nothing  # type: ignore[method-assign]
+
+
+def _epochs_stay_as_they_are() -> None:
+    """A placement is decided under the epoch of the one before."""
+
+    async def same(self: Store, before: Any) -> int:
+        return max(1, int(before.epoch))
+
+    Store.next_epoch = same  # type: ignore[method-assign]
+
+
+def _equal_epochs_reopen() -> None:
+    """`<` where it must be `<=`: what was closed here is opened again under the same epoch."""
+
+    def lax(order: Any, known: Any) -> Any:
+        return judge(order, replace(known, closed_epoch=known.closed_epoch - 1))
+
+    _put(journal, "judge", lax)
+
+
+def _one_reading_proves_death() -> None:
+    _put_value(evidence, "OFF_APART_SECONDS", 0.0)
+    evidence_hear = Watch.hear_power
+
+    def hear(self: Watch, reading: Any, listening_since: float) -> None:
+        evidence_hear(self, reading, listening_since)
+        self.off_first = reading if reading.state is PowerState.OFF else self.off_first
+
+    Watch.hear_power = hear  # type: ignore[method-assign]
+
+
+def _silence_proves_death() -> None:
+    def off(seen: Any) -> Any:
+        if seen.beat is None or not seen.boot_id or seen.beat.at > -20.0:
+            return None
+        return Held(0.0, seen.boot_id, ProofKind.BMC_OFF, "it is silent")
+
+    _put(evidence, "_off", off)
+
+
+def _failed_reads_count_as_off() -> None:
+    hear = Watch.hear_power
+
+    def gullible(self: Watch, reading: Any, listening_since: float) -> None:
+        off = replace(reading, state=PowerState.OFF, trusted=True)
+        hear(self, off if reading.state is PowerState.UNKNOWN else reading, listening_since)
+
+    Watch.hear_power = gullible  # type: ignore[method-assign]
+
+
+def _signs_of_life_void_nothing() -> None:
+    _put(evidence, "_voided", lambda seen: False)
+
+
+def _signs_of_life_do_not_count_against_off() -> None:
+    _put(evidence, "_last_sign", lambda seen: float("-inf"))
+    Watch.last_sign = lambda self, listening_since: float("-inf")  # type: ignore[method-assign]
+    hear = Watch.hear
+
+    def deaf(self: Watch, beat: Any, now: float) -> None:
+        first = self.off_first
+        hear(self, beat, now)
+        self.off_first = first
+
+    Watch.hear = deaf  # type: ignore[method-assign]
+
+
+def _suspects_are_fenced_at_once() -> None:
+    def hasty(silent: Silent, config: Any) -> Decision:
+        return decide(replace(silent, silence=max(silent.silence, 100.0)), config)
+
+    _put(fencing, "decide", hasty)
+
+
+def _cut_off_leaders_fence() -> None:
+    def bold(silent: Silent, config: Any) -> Decision:
+        return decide(replace(silent, cut_off=False, storm=False, leading=1e9), config)
+
+    _put(fencing, "decide", bold)
+
+
+def _fenced_hosts_stay_off() -> None:
+    _put(fencing, "_power_on", _nothing)
+
+
+def _restarts_are_forgotten_once_asked() -> None:
+    """An answer that got lost is taken for an answer."""
+    ask = restarts._ask
+
+    async def once(ha: Any, vm: Any, row: Any) -> None:
+        await ha.core.commit(RESTARTS.update(row, row.public, replaced(row.private, pending="")))
+        row = await RESTARTS.find(ha.core.pool, vm.id)
+        await ask(ha, vm, row)
+
+    restarts._ask = once
+
+
+def _restarts_wait_by_wall_time() -> None:
+    """A clock that was set back holds everything up."""
+    original = restart_order._due
+
+    def due(vm: Any, attempts: Any, now: Any, config: Any, last_reason: str) -> Any:
+        last = max(attempts, default=now)
+        return max(last, original(vm, tuple(min(at, now) for at in attempts), now, config, last_reason))
+
+    _put(restart_order, "_due", due)
+
+
+def _deaths_are_not_believed_by_inventory() -> None:
+    Deaths.has_ended = lambda self, host_id, boot_id: False  # type: ignore[method-assign]
+
+
+def _lost_hosts_are_not_buried() -> None:
+    _put(reconcile, "bury", _nothing)
+    reconcile.LOOKS["lost"] = _nothing
+
+
+def _orders_of_the_dead_wait_for_ever() -> None:
+    OwnersOrders.end_with_their_hosts = _nothing  # type: ignore[method-assign]
+
+
+def _answers_are_not_remembered() -> None:
+    """A request that is repeated is carried out again."""
+
+    async def forgets(self: Core, caller: Any) -> None:
+        return None
+
+    Core.first_answer = forgets  # type: ignore[method-assign]
+
+
+def _moves_keep_the_source_running() -> None:
+    """The migration's failure is settled for the source, whatever the destination says."""
+
+    def stays(here: Any, there: Any, epoch: int, *, source_died: bool) -> bool:
+        return False
+
+    _put(migration, "has_arrived", stays)
+
+
+def _arrivals_are_taken_for_granted() -> None:
+    def arrives(here: Any, there: Any, epoch: int, *, source_died: bool) -> bool:
+        return True
+
+    _put(migration, "has_arrived", arrives)
+
+
+def _destinations_are_not_told_to_forget() -> None:
+    migration._forget = _nothing
+
+
+def _deadlines_pass_by() -> None:
+    reconcile.LOOKS["order"] = _nothing
+
+
+def _nothing_brakes() -> None:
+    async def past(ha: Any, watch: Any, limit: int) -> bool:
+        return True
+
+    fencing._past_brake = past
+
+
+def _the_brake_is_in_memory() -> None:
+    """A new leader begins with an empty window."""
+
+    async def booked(*_: Any, **__: Any) -> bool:
+        return True
+
+    ha_store.book_power_off = booked
+
+
+def _ends_of_other_placements_count() -> None:
+    stopping._is_the_same = _nothing
+
+
 MUTANTS: dict[str, Mutant] = {
-    "operations are not resumed": Mutant(_operations_are_not_resumed, 0),
-    "strays are left": Mutant(_strays_are_left, 0),
-    "claims are left": Mutant(_claims_are_left, 0),
-    "stops are not asked again": Mutant(_stops_are_not_asked_again, 0),
-    "lower epochs are obeyed": Mutant(_lower_epochs_are_obeyed, 0),
-    "old orders are obeyed": Mutant(_old_orders_are_obeyed, 0),
-    "boot id is forgotten": Mutant(_boot_id_is_forgotten, 0),
-    "failed hosts are not told to forget": Mutant(_failed_hosts_are_not_told_to_forget, 0),
-    "failed migrations are believed": Mutant(_failed_migrations_are_believed, 0),
-    "facts are said once": Mutant(_facts_are_said_once, 0),
-    "lost streams are not noticed": Mutant(_lost_streams_are_not_noticed, 0),
-    "gaps are not noticed": Mutant(_gaps_are_not_noticed, 0),
-    "crashes are not mended": Mutant(_crashes_are_not_mended, 1, quick=True),
-    "healthy hosts are shot": Mutant(_healthy_hosts_are_shot, 1, quick=True),
+    "operations are not resumed": Mutant(_operations_are_not_resumed, 1, "services"),
+    "strays are left": Mutant(_strays_are_left, 0, "steps"),
+    "claims are left": Mutant(_claims_are_left, 0, "steps"),
+    "stops are not asked again": Mutant(_stops_are_not_asked_again, 0, "steps"),
+    "lower epochs are obeyed": Mutant(_lower_epochs_are_obeyed, 0, "steps"),
+    "equal epochs reopen": Mutant(_equal_epochs_reopen, 0, "steps"),
+    "epochs stay as they are": Mutant(_epochs_stay_as_they_are, 0, "steps"),
+    "old orders are obeyed": Mutant(_old_orders_are_obeyed, 0, "reboots"),
+    "boot id is forgotten": Mutant(_boot_id_is_forgotten, 0, "reboots"),
+    "failed hosts are not told to forget": Mutant(_failed_hosts_are_not_told_to_forget, 0, "steps"),
+    "failed migrations are believed": Mutant(_failed_migrations_are_believed, 0, "migrations"),
+    "moves keep the source": Mutant(_moves_keep_the_source_running, 0, "migrations"),
+    "arrivals are taken for granted": Mutant(_arrivals_are_taken_for_granted, 0, "migrations"),
+    "destinations are not told to forget": Mutant(_destinations_are_not_told_to_forget, 0, "migrations"),
+    "facts are said once": Mutant(_facts_are_said_once, 0, "bus"),
+    "lost streams are not noticed": Mutant(_lost_streams_are_not_noticed, 0, "bus"),
+    "gaps are not noticed": Mutant(_gaps_are_not_noticed, 3, "bus"),
+    "answers are not remembered": Mutant(_answers_are_not_remembered, 0, "services"),
+    "deadlines pass by": Mutant(_deadlines_pass_by, 0, "steps"),
+    "crashes are not mended": Mutant(_crashes_are_not_mended, 1, "crashes", quick=True),
+    "restarts are forgotten once asked": Mutant(_restarts_are_forgotten_once_asked, 0, "services"),
+    "restarts wait by wall time": Mutant(_restarts_wait_by_wall_time, 0, "clocks"),
+    "healthy hosts are shot": Mutant(_healthy_hosts_are_shot, 1, "fences", quick=True),
+    "one reading proves death": Mutant(_one_reading_proves_death, 0, "fences"),
+    "silence proves death": Mutant(_silence_proves_death, 1, "fences", quick=True),
+    "failed reads count as off": Mutant(_failed_reads_count_as_off, 0, "fences"),
+    "signs of life void nothing": Mutant(_signs_of_life_void_nothing, 0, "people"),
+    "signs of life don't count against off": Mutant(_signs_of_life_do_not_count_against_off, 0, "fences"),
+    "suspects are fenced at once": Mutant(_suspects_are_fenced_at_once, 0, "fences"),
+    "cut off leaders fence": Mutant(_cut_off_leaders_fence, 0, "many"),
+    "fenced hosts stay off": Mutant(_fenced_hosts_stay_off, 0, "fences"),
+    "deaths are not believed": Mutant(_deaths_are_not_believed_by_inventory, 0, "fences"),
+    "lost hosts are not buried": Mutant(_lost_hosts_are_not_buried, 0, "fences"),
+    "orders of the dead wait for ever": Mutant(_orders_of_the_dead_wait_for_ever, 0, "steps"),
+    "nothing brakes": Mutant(_nothing_brakes, 0, "many"),
+    "the brake is in memory": Mutant(_the_brake_is_in_memory, 0, "many"),
+    "ends of other placements count": Mutant(_ends_of_other_placements_count, 54, "restores"),
+    "quarantine never begins": Mutant(_quarantine_never_begins, 2, "restores"),
+    "quarantine holds no looks": Mutant(_quarantine_holds_no_looks, 29, "restores"),
+    "restored databases are noticed late": Mutant(_restored_databases_are_noticed_late, 29, "restores"),
 }
 
 
-def apply() -> None:
-    """Puts the mistake that the environment names into this process. Raises KeyError for one that doesn't exist."""
-    if name := os.environ.get(VARIABLE):
-        MUTANTS[name].apply()
-
-
-def caught_by(name: str, seed: int) -> bool:
-    """Whether this seed breaks a law when the product has this mistake."""
-    os.environ[VARIABLE] = name
-    try:
-        return bool(alone.run_one(seed).violations)
-    finally:
-        del os.environ[VARIABLE]
+def apply(play: Play) -> None:
+    """Puts the mistake into this process. Raises KeyError for one that doesn't exist."""
+    if play.mutant:
+        MUTANTS[play.mutant].apply()
 
 
 alone.before.append(apply)

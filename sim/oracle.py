@@ -19,6 +19,10 @@ HEALTHY_SECONDS = 60.0
 """So long after the last trouble a host counts as healthy again: then nobody may switch it off."""
 
 
+BRAKE_SECONDS = 560.0
+"""The brake's ten minutes, less what may pass between its booking and the BMC's hearing of it."""
+
+
 class Wish(StrEnum):
     UP = "up"
     DOWN = "down"
@@ -38,6 +42,8 @@ class Oracle:
     violations: list[str] = field(default_factory=list)
     begun: dict[str, float] = field(default_factory=dict)
     """VM → when its vCPUs last began to run, by the loop's clock."""
+    offs: list[tuple[float, str]] = field(default_factory=list)
+    """When which host was switched off, of late."""
 
     # Always
 
@@ -68,6 +74,16 @@ class Oracle:
         quiet = self.world.quiet_seconds(host)
         if host.on and quiet is not None and quiet > HEALTHY_SECONDS:
             self.broken(f"{by} switched {host.name} off, which was healthy for {quiet:.0f} s")
+        self._brake(host)
+
+    def _brake(self, host: HostMachine) -> None:
+        """Few hosts at a time, whatever leaders and clocks do; a restored database has forgotten its window."""
+        now = self.world.time.elapsed
+        self.offs = [(at, name) for at, name in self.offs if now - at < BRAKE_SECONDS]
+        self.offs.append((now, host.name))
+        hosts = {name for _, name in self.offs}
+        if len(hosts) > max(1, len(self.world.hosts) // 10) and not self.world.restores:
+            self.broken(f"{', '.join(sorted(hosts))} were switched off within {BRAKE_SECONDS:.0f} s")
 
     def broken(self, what: str) -> None:
         self.violations.append(f"{self.world.time.elapsed:.3f} s: {what}")

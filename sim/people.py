@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 from sim.faults import Scene
@@ -11,11 +10,21 @@ from sim.machines import HostMachine
 from sim.oracle import Wish
 from sim.world import World
 from volery.contracts.base import Call
-from volery.contracts.errors import Refused
+from volery.contracts.cluster import GetById
+from volery.contracts.errors import Kind, Refused
 from volery.contracts.host import ACTIVATE_HOST, MAINTAIN_HOST, ActivateHost, HostStatus, MaintainHost
 from volery.contracts.operation import Operation, OperationState
 from volery.contracts.power import CONFIRM_HOST_REBOOTED, ConfirmHostRebooted
-from volery.contracts.vm import MIGRATE_VM, START_VM, STOP_VM, MigrateVm, StartVm, StopVm
+from volery.contracts.vm import (
+    GET_VM,
+    MIGRATE_VM,
+    START_VM,
+    STOP_VM,
+    DesiredState,
+    MigrateVm,
+    StartVm,
+    StopVm,
+)
 
 
 async def _asked(world: World, what: str, call: Call[Any, Operation], question: Any) -> Operation | None:
@@ -26,7 +35,13 @@ async def _asked(world: World, what: str, call: Call[Any, Operation], question: 
         world.note(f"people: {what} was refused: {refused.message[:100]}")
         return None
     world.note(f"people: {what}")
-    operation = await world.ended(begun)
+    try:
+        operation = await world.ended(begun)
+    except Refused as refused:
+        if refused.kind is not Kind.NOT_FOUND or not world.restores:
+            raise
+        world.note(f"people: {what} is forgotten, since PostgreSQL was restored")
+        return None
     world.note(f"people: {what} {operation.state}")
     world.reached.add(f"{operation.kind} {operation.state}")
     return operation
@@ -42,7 +57,23 @@ async def stop(scene: Scene) -> None:
     operation = await _about(scene.world, vm_id, f"stop {name}", STOP_VM, ask)
     if operation is not None:
         succeeded = operation.state is OperationState.SUCCEEDED
-        scene.world.oracle.want(vm_id, Wish.DOWN if succeeded else Wish.ANY)
+        scene.world.oracle.want(vm_id, Wish.DOWN if succeeded else await _promised(scene.world, vm_id))
+
+
+async def _promised(world: World, vm_id: str) -> Wish:
+    """What became of a stop that failed: a VM that is shown as wanted down must come to be it."""
+    vm = await world.ask(GET_VM, GetById(id=vm_id))
+    return Wish.DOWN if vm.desired is DesiredState.DOWN else Wish.ANY
+
+
+async def restart(scene: Scene) -> None:
+    """Down and up again, at once: whatever the first left undone meets the second."""
+    world, (name, vm_id) = scene.world, _vm(scene)
+    ask = StopVm(id=vm_id, force=True, timeout_seconds=40)
+    await _about(world, vm_id, f"stop {name}", STOP_VM, ask)
+    operation = await _about(world, vm_id, f"start {name} again", START_VM, StartVm(id=vm_id))
+    runs = operation is not None and operation.state is OperationState.SUCCEEDED
+    world.oracle.want(vm_id, Wish.UP if runs and world.oracle.running.get(vm_id) else Wish.ANY)
 
 
 async def start(scene: Scene) -> None:
@@ -120,12 +151,3 @@ async def confirmed(world: World, host: HostMachine) -> None:
         world.note(f"people: {host.name} is off, but that was refused: {refused.message[:100]}")
     else:
         world.note(f"people: {host.name} is off")
-
-
-REQUESTS: tuple[tuple[Callable[[Scene], Awaitable[None]], float], ...] = (
-    (stop, 2.0),
-    (start, 3.0),
-    (migrate, 5.0),
-    (maintain, 1.0),
-    (confirm, 1.5),
-)

@@ -152,6 +152,8 @@ class Daemon:
     host: str
     changed: Callable[[Domain, bool], None] = lambda domain, executes: None
     guest_of: Callable[[str], Guest] = lambda vm_id: Guest()
+    moves: Callable[[Domain, Daemon, str], None] = lambda domain, target, phase: None
+    """Told of each phase that the migration of a domain of its comes to."""
     up: bool = True
     """Whether libvirtd answers."""
     domains: dict[str, Domain] = field(default_factory=dict)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sim import people
-from sim.faults import FAULTS, Scene
+from sim.faults import Scene
+from sim.focus import FOCUSES, Focus
 from sim.loop import Deadlock, OutOfTime, Stuck, new_loop
 from sim.nats import MemoryClient
 from sim.postgres import Database
@@ -66,19 +67,23 @@ class Log(logging.Handler):
         self.lines.append((self.world.time.elapsed, record))
 
 
-def plan_of(chance: random.Random) -> Plan:
-    """3 to 30 hosts, mostly few."""
-    hosts = min(30, 3 + int(chance.expovariate(0.5)))
+def plan_of(chance: random.Random, focus: Focus) -> Plan:
+    hosts = focus.hosts or min(30, 3 + int(chance.expovariate(0.5)))
     vms = max(2, round(hosts * chance.uniform(0.8, 1.6)))
-    return Plan(hosts, vms, tuple(chance.random() < 0.7 for _ in range(vms)))
+    return Plan(hosts, vms, tuple(chance.random() < focus.highly_available for _ in range(vms)))
 
 
-Play = Callable[[World, random.Random], Coroutine[Any, Any, None]]
-"""What happens in an empty world."""
+Scenario = Callable[[World, random.Random], Coroutine[Any, Any, None]]
+"""What happens in an empty world, instead of faults in scenes."""
 
 
 def episode(
-    seed: int, database: Database, *, level: int = logging.WARNING, play: Play | None = None
+    seed: int,
+    database: Database,
+    *,
+    focus: str = "",
+    scenario: Scenario | None = None,
+    level: int = logging.WARNING,
 ) -> Outcome:
     """Runs a seed to its end. Never raises for what the programs did. Once per process: see `alone`."""
     began = time.process_time()
@@ -90,7 +95,7 @@ def episode(
     log = Log(world)
     logging.basicConfig(handlers=[log], level=level, force=True)
     try:
-        loop.run((play or _play)(world, chance))
+        loop.run(scenario(world, chance) if scenario else _play(world, chance, FOCUSES[focus]))
     except (Deadlock, OutOfTime, Stuck, TimeoutError) as error:
         world.oracle.broken(f"{type(error).__name__}: {error}")
     except Exception as error:  # an episode's own failure is a finding like any other
@@ -123,37 +128,43 @@ def _word(record: logging.LogRecord) -> str:
     return text
 
 
-async def _play(world: World, chance: random.Random) -> None:
+async def _play(world: World, chance: random.Random, focus: Focus) -> None:
     async with asyncio.timeout(FURNISH_SECONDS):
         await world.open()
-        await world.furnish(plan_of(chance))
+        await world.furnish(plan_of(chance, focus))
     await settled(world)
-    faults = 0
-    while faults < LEAST_FAULTS or world.time.elapsed < LEAST_SECONDS:
-        faults += await _scene(world, chance)
+    faults = scenes = 0
+    while _goes_on(world, focus, faults, scenes):
+        faults += await _scene(world, chance, focus)
+        scenes += 1
         await settled(world)
         if world.oracle.violations:
             return
-        quiet = chance.uniform(200, 900)
+        quiet = chance.uniform(900, 1800)
         world.note(f"{quiet:.0f} s pass in peace")
         world.time.skip(quiet)
 
 
-async def _scene(world: World, chance: random.Random) -> int:
+def _goes_on(world: World, focus: Focus, faults: int, scenes: int) -> bool:
+    if focus.scenes:
+        return scenes < focus.scenes
+    return faults < LEAST_FAULTS or world.time.elapsed < LEAST_SECONDS
+
+
+async def _scene(world: World, chance: random.Random, focus: Focus) -> int:
     """Some faults and requests that overlap. How many faults there were."""
-    count = chance.choice((1, 2, 2, 3, 4))
-    faults = chance.choices([f for f, _ in FAULTS], [w for _, w in FAULTS], k=count)
-    asked = chance.choices(
-        [r for r, _ in people.REQUESTS], [w for _, w in people.REQUESTS], k=chance.randrange(4)
-    )
-    works = [_later(chance, act, world) for act in (*faults, *asked)]
-    await asyncio.gather(*works)
+    count = chance.choice(focus.faults_at_once)
+    acts = chance.choices([f for f, _ in focus.faults], [w for _, w in focus.faults], k=count)
+    if focus.requests:
+        requests, weights = [r for r, _ in focus.requests], [w for _, w in focus.requests]
+        acts += chance.choices(requests, weights, k=chance.choice(focus.requests_at_once))
+    await asyncio.gather(*[_later(chance, act, world) for act in acts])
     return count
 
 
 async def _later(chance: random.Random, act: Any, world: World) -> None:
     scene = Scene(world, random.Random(chance.getrandbits(64)))
-    await asyncio.sleep(scene.chance.uniform(0, 25))
+    await asyncio.sleep(scene.chance.uniform(0, 20))
     world.reached.add(act.__name__)
     await act(scene)
 

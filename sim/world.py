@@ -21,7 +21,7 @@ from sim.nats import NatsServer
 from sim.oracle import Oracle, Wish
 from sim.plane import Outside, Replica
 from sim.postgres import Database
-from sim.qemu import Daemon, Guest
+from sim.qemu import Daemon, Domain, Guest
 from sim.storage import Shelf
 from volery.contracts.base import Call, Message, Owner, wildcard
 from volery.contracts.cluster import (
@@ -102,7 +102,10 @@ class World:
         for machine in self.control:
             machine.killed = self.outsides[machine.name].process_gone
         self.replicas: dict[str, Replica] = {}
-        self.environ = {"VOLERY_HA_START_HOLD_SECONDS": self.chance.choice(("5", "30", "300"))}
+        self.environ = {
+            "VOLERY_HA_START_HOLD_SECONDS": self.chance.choice(("5", "30", "300")),
+            "VOLERY_HA_SILENCE_BEFORE_FENCE_SECONDS": self.chance.choice(("35", "35", "60")),
+        }
         for name in ("inventory", "scheduler", "storage", "network"):
             self._replica(name, name, self.control[0])
         self._replica("ha-1", "ha", self.control[0])
@@ -112,6 +115,8 @@ class World:
         self.bmcs: dict[str, Bmc] = {}
         self.at_off: list[Callable[[Bmc], None]] = []
         """Called when a BMC is told to cut a host's power, before it does."""
+        self.at_phase: list[Callable[[HostMachine, HostMachine, str], None]] = []
+        """Called with source, destination and phase when a migration comes to a phase."""
         self.vms: dict[str, str] = {}
         """Name → id."""
         self.cluster_id = ""
@@ -119,6 +124,8 @@ class World:
         self.timeline: list[tuple[float, str]] = []
         self.digest = hashlib.sha256()
         """Of everything that the oracle saw: the same seed gives the same."""
+        self.restores = 0
+        """How often PostgreSQL came back from a backup: what was asked just before is forgotten."""
         self.reached: set[str] = set()
         """States that the seed came to."""
         self.troubles: dict[str, int] = {}
@@ -230,6 +237,7 @@ class World:
         machine.host_id = made.host.id
         machine.executes = self.oracle.vcpus
         machine.died = self._died
+        machine.daemon.moves = self._moves
         machine.daemon.guest_of = lambda vm_id: self.guests.setdefault(vm_id, Guest())
         machine.boot_seconds = chance.uniform(15, 45)
         ask = Enrol(
@@ -271,6 +279,11 @@ class World:
             self.oracle.switched_off(bmc.host, "ha")
             for act in list(self.at_off):
                 act(bmc)
+
+    def _moves(self, domain: Domain, target: Daemon, phase: str) -> None:
+        self.reached.add(f"migration came to {phase}")
+        for act in list(self.at_phase):
+            act(self.hosts[domain.daemon.host], self.hosts[target.host], phase)
 
     def _died(self, machine: HostMachine) -> None:
         for vm_id in machine.daemon.domains:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from functools import cache
 from pathlib import Path
 
 from services.ha.policies.fencing import is_majority
@@ -81,10 +82,16 @@ def own_hands(agents: list[str]) -> bool:
 
 def runs_here(target: Watch) -> bool:
     """Whether this process runs on that very boot of that host."""
+    return _own_boot_id() == target.boot_id != ""
+
+
+@cache
+def _own_boot_id() -> str:
+    """This machine's, which no process outlives; "" where there is none."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() == target.boot_id
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
-        return False
+        return ""
 
 
 async def run(

@@ -4,7 +4,8 @@ Keys: `vm/{id}` (a VM whose state is not the desired one), `claims/{id}` (capaci
 `stray/{host}/{vm}` (a domain of ours where its VM may not run), `host/{id}` (committed sums shown on the host),
 `order/{id}` (an order that a host was too slow for, and that must not come true later), `lost/{host}` (VMs that ran under
 a boot that has ended by proof), `boot/{host}` (VMs there of which it isn't known under which boot they run),
-`paused/{vm}` (a VM that an I/O error paused), `away/{host}` (one that has lost storage or a network).
+`paused/{vm}` (a VM that an I/O error paused), `away/{host}` (one that has lost storage or a network), `reports/` (what every
+ host has now).
 """
 
 from __future__ import annotations
@@ -36,10 +37,14 @@ ABANDONED_SECONDS = HOST_SECONDS + 5.0
 GIVE_UP_SECONDS = 3.0
 STRAY_SECONDS = 5.0
 CLAIM_SECONDS = 2.0
+HELD_IN_QUARANTINE = frozenset({"vm", "claims", "stray", "order", "paused"})
+"""Looks that end, move or release something: while the database is older than the hosts, what it calls wrong is right."""
 
 
 async def reconcile(inv: Inventory, key: str) -> None:
     noun, _, rest = key.partition("/")
+    if noun in HELD_IN_QUARANTINE and inv.core.quarantine.reason:
+        return  # seen again when it has ended, by what every host reports then
     await LOOKS[noun](inv, rest)
 
 
@@ -126,7 +131,9 @@ async def _stray(inv: Inventory, rest: str) -> None:
     )
     epoch = max(placement.epoch, seen.epoch)
     if epoch > placement.epoch and row is not None:
-        await inv.store.raise_epochs(vm_id, epoch)
+        await inv.core.commit(
+            inv.store.raised(placement, epoch), VMS.update(row, replace(row.public, epoch=epoch))
+        )
     try:
         await inv.order_now(
             FORGET_DOMAIN, ForgetDomain(vm_id=vm_id), host_id=host_id, object_id=vm_id, epoch=epoch
@@ -168,6 +175,11 @@ async def _boot(inv: Inventory, host_id: str) -> None:
     await inv.core.hosts.ask_report(host_id)
 
 
+async def _reports(inv: Inventory, _: str) -> None:
+    for row in await inv.store.hosts():
+        await inv.core.hosts.ask_report(row.id)
+
+
 LOOKS: dict[str, Callable[[Inventory, str], Awaitable[None]]] = {
     "vm": _vm,
     "claims": _claims,
@@ -178,4 +190,5 @@ LOOKS: dict[str, Callable[[Inventory, str], Awaitable[None]]] = {
     "boot": _boot,
     "paused": go_on,
     "away": leave,
+    "reports": _reports,
 }

@@ -40,6 +40,7 @@ from volery.runtime.tables import Change
 
 @asynccontextmanager
 async def open_inventory(core: Core) -> AsyncIterator[Inventory]:
+    core.quarantine.on_end.append(lambda: core.wake("reports/"))
     yield Inventory(core, Store(core.pool, core.wake), core.config)
 
 

@@ -244,6 +244,12 @@ async def _raise_epoch(inv: Inventory, vm_id: str) -> int:
     while True:
         before = await inv.store.placement(vm_id)
         row = await VMS.get(inv.core.pool, vm_id)
+        if before.state == "running":
+            raise conflict(
+                f"VM {row.public.name} runs already, under epoch {before.epoch}: its host reported it after the database "
+                "was restored; there is nothing to start",
+                epoch=before.epoch,
+            )
         epoch = await inv.store.next_epoch(before)
         try:
             await inv.core.commit(
@@ -433,9 +439,16 @@ async def _confirm(inv: Inventory, run: Run, vm_id: str) -> None:
         inv.core.wake(f"claims/{vm_id}")
 
 
+def _own_epochs(run: Run) -> set[int]:
+    found = (run.recorded(f"epoch-{attempt}", int) for attempt in range(MAX_HOSTS))
+    return {epoch for epoch in found if epoch is not None}
+
+
 async def _stay_down(inv: Inventory, run: Run, ask: Starting) -> None:
     """The start failed or was cancelled: wherever it was tried, it is ended, and the VM is down."""
     placement = await inv.store.placement(ask.vm_id)
+    if placement.state == "running" and placement.epoch not in _own_epochs(run):
+        return  # a host reported it after the database was restored: it isn't this start's
     if placement.state in ("starting", "running") and placement.host_id:
         attempts = [n for n in range(MAX_HOSTS) if await inv.core.orders.exists(run.order_id(f"run-{n}"))]
         if attempts:

@@ -6,7 +6,7 @@ from msgspec.structs import replace
 
 from services.inventory import model
 from services.inventory.desk import Inventory
-from services.inventory.store import HOSTS, VMS
+from services.inventory.store import HOSTS, VMS, PlacementRow
 from volery.contracts.domain_orders import (
     ACT_ON_DOMAIN,
     OPEN_CONSOLE,
@@ -103,6 +103,7 @@ async def stop(inv: Inventory, run: Run) -> None:
         await _still_up(inv, ask.id)
 
     run.undo("state", still_up)
+    await _is_the_same(inv, run, "stop", placement)
     mild = (StopMethod.GUEST_AGENT, StopMethod.ACPI)
     wait = (ask.force_after_seconds or ask.timeout_seconds) / len(mild)
     methods: tuple[StopMethod, ...] = mild
@@ -128,6 +129,18 @@ async def stop(inv: Inventory, run: Run) -> None:
         if (now.epoch, now.state) == (placement.epoch, "running"):
             raise
     await mark_down(inv, ask.id, placement.epoch, "user")
+
+
+async def _is_the_same(inv: Inventory, run: Run, name: str, placement: PlacementRow) -> None:
+    """What a host said of an earlier placement is never taken for an answer about this one. Raises Refused(conflict)."""
+    told = await inv.core.orders.epoch_of(run.order_id(name))
+    if told is not None and told != placement.epoch:
+        raise conflict(
+            f"this VM was told to {name} under epoch {told} and runs under epoch {placement.epoch} now, as its host "
+            "reported after the database was restored: it runs on; ask again",
+            told_epoch=told,
+            epoch=placement.epoch,
+        )
 
 
 async def mark_down(inv: Inventory, vm_id: str, epoch: int, reason: str) -> None:
@@ -280,6 +293,7 @@ async def suspend(inv: Inventory, run: Run) -> None:
         await _not_saved(inv, ask.id)
 
     run.undo("state", still_up)
+    await _is_the_same(inv, run, "save", placement)
     path = f"{ask.id}.save"
     await run.order(
         "save",

@@ -291,13 +291,15 @@ class Store:
     def forget_placement(self, vm_id: str) -> Change:
         return Change("delete from placement where vm_id = {0}", (vm_id,), guarded=False)
 
-    async def raise_epochs(self, vm_id: str, above: int) -> None:
-        """After a restore: later than anything a host has seen."""
-        await self.pool.execute(
-            """insert into placement (vm_id, epoch, host_id, state) values ($1, $2, '', 'none')
-               on conflict (vm_id) do update set epoch = greatest(placement.epoch, excluded.epoch)""",
-            vm_id,
-            above,
+    def raised(self, before: PlacementRow, epoch: int) -> Change:
+        """The same placement under a later epoch, which a host has seen."""
+        return self.place(
+            before,
+            epoch=epoch,
+            host_id=before.host_id,
+            state=before.state,
+            destination_id=before.destination_id,
+            boot_id=before.boot_id,
         )
 
     async def vms_on(self, host_id: str) -> list[Row[Vm, VmPrivate]]:

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from sim.loop import Process
 from sim.nats.streams import API, JetStream
 from sim.nats.subjects import Interest, Interests
@@ -78,6 +80,8 @@ class NatsServer:
         self.requests: dict[str, tuple[Connection, asyncio.Future[Any]]] = {}
         """Reply subject → who waits for one answer."""
         self.jetstream = JetStream(self._push, loop.time)
+        self.overhears: list[Callable[[str], None]] = []
+        """Called with the subject of each message that a client publishes."""
         self.accepted = 0
         self.messages = 0
         self._tick()
@@ -206,10 +210,12 @@ class NatsServer:
         self, connection: Connection, subject: str, reply: str, data: bytes, headers: Any, patient: Any = None
     ) -> None:
         """`patient` is the future of a request: its answer goes nowhere else."""
+        for hear in list(self.overhears):
+            hear(subject)
         if patient is not None:
             self.requests[reply] = (connection, patient)
         if subject.startswith(API):
-            answer = json.dumps(self.jetstream.answer(subject, data)).encode()
+            answer = msgspec.json.encode(self.jetstream.answer(subject, data))
             self._reply(reply, answer, None, DISK_SECONDS)
             return
         interested = self._route(subject, reply, data, headers)
@@ -220,7 +226,7 @@ class NatsServer:
         if stream is not None:
             stored = self.jetstream.store(stream, subject, data, headers)
             if reply:
-                self._reply(reply, json.dumps(stored).encode(), None, DISK_SECONDS)
+                self._reply(reply, msgspec.json.encode(stored), None, DISK_SECONDS)
         elif not interested and reply:
             self._reply(reply, b"", NO_RESPONDERS)
 

@@ -7,7 +7,7 @@ import random
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, NamedTuple, cast
 
@@ -26,6 +26,9 @@ from sim.postgres.transactions import Command, Transaction
 from volery.runtime import clock as clocks
 from volery.runtime.database import apply_migrations
 
+MOST_ANSWERS = 100
+"""That are kept of one statement."""
+
 
 class Answer(NamedTuple):
     records: list[Record]
@@ -40,11 +43,34 @@ class Snapshot:
 
 
 @dataclass(slots=True)
+class _Known:
+    """A compiled statement, and what it answered since its tables last changed: programs ask much again and again."""
+
+    plan: Plan
+    kind: type[Record]
+    stamp: int = -1
+    """The versions of its tables, added up: none of them ever goes back."""
+    answers: dict[Any, Answer] = field(default_factory=dict)
+
+    def recall(self, args: Any) -> Answer | None:
+        if self.stamp != sum([table.version for table in self.plan.tables]):
+            return None
+        return self.answers.get(args)
+
+    def remember(self, args: Any, answer: Answer) -> None:
+        stamp = sum([table.version for table in self.plan.tables])
+        if self.stamp != stamp or len(self.answers) >= MOST_ANSWERS:
+            self.answers.clear()
+            self.stamp = stamp
+        self.answers[args] = answer
+
+
+@dataclass(slots=True)
 class _Plans:
     """Of one schema, as long as it doesn't change."""
 
     version: int
-    known: dict[str, tuple[Plan, type[Record]]]
+    known: dict[str, _Known]
 
 
 class Database:
@@ -146,12 +172,19 @@ class Database:
             plan = compile_statement(node, connection.schema.tables, connection.schema.views)
         except Unsupported as error:
             raise Unsupported(error.what, text) from None
-        kept = (plan, record_type(plan.columns))
+        kept = _Known(plan, record_type(plan.columns))
         if len(parse.statements(text)) == 1:
             self._plans[connection.schema.name].known[text] = kept
         return self._execute(connection, tx, kept, args)
 
-    def _plan(self, schema: Schema, text: str) -> tuple[Plan, type[Record]] | None:
+    def recall(self, schema: Schema, text: str, args: tuple[Any, ...]) -> Answer | None:
+        """What a statement that is a transaction of its own must answer, if nothing changed since it was last asked."""
+        kept = self._plan(schema, text)
+        if kept is None or not kept.plan.steady:
+            return None
+        return kept.recall(_hashable(args))
+
+    def _plan(self, schema: Schema, text: str) -> _Known | None:
         plans = self._plans.get(schema.name)
         if plans is None or plans.version != schema.version:
             plans = self._plans[schema.name] = _Plans(schema.version, {})
@@ -167,11 +200,14 @@ class Database:
             raise Unsupported(error.what, text) from None
 
     def _execute(
-        self, connection: Connection, tx: Transaction, kept: tuple[Plan, type[Record]], args: tuple[Any, ...]
+        self, connection: Connection, tx: Transaction, kept: _Known, args: tuple[Any, ...]
     ) -> Answer:
-        plan, kind = kept
+        plan, alone = kept.plan, not tx.touched
         rows, tag = plan.execute(connection.command(tx), plan.arguments(args))
-        return Answer(records(kind, rows), tag)
+        answer = Answer(records(kept.kind, rows), tag)
+        if plan.steady and alone and not tx.touched and not kept.kind.arrays:
+            kept.remember(_hashable(args), answer)
+        return answer
 
     def _set(self, connection: Connection, node: exp.Set) -> Answer:
         (item,) = node.expressions
@@ -285,3 +321,7 @@ class Database:
         found = self.schema(owner).tables[table]
         names = [column.name for column in found.columns]
         return [dict(zip(names, row.data, strict=True)) for row in found.rows if row.data is not None]
+
+
+def _hashable(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple([tuple(each) if isinstance(each, list) else each for each in args])

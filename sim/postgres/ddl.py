@@ -58,11 +58,16 @@ class Schema:
         makers = {"TABLE": self._table, "INDEX": self._index, "VIEW": self._view, "TRIGGER": self._trigger}
         if kind not in makers:
             raise refuse(node)
+        if kind == "TABLE" and node.args.get("exists") and self._has(node):
+            return "CREATE TABLE"
         makers[kind](node, tx)
         self.version += 1
         return f"CREATE {kind}"
 
     # Tables
+
+    def _has(self, node: exp.Create) -> bool:
+        return isinstance(node.this, exp.Schema) and name(node.this.this) in self.tables
 
     def _table(self, node: exp.Create, tx: Transaction) -> None:
         only(node, "this", "kind", "exists")
@@ -70,8 +75,6 @@ class Schema:
             raise refuse(node)
         called = name(node.this.this)
         if called in self.tables:
-            if node.args.get("exists"):
-                return
             raise postgres(asyncpg.DuplicateTableError, f'relation "{called}" already exists')
         parts = node.this.expressions
         columns = [each for each in parts if isinstance(each, exp.ColumnDef)]

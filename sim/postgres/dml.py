@@ -187,6 +187,7 @@ def _conflict(unit: Unit, scope: Scope, table: Table, node: exp.OnConflict | Non
     if node is None:
         return None
     only(node, "expressions", "action", "conflict_keys", "where", "constraint")
+    unit.steady = False  # it may meet a row that isn't committed yet
     arbiters = _arbiters(table, node)
     if parse.name(node.args["action"]) == "do nothing":
         return _Conflict(arbiters, None)

@@ -96,6 +96,7 @@ def _build_object(scope: Scope, arguments: list[exp.Expr]) -> Compiled:
 @compiles(exp.CurrentTimestamp)
 def _now(scope: Scope, node: exp.CurrentTimestamp, want: str) -> Compiled:
     only(node)
+    scope.unit.steady = False
     return Compiled(lambda f: f[COMMAND].tx.now, "timestamptz")
 
 

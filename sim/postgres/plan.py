@@ -34,6 +34,10 @@ class Plan:
     word: str
     written: int | None
     """Where the memo has how many rows were written; None: the rows that it answers count."""
+    tables: tuple[Table, ...]
+    """What it reads or writes."""
+    steady: bool
+    """While these tables' versions stay the same, it answers the same if it wrote nothing."""
 
     def arguments(self, values: tuple[Any, ...]) -> list[Any]:
         """As asyncpg takes them. Raises DataError, InterfaceError."""
@@ -78,7 +82,8 @@ def compile_statement(node: exp.Expr, tables: dict[str, Table], views: dict[str,
     found, written, word = _main(unit, node)
     kinds = _arguments(unit)
     return Plan(
-        unit.slots, tuple(types.taker(kind) for kind in kinds), kinds, found.columns, found.run, tuple(last), word, written
+        unit.slots, tuple(types.taker(kind) for kind in kinds), kinds, found.columns, found.run, tuple(last), word, written,
+        tuple(unit.used), unit.steady,
     )  # fmt: skip
 
 

@@ -79,6 +79,10 @@ class Unit:
     """Number → type, once it is known."""
     ctes: dict[str, Query] = field(default_factory=dict)
     memos: int = 0
+    used: dict[Table, None] = field(default_factory=dict)
+    """The tables that it reads or writes."""
+    steady: bool = True
+    """What it answers depends on nothing but its arguments and what is committed in its tables, if it writes nothing."""
     _recording: list[set[int]] = field(default_factory=list)
 
     def slot(self) -> int:
@@ -102,6 +106,8 @@ class Unit:
                 outer |= seen
 
     def reads(self, slot: int) -> None:
+        if slot < 0:
+            self.steady = False
         if self._recording:
             self._recording[-1].add(slot)
 
@@ -110,6 +116,7 @@ class Unit:
         found = self.tables.get(parse.name(node.this))
         if found is None:
             raise postgres(asyncpg.UndefinedTableError, f'relation "{parse.name(node.this)}" does not exist')
+        self.used[found] = None
         return found
 
 

@@ -40,6 +40,7 @@ def query(node: exp.Expr, unit: Unit, parent: Scope | None, wants: tuple[str, ..
     where = node.args.get("where")
     step = joined(scope, items, conjuncts(where.this if where is not None else None))
     if node.args.get("locks"):
+        scope.unit.steady = False
         step = _locked(step, node, items)
     frames = _frames(step)
     if _groups(node):

@@ -142,6 +142,8 @@ class Table:
     rows: dict[Row, None] = field(default_factory=dict)
     counter: int = 0
     """Of the identity column; never given back."""
+    version: int = 0
+    """Counts the changes of what is committed."""
 
     def position(self, name: str) -> int:
         """Raises ValueError."""
@@ -188,6 +190,7 @@ class Table:
 
     def replace(self, contents: Iterable[Values], counter: int) -> None:
         """Forget everything and hold these committed rows."""
+        self.version += 1
         self.rows.clear()
         for index in self.indexes:
             index.rows.clear()

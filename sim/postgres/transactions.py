@@ -81,8 +81,10 @@ class Transaction:
             if row.writer is self:
                 old, row.data = row.data, row.next
                 row.writer = row.next = row.prior = None
-                if old is not None and old is not row.data:
-                    versions.append(old)
+                if old is not row.data:
+                    row.table.version += 1
+                    if old is not None:
+                        versions.append(old)
             row.table.settle(row, versions)
         self._release()
 

@@ -26,7 +26,8 @@ pytestmark = pytest.mark.timeout(600)
 
 
 def test_everything_that_is_to_come_back_does_once_and_in_its_order() -> None:
-    outcomes = list(alone.run_many(SEEDS, AT_ONCE, play=blackout.play))
+    plays = [alone.Play(seed, scenario=blackout.play) for seed in SEEDS]
+    outcomes = [outcome for _, outcome in alone.run_many(plays, AT_ONCE)]
     for outcome in outcomes:
         assert not outcome.violations, "\n".join([*outcome.timeline, *outcome.violations])
     assert not REACHED - {state for outcome in outcomes for state in outcome.reached}

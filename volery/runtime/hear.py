@@ -31,7 +31,7 @@ from volery.runtime.clock import monotonic
 from volery.runtime.database import AWAY
 from volery.runtime.relay import stream_name
 from volery.runtime.tables import Change, Stale, commit
-from volery.runtime.tail import Broken, Heard, Standing, Tail, follow
+from volery.runtime.tail import Broken, Heard, Standing, Tail, follow, last_position
 from volery.runtime.tasks import end
 
 log = logging.getLogger(__name__)
@@ -352,7 +352,7 @@ async def make_host_stream(bus: Bus, replicas: int) -> None:
         duplicate_window=10,
     )
     try:
-        await js.stream_info(HOST_STREAM)
+        await last_position(bus.client, HOST_STREAM)
     except nats.js.errors.NotFoundError:
         await js.add_stream(config)
 

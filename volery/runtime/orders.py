@@ -186,6 +186,13 @@ class Orders:
     async def exists(self, order_id: str) -> bool:
         return bool(await self.pool.fetchval("select 1 from host_order where order_id = $1", order_id))
 
+    async def epoch_of(self, order_id: str) -> int | None:
+        """Under which epoch of its object it was given; None when it wasn't."""
+        found: int | None = await self.pool.fetchval(
+            "select epoch from host_order where order_id = $1", order_id
+        )
+        return found
+
     async def host_of(self, order_id: str) -> str:
         return str(await self.pool.fetchval("select host_id from host_order where order_id = $1", order_id))
 

@@ -6,11 +6,14 @@ person who says that a host is dead.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 import asyncpg
+import nats.errors
 
 from volery.contracts.errors import Kind, Refused, invalid
 
@@ -18,6 +21,11 @@ log = logging.getLogger(__name__)
 
 RAISE = 1_000_000
 """More orders for one object, and more placements of one VM, than there are between a backup and its restore."""
+
+ASK_SECONDS = 5.0
+"""Between two times that hosts are asked for the report that a quarantine waits for."""
+RAISE_PER_FACT = 1000
+"""More of them than there are for each fact that was said since an earlier restore of the same backup."""
 
 
 @dataclass(slots=True)
@@ -34,20 +42,30 @@ class Quarantine:
         rows = await self.pool.fetch("select host_id from quarantine_host")
         self.pending = {row["host_id"] for row in rows}
 
-    async def begin(self, reason: str) -> None:
-        """Durable before anything else happens. Waits for every host that was ever heard."""
+    async def begin(self, reason: str, position: int = 0) -> None:
+        """Durable before anything else happens. Waits for every host that was ever heard. `position` is where the stream
+        stands: it grows from restore to restore, also when the same backup is restored twice."""
         await self.pool.execute(
             """with begun as (
                    insert into quarantine (reason) values ($1) on conflict (single) do nothing returning 1
                ), raised as (
-                   update restore_base set base = base + $2 where exists (select 1 from begun)
+                   update restore_base set base = greatest(base + $2, $2 + $3) where exists (select 1 from begun)
                ) insert into quarantine_host select host_id from heard_host on conflict do nothing""",
             reason,
             RAISE,
+            position * RAISE_PER_FACT,
         )
         await self.load()
         log.error("%s is in quarantine: %s; waits for %d hosts", self.owner, reason, len(self.pending))
         await self._end_if_done()
+
+    async def ask(self, for_report: Callable[[str], Awaitable[None]]) -> None:
+        """For ever. Hosts report by themselves only now and then: those that are waited for are asked."""
+        while True:
+            for host_id in sorted(self.pending) if self.reason else ():
+                with contextlib.suppress(nats.errors.Error):
+                    await for_report(host_id)
+            await asyncio.sleep(ASK_SECONDS)
 
     async def reported(self, host_id: str) -> None:
         """A host's full report was committed."""

@@ -22,6 +22,7 @@ from volery.contracts.base import Owner
 from volery.contracts.ids import random_token
 from volery.runtime import telemetry
 from volery.runtime.bus import Bus
+from volery.runtime.tail import last_position
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ _MOVE = """
         returning id, subject, body
     ), head as (
         update log_head set position = position + (select count(*) from moved)
+        where exists (select from moved)
         returning history, position - (select count(*) from moved) as before
     ), numbered as (
         select h.before + row_number() over (order by m.id) as position, m.subject, m.body, h.history
@@ -140,12 +142,14 @@ class Relay:
     facts: Log
     replicas: int
     wake: asyncio.Event
-    on_restored: Callable[[str], Awaitable[None]]
+    on_restored: Callable[[str, int], Awaitable[None]]
     """Awaited, before anything is rewritten, when the stream proves that PostgreSQL is older than the bus."""
     answer_seconds: float = ANSWER_SECONDS
     js: JetStreamContext = field(init=False)
     history: str = ""
     published: int = 0
+    aligned: asyncio.Event = field(default_factory=asyncio.Event)
+    """The log was compared with the stream: a database older than the bus has been noticed."""
 
     def __post_init__(self) -> None:
         self._begin()
@@ -158,6 +162,7 @@ class Relay:
         while True:
             try:
                 await self._align()
+                self.aligned.set()
                 while True:
                     await self._publish_waiting()
                     await self._wait()
@@ -174,11 +179,9 @@ class Relay:
             async with asyncio.timeout(1.0):
                 await self.wake.wait()
         except TimeoutError:
-            info = await self.js.stream_info(stream_name(self.facts.owner))
-            if info.state.last_seq != self.published:
-                raise nats.js.errors.Error(
-                    f"stream stands at {info.state.last_seq}, not {self.published}"
-                ) from None
+            last = await last_position(self.bus.client, stream_name(self.facts.owner))
+            if last != self.published:
+                raise nats.js.errors.Error(f"stream stands at {last}, not {self.published}") from None
         self.wake.clear()
 
     async def _align(self) -> None:
@@ -191,7 +194,7 @@ class Relay:
                 f"the stream of {self.facts.owner} is at {info.state.last_seq} and the log at {head.position}, so "
                 "PostgreSQL was restored from an older state"
             )
-            await self.on_restored(reason)
+            await self.on_restored(reason, info.state.last_seq)
             await self.facts.rewrite_history(info.state.last_seq)
             await self._remake(await self.facts.head())
         elif info.state.last_seq + 1 < head.oldest:

@@ -131,6 +131,11 @@ class Run:
         await self._end(name, answer if type_ is not None else None)
         return answer
 
+    def recorded(self, name: str, type_: type[V]) -> V | None:
+        """What a step answered, if it has ended."""
+        found = self.row.private.results.get(name)
+        return None if found is None else msgspec.json.decode(found, type=type_)
+
     def _may_be_done(self, name: str) -> bool:
         """Whether the step was begun and nobody knows what came of it: then it is asked about before anything is undone,
         or the question that is still under way would be carried out after its undo."""

@@ -45,7 +45,7 @@ from volery.runtime.programs import Settings
 from volery.runtime.relay import Log, Relay, rebuild_stream, stream_name
 from volery.runtime.signing import Signer, parse_creds
 from volery.runtime.tables import Change, Stale
-from volery.runtime.tasks import end, together
+from volery.runtime.tasks import after, end, together
 
 log = logging.getLogger(__name__)
 
@@ -316,9 +316,9 @@ class Service:
     def _background(
         self, settings: Settings, core: Core, made: Any, relay: Relay
     ) -> list[Coroutine[Any, Any, Any]]:
-        """What the leader does all the time."""
+        """What the leader does all the time. Until it is known that the database isn't older than the bus, nothing is
+        concluded from its tables: what hosts say then would look like what never may be."""
         works: list[Coroutine[Any, Any, Any]] = [
-            relay.run(),
             self._operations(core),
             self._housekeeping(core, relay),
             *self._hear(core, made),
@@ -326,11 +326,15 @@ class Service:
         if self.report is not None:
             if self.name is Owner.INVENTORY:
                 works.append(_keep_host_stream(core.bus, settings.bus.replicas))
-            works += [self._hear_hosts(core, made), self._bury(core, made)]
+            works += [
+                self._hear_hosts(core, made),
+                self._bury(core, made),
+                core.quarantine.ask(core.hosts.ask_report),
+            ]
         if self.reconcile is not None:
             works += [self._reconcile(core, made), self._reconcile_all(core, made)]
         works += [_every(seconds, work, made) for seconds, work in self.rows("every_")]
-        return works
+        return [relay.run(), *(after(relay.aligned, work) for work in works)]
 
     async def _bury(self, core: Core, made: Any) -> None:
         """What ran under a boot that has ended by proof ends, and then what was ordered from it."""

@@ -10,7 +10,9 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
+import msgspec
 import nats.js.errors
 from nats.aio.client import Client
 from nats.aio.msg import Msg
@@ -40,6 +42,26 @@ class Standing:
     history: str
     first: int
     last: int
+
+
+class _State(msgspec.Struct, frozen=True):
+    last_seq: int
+
+
+class _Info(msgspec.Struct, frozen=True):
+    """What a follower of many streams needs of the server's word on one; nats-py reads all of it, 20 times as slowly."""
+
+    state: _State = _State(0)
+    error: dict[str, Any] | None = None
+
+
+async def last_position(client: Client, stream: str, timeout_seconds: float = 5.0) -> int:
+    """Where a stream stands. Raises NotFoundError when there is none, nats.errors.Error when nobody answers."""
+    said = await client.request(f"$JS.API.STREAM.INFO.{stream}", b"", timeout=timeout_seconds)
+    info = msgspec.json.decode(said.data, type=_Info)
+    if info.error is not None:
+        raise nats.js.errors.APIError.from_error(info.error)
+    return info.state.last_seq
 
 
 @dataclass(slots=True)

@@ -38,3 +38,13 @@ async def together(works: Iterable[Coroutine[Any, Any, Any]]) -> None:
         await end(tasks)
     for task in done:
         task.result()
+
+
+async def after(event: asyncio.Event, work: Coroutine[Any, Any, Any]) -> None:
+    """The work, once the event is set."""
+    try:
+        await event.wait()
+    except BaseException:
+        work.close()
+        raise
+    await work

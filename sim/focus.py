@@ -1,0 +1,145 @@
+"""What a seed's scenes are made of: everything, or only what may meet one kind of mistake."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sim import faults, midway, people
+from sim.faults import Fault
+
+Weighed = tuple[tuple[Fault, float], ...]
+
+FAULTS: Weighed = (
+    (faults.power_lost, 3.0),
+    (faults.host_frozen, 3.0),
+    (faults.network_cut, 3.0),
+    (faults.slow_network, 0.7),
+    (faults.agent_killed, 2.0),
+    (faults.agent_paused, 1.5),
+    (faults.journal_lost, 0.4),
+    (faults.libvirt_killed, 2.0),
+    (faults.vm_crashed, 3.0),
+    (faults.guest_powers_off, 1.0),
+    (faults.service_killed, 3.0),
+    (faults.service_paused, 2.0),
+    (faults.nats_gone, 1.0),
+    (faults.postgres_gone, 1.0),
+    (faults.both_gone, 0.4),
+    (faults.bmc_troubled, 1.5),
+    (faults.leader_killed_in_mid_fence, 1.5),
+    (faults.clock_jumped, 1.0),
+    (faults.many_lose_power, 0.5),
+    (faults.many_are_cut, 0.5),
+    (midway.migration_cut, 2.0),
+    (midway.struck_between_steps, 3.0),
+    (midway.postgres_restored, 0.5),
+)
+"""With how often they are chosen."""
+
+REQUESTS: Weighed = (
+    (people.stop, 2.0),
+    (people.start, 3.0),
+    (people.restart, 1.0),
+    (people.migrate, 5.0),
+    (people.maintain, 1.0),
+    (people.confirm, 1.5),
+)
+
+
+@dataclass(frozen=True)
+class Focus:
+    """`scenes` 0: as many as an hour and ten faults need."""
+
+    faults: Weighed
+    requests: Weighed
+    scenes: int = 0
+    hosts: int = 0
+    """0: 3 to 30, mostly few."""
+    highly_available: float = 0.7
+    """The share of the VMs."""
+    faults_at_once: tuple[int, ...] = (2, 3, 3, 4, 5)
+    requests_at_once: tuple[int, ...] = (0, 1, 2, 3)
+
+
+def _only(*chosen: Fault) -> Weighed:
+    return tuple((each, 1.0) for each in chosen)
+
+
+FOCUSES: dict[str, Focus] = {
+    "": Focus(FAULTS, REQUESTS),
+    "fences": Focus(
+        _only(
+            faults.host_frozen,
+            faults.network_cut,
+            faults.bmc_troubled,
+            faults.leader_killed_in_mid_fence,
+            faults.power_lost,
+        ),
+        (),
+        scenes=2,
+        hosts=4,
+        highly_available=1.0,
+    ),
+    "reboots": Focus(
+        _only(faults.power_lost, faults.agent_killed, faults.journal_lost, midway.struck_between_steps),
+        _only(people.stop, people.start, people.restart, people.migrate),
+        scenes=2,
+        hosts=3,
+    ),
+    "migrations": Focus(_only(midway.migration_cut), _only(people.migrate), scenes=2, hosts=3),
+    "steps": Focus(
+        _only(midway.struck_between_steps),
+        _only(people.stop, people.start, people.restart),
+        scenes=2,
+        hosts=3,
+        highly_available=0.3,
+    ),
+    "bus": Focus(
+        _only(faults.nats_gone, faults.service_killed, faults.network_cut, faults.vm_crashed),
+        _only(people.stop, people.start, people.migrate),
+        scenes=2,
+        hosts=3,
+    ),
+    "services": Focus(
+        _only(faults.service_killed, faults.service_paused, faults.postgres_gone, faults.vm_crashed),
+        _only(people.stop, people.start, people.restart, people.migrate),
+        scenes=2,
+        hosts=3,
+        requests_at_once=(2, 3, 4),
+    ),
+    "many": Focus(
+        _only(faults.many_lose_power, faults.many_are_cut, faults.host_frozen, faults.service_killed),
+        (),
+        scenes=2,
+        hosts=6,
+        highly_available=1.0,
+        faults_at_once=(2, 3),
+    ),
+    "clocks": Focus(
+        _only(faults.clock_jumped, faults.host_frozen, faults.network_cut, faults.vm_crashed),
+        _only(people.start, people.stop),
+        scenes=2,
+        hosts=4,
+        highly_available=1.0,
+    ),
+    "crashes": Focus(
+        _only(faults.vm_crashed, faults.guest_powers_off, faults.agent_killed, faults.libvirt_killed),
+        _only(people.stop, people.start),
+        scenes=2,
+        hosts=3,
+        highly_available=0.8,
+    ),
+    "people": Focus(
+        _only(faults.power_lost, faults.network_cut, faults.agent_paused),
+        _only(people.confirm, people.maintain),
+        scenes=2,
+        hosts=4,
+        requests_at_once=(1, 2),
+    ),
+    "restores": Focus(
+        _only(midway.postgres_restored, faults.vm_crashed, faults.power_lost, faults.network_cut),
+        _only(people.start, people.stop, people.migrate, people.restart),
+        scenes=2,
+        hosts=3,
+    ),
+}
