@@ -34,7 +34,10 @@ async def decide(svc: Fabric) -> None:
         has, lacks = model.standing(row.public, hosts, states)
         losses = svc.losses.setdefault(row.id, Losses())
         decided = partial(_decided, svc, losses, has, lacks, hosts)
-        if decided(row) is not None:
+        if (now := decided(row)) is not None:
+            log.warning(
+                "hosts that have lost network %s: %s", row.public.name, now[0].lost or "none any more"
+            )
             await svc.edit(NETWORKS, row.id, decided)
 
 
@@ -52,5 +55,4 @@ def _decided(
     lost = losses.decide(monotonic(), patience, network.lost, has, lacks, groups) if network.required else {}
     if lost == network.lost:
         return None
-    log.warning("hosts that have lost network %s: %s", network.name, lost or "none any more")
     return replace(network, lost=lost), row.private

@@ -23,7 +23,7 @@ def hurried(configured: Settings) -> Settings:
     quick = {
         "VOLERY_NETWORK_LOST_AFTER_SECONDS": "1.5",
         "VOLERY_NETWORK_BACK_AFTER_SECONDS": "1.5",
-        "VOLERY_NETWORK_AGAIN_SECONDS": "0.5",
+        "VOLERY_NETWORK_AGAIN_SECONDS": "0",
     }
     return dataclasses.replace(configured, environ=quick)
 
