@@ -192,7 +192,8 @@ async def _check_missing(world: World, missing: HostMachine, where: dict[str, st
 
 
 async def _prove(world: World, chance: random.Random, missing: HostMachine) -> None:
-    way = chance.choice(("it boots", "a person", "its BMC"))
+    ways = ("it boots", "a person", "its BMC") if missing.name in world.managed else ("it boots", "a person")
+    way = chance.choice(ways)
     world.note(f"{missing.name} is proven dead: {way}")
     world.reached.add(f"proven by {way}")
     world.trouble(missing.name, -1)

@@ -113,6 +113,8 @@ class World:
         self.desk = self._machine("desk")
         self.hosts: dict[str, HostMachine] = {}
         self.bmcs: dict[str, Bmc] = {}
+        self.managed: set[str] = set()
+        """Hosts whose power ha may ask for, and switch."""
         self.at_off: list[Callable[[Bmc], None]] = []
         """Called when a BMC is told to cut a host's power, before it does."""
         self.at_phase: list[Callable[[HostMachine, HostMachine, str], None]] = []
@@ -259,6 +261,7 @@ class World:
             await asyncio.sleep(0.5)
         if chance.random() < 0.85:
             await self._manage_power(machine)
+            self.managed.add(name)
 
     async def _manage_power(self, machine: HostMachine) -> None:
         device = NewFenceDevice(agent=AGENT, address=machine.name, secrets={}, timeout_seconds=10)

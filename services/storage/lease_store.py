@@ -119,7 +119,7 @@ class LeaseStore:
         """The host said that it is not in the lockspace (any more): a reboot ends that."""
         return Change(
             """update lockspace_member set boot_id = '', generation = 0
-               where domain_id = {0} and host_id = {1} and generation = {2} and freer_host_id = ''""",
+               where freer_host_id = '' and domain_id = {0} and host_id = {1} and generation = {2}""",
             (member.domain_id, member.host_id, member.generation),
             guarded=False,
         )
