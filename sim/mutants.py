@@ -381,7 +381,7 @@ MUTANTS: dict[str, Mutant] = {
     "deaths are not believed": Mutant(_deaths_are_not_believed_by_inventory, 0, "fences"),
     "lost hosts are not buried": Mutant(_lost_hosts_are_not_buried, 0, "fences"),
     "orders of the dead wait for ever": Mutant(_orders_of_the_dead_wait_for_ever, 0, "steps"),
-    "nothing brakes": Mutant(_nothing_brakes, 0, "many"),
+    "nothing brakes": Mutant(_nothing_brakes, 2, "many"),
     "the brake is in memory": Mutant(_the_brake_is_in_memory, 0, "many"),
     "ends of other placements count": Mutant(_ends_of_other_placements_count, 54, "restores"),
     "quarantine never begins": Mutant(_quarantine_never_begins, 2, "restores"),
