@@ -373,3 +373,13 @@ def _both(first: FactHandler, second: FactHandler) -> FactHandler:
         return [*(await first(payload) or ()), *(await second(payload) or ())]
 
     return handle
+
+
+async def keep_host_stream(bus: Bus, replicas: int) -> None:
+    """The hosts' stream exists, also after somebody deleted NATS's whole store."""
+    while True:
+        try:
+            await make_host_stream(bus, replicas)
+        except (nats.errors.Error, TimeoutError) as error:
+            log.info("the hosts' stream: %s", error or type(error).__name__)
+        await asyncio.sleep(1.0)

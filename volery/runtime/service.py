@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import asyncpg
-import nats.errors
 
 from volery.contracts.agent import OrderFinished, OrderProgressed
 from volery.contracts.base import Call, Done, Fact, Owner
@@ -37,7 +36,7 @@ from volery.runtime.config import read
 from volery.runtime.core import Core, once
 from volery.runtime.database import SchemaTooNew
 from volery.runtime.deaths import Deaths
-from volery.runtime.hear import FactHandler, Hearing, HostHearing, make_host_stream, table_of
+from volery.runtime.hear import FactHandler, Hearing, HostHearing, keep_host_stream, table_of
 from volery.runtime.operations import Operations, Procedure
 from volery.runtime.orders import Beats, Orders
 from volery.runtime.pages import page
@@ -325,7 +324,7 @@ class Service:
         ]
         if self.report is not None:
             if self.name is Owner.INVENTORY:
-                works.append(_keep_host_stream(core.bus, settings.bus.replicas))
+                works.append(keep_host_stream(core.bus, settings.bus.replicas))
             works += [
                 self._hear_hosts(core, made),
                 self._bury(core, made),
@@ -467,16 +466,6 @@ async def _every(seconds: float, work: Callable[[Any], Awaitable[None]], made: A
             continue
         except Exception:  # the runtime's own loop
             log.exception("%s failed", getattr(work, "__name__", "periodic work"))
-
-
-async def _keep_host_stream(bus: Bus, replicas: int) -> None:
-    """The hosts' stream exists, also after somebody deleted NATS's whole store."""
-    while True:
-        try:
-            await make_host_stream(bus, replicas)
-        except (nats.errors.Error, TimeoutError) as error:
-            log.info("the hosts' stream: %s", error or type(error).__name__)
-        await asyncio.sleep(1.0)
 
 
 def _set(event: asyncio.Event) -> Callable[[], Awaitable[None]]:
