@@ -1,4 +1,4 @@
-"""Leases by the agent against a real sanlock daemon (no watchdog), and the pure parts: its words, times, the watchdog."""
+"""Leases by the agent against a real sanlock daemon, without a watchdog."""
 
 from __future__ import annotations
 
