@@ -63,10 +63,11 @@ def many(plays: list[Play], at_once: int) -> int:
     """The first violation's timeline, and how many seeds reached what."""
     began, bad, count = time.monotonic(), list[Outcome](), len(plays)
     reached: Counter[str] = Counter()
-    lived = processor = 0.0
+    lived, processor, pauses = 0.0, 0.0, 0
     for number, (play, outcome) in enumerate(alone.run_many(plays, at_once), 1):
         reached.update(outcome.reached)
         lived += outcome.virtual_seconds
+        pauses += outcome.pauses
         processor += outcome.real_seconds
         if outcome.violations:
             if not bad:
@@ -84,6 +85,8 @@ def many(plays: list[Play], at_once: int) -> int:
         f"{count} seeds, {lived / 3600:.0f} virtual hours in {seconds:.0f} s ({processor / count:.2f} s of a processor"
         f" per seed), {len(bad)} violated{': ' + ', '.join(str(o.seed) for o in bad) if bad else ''}"
     )
+    if pauses:
+        print(f"{pauses} pauses of hosts")
     print("seeds that reached: " + ", ".join(f"{name} {n}" for name, n in sorted(reached.items())))
     if seldom := rare(reached, count) if not plays[0].focus else []:
         print(f"reached by less than 1 % of the seeds: {', '.join(seldom)}")

@@ -120,4 +120,4 @@ def _ended(seed: int, pipe: int, process: int, said: bytes) -> Outcome:
     if said:
         return msgspec.json.decode(said, type=Outcome)
     what = f"the process of seed {seed} ended without a word, or took {PROCESSOR_SECONDS} s of a processor"
-    return Outcome(seed, (what,), (), "", 0.0, 0.0, 0.0, 0, ())
+    return Outcome(seed, (what,), (), "", 0.0, 0.0, 0.0, 0, 0, ())

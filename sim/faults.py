@@ -55,12 +55,12 @@ async def host_frozen(scene: Scene) -> None:
     await freeze(scene, scene.host())
 
 
-async def freeze(scene: Scene, host: HostMachine) -> None:
+async def freeze(scene: Scene, host: HostMachine, at_most: float = 150.0) -> None:
     if not host.on or host.frozen:
         return
     host.freeze()
     boot = host.boot_id
-    await scene.last(host.name, "frozen", scene.seconds(1, 150))
+    await scene.last(host.name, "frozen", scene.seconds(1, at_most))
     if host.boot_id == boot and host.frozen:
         host.thaw()
 
@@ -69,11 +69,11 @@ async def network_cut(scene: Scene) -> None:
     await cut_network(scene, scene.host())
 
 
-async def cut_network(scene: Scene, host: HostMachine) -> None:
+async def cut_network(scene: Scene, host: HostMachine, at_most: float = 150.0) -> None:
     if host.link.cut:
         return
     scene.world.server.cut(host.link)
-    await scene.last(host.name, "network cut", scene.seconds(0.5, 150))
+    await scene.last(host.name, "network cut", scene.seconds(0.5, at_most))
     scene.world.server.mend(host.link)
 
 
@@ -100,12 +100,12 @@ async def agent_paused(scene: Scene) -> None:
     await pause_agent(scene, scene.host())
 
 
-async def pause_agent(scene: Scene, host: HostMachine) -> None:
+async def pause_agent(scene: Scene, host: HostMachine, at_most: float = 120.0) -> None:
     process = host.agent_process
     if process is None or process.dead or process.stopped:
         return
     host.stop(process)
-    await scene.last(host.name, "agent paused", scene.seconds(1, 120))
+    await scene.last(host.name, "agent paused", scene.seconds(1, at_most))
     host.go_on(process)
 
 
@@ -260,3 +260,36 @@ async def many_are_cut(scene: Scene) -> None:
 def _many(scene: Scene) -> list[HostMachine]:
     hosts = list(scene.world.hosts.values())
     return scene.chance.sample(hosts, max(2, int(len(hosts) * scene.chance.choice((0.4, 0.7, 1.0)))))
+
+
+PAUSES = 30
+"""Of each host, in one fault."""
+PAUSE_SECONDS = 30.0
+"""The longest: shorter than the least silence before a fence."""
+BETWEEN_SECONDS = (10.0, 40.0)
+"""Most hosts are heard at any moment, so nothing else holds a fence back."""
+
+
+async def paused_again_and_again(scene: Scene) -> None:
+    """Every host stands still, or is cut off, for a moment, many times: nothing may come of it."""
+    world = scene.world
+
+    async def one(host: HostMachine, chance: random.Random) -> None:
+        own = Scene(world, chance)
+        for _ in range(PAUSES):
+            await asyncio.sleep(chance.uniform(*BETWEEN_SECONDS))
+            await chance.choice((freeze, cut_network, pause_agent))(own, host, PAUSE_SECONDS)
+            world.oracle.pauses += 1
+
+    chances = [random.Random(scene.chance.getrandbits(64)) for _ in world.hosts]
+    await asyncio.gather(*map(one, world.hosts.values(), chances))
+
+
+async def servers_gone_for_an_hour(scene: Scene) -> None:
+    """NATS and PostgreSQL: hosts go on without them."""
+    world = scene.world
+    world.server.stop()
+    world.database.stop()
+    await scene.last("", "NATS and PostgreSQL away", 3600.0)
+    world.database.start()
+    world.server.start()

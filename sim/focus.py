@@ -59,6 +59,8 @@ class Focus:
     """The share of the VMs."""
     faults_at_once: tuple[int, ...] = (2, 3, 3, 4, 5)
     requests_at_once: tuple[int, ...] = (0, 1, 2, 3)
+    harmless: bool = False
+    """Nothing of it is a reason to switch a host off, or to believe that it is dead."""
 
 
 def _only(*chosen: Fault) -> Weighed:
@@ -135,6 +137,24 @@ FOCUSES: dict[str, Focus] = {
         scenes=2,
         hosts=4,
         requests_at_once=(1, 2),
+    ),
+    "pauses": Focus(
+        _only(faults.paused_again_and_again),
+        (),
+        scenes=1,
+        hosts=12,
+        highly_available=1.0,
+        faults_at_once=(1,),
+        harmless=True,
+    ),
+    "servers": Focus(
+        _only(faults.servers_gone_for_an_hour),
+        (),
+        scenes=1,
+        hosts=3,
+        highly_available=1.0,
+        faults_at_once=(1,),
+        harmless=True,
     ),
     "restores": Focus(
         _only(midway.postgres_restored, faults.vm_crashed, faults.power_lost, faults.network_cut),

@@ -45,6 +45,11 @@ class Oracle:
     offs: list[tuple[float, str]] = field(default_factory=list)
     """When which host was switched off, of late."""
 
+    harmless: bool = False
+    """Nothing that goes wrong is a reason to switch a host off, or to believe that it is dead."""
+    pauses: int = 0
+    """How often a host stood still for a moment."""
+
     # Always
 
     def vcpus(self, host: HostMachine, domain: Domain, runs: bool) -> None:
@@ -69,8 +74,14 @@ class Oracle:
     def two_writers(self, path: str, writers: dict[str, str]) -> None:
         self.broken(f"volume {path} is written by {writers}")
 
+    def believed_dead(self, host_name: str, why: str) -> None:
+        if self.harmless:
+            self.broken(f"{host_name} is believed dead: {why}")
+
     def switched_off(self, host: HostMachine, by: str) -> None:
         """A BMC was told to cut a host's power."""
+        if self.harmless:
+            self.broken(f"{by} switched {host.name} off, which only stood still for a moment")
         quiet = self.world.quiet_seconds(host)
         if host.on and quiet is not None and quiet > HEALTHY_SECONDS:
             self.broken(f"{by} switched {host.name} off, which was healthy for {quiet:.0f} s")

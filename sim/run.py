@@ -52,6 +52,8 @@ class Outcome:
     real_seconds: float
     """Of one processor."""
     steps: int
+    pauses: int
+    """Of hosts that stood still for a moment, where that is what goes wrong."""
     timeline: tuple[str, ...]
 
 
@@ -115,6 +117,7 @@ def episode(
         active_seconds=loop.time(),
         real_seconds=time.process_time() - began,
         steps=loop.steps,
+        pauses=world.oracle.pauses,
         timeline=tuple(f"{at:10.3f}  {what}" for at, what in lines),
     )
 
@@ -133,6 +136,7 @@ async def _play(world: World, chance: random.Random, focus: Focus) -> None:
         await world.open()
         await world.furnish(plan_of(chance, focus))
     await settled(world)
+    world.oracle.harmless = focus.harmless
     faults = scenes = 0
     while _goes_on(world, focus, faults, scenes):
         faults += await _scene(world, chance, focus)

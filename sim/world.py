@@ -176,10 +176,11 @@ class World:
             await asyncio.sleep(0.05)
 
     async def _judged(self, message: Msg) -> None:
-        """What ha says of hosts counts as reached; the oracle doesn't look at it."""
+        """What ha says of hosts counts as reached. The oracle looks at it only where nobody may be believed dead."""
         said = msgspec.json.decode(message.data, type=_Event).data
         if said.proof is not None:
             self.reached.add(f"proof {said.proof.kind}")
+            self.oracle.believed_dead(said.host_name, str(said.proof.kind))
         self.reached |= {state for words, state in SENTENCES.items() if words in said.fencing}
 
     async def ask(self, call: Call[Q, A], question: Q, patience: float = 1500.0) -> A:

@@ -60,6 +60,15 @@ def test_an_older_database_ends_nothing_that_runs() -> None:
     assert "quarantine" in reached
 
 
+@pytest.mark.parametrize("focus", ["servers", "pauses"])
+def test_nothing_comes_of_what_passes(focus: str) -> None:
+    """NATS and PostgreSQL away for an hour; hosts that stand still, again and again, for less than a fence waits."""
+    outcome = alone.run_one(Play(1, focus))
+    assert not outcome.violations, "\n".join([*outcome.timeline, *outcome.violations])
+    assert not {state for state in outcome.reached if state.startswith(("BMC told", "proof"))}
+    assert outcome.pauses >= 200 or focus == "servers"
+
+
 def test_states_that_are_seldom_reached_are_told_of_a_long_run() -> None:
     often = Counter(dict.fromkeys(STATES, 2))
     assert rare(often, 200) == []
