@@ -14,7 +14,7 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
-from bench import calls, machines, memory, reads, streams, writes
+from bench import calls, machines, memory, reads, restarts, streams, writes
 from bench.rows import PAIRS, Line, keep
 from bench.world import World
 
@@ -30,6 +30,7 @@ ROWS: dict[str, Row] = {
     "event": machines.event,
     "start": machines.start,
     "migrate": machines.migrate,
+    "restarts": restarts.ordered,
     "idle": memory.idle,
     "fleet": memory.under_load,
 }

@@ -158,7 +158,7 @@ async def _enrolled(bus: Bus, name: str, cluster_id: str) -> str:
 
 
 @asynccontextmanager
-async def fleet(there: Installation, cluster_id: str) -> AsyncIterator[list[FleetHost]]:
+async def fleet(there: Installation, cluster_id: str, count: int = HOSTS) -> AsyncIterator[list[FleetHost]]:
     creds = await witness_creds(Realm.create(there.home.bus_credentials), there.home.run)
     bus = there.bus
     options = connect_options(creds, "witness", bus.servers.split(","), ca=Path(bus.ca_file))
@@ -166,7 +166,7 @@ async def fleet(there: Installation, cluster_id: str) -> AsyncIterator[list[Flee
     hosts: list[FleetHost] = []
     try:
         async with open_bus(bus, "gateway") as asking:
-            for number in range(HOSTS):
+            for number in range(count):
                 host_id = await _enrolled(asking, f"host{number:03d}", cluster_id)
                 host = FleetHost("", host_id, shared=client, name=f"host{number:03d}")
                 host.owners = ("inventory", "storage", "network")

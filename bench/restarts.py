@@ -1,0 +1,91 @@
+"""How long ha needs to order what a dead host ran: real services, scripted hosts."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+
+import msgspec
+
+from bench.fleet import CALLERS, FleetHost, fleet
+from bench.load import connect, request
+from bench.rows import Line, below
+from bench.world import Installation, World, installed
+from lab.plane import make_cluster
+from volery.client import api
+from volery.client.request import Request, body_of
+from volery.contracts.liveness import HostLiveness, LivenessState
+from volery.contracts.operation import Operation
+from volery.contracts.power import ConfirmHostRebooted
+
+HOSTS, VMS = 10, 100
+MEMORY_BYTES = 256 << 20
+PATIENCE_SECONDS = 120.0
+
+
+async def ordered(world: World) -> list[Line]:
+    """From the proof until the last of a host's 100 highly available VMs was ordered to start elsewhere."""
+    with ExitStack() as stack:
+        there = await asyncio.to_thread(stack.enter_context, installed())
+        cluster = await asyncio.to_thread(make_cluster, there.client)
+        async with fleet(there, cluster.id, HOSTS) as hosts:
+            await run_on(there, cluster.id, hosts[0])
+            await hosts[0].leave()
+            seconds = await asyncio.to_thread(confirm, there, hosts[0])
+        await asyncio.to_thread(stack.close)
+    note = f"{VMS} VMs of one of {HOSTS} scripted hosts, whose death a person confirmed"
+    return [below(f"proof of death until {VMS} restarts are ordered", seconds, 1.0, "s", note)]
+
+
+async def run_on(there: Installation, cluster_id: str, host: FleetHost) -> None:
+    """All VMs on one host, through REST."""
+    numbers = iter(range(VMS))
+
+    async def caller() -> None:
+        http = await connect(there.url, there.tls)
+
+        async def ended(path: str, body: dict[str, object]) -> Operation:
+            ask = request("POST", path, there.token, msgspec.json.encode(body), Prefer="wait=30")
+            return msgspec.json.decode(await http.ask(ask, 0), type=Operation)
+
+        for number in numbers:
+            body = {
+                "name": f"vm{number:03d}",
+                "cluster_id": cluster_id,
+                "memory_bytes": MEMORY_BYTES,
+                "high_availability": {"enabled": True},
+            }
+            made = await ended("/api/v1/vms", body)
+            await ended(f"/api/v1/vms/{made.object_id}/start", {"host_id": host.host_id})
+        http.close()
+
+    await asyncio.gather(*(caller() for _ in range(CALLERS)))
+    assert len(host.domains) == VMS, len(host.domains)
+
+
+def confirm(there: Installation, host: FleetHost) -> float:
+    """Seconds from the proof until the last restart was ordered, by the services' own words."""
+    client = there.client
+
+    def silent() -> bool:
+        return client.send(api.LIVENESS.get(host.host_id)).state is LivenessState.NON_RESPONSIVE
+
+    def restarts() -> list[Operation]:
+        return list(client.list(api.OPERATIONS, filter={"kind": "vm.restart"}, limit=1000))
+
+    until(silent)
+    yes = ConfirmHostRebooted(id=host.host_id, confirm=host.name, reason="bench")
+    path = f"hosts/{host.host_id}/confirm-rebooted"
+    said = client.send(Request("POST", path, HostLiveness, body_of(yes)))
+    assert said.proof is not None
+    until(lambda: len(restarts()) >= VMS)
+    return (max(op.created_at for op in restarts()) - said.proof.at).total_seconds()
+
+
+def until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
