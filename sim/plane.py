@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextvars
 import dataclasses
 import hashlib
@@ -52,8 +53,11 @@ def keys() -> dict[str, Key]:
 
 @cache
 def credentials() -> Path:
-    """A directory with everybody's credentials: services sign their orders with them."""
-    directory = Path(tempfile.mkdtemp(prefix="volery-sim-"))
+    """A directory with everybody's credentials: services sign their orders with them. It goes with the process that made
+    it, which has to be the one that all seeds' processes come from."""
+    made = tempfile.TemporaryDirectory(prefix="volery-sim-")
+    atexit.register(made.cleanup)
+    directory = Path(made.name)
     for name, key in keys().items():
         (directory / f"{name}.creds").write_text(format_creds("e30.e30.e30", key.seed))
     return directory
