@@ -149,9 +149,10 @@ async def delete(host: Host, order: DeleteVolume, running: Running) -> Done:
             await luns.blank(host, order.source, wipe=order.wipe, running=running, lock=lock)
             return Done()
         place = own_place(host.config, order.disk_id, order.source)
+        await places.remove(Place(place.root, "staging", f"{place.name}.new"), pass_fds=(lock,))
+        # The last step: whoever cancels after it is told that the volume is gone.
         removing = places.remove(place, wipe=order.wipe, timeout_seconds=WIPE_SECONDS, pass_fds=(lock,))
         await (removing if order.wipe else to_its_end(removing))
-        await places.remove(Place(place.root, "staging", f"{place.name}.new"), pass_fds=(lock,))
         return Done()
 
 

@@ -227,6 +227,27 @@ async def test_delete_twice(domain: Domain, wipe: bool, tmp_path: Path) -> None:
     assert (b"\7" in (tmp_path / "witness").read_bytes()) is not wipe
 
 
+async def test_whoever_cancels_a_deletion_is_told_what_came_of_it(domain: Domain) -> None:
+    """At whatever moment: cancelled means that the volume is there, done that it is gone."""
+    ended = {"cancelled": 0, "done": 0}
+    for moment in range(25):
+        disk_id, source = await domain.create(ImageFormat.RAW, MIB)
+        task = asyncio.create_task(
+            volumes.delete(domain.host, DeleteVolume(disk_id=disk_id, source=source), running())
+        )
+        await asyncio.wait([task], timeout=moment * 0.004)
+        task.cancel()
+        try:
+            await task
+        except asyncio.CancelledError:
+            assert Path(source.path).exists(), moment
+            ended["cancelled"] += 1
+        else:
+            assert not Path(source.path).exists(), moment
+            ended["done"] += 1
+    assert all(ended.values()), ended
+
+
 @pytest.mark.parametrize("from_format", list(ImageFormat))
 @pytest.mark.parametrize("to_format", list(ImageFormat))
 async def test_copy_keeps_bytes_and_holes(
