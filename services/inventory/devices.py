@@ -13,7 +13,7 @@ from typing import TypeVar
 from msgspec import UNSET
 from msgspec.structs import replace
 
-from services.inventory import model
+from services.inventory import late_unplug, model
 from services.inventory.desk import Inventory
 from services.inventory.protection import check_vm_restartable
 from services.inventory.specs import device_disk, device_nic, prepared_bridges, prepared_disks
@@ -238,6 +238,7 @@ async def detach_vm_disk_now(inv: Inventory, run: Run) -> None:
     ask = run.input(DetachVmDisk)
     home = await _home(inv, ask.id)
     if home is not None:
+        late_unplug.asked(inv, run, ask.id, home.host_id, ask.disk_id)
         await run.order(
             "unplug",
             "Unplugging it",
@@ -412,6 +413,7 @@ async def detach_nic(inv: Inventory, run: Run) -> None:
     ask = run.input(DetachVmNic)
     home = await _home(inv, ask.id)
     if home is not None:
+        late_unplug.asked(inv, run, ask.id, home.host_id, ask.nic_id)
         await run.order(
             "unplug",
             "Unplugging it",
@@ -470,3 +472,27 @@ async def change_cd(inv: Inventory, run: Run) -> None:
         return replace(vm, cdroms=tuple(sorted((*others, new), key=lambda c: c.target)))
 
     await _edit(inv, run, ask.id, changed)
+
+
+# --- what a guest let go of too late --------------------------------------------------------------------------
+
+
+async def unplugged(inv: Inventory, vm_id: str) -> None:
+    """Its guest has let go of a device after the operation that asked for it gave up: as if it were asked for now."""
+    row = await VMS.find(inv.core.pool, vm_id)
+    home = await _home(inv, vm_id)
+    seen = inv.seen.get((home.host_id, vm_id)) if home is not None else None
+    if row is None or home is None or seen is None or seen.epoch != home.epoch or row.public.busy_with:
+        return  # looked at again before long
+    late = late_unplug.gone(late_unplug.waited_for(row.public, row.private), seen)
+    if not late:
+        return
+    ident = min(late)  # one operation at a time
+    is_disk = any(disk.disk_id == ident for disk in row.public.disks)
+    question = DetachVmDisk(id=vm_id, disk_id=ident) if is_disk else DetachVmNic(id=vm_id, nic_id=ident)
+    action = "detach_disk" if is_disk else "detach_nic"
+    log.warning("the guest of VM %s let go of %s after all", row.public.name, ident)
+    try:
+        await _begin(inv, vm_id, 0, action, lambda _: question, Caller("service:inventory"))
+    except Refused as refused:
+        log.info("what VM %s lost isn't written yet: %s", row.public.name, refused.message)

@@ -54,7 +54,7 @@ def down(vm: Vm, private: VmPrivate, end: End, *, blackout: bool = False) -> tup
         stopped_at=utc_now(),
         guest=replace(vm.guest, agent_connected=False, ip_addresses=()),
     )
-    return model.with_actions(new), replace(private, stop_asked=False, killing=False)
+    return model.with_actions(new), replace(private, stop_asked=False, killing=False, unplugging=())
 
 
 def ended(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from msgspec.structs import replace
 
-from services.inventory import model
+from services.inventory import late_unplug, model
 from services.inventory.desk import Inventory
 from services.inventory.endings import ended
 from services.inventory.stop_table import End, end_of
@@ -210,7 +210,10 @@ def _alive(
         row.private,
         had_agent=row.private.had_agent or report.agent_connected,
         killing=row.private.killing and status is VmStatus.PAUSED,
+        unplugging=late_unplug.waited_for(vm, row.private),
     )
+    if late_unplug.gone(private.unplugging, report):
+        inv.core.wake(f"unplugged/{vm.id}")
     if new == vm and private == row.private:
         return []
     return [VMS.update(row, new, private)]
@@ -260,6 +263,8 @@ async def event_happened(inv: Inventory, fact: DomainEventHappened) -> Sequence[
     row = await VMS.find(inv.core.pool, fact.vm_id)
     if row is None or row.public.external:
         return ()
+    if fact.event == "device_removed" and row.private.unplugging:
+        inv.core.wake(f"boot/{fact.host_id}")  # its report says which devices there are
     reasons = {"io_error": "io_error", "watchdog": "watchdog", "panic": "panic"}
     reason = reasons.get(fact.event)
     if reason is None or row.public.status_reason == reason:

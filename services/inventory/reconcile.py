@@ -5,7 +5,7 @@ Keys: `vm/{id}` (a VM whose state is not the desired one), `claims/{id}` (capaci
 `order/{id}` (an order that a host was too slow for, and that must not come true later), `lost/{host}` (VMs that ran under
 a boot that has ended by proof), `boot/{host}` (VMs there of which it isn't known under which boot they run),
 `paused/{vm}` (a VM that an I/O error paused), `away/{host}` (one that has lost storage or a network), `reports/` (what every
- host has now).
+ host has now), `unplugged/{vm}` (a device that a guest let go of too late).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from msgspec.structs import replace
 
 from services.inventory.dead_parts import leave
 from services.inventory.desk import HOST_SECONDS, Inventory
+from services.inventory.devices import unplugged
 from services.inventory.endings import bury
 from services.inventory.io_errors import go_on
 from services.inventory.store import HOSTS, VMS
@@ -37,7 +38,7 @@ ABANDONED_SECONDS = HOST_SECONDS + 5.0
 GIVE_UP_SECONDS = 3.0
 STRAY_SECONDS = 5.0
 CLAIM_SECONDS = 2.0
-HELD_IN_QUARANTINE = frozenset({"vm", "claims", "stray", "order", "paused"})
+HELD_IN_QUARANTINE = frozenset({"vm", "claims", "stray", "order", "paused", "unplugged"})
 """Looks that end, move or release something: while the database is older than the hosts, what it calls wrong is right."""
 
 
@@ -60,6 +61,7 @@ async def reconcile_all(inv: Inventory) -> Sequence[str]:
         *(f"lost/{row.host_id}" for row in await inv.store.lost_placements()),
         *(f"away/{host_id}" for host_id in await inv.store.non_operational_hosts()),
         *(f"boot/{host_id}" for host_id in await inv.store.hosts_of_unknown_boots()),
+        *(f"unplugged/{vm_id}" for vm_id in await inv.store.vms_unplugging()),
     ]
 
 
@@ -191,4 +193,5 @@ LOOKS: dict[str, Callable[[Inventory, str], Awaitable[None]]] = {
     "paused": go_on,
     "away": leave,
     "reports": _reports,
+    "unplugged": unplugged,
 }

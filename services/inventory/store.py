@@ -60,6 +60,8 @@ class VmPrivate(Message):
     killing: bool = False
     """It is being ended since an I/O error has kept it paused for too long."""
     run_once: RunOnce | None = None
+    unplugging: tuple[str, ...] = ()
+    """Disks and NICs whose guest was asked to let go, and didn't in time: it may yet."""
     had_agent: bool = False
     delete_disks: bool = True
     """What the one who deletes it wants for its disks."""
@@ -336,6 +338,11 @@ class Store:
                     or (desired = 'down' and status in ('up', 'powering_up', 'paused'))
                     or status = 'deleting')"""
         )
+        return [row["id"] for row in rows]
+
+    async def vms_unplugging(self) -> list[str]:
+        """VMs with a device that their guest may still let go of."""
+        rows = await self.pool.fetch("""select id from vm where position('"unplugging":["' in private) > 0""")
         return [row["id"] for row in rows]
 
     async def paused_vms(self) -> list[Row[Vm, VmPrivate]]:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
-from tests.inventory.world import world_of
+from msgspec.structs import replace
+
+from tests.inventory.world import until, world_of
 from tests.support.speaker import Speaker
+from volery.contracts.agent import DOMAIN_EVENT_HAPPENED
 from volery.contracts.base import Done, Owner
 from volery.contracts.domain_orders import DETACH_NIC
+from volery.contracts.errors import Kind, Refused
 from volery.contracts.network import RELEASE_NIC, ReleaseNic
 from volery.contracts.operation import CANCEL_OPERATION, CancelOperation, OperationState
 from volery.contracts.vm import DETACH_VM_NIC, DetachVmNic, NewNic
@@ -46,4 +50,32 @@ async def test_the_address_of_a_nic_that_was_unplugged_is_freed_also_when_somebo
         host.held[DETACH_NIC.kind].set()
         assert (await world.ended(op)).state is OperationState.SUCCEEDED
         assert (await world.get(vm.id)).nics == ()
+        assert network.released == [nic.id]
+
+
+async def test_a_nic_that_its_guest_lets_go_of_too_late_is_the_vms_no_more(configured: Settings) -> None:
+    """QEMU goes on asking after the operation gave up; a guest that is reset lets go."""
+    network = Network()
+    async with world_of(configured, network.service(), hosts=1) as (world, (host,)):
+        vm = await world.vm(nics=(NewNic(mac="52:54:00:00:00:01"),))
+        (nic,) = vm.nics
+        host.domains[vm.id] = replace(host.domains[vm.id], nic_ids=(nic.id,))
+        host.refusals[DETACH_NIC.kind] = Refused(Kind.TIMEOUT, "the guest did not let go")
+        op = await world.bus.ask(DETACH_VM_NIC, DetachVmNic(id=vm.id, nic_id=nic.id))
+        assert (await world.ended(op)).state is OperationState.FAILED
+        await host.agent.report("inventory")
+        await host.agent.until_committed("inventory")
+        assert (await world.get(vm.id)).nics == (nic,)
+        assert network.released == []
+
+        del host.refusals[DETACH_NIC.kind]
+        host.domains[vm.id] = replace(host.domains[vm.id], nic_ids=())
+        said = {"vm_id": vm.id, "epoch": vm.epoch, "event": "device_removed"}
+        await host.agent.say("inventory", DOMAIN_EVENT_HAPPENED, **said)
+
+        async def without() -> bool:
+            now = await world.get(vm.id)
+            return now.nics == () and not now.busy_with
+
+        await until(without)
         assert network.released == [nic.id]
