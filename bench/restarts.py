@@ -89,4 +89,4 @@ def until(holds: Callable[[], bool]) -> None:
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not holds():
         assert time.monotonic() < deadline
-        time.sleep(0.2)
+        time.sleep(0.2)  # what is measured are the services' own times, not when this looks

@@ -86,7 +86,7 @@ class Scene:
         while not look():
             if time.monotonic() > until:
                 raise TooLate(f"waited {seconds:.0f} s for {what()}")
-            time.sleep(0.1)
+            time.sleep(0.1)  # REST, libvirt and a guest's agent are asked alike: nothing announces all three
 
     def inside(self, vm: Vm, command: str, seconds: float = 20.0) -> str:
         """What a shell in the guest prints, by its agent on the host where it runs."""

@@ -60,7 +60,8 @@ PROCESS: ContextVar[Process | None] = ContextVar("sim_process", default=None)
 
 
 class SimFuture(asyncio.Future[Any]):
-    """Hashed by a number, so that sets of futures are walked in the same order in every run."""
+    """Hashed by a number, so that sets of futures are walked in the same order in every run. Only a SimLoop makes them, and
+    only that has `numbers`."""
 
     number = 0
 
@@ -125,7 +126,7 @@ class SimLoop(asyncio.AbstractEventLoop):
         self._running = False
         self._closed = False
 
-    # Time and order
+    # Time and order. `Any` where typeshed has overloads: callbacks are only stored, and run in their context.
 
     def time(self) -> float:
         return self._time
@@ -200,7 +201,7 @@ class SimLoop(asyncio.AbstractEventLoop):
             handle.context.run(handle.callback, *handle.args)
         except (SystemExit, KeyboardInterrupt):
             raise
-        except BaseException as error:
+        except BaseException as error:  # as asyncio's loop: one callback's end is nobody else's
             self.failed.append(error)
 
     # Processes

@@ -1,6 +1,7 @@
 """Mistakes that the product could have, put into it by name: `make sim MUTANTS=1` must catch each.
 
-They live in the process of one seed and nowhere else; each names a seed that catches it.
+They live in the process of one seed and nowhere else; each names a seed that catches it. Putting one in means to replace
+a method of the product, which is what `type: ignore[method-assign]` is for, here and nowhere else.
 """
 
 from __future__ import annotations

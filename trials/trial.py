@@ -102,7 +102,7 @@ def nothing(scene: Scene, kind: Nothing, actors: Actors) -> Outcome:
         until = time.monotonic() + kind.seconds
         wrote = last_record(actors)
         while time.monotonic() < until:
-            time.sleep(min(PAUSE_SECONDS, kind.seconds))
+            time.sleep(min(PAUSE_SECONDS, kind.seconds))  # the fault lasts; nothing is to come of it
             if last_record(actors) == wrote:
                 raise Wrong(f"the guest wrote nothing for {PAUSE_SECONDS:.0f} s")
             wrote = last_record(actors)
@@ -124,7 +124,7 @@ def first_record(actors: Actors, known: int, seconds: float) -> datetime:
     while len(actors.boots(actors.survivor)) == known:
         if time.monotonic() > until:
             raise TooLate(f"waited {seconds:.0f} s for the guest to write")
-        time.sleep(0.02)
+        time.sleep(0.02)  # the guest writes four times a second: fine enough for a stopwatch
     return datetime.now(UTC)
 
 

@@ -44,7 +44,7 @@ async def after(event: asyncio.Event, work: Coroutine[Any, Any, Any]) -> None:
     """The work, once the event is set."""
     try:
         await event.wait()
-    except BaseException:
+    except BaseException:  # cancelled: what never began is closed, or Python complains that nobody awaited it
         work.close()
         raise
     await work
