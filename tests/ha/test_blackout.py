@@ -40,7 +40,7 @@ class Power:
 
     def lost(self) -> None:
         for name in ("nats", "postgres"):
-            process = server_of(self.home, name)  # type: ignore[arg-type]
+            process = server_of(self.home, name)  # type: ignore[arg-type]  # a literal of the two
             assert process is not None
             os.kill(process.pid, signal.SIGKILL)
             while process.alive():
@@ -120,6 +120,7 @@ async def furnish(world: World) -> Site:
 
 async def test_who_is_to_come_back_does_once_and_what_ran_on_the_missing_host_waits_for_proof() -> None:
     async with powered() as power:
+        # Its connection is a control plane's, of which there are two here: `plane` sets it for each.
         world = World(None, power.configured, Scheduler(), Bell())  # type: ignore[arg-type]
         async with plane(world):
             site = await furnish(world)
