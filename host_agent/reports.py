@@ -105,6 +105,9 @@ class Reporter:
         self._looks: dict[str, asyncio.Task[None]] = {}
         self._telling: set[asyncio.Task[Any]] = set()
         self._seen: dict[str, DomainReport] = {}
+        """What its owner was told last of each domain."""
+        self._told: dict[str, int] = {}
+        """Domains that were told since the last report was begun, by the number of the fact."""
         self._make: dict[str, Callable[[Reservation], Awaitable[FromHost]]] = {
             Owner.INVENTORY: self._host_report,
             Owner.STORAGE: self._storage_report,
@@ -182,7 +185,7 @@ class Reporter:
         domains = await self._host.hypervisor.list_domains()
         ours = [(d.vm_id, d.epoch, d.order_seq) for d in domains if d.installation]
         await self._journal.learn(Owner.INVENTORY, ours)
-        self._seen = {domain.vm_id: domain for domain in domains}
+        self._report_seen(domains, reservation.seq)
         return HostReported(
             **self._from_host(),
             capabilities=capabilities,
@@ -190,6 +193,13 @@ class Reporter:
             orders=await self._journal.orders_of(Owner.INVENTORY),
             gap=reservation.gap,
         )
+
+    def _report_seen(self, domains: Collection[DomainReport], seq: int) -> None:
+        """The report tells all of them; of a domain that was told meanwhile its owner hears that after the report."""
+        self._told = {vm_id: told for vm_id, told in self._told.items() if told > seq}
+        listed = {domain.vm_id: domain for domain in domains if domain.vm_id not in self._told}
+        later = {vm_id: domain for vm_id, domain in self._seen.items() if vm_id in self._told}
+        self._seen = listed | later
 
     async def _storage_report(self, reservation: Reservation) -> StorageReported:
         return StorageReported(
@@ -266,18 +276,19 @@ class Reporter:
 
     async def _tell_domain(self, domain: DomainReport) -> None:
         said = DomainChanged(**self._from_host(), domain=domain)
-        if domain.state is DomainState.GONE:
-            self._seen.pop(domain.vm_id, None)
-            self._gone.set()
-        else:
-            self._seen[domain.vm_id] = domain
-        await self._journal.put(
+        spooled = await self._journal.put(
             Owner.INVENTORY,
             DOMAIN_CHANGED.subject_for(said),
             encode(said),
             FactClass.STATE,
             f"domain:{domain.vm_id}",
         )
+        self._told[domain.vm_id] = spooled.seq
+        if domain.state is DomainState.GONE:
+            self._seen.pop(domain.vm_id, None)
+            self._gone.set()
+        else:
+            self._seen[domain.vm_id] = domain
 
     async def _tell_event(self, event: HypervisorEvent) -> None:
         before = self._seen.get(event.vm_id)

@@ -173,6 +173,8 @@ def _at_home(
             return []  # its operation writes where the memory is
         return ended(inv, row, placement, end, boot_id)
     if report.epoch != placement.epoch:
+        if placement.state == "running" and not row.public.busy_with:
+            inv.core.wake(f"behind/{row.id}")
         return []
     changes = _alive(inv, row, placement, report)
     if placement.state == "running" and placement.boot_id != boot_id:

@@ -42,6 +42,9 @@ from volery.runtime.tables import Stale
 
 part = Part()
 
+STILL_THERE = frozenset({DomainState.RUNNING, DomainState.PAUSED, DomainState.SHUTTING_DOWN})
+"""States at the source in which a migration that failed leaves the VM where it was."""
+
 
 class Moving(Message):
     """What a migration decided first."""
@@ -334,18 +337,33 @@ async def _forget(inv: Inventory, run: Run, vm_id: str, moving: Moving, target_i
 async def _give_back(inv: Inventory, run: Run, vm_id: str, moving: Moving) -> None:
     """The source goes on, under an epoch above the destination's; or it ended meanwhile, and the VM is down."""
     await _hear_source(inv, moving)
-    here = _seen_at_source(inv, vm_id, moving)
-    alive = here is not None and here.state in (
-        DomainState.RUNNING,
-        DomainState.PAUSED,
-        DomainState.SHUTTING_DOWN,
-    )
     epoch = moving.epoch + 1
+    vm = await _decide_back(inv, vm_id, moving, epoch)
+    if vm is None:
+        return
+    # A disk that just grows is waited for: without this order the host would keep an epoch that nobody believes.
+    spec = await inv.once_free(lambda: domain_spec(inv, vm, moving.source_id, None, run.caller))
+    await run.order(
+        "keep",
+        "Keeping it where it was",
+        RUN_DOMAIN,
+        RunDomain(vm_id=vm_id, spec=spec),
+        host_id=moving.source_id,
+        epoch=epoch,
+    )
+
+
+async def _decide_back(inv: Inventory, vm_id: str, moving: Moving, epoch: int) -> Vm | None:
+    """The VM, where its source is to go on with it under this epoch: also when that was decided by an undoing that was
+    interrupted before the source was told."""
     while True:
         before = await inv.store.placement(vm_id)
         row = await VMS.get(inv.core.pool, vm_id)
         if before.state != "moving":
-            return
+            decided = (before.state, before.epoch, before.host_id) == ("running", epoch, moving.source_id)
+            return row.public if decided else None
+        here = _seen_at_source(inv, vm_id, moving)
+        alive = here is not None and here.state in STILL_THERE
         if alive:
             placed = inv.store.place(
                 before, epoch=epoch, host_id=moving.source_id, state="running", boot_id=moving.source_boot_id
@@ -362,20 +380,9 @@ async def _give_back(inv: Inventory, run: Run, vm_id: str, moving: Moving) -> No
             await inv.core.commit(placed, VMS.update(row, replace(new, epoch=epoch), private))
         except Stale:
             continue
-        break
-    # Should the destination not have let go of it yet, it is told again.
-    inv.core.wake(f"stray/{before.destination_id}/{vm_id}")
-    if alive:
-        # A disk that just grows is waited for: without this order the host would keep an epoch that nobody believes.
-        spec = await inv.once_free(lambda: domain_spec(inv, row.public, moving.source_id, None, run.caller))
-        await run.order(
-            "keep",
-            "Keeping it where it was",
-            RUN_DOMAIN,
-            RunDomain(vm_id=vm_id, spec=spec),
-            host_id=moving.source_id,
-            epoch=epoch,
-        )
+        # Should the destination not have let go of it yet, it is told again.
+        inv.core.wake(f"stray/{before.destination_id}/{vm_id}")
+        return row.public if alive else None
 
 
 async def _stay(inv: Inventory, vm_id: str) -> None:

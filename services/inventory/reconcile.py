@@ -5,7 +5,8 @@ Keys: `vm/{id}` (a VM whose state is not the desired one), `claims/{id}` (capaci
 `order/{id}` (an order that a host was too slow for, and that must not come true later), `lost/{host}` (VMs that ran under
 a boot that has ended by proof), `boot/{host}` (VMs there of which it isn't known under which boot they run),
 `paused/{vm}` (a VM that an I/O error paused), `away/{host}` (one that has lost storage or a network), `reports/` (what every
- host has now), `unplugged/{vm}` (a device that a guest let go of too late).
+ host has now), `unplugged/{vm}` (a device that a guest let go of too late), `behind/{vm}` (a VM whose host has it under an
+ epoch before its own, and isn't believed).
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ from services.inventory.dead_parts import leave
 from services.inventory.desk import HOST_SECONDS, Inventory
 from services.inventory.devices import unplugged
 from services.inventory.endings import bury
+from services.inventory.host_facts import ALIVE_STATES
 from services.inventory.io_errors import go_on
+from services.inventory.specs import domain_spec
 from services.inventory.store import HOSTS, VMS
 from volery.contracts.base import Call, Message
 from volery.contracts.domain import DomainState
-from volery.contracts.domain_orders import FORGET_DOMAIN, ForgetDomain
+from volery.contracts.domain_orders import FORGET_DOMAIN, RUN_DOMAIN, ForgetDomain, RunDomain
 from volery.contracts.errors import Refused
 from volery.contracts.ids import new_id
 from volery.contracts.operation import Operation
@@ -38,7 +41,7 @@ ABANDONED_SECONDS = HOST_SECONDS + 5.0
 GIVE_UP_SECONDS = 3.0
 STRAY_SECONDS = 5.0
 CLAIM_SECONDS = 2.0
-HELD_IN_QUARANTINE = frozenset({"vm", "claims", "stray", "order", "paused", "unplugged"})
+HELD_IN_QUARANTINE = frozenset({"vm", "claims", "stray", "order", "paused", "unplugged", "behind"})
 """Looks that end, move or release something: while the database is older than the hosts, what it calls wrong is right."""
 
 
@@ -146,6 +149,28 @@ async def _stray(inv: Inventory, rest: str) -> None:
         await inv.core.hosts.ask_report(host_id)  # still there, it is ended again
 
 
+async def _behind(inv: Inventory, vm_id: str) -> None:
+    """A migration failed, and the source could not be told the epoch under which it goes on: it is told now."""
+    placement = await inv.store.placement(vm_id)
+    row = await VMS.find(inv.core.pool, vm_id)
+    seen = inv.seen.get((placement.host_id, vm_id))
+    if row is None or row.public.busy_with or placement.state != "running":
+        return
+    if seen is None or seen.state not in ALIVE_STATES or seen.epoch >= placement.epoch:
+        return
+    try:
+        spec = await domain_spec(inv, row.public, placement.host_id, None, Caller("service:inventory"))
+        await inv.order_now(
+            RUN_DOMAIN,
+            RunDomain(vm_id=vm_id, spec=spec),
+            host_id=placement.host_id,
+            object_id=vm_id,
+            epoch=placement.epoch,
+        )
+    except (Refused, TimeoutError) as error:  # its host's next report brings it here again
+        log.warning("VM %s stays under an epoch that has passed: %s", vm_id, error)
+
+
 async def _host(inv: Inventory, host_id: str) -> None:
     """What its VMs were promised, shown on the host."""
     row = await HOSTS.find(inv.core.pool, host_id)
@@ -194,4 +219,5 @@ LOOKS: dict[str, Callable[[Inventory, str], Awaitable[None]]] = {
     "away": leave,
     "reports": _reports,
     "unplugged": unplugged,
+    "behind": _behind,
 }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
+import sqlite3
 import subprocess
 import uuid
 from collections.abc import AsyncIterator, Iterator
@@ -16,6 +18,8 @@ from host_agent.__main__ import ACTIONS
 from host_agent.action import Action, Host
 from host_agent.agent import Agent, libvirt_guests_enabled
 from host_agent.config import AgentConfig
+from host_agent.domxml import Placement, metadata_xml
+from host_agent.events import EventName
 from host_agent.facts import FactClass
 from host_agent.journal import Journal
 from tests.support import toy_agent
@@ -28,6 +32,7 @@ from volery.contracts.agent import (
     DESCRIBE_HOST,
     AskHost,
     CommittedWord,
+    DomainReport,
     HostCapabilities,
     HostReported,
     OrderState,
@@ -80,6 +85,16 @@ def spec(vm_id: str) -> DomainSpec:
     )
 
 
+def domains_told(ear: Listener, vm_id: str) -> list[DomainReport]:
+    """By changes of the domain, or by reports that were under way."""
+    return [
+        domain
+        for _, fact in ear.facts
+        for domain in (*getattr(fact, "domains", ()), getattr(fact, "domain", None))
+        if getattr(domain, "vm_id", "") == vm_id
+    ]
+
+
 async def test_it_reports_to_every_owner_and_beats(agent: AgentProcess, ear: Listener) -> None:
     agent.start()
     await ear.until(lambda: ear.of("storage.reported") and ear.of("network.reported"))
@@ -124,18 +139,10 @@ async def test_it_says_a_new_epoch_at_once_and_keeps_it_through_a_pause(
     agent.start()
     vm_id = str(uuid.uuid4())
 
-    def newest() -> tuple[int, DomainState] | None:
-        """By a change of the domain, or by a report that was under way."""
-        told = [
-            domain
-            for _, fact in ear.facts
-            for domain in (*getattr(fact, "domains", ()), getattr(fact, "domain", None))
-            if getattr(domain, "vm_id", "") == vm_id
-        ]
-        return (told[-1].epoch, told[-1].state) if told else None
-
     async def said(epoch: int, state: DomainState) -> None:
-        await ear.until(lambda: newest() == (epoch, state))
+        await ear.until(
+            lambda: [(d.epoch, d.state) for d in domains_told(ear, vm_id)][-1:] == [(epoch, state)]
+        )
 
     await ear.send(await ear.order(RUN_DOMAIN, RunDomain(vm_id=vm_id, spec=spec(vm_id)), epoch=1))
     await said(1, DomainState.RUNNING)
@@ -144,6 +151,59 @@ async def test_it_says_a_new_epoch_at_once_and_keeps_it_through_a_pause(
     pause = ActOnDomain(vm_id=vm_id, action=DomainAction.PAUSE)
     await ear.send(await ear.order(ACT_ON_DOMAIN, pause, epoch=2))
     await said(2, DomainState.PAUSED)
+
+
+async def test_a_report_under_way_does_not_hide_what_changed_since_it_looked(
+    tmp_path: Path, bus: PlainBus, control: Control, ear: Listener
+) -> None:
+    """A domain gets a new epoch between a report's listing and its writing, for which the journal is kept busy."""
+    identity = enrol_by_hand(tmp_path / "state", control, bus.url)
+    met: list[Host] = []
+    listing, wanted = asyncio.Event(), False
+
+    async def meet(host: Host) -> None:
+        met.append(host)
+
+    async def describe(_host: Host) -> HostCapabilities:
+        if wanted:
+            journal.execute("begin immediate")
+            listing.set()
+        return HostCapabilities(hostname="toy")
+
+    senses = dataclasses.replace(toy_agent.PARTS.senses, describe=describe)
+    parts = dataclasses.replace(toy_agent.PARTS, actions=ACTIONS, senses=senses, background=(meet,))
+    settings = AgentConfig(
+        state_dir=str(tmp_path / "state"), libvirt_uri="test:///default", beat_seconds=0.05
+    )
+    stop = asyncio.Event()
+    running = asyncio.create_task(Agent(settings, identity, parts).run(stop))
+    vm_id = str(uuid.uuid4())
+    run = await ear.order(RUN_DOMAIN, RunDomain(vm_id=vm_id, spec=spec(vm_id)), epoch=1)
+    await ear.send(run)
+    assert (await ear.finished(run)).problem is None
+    await ear.until(lambda: ear.of("network.reported"))
+    with contextlib.closing(
+        sqlite3.connect(tmp_path / "state/journal.sqlite", isolation_level=None)
+    ) as journal:
+        wanted = True
+        word = CommittedWord(host_id=HOST_ID, owner="inventory", generation="", seq=0)
+        await ear.client.publish(f"host.{HOST_ID}.report", encode(word))
+        await listing.wait()
+        wanted = False
+        hypervisor = met[0].hypervisor
+        await hypervisor.list_domains()
+        with hypervisor.events() as events:
+            await hypervisor.set_metadata(vm_id, metadata_xml("a VM", "test", Placement(2, 9)))
+            async with asyncio.timeout(10):
+                while (await events.get()).name is not EventName.METADATA_CHANGED:
+                    pass
+        await hypervisor.domain(vm_id)
+        journal.execute("rollback")
+    await hypervisor.pause(vm_id)
+    await ear.until(lambda: [f for f in domains_told(ear, vm_id) if f.state is DomainState.PAUSED])
+    assert domains_told(ear, vm_id)[-1].epoch == 2
+    stop.set()
+    assert await running == 0
 
 
 async def test_it_describes_itself(agent: AgentProcess, ear: Listener) -> None:
