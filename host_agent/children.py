@@ -246,6 +246,11 @@ async def python(
         environment=PYTHON_ENVIRONMENT,
         pass_fds=pass_fds,
     )
+    return answered(output, answer)
+
+
+def answered(output: bytes, answer: type[T]) -> T:
+    """What one of our own programs said last. Raises Refused as it was told."""
     return decode_answer(output.rstrip().rsplit(b"\n", 1)[-1], answer)
 
 

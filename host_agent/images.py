@@ -13,8 +13,9 @@ from typing import Any
 
 import msgspec
 
-from host_agent import children
+from host_agent import children, leased
 from host_agent.children import ChildFailed, ChildTimedOut, Limits
+from host_agent.leased import FREE, Hold
 from volery.contracts.domain import FileSource, IscsiSource, VolumeSource
 from volery.contracts.errors import Kind, Refused, invalid
 
@@ -258,12 +259,14 @@ async def qemu_img(
     timeout_seconds: float,
     limits: Limits = INSPECT_LIMITS,
     pass_fds: Sequence[int] = (),
+    hold: Hold = FREE,
     on_progress: Callable[[float], None] | None = None,
 ) -> bytes:
     """What qemu-img said. Raises Refused with a sentence about what it refused."""
     on_output = progress_reader(on_progress) if on_progress is not None else None
     try:
-        return await children.run(
+        return await leased.run_holding(
+            hold,
             ["qemu-img", verb, *arguments],
             timeout_seconds=timeout_seconds,
             limits=limits,

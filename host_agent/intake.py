@@ -8,9 +8,10 @@ from typing import Any
 
 import msgspec
 
-from host_agent import children, images, iscsi, luns, places, volumes
+from host_agent import children, images, iscsi, leased, luns, places, volumes
 from host_agent.action import Action, Host, Running
 from host_agent.children import ChildFailed, ChildTimedOut
+from host_agent.leased import Hold
 from host_agent.places import Place
 from volery.contracts.domain import FileSource, ImageFormat, VolumeSource
 from volery.contracts.errors import Kind, Refused, conflict, invalid
@@ -30,14 +31,14 @@ async def adopt(
     target: VolumeSource,
     max_bytes: int,
     running: Running,
-    lock: int,
+    hold: Hold,
 ) -> VolumeInfo:
     """Makes a staged image the content of a volume, replacing what it held, if the image is harmless and fits.
 
     The volume keeps its size, or gets the image's. Raises Refused(invalid) with the rule that the image breaks,
     Refused(conflict) while a VM has the volume open.
     """
-    file = await places.look(staged, pass_fds=(lock,))
+    file = await places.look(staged, hold)
     if not file.exists:
         raise invalid(f"nothing was received for disk {disk_id}: send the image first")
     head = bytes.fromhex(file.head)
@@ -47,7 +48,7 @@ async def adopt(
     size = -(-info.virtual_size // volumes.SECTOR_BYTES) * volumes.SECTOR_BYTES
     if isinstance(target, FileSource):
         place = volumes.own_place(host.config, disk_id, target)
-        present = await places.look(place, pass_fds=(lock,))
+        present = await places.look(place, hold)
         if present.in_use:
             raise conflict(
                 f"disk {disk_id} is in use by a running VM: stop it before its content is replaced"
@@ -55,15 +56,15 @@ async def adopt(
         if present.exists:
             size = max(size, (await volumes.describe(target)).size_bytes)
         if info.format == target.format == ImageFormat.RAW and size == file.size_bytes:
-            await places.put(place, staged.name, replace=True, pass_fds=(lock,))
+            await places.put(place, staged.name, hold, replace=True)
             return await volumes.describe(target)
     node = images.file_node(staged.path, info.format)
-    return await volumes.fill(host.config, disk_id, target, size, node, None, running, lock, replace=True)
+    return await volumes.fill(host.config, disk_id, target, size, node, None, running, hold, replace=True)
 
 
-async def check_sum(staged: Place, wanted: str, known: str, lock: int) -> str:
+async def check_sum(staged: Place, wanted: str, known: str, hold: Hold) -> str:
     """The staged file's SHA-256. Raises Refused(mismatch) when it isn't the one that was announced."""
-    found = known or await places.digest(staged, timeout_seconds=HASH_SECONDS, pass_fds=(lock,))
+    found = known or await places.digest(staged, hold, timeout_seconds=HASH_SECONDS)
     if wanted and wanted.lower() != found:
         raise Refused(
             Kind.MISMATCH,
@@ -96,7 +97,7 @@ async def import_volume(host: Host, order: ImportVolume, running: Running) -> Vo
         len(order.sha256) != SHA256_LENGTH or not set(order.sha256.lower()) <= set("0123456789abcdef")
     ):
         raise invalid(f"{order.sha256[:80]!r} isn't a SHA-256: write its 64 hexadecimal digits")
-    async with luns.writing(host, order.disk_id, order.target) as lock:
+    async with luns.writing(host, order.disk_id, order.target, order.lease) as hold:
         root = places.home(host.config, order.target)
         if isinstance(order.target, FileSource):
             volumes.own_place(host.config, order.disk_id, order.target)
@@ -105,12 +106,12 @@ async def import_volume(host: Host, order: ImportVolume, running: Running) -> Vo
         staged = Place(root, "staging", f"{order.disk_id}.import")
         limit = order.max_bytes or images.MAX_VIRTUAL_BYTES
         try:
-            fetched = await _fetch(host, order.url, staged, limit, running, lock)
-            sha256 = await check_sum(staged, order.sha256, fetched.sha256, lock)
+            fetched = await _fetch(host, order.url, staged, limit, running, hold)
+            sha256 = await check_sum(staged, order.sha256, fetched.sha256, hold)
             converting = replace(running, progress=_rest_of(running))
-            info = await adopt(host, order.disk_id, staged, order.target, limit, converting, lock)
+            info = await adopt(host, order.disk_id, staged, order.target, limit, converting, hold)
         finally:
-            await places.remove(staged)
+            await places.abandon(staged, hold)
         return msgspec.structs.replace(info, sha256=sha256)
 
 
@@ -126,7 +127,7 @@ class _Progress(msgspec.Struct):
 
 
 async def _fetch(
-    host: Host, url: str, staged: Place, max_bytes: int, running: Running, lock: int
+    host: Host, url: str, staged: Place, max_bytes: int, running: Running, hold: Hold
 ) -> _Fetched:
     allowed = tuple(n.strip() for n in host.config.import_networks.split(",") if n.strip())
     request = _Fetch(url, staged.root, staged.name, max_bytes, allowed, os.environ.get("SSL_CERT_FILE", ""))
@@ -139,12 +140,12 @@ async def _fetch(
                 running.progress(told * FETCH_SHARE / 100, {"step": "download"})
 
     try:
-        await children.run(
+        await leased.run_holding(
+            hold,
             children.python_arguments("host_agent.fetch", "get"),
             timeout_seconds=FETCH_SECONDS,
             stdin=msgspec.json.encode(request),
             environment=children.PYTHON_ENVIRONMENT,
-            pass_fds=(lock,),
             on_output=hear,
         )
     except ChildTimedOut as failure:

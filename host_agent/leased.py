@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from host_agent import children, sanlock
-from host_agent.children import ChildFailed
+from host_agent.children import ChildFailed, Limits
 from host_agent.leased_tool import BEGAN
 from host_agent.sanlock import SanlockFailed
 from volery.contracts.domain import DomainLease
+from volery.contracts.errors import Kind, Refused
 from volery.runtime.clock import monotonic
 
 LETTING_GO = -11
@@ -27,6 +30,70 @@ HEARD_BYTES = 4096
 """Of a tool whose output goes elsewhere: enough to read why it got no lease."""
 
 
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """What programs that work on a volume hold for as long as they live: its lock on this host, and its lease."""
+
+    descriptor: int = -1
+    lease: DomainLease | None = None
+
+    @property
+    def pass_fds(self) -> tuple[int, ...]:
+        return () if self.descriptor < 0 else (self.descriptor,)
+
+    @property
+    def reading(self) -> Hold:
+        """For a program that writes nothing."""
+        return Hold(self.descriptor)
+
+
+FREE = Hold()
+
+
+class NoLease(Refused):
+    """The lease could not be had, or was lost: the volume may be another host's by now."""
+
+
+async def run_holding(
+    hold: Hold,
+    arguments: Sequence[str],
+    *,
+    timeout_seconds: float,
+    stdin: bytes | None = None,
+    environment: Mapping[str, str] | None = None,
+    limits: Limits | None = None,
+    pass_fds: Sequence[int] = (),
+    on_output: Callable[[bytes], None] | None = None,
+) -> bytes:
+    """As `children.run`. Raises also NoLease."""
+    options: dict[str, Any] = {
+        "timeout_seconds": timeout_seconds,
+        "stdin": stdin,
+        "environment": environment,
+        "limits": limits,
+        "pass_fds": (*pass_fds, *hold.pass_fds),
+        "on_output": on_output,
+    }
+    if hold.lease is None:
+        return await children.run(arguments, **options)
+    try:
+        return await run(hold.lease, arguments, **options)
+    except SanlockFailed as failure:
+        raise NoLease(
+            failure.kind,
+            f"volume {hold.lease.key} can't be written by this host: {failure.message}",
+            sanlock_code=failure.code,
+        ) from failure
+    except ChildFailed as failure:
+        if failure.status != -signal.SIGTERM:
+            raise
+        raise NoLease(
+            Kind.UNAVAILABLE,
+            f"writing volume {hold.lease.key} was ended: this host could not renew its lease on storage domain "
+            f"{hold.lease.lockspace}, which did not answer for too long. Look at the storage, then try again",
+        ) from failure
+
+
 async def run(
     lease: DomainLease,
     arguments: Sequence[str],
@@ -34,6 +101,7 @@ async def run(
     timeout_seconds: float,
     stdin: bytes | None = None,
     environment: Mapping[str, str] | None = None,
+    limits: Limits | None = None,
     pass_fds: Sequence[int] = (),
     on_output: Callable[[bytes], None] | None = None,
 ) -> bytes:
@@ -51,6 +119,7 @@ async def run(
                 timeout_seconds=timeout_seconds,
                 stdin=stdin,
                 environment=environment,
+                limits=limits,
                 pass_fds=pass_fds,
                 on_output=on_output,
             )

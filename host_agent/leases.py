@@ -200,13 +200,29 @@ async def leave(host: Host, order: LeaveLockspace, running: Running) -> Done:
 
 async def create(host: Host, order: CreateLease, running: Running) -> Done:
     """Raises Refused(conflict) when something else has its name."""
+    await _create(host, order)
+    return Done()
+
+
+async def _create(host: Host, order: CreateLease) -> None:
     place = _of_key(host.config, order.domain_id, order.key, order.path)
     if not (await _ask("look", place, _Found)).exists:
         await _make(host, place, "-r", sanlock.resource(order.domain_id, order.key, "{}"))
     leader = await sanlock.read_lease(order.domain_id, order.key, _path(place))
     if (leader.text("space_name"), leader.text("resource_name")) != (order.domain_id, order.key):
         raise conflict(f"{order.path} isn't the lease of {order.key}: look at the file on the storage")
-    return Done()
+
+
+async def ensure(host: Host, lease: DomainLease) -> None:
+    """A volume's lease is there to be held. Raises Refused where this host could hold none of its storage domain's."""
+    if await joined(lease.lockspace) is None:
+        raise Refused(
+            Kind.UNAVAILABLE,
+            f"volume {lease.key} can't be written by this host: it has not joined the lockspace of storage domain "
+            f"{lease.lockspace}; look at the domain's lease problems",
+            key=lease.key,
+        )
+    await _create(host, CreateLease(domain_id=lease.lockspace, key=lease.key, path=lease.path))
 
 
 async def delete(host: Host, order: DeleteLease, running: Running) -> Done:

@@ -9,12 +9,13 @@ import contextlib
 import re
 from collections.abc import AsyncIterator, Callable
 
-from host_agent import children, images, iscsi, places
+from host_agent import children, images, iscsi, leases, places
 from host_agent.action import Action, Host, Running
 from host_agent.children import ChildFailed
 from host_agent.config import AgentConfig
+from host_agent.leased import Hold
 from volery.contracts.agent import LunClaim, OpenLun
-from volery.contracts.domain import ImageFormat, IscsiSource, VolumeSource
+from volery.contracts.domain import DomainLease, ImageFormat, IscsiSource, VolumeSource
 from volery.contracts.errors import conflict, invalid
 from volery.contracts.volume_orders import CLAIM_LUN, ClaimLun, VolumeInfo
 
@@ -37,12 +38,16 @@ async def open_now(host: Host) -> tuple[OpenLun, ...]:
 
 
 @contextlib.asynccontextmanager
-async def writing(host: Host, disk_id: str, target: VolumeSource) -> AsyncIterator[int]:
-    """The lock under which a volume is written, also when it is a LUN; one that a VM has open is refused."""
-    async with places.volume_lock(host.config, disk_id, target) as lock:
+async def writing(
+    host: Host, disk_id: str, target: VolumeSource, lease: DomainLease | None = None
+) -> AsyncIterator[Hold]:
+    """What a volume is written under, also when it is a LUN; one that a VM has open is refused."""
+    async with places.volume_lock(host.config, disk_id, target, lease) as hold:
         if isinstance(target, IscsiSource):
             await _refuse_open(host, target, disk_id)
-        yield lock
+        if lease is not None:
+            await leases.ensure(host, lease)
+        yield hold
 
 
 async def _refuse_open(host: Host, lun: IscsiSource, disk_id: str) -> None:
@@ -73,13 +78,13 @@ async def existing(config: AgentConfig, lun: IscsiSource, size_bytes: int) -> Vo
 
 async def claim(host: Host, order: ClaimLun, running: Running) -> VolumeInfo:
     """Proves that nothing is lost when the LUN becomes this disk's, and that its reader sees nobody's former data."""
-    async with writing(host, order.disk_id, order.source) as lock:
+    async with writing(host, order.disk_id, order.source) as hold:
         _refuse_former(host, order)
         found = await existing(host.config, order.source, order.size_bytes)
         if order.overwrite:
-            await zero(order.source, 0, found.size_bytes, lock, _teller(running))
+            await zero(order.source, 0, found.size_bytes, hold, _teller(running))
         else:
-            await _refuse_content(order.source, found.size_bytes, lock, _teller(running))
+            await _refuse_content(order.source, found.size_bytes, hold, _teller(running))
         places.note_claim(host.config, _claim_of(order))
         return found
 
@@ -107,10 +112,10 @@ async def claims(host: Host) -> tuple[LunClaim, ...]:
     return places.claims(host.config)
 
 
-async def blank(host: Host, lun: IscsiSource, *, wipe: bool, running: Running, lock: int) -> None:
+async def blank(host: Host, lun: IscsiSource, *, wipe: bool, running: Running, hold: Hold) -> None:
     """Zeros over the whole LUN, so that it may be another disk's."""
     places.check_lun(host.config, lun)
-    await zero(lun, 0, await iscsi.size(lun), lock, _teller(running), written=wipe)
+    await zero(lun, 0, await iscsi.size(lun), hold, _teller(running), written=wipe)
 
 
 def _teller(running: Running) -> Callable[[float], None]:
@@ -118,7 +123,7 @@ def _teller(running: Running) -> Callable[[float], None]:
 
 
 async def _refuse_content(
-    lun: IscsiSource, size_bytes: int, lock: int, tell: Callable[[float], None]
+    lun: IscsiSource, size_bytes: int, hold: Hold, tell: Callable[[float], None]
 ) -> None:
     """Raises Refused(conflict) with the first place that isn't zero. What the target says is unmapped isn't read."""
     said = bytearray()
@@ -138,7 +143,7 @@ async def _refuse_content(
                 ],
                 timeout_seconds=WHOLE_SECONDS,
                 limits=images.CONVERT_LIMITS,
-                pass_fds=(*descriptors, lock),
+                pass_fds=(*descriptors, *hold.pass_fds),
                 on_output=hear,
             )
     except ChildFailed as failure:
@@ -156,7 +161,7 @@ async def zero(
     lun: IscsiSource,
     start: int,
     end: int,
-    lock: int,
+    hold: Hold,
     tell: Callable[[float], None],
     *,
     written: bool = False,
@@ -173,7 +178,8 @@ async def zero(
             ],
             timeout_seconds=WHOLE_SECONDS,
             limits=images.CONVERT_LIMITS,
-            pass_fds=(*descriptors, lock),
+            pass_fds=descriptors,
+            hold=hold,
             on_progress=tell,
         )
 

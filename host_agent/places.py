@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
-from host_agent import children
+from host_agent import children, leased
 from host_agent.children import ChildFailed
 from host_agent.config import AgentConfig
 from host_agent.files import VOLUME_NAME
+from host_agent.leased import FREE, Hold
 from volery.contracts.agent import LunClaim, OpenLun
 from volery.contracts.base import Done
-from volery.contracts.domain import FileSource, IscsiSource, VolumeSource
+from volery.contracts.domain import DomainLease, FileSource, IscsiSource, VolumeSource
 from volery.contracts.errors import Kind, Refused, invalid
 from volery.contracts.volume_orders import DirectoryLocation, IscsiLocation, StorageLocation
 
@@ -169,8 +170,8 @@ def home(config: AgentConfig, source: VolumeSource) -> str:
 
 @contextlib.asynccontextmanager
 async def volume_lock(
-    config: AgentConfig, disk_id: str, target: VolumeSource | None = None
-) -> AsyncIterator[int]:
+    config: AgentConfig, disk_id: str, target: VolumeSource | None = None, lease: DomainLease | None = None
+) -> AsyncIterator[Hold]:
     """One writer per volume on this host: also a child that outlived its order, or the agent, counts.
 
     A LUN is noted in the lock's file, since nothing else says which one is being written.
@@ -185,7 +186,7 @@ async def volume_lock(
         if isinstance(target, IscsiSource):
             note = OpenLun(iqn=target.iqn, lun=target.lun, disk_id=disk_id)
             os.pwrite(descriptor, msgspec.json.encode(note), 0)
-        yield descriptor
+        yield Hold(descriptor, lease)
 
 
 def luns_at_work(config: AgentConfig) -> list[OpenLun]:
@@ -229,30 +230,36 @@ class _Digest(msgspec.Struct):
     sha256: str
 
 
-async def look(place: Place, *, pass_fds: Sequence[int] = ()) -> Look:
-    return await ask("look", _OneFile(place.root, place.folder, place.name), Look, pass_fds=pass_fds)
+async def look(place: Place, hold: Hold = FREE) -> Look:
+    return await ask("look", _OneFile(place.root, place.folder, place.name), Look, hold=hold.reading)
 
 
-async def put(place: Place, staged: str, *, replace: bool, pass_fds: Sequence[int] = ()) -> None:
+async def put(place: Place, staged: str, hold: Hold, *, replace: bool) -> None:
     """Gives a finished file in `staging` its final name, at once and durably.
 
     Raises Refused(conflict) when a file is there (unless `replace`) or it is in use.
     """
-    await ask("place", _Placing(place.root, staged, place.name, replace), Done, pass_fds=pass_fds)
+    await ask("place", _Placing(place.root, staged, place.name, replace), Done, hold=hold)
 
 
 async def remove(
-    place: Place, *, wipe: bool = False, timeout_seconds: float = FILE_SECONDS, pass_fds: Sequence[int] = ()
+    place: Place, hold: Hold = FREE, *, wipe: bool = False, timeout_seconds: float = FILE_SECONDS
 ) -> None:
     """Removes a file, absent or not. Raises Refused(conflict) when a running VM has it open."""
     request = _OneFile(place.root, place.folder, place.name, wipe)
-    await ask("remove", request, Done, timeout_seconds=timeout_seconds, pass_fds=pass_fds)
+    await ask("remove", request, Done, timeout_seconds=timeout_seconds, hold=hold)
 
 
-async def digest(place: Place, *, timeout_seconds: float, pass_fds: Sequence[int] = ()) -> str:
+async def abandon(staged: Place, hold: Hold) -> None:
+    """What an order that failed has begun goes. Without the lease it may be another host's by now, and is left."""
+    with contextlib.suppress(leased.NoLease):
+        await remove(staged, hold)
+
+
+async def digest(place: Place, hold: Hold, *, timeout_seconds: float) -> str:
     """The file's SHA-256 in hexadecimal."""
     request = _OneFile(place.root, place.folder, place.name)
-    return (await ask("digest", request, _Digest, timeout_seconds=timeout_seconds, pass_fds=pass_fds)).sha256
+    return (await ask("digest", request, _Digest, timeout_seconds=timeout_seconds, hold=hold.reading)).sha256
 
 
 async def ask(
@@ -261,13 +268,18 @@ async def ask(
     answer: type[children.T],
     *,
     timeout_seconds: float = FILE_SECONDS,
-    pass_fds: Sequence[int] = (),
+    hold: Hold = FREE,
 ) -> children.T:
     """Asks `host_agent.files`. Raises Refused(timeout) when the storage hangs."""
     try:
-        return await children.python(
-            "host_agent.files", verb, request, answer, timeout_seconds=timeout_seconds, pass_fds=pass_fds
+        output = await leased.run_holding(
+            hold,
+            children.python_arguments("host_agent.files", verb),
+            timeout_seconds=timeout_seconds,
+            stdin=msgspec.json.encode(request),
+            environment=children.PYTHON_ENVIRONMENT,
         )
+        return children.answered(output, answer)
     except children.ChildTimedOut as failure:
         raise Refused(
             Kind.TIMEOUT, f"the storage doesn't answer: {verb} did not come back within {timeout_seconds:g} s"

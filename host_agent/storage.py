@@ -10,6 +10,7 @@ import msgspec
 
 from host_agent import children, iscsi, leases, places
 from host_agent.action import Action, Host, Running
+from host_agent.leased import Hold
 from host_agent.places import ConnectedDomain
 from volery.contracts.agent import StorageDomainReport, VolumeReport
 from volery.contracts.base import Done
@@ -148,7 +149,7 @@ async def _report_domain(host: Host, domain: ConnectedDomain) -> StorageDomainRe
                 domain_id=domain.domain_id, installation=host.config.installation, root=domain.root
             )
             found = await places.ask(
-                "report", request, Contents, timeout_seconds=LOOK_SECONDS, pass_fds=(lock,)
+                "report", request, Contents, timeout_seconds=LOOK_SECONDS, hold=Hold(lock)
             )
             return _report(domain.domain_id, found)
     except Refused as refused:

@@ -405,12 +405,12 @@ async def finish_transfer(host: Host, order: FinishTransfer, running: Running) -
 
 async def _adopted(host: Host, order: FinishTransfer, staged: Place, running: Running) -> VolumeInfo:
     staging = _Staging(staged.root, staged.name, _boot_id(host.config))
-    async with luns.writing(host, order.disk_id, order.target) as lock:
+    async with luns.writing(host, order.disk_id, order.target, order.lease) as hold:
         try:
             found = await _ask("look", staging)
-            sha256 = await intake.check_sum(staged, order.sha256, found.sha256, lock)
+            sha256 = await intake.check_sum(staged, order.sha256, found.sha256, hold)
             info = await intake.adopt(
-                host, order.disk_id, staged, order.target, order.max_bytes, running, lock
+                host, order.disk_id, staged, order.target, order.max_bytes, running, hold
             )
         except Refused as refused:
             if refused.kind in (Kind.INVALID, Kind.MISMATCH):

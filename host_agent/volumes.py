@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from host_agent import images, luns, places
 from host_agent.action import Action, Host, Running, to_its_end, whole
 from host_agent.config import AgentConfig
+from host_agent.leased import Hold
 from host_agent.places import Place
 from volery.contracts.base import Done
 from volery.contracts.domain import FileSource, ImageFormat, IscsiSource, VolumeSource
@@ -43,19 +44,19 @@ async def create(host: Host, order: CreateVolume, running: Running) -> VolumeInf
     Raises Refused: another size there (conflict), a LUN that is too small, the storage full (exhausted).
     """
     check_size(order.size_bytes)
-    async with luns.writing(host, order.disk_id, order.source) as lock:
+    async with luns.writing(host, order.disk_id, order.source, order.lease) as hold:
         if isinstance(order.source, IscsiSource):
             return await luns.existing(host.config, order.source, order.size_bytes)
         place = own_place(host.config, order.disk_id, order.source)
-        if (await places.look(place, pass_fds=(lock,))).exists:
+        if (await places.look(place, hold)).exists:
             return _same(await describe(order.source), place, order.size_bytes)
         staged = Place(place.root, "staging", f"{place.name}.new")
-        await places.remove(staged, pass_fds=(lock,))
+        await places.remove(staged, hold)
         try:
-            await make_file(staged, order.source.format, order.size_bytes, order.preallocate, (lock,))
-            await places.put(place, staged.name, replace=False, pass_fds=(lock,))
+            await make_file(staged, order.source.format, order.size_bytes, order.preallocate, hold)
+            await places.put(place, staged.name, hold, replace=False)
         except BaseException:
-            await places.remove(staged)
+            await places.abandon(staged, hold)
             raise
         return await describe(order.source)
 
@@ -90,7 +91,7 @@ def _same(found: VolumeInfo, place: Place, size_bytes: int) -> VolumeInfo:
 
 
 async def make_file(
-    place: Place, format: ImageFormat, size_bytes: int, preallocate: bool, pass_fds: Sequence[int]
+    place: Place, format: ImageFormat, size_bytes: int, preallocate: bool, hold: Hold
 ) -> None:
     """An empty image under a temporary name. Raises Refused(exhausted) when the storage is full."""
     options = "preallocation=falloc" if preallocate else "preallocation=off"
@@ -99,7 +100,7 @@ async def make_file(
         ["-q", "-f", format, "-o", options, place.path, str(size_bytes)],
         timeout_seconds=CREATE_SECONDS,
         limits=images.CONVERT_LIMITS,
-        pass_fds=pass_fds,
+        hold=hold,
     )
 
 
@@ -117,11 +118,11 @@ async def resize(host: Host, order: ResizeVolume, running: Running) -> VolumeInf
     Raises Refused: smaller (invalid), in use by a running VM (conflict), absent (not_found).
     """
     check_size(order.size_bytes)
-    async with places.volume_lock(host.config, order.disk_id) as lock:
-        if isinstance(order.source, IscsiSource):
-            return await luns.existing(host.config, order.source, order.size_bytes)
+    if isinstance(order.source, IscsiSource):
+        return await luns.existing(host.config, order.source, order.size_bytes)
+    async with luns.writing(host, order.disk_id, order.source, order.lease) as hold:
         place = own_place(host.config, order.disk_id, order.source)
-        if not (await places.look(place, pass_fds=(lock,))).exists:
+        if not (await places.look(place, hold)).exists:
             raise not_found("volume", place.path)
         found = await describe(order.source)
         if order.size_bytes < found.size_bytes:
@@ -133,7 +134,7 @@ async def resize(host: Host, order: ResizeVolume, running: Running) -> VolumeInf
         if order.size_bytes > found.size_bytes:
             node = images.address(images.file_node(place.path, order.source.format))
             await images.qemu_img(
-                "resize", ["-q", node, str(order.size_bytes)], timeout_seconds=CHECK_SECONDS, pass_fds=(lock,)
+                "resize", ["-q", node, str(order.size_bytes)], timeout_seconds=CHECK_SECONDS, hold=hold
             )
         return await describe(order.source)
 
@@ -144,14 +145,14 @@ async def delete(host: Host, order: DeleteVolume, running: Running) -> Done:
 
     Raises Refused(conflict) while a running VM has it open.
     """
-    async with luns.writing(host, order.disk_id, order.source) as lock:
+    async with luns.writing(host, order.disk_id, order.source, order.lease) as hold:
         if isinstance(order.source, IscsiSource):
-            await luns.blank(host, order.source, wipe=order.wipe, running=running, lock=lock)
+            await luns.blank(host, order.source, wipe=order.wipe, running=running, hold=hold)
             return Done()
         place = own_place(host.config, order.disk_id, order.source)
-        await places.remove(Place(place.root, "staging", f"{place.name}.new"), pass_fds=(lock,))
+        await places.remove(Place(place.root, "staging", f"{place.name}.new"), hold)
         # The last step: whoever cancels after it is told that the volume is gone.
-        removing = places.remove(place, wipe=order.wipe, timeout_seconds=WIPE_SECONDS, pass_fds=(lock,))
+        removing = places.remove(place, hold, wipe=order.wipe, timeout_seconds=WIPE_SECONDS)
         await (removing if order.wipe else to_its_end(removing))
         return Done()
 
@@ -162,10 +163,10 @@ async def copy(host: Host, order: CopyVolume, running: Running) -> VolumeInfo:
     Raises Refused: source in use or absent, target there with another size, LUN too small, storage full.
     """
     check_size(order.size_bytes)
-    async with luns.writing(host, order.disk_id, order.target) as lock:
+    async with luns.writing(host, order.disk_id, order.target, order.lease) as hold:
         if isinstance(order.source, FileSource):
             place = places.locate(host.config, order.source)
-            if not (await places.look(place, pass_fds=(lock,))).exists:
+            if not (await places.look(place, hold)).exists:
                 raise not_found("volume", place.path)
         else:
             places.check_lun(host.config, order.source)
@@ -176,7 +177,7 @@ async def copy(host: Host, order: CopyVolume, running: Running) -> VolumeInfo:
             )
         node = images.source_node(order.source)
         return await fill(
-            host.config, order.disk_id, order.target, order.size_bytes, node, order.source, running, lock
+            host.config, order.disk_id, order.target, order.size_bytes, node, order.source, running, hold
         )
 
 
@@ -188,29 +189,29 @@ async def fill(
     node: images.Node,
     login: VolumeSource | None,
     running: Running,
-    lock: int,
+    hold: Hold,
     *,
     replace: bool = False,
 ) -> VolumeInfo:
     """Converts an image into a volume: a file gets its name when it is whole; a LUN is overwritten in place."""
     if isinstance(target, IscsiSource):
-        return await _fill_lun(config, target, size_bytes, node, login, running, lock)
+        return await _fill_lun(config, target, size_bytes, node, login, running, hold)
     place = own_place(config, disk_id, target)
-    if not replace and (await places.look(place, pass_fds=(lock,))).exists:
+    if not replace and (await places.look(place, hold)).exists:
         if running.resumed:
             return _same(await describe(target), place, size_bytes)
         raise conflict(
             f"{place.path} is already there: delete that volume first, or give the disk another id"
         )
     staged = Place(place.root, "staging", f"{place.name}.new")
-    await places.remove(staged, pass_fds=(lock,))
+    await places.remove(staged, hold)
     try:
-        await make_file(staged, target.format, size_bytes, False, (lock,))
+        await make_file(staged, target.format, size_bytes, False, hold)
         made = images.file_node(staged.path, target.format)
-        await _convert(node, login, made, None, running, lock, ["--target-is-zero"])
-        await places.put(place, staged.name, replace=replace, pass_fds=(lock,))
+        await _convert(node, login, made, None, running, hold, ["--target-is-zero"])
+        await places.put(place, staged.name, hold, replace=replace)
     except BaseException:
-        await places.remove(staged)
+        await places.abandon(staged, hold)
         raise
     return await describe(target)
 
@@ -222,15 +223,15 @@ async def _fill_lun(
     node: images.Node,
     login: VolumeSource | None,
     running: Running,
-    lock: int,
+    hold: Hold,
 ) -> VolumeInfo:
     found = await luns.existing(config, target, size_bytes)
     source_size = (await images.info(node, login)).virtual_size
     if source_size > found.size_bytes:
         raise invalid(f"the image holds {source_size} bytes, more than LUN {target.lun}'s {found.size_bytes}")
-    await _convert(node, login, images.source_node(target), target, running, lock, [])
+    await _convert(node, login, images.source_node(target), target, running, hold, [])
     if source_size < found.size_bytes:  # what an earlier user of the LUN left there is nobody's to read
-        await luns.zero(target, source_size, found.size_bytes, lock, lambda percent: None)
+        await luns.zero(target, source_size, found.size_bytes, hold, lambda percent: None)
     return await describe(target)
 
 
@@ -240,7 +241,7 @@ async def _convert(
     target: images.Node,
     target_login: VolumeSource | None,
     running: Running,
-    lock: int,
+    hold: Hold,
     options: Sequence[str],
 ) -> None:
     def tell(progress: float) -> None:
@@ -267,7 +268,8 @@ async def _convert(
             ],
             timeout_seconds=CONVERT_SECONDS,
             limits=images.CONVERT_LIMITS,
-            pass_fds=(*source_descriptors, *target_descriptors, lock),
+            pass_fds=(*source_descriptors, *target_descriptors),
+            hold=hold,
             on_progress=tell,
         )
 

@@ -14,16 +14,16 @@ from functools import partial
 import msgspec
 from msgspec.structs import replace
 
-from services.storage import disk_model, domain_model, luns
+from services.storage import disk_model, luns, volume_leases
 from services.storage.storage import Storage
 from services.storage.store import DISKS, DiskPrivate
 from volery.contracts.agent import Outcome
 from volery.contracts.base import Message
-from volery.contracts.domain import VolumeSource
+from volery.contracts.domain import DomainLease, VolumeSource
 from volery.contracts.errors import Kind, Refused, unavailable
 from volery.contracts.ids import random_id
 from volery.contracts.operation import Operation
-from volery.contracts.storage import CreateDisk, Disk, DiskStatus, ResizeDisk
+from volery.contracts.storage import CreateDisk, Disk, DiskStatus, ResizeDisk, StorageDomain
 from volery.contracts.vm import RESIZE_VM_DISK, ResizeVmDisk
 from volery.contracts.volume_orders import (
     COPY_VOLUME,
@@ -65,7 +65,7 @@ async def writer(svc: Storage, run: Run, disk_id: str, *domain_ids: str) -> str:
         for domain_id in domain_ids:
             reach = set((await svc.domain(domain_id)).public.host_ids)
             found = reach if found is None else found & reach
-        host_id = domain_model.choose_host(found or (), disk_id)
+        host_id = volume_leases.chosen_host((await svc.domain(domain_ids[0])).public, found or (), disk_id)
         if not host_id:
             raise unavailable(
                 f"no host reaches the storage of disk {run.operation.object_name} any more: bring one up and try again"
@@ -105,6 +105,7 @@ async def _make(svc: Storage, run: Run, ask: CreateDisk, disk: Disk) -> VolumeIn
     host_id = await writer(svc, run, disk.id, *reached)
     disk = await luns.claim(svc, run, ask, host_id)
     target = svc.source(domain, disk)
+    lease = await volume_leases.lease_for(svc, domain, disk.id, host_id)
     if source is not None:
         return await run.order(
             "copy",
@@ -115,36 +116,52 @@ async def _make(svc: Storage, run: Run, ask: CreateDisk, disk: Disk) -> VolumeIn
                 source=svc.source(await svc.domain(source.storage_domain_id), source),
                 target=target,
                 size_bytes=disk.size_bytes,
+                lease=lease,
             ),
             host_id=host_id,
         )
     if ask.import_url:
-        return await _import(svc, run, ask, disk, target, host_id)
+        return await _import(svc, run, ask, disk, target, host_id, lease)
     return await run.order(
         "create",
         "Make the volume",
         CREATE_VOLUME,
         CreateVolume(
-            disk_id=disk.id, source=target, size_bytes=disk.size_bytes, preallocate=disk.preallocated
+            disk_id=disk.id,
+            source=target,
+            size_bytes=disk.size_bytes,
+            preallocate=disk.preallocated,
+            lease=lease,
         ),
         host_id=host_id,
     )
 
 
 async def _import(
-    svc: Storage, run: Run, ask: CreateDisk, disk: Disk, target: VolumeSource, host_id: str
+    svc: Storage,
+    run: Run,
+    ask: CreateDisk,
+    disk: Disk,
+    target: VolumeSource,
+    host_id: str,
+    lease: DomainLease | None,
 ) -> VolumeInfo:
     """The image may hold as much as was asked for, or as is allowed; a larger disk than the image is grown."""
     max_bytes = disk.size_bytes or svc.config.max_disk_bytes
     question = ImportVolume(
-        disk_id=disk.id, url=ask.import_url, target=target, max_bytes=max_bytes, sha256=ask.sha256
+        disk_id=disk.id,
+        url=ask.import_url,
+        target=target,
+        max_bytes=max_bytes,
+        sha256=ask.sha256,
+        lease=lease,
     )
     info = await run.order(
         "import", "Download and convert the image", IMPORT_VOLUME, question, host_id=host_id
     )
     if info.size_bytes >= disk.size_bytes:
         return info
-    grow = ResizeVolume(disk_id=disk.id, source=target, size_bytes=disk.size_bytes)
+    grow = ResizeVolume(disk_id=disk.id, source=target, size_bytes=disk.size_bytes, lease=lease)
     grown = await run.order("grow", "Grow it to its size", RESIZE_VOLUME, grow, host_id=host_id)
     return replace(grown, sha256=info.sha256)
 
@@ -196,10 +213,11 @@ async def _removal(svc: Storage, row: Row[Disk, DiskPrivate]) -> str:
     """The order that removes the volume: given once, since it may take longer than anybody waits for it."""
     while not (row.private.removal and await svc.core.orders.exists(row.private.removal)):
         domain = await svc.domain(row.public.storage_domain_id)
-        order_id, host_id = random_id(), _remover(svc, row, domain.public.host_ids)
+        order_id, host_id = random_id(), _remover(svc, row, domain.public)
+        lease = await volume_leases.lease_for(svc, domain, row.id, host_id)
         given = svc.core.orders.give(
             DELETE_VOLUME,
-            DeleteVolume(disk_id=row.id, source=svc.source(domain, row.public)),
+            DeleteVolume(disk_id=row.id, source=svc.source(domain, row.public), lease=lease),
             order_id=order_id,
             host_id=host_id,
             object_id=row.id,
@@ -218,12 +236,12 @@ async def _removal(svc: Storage, row: Row[Disk, DiskPrivate]) -> str:
     return row.private.removal
 
 
-def _remover(svc: Storage, row: Row[Disk, DiskPrivate], host_ids: Sequence[str]) -> str:
+def _remover(svc: Storage, row: Row[Disk, DiskPrivate], domain: StorageDomain) -> str:
     """The host that wrote the volume, unless it is proven dead: whatever wrote there has ended, and another may go on."""
     down, writer_id = svc.core.orders.deaths.down, row.private.writer_host_id
     if writer_id not in down:
         return writer_id
-    return domain_model.choose_host([h for h in host_ids if h not in down], row.id) or writer_id
+    return volume_leases.chosen_host(domain, set(domain.host_ids) - down.keys(), row.id) or writer_id
 
 
 async def _is_foreign(svc: Storage, row: Row[Disk, DiskPrivate]) -> bool:
@@ -243,7 +261,8 @@ async def drop(svc: Storage, disk_id: str) -> None:
     """The disk's row ends, with its tombstone."""
     while (row := await DISKS.find(svc.core.pool, disk_id)) is not None:
         try:
-            await svc.core.commit(DISKS.delete(row), *await luns.closed(svc, row.public))
+            lease = volume_leases.gone(svc, row.public.storage_domain_id, row.id)
+            await svc.core.commit(DISKS.delete(row), lease, *await luns.closed(svc, row.public))
         except Stale:
             continue
         svc.core.wake(f"domain:{row.public.storage_domain_id}")
@@ -264,7 +283,8 @@ async def resizing(svc: Storage, run: Run) -> None:
         domain = await svc.domain(disk.storage_domain_id)
         host_id = await writer(svc, run, disk.id, domain.id)
         source = svc.source(domain, disk)
-        order = ResizeVolume(disk_id=disk.id, source=source, size_bytes=ask.size_bytes)
+        lease = await volume_leases.lease_for(svc, domain, disk.id, host_id)
+        order = ResizeVolume(disk_id=disk.id, source=source, size_bytes=ask.size_bytes, lease=lease)
         info = await run.order("resize", "Grow the volume", RESIZE_VOLUME, order, host_id=host_id)
         size, used = max(ask.size_bytes, 0 if disk.lun >= 0 else info.size_bytes), info.used_bytes
 
@@ -297,7 +317,10 @@ async def deleting(svc: Storage, run: Run) -> None:
         "Delete the volume",
         DELETE_VOLUME,
         DeleteVolume(
-            disk_id=disk_id, source=svc.source(domain, row.public), wipe=row.public.wipe_after_delete
+            disk_id=disk_id,
+            source=svc.source(domain, row.public),
+            wipe=row.public.wipe_after_delete,
+            lease=await volume_leases.lease_for(svc, domain, disk_id, host_id),
         ),
         host_id=host_id,
     )

@@ -165,11 +165,12 @@ class LeaseStore:
 
     # Leases of VMs
 
-    def has_lease(self, domain_id: str, vm_id: str) -> Change:
+    def has_lease(self, domain_id: str, vm_id: str, *, of_disk: bool = False) -> Change:
+        """`of_disk`: `vm_id` is a disk's."""
         return Change(
-            """insert into vm_lease (domain_id, vm_id, doomed) values ({0}, {1}, false)
+            """insert into vm_lease (domain_id, vm_id, doomed, of_disk) values ({0}, {1}, false, {2})
                on conflict (domain_id, vm_id) do update set doomed = false""",
-            (domain_id, vm_id),
+            (domain_id, vm_id, of_disk),
             guarded=False,
         )
 
@@ -184,7 +185,9 @@ class LeaseStore:
     def doomed_but(self, vm_ids: list[str]) -> Change:
         """Of VMs whose deletion was never heard."""
         return Change(
-            "update vm_lease set doomed = true where not vm_id = any({0}::text[])", (vm_ids,), guarded=False
+            "update vm_lease set doomed = true where not of_disk and not vm_id = any({0}::text[])",
+            (vm_ids,),
+            guarded=False,
         )
 
     def removed(self, lease: VmLease) -> Change:

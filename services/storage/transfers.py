@@ -15,7 +15,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from services.storage import disk_model, domain_model, luns, transfer_model
+from services.storage import disk_model, domain_model, luns, transfer_model, volume_leases
 from services.storage.storage import Storage
 from services.storage.store import (
     DISKS,
@@ -101,7 +101,7 @@ async def create(svc: Storage, ask: CreateTransfer, caller: Caller) -> Operation
 def _new(svc: Storage, ask: CreateTransfer, domain: StorageDomain) -> Transfer:
     now = utc_now()
     transfer_id = new_id()
-    host_id = domain_model.choose_host(domain.host_ids, ask.disk_id)
+    host_id = volume_leases.chosen_host(domain, domain.host_ids, ask.disk_id)
     if not host_id:
         raise unavailable(f"no host reaches storage domain {domain.name}: bring one up and try again")
     return Transfer(
@@ -286,6 +286,7 @@ async def finishing(svc: Storage, run: Run) -> None:
             target=svc.source(domain, disk.public),
             max_bytes=disk.public.size_bytes,
             sha256=transfer.sha256,
+            lease=await volume_leases.lease_for(svc, domain, transfer.disk_id, transfer.host_id),
         ),
         host_id=transfer.host_id,
         object_id=transfer.disk_id,

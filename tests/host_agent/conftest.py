@@ -11,6 +11,7 @@ import uvloop
 from host_agent.config import AgentConfig
 from host_agent.hypervisor import Hypervisor
 from tests.support.libvirt_host import LibvirtHost, new_host
+from tests.support.lockspace import Joined, sanlock_daemon
 from tests.support.vms import VmHost, vm_host
 
 
@@ -52,3 +53,15 @@ async def driver(tmp_path: Path) -> AsyncIterator[VmHost]:
     """An agent's domain part on libvirt's test driver."""
     async with vm_host("test:///default", tmp_path) as made:
         yield made
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with sanlock_daemon(tmp_path_factory.mktemp("sanlock")):
+        yield
+
+
+@pytest.fixture
+async def world(daemon: None, tmp_path: Path) -> Joined:
+    """A host with a storage domain that could hold leases, and a sanlock daemon."""
+    return await Joined.at(tmp_path)

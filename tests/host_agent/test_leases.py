@@ -8,103 +8,31 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
 from host_agent import children, leased, leases, sanlock, storage
-from host_agent.action import Host
 from host_agent.children import ChildFailed
 from host_agent.sanlock import SanlockFailed
-from tests.support.agent_host import make_host, running
+from tests.support.agent_host import running
+from tests.support.lockspace import NAME, Joined, holding
 from volery.contracts.domain import DomainLease
 from volery.contracts.errors import Kind, Refused
 from volery.contracts.ids import new_id
 from volery.contracts.leases import (
     LEASE_TAKEN,
     CreateLease,
-    DeleteLease,
     FreeHostLease,
     HostLeaseReading,
-    JoinLockspace,
-    LeaveLockspace,
     LockspaceReport,
     ReadHostLease,
-    ReportLeases,
     dead_seconds,
     unchanged_seconds,
 )
-from volery.contracts.volume_orders import ConnectStorage, DirectoryLocation, DisconnectStorage
+from volery.contracts.volume_orders import DisconnectStorage
 from volery.runtime.clock import monotonic
-
-NAME = "a-host"
-
-
-@pytest.fixture(scope="module")
-def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A sanlock of our own, without privileges; programs find it by its directory in the environment."""
-    directory = tmp_path_factory.mktemp("sanlock")
-    before = dict(os.environ)
-    os.environ |= {"SANLOCK_RUN_DIR": str(directory), "SANLOCK_PRIVILEGED": "0"}
-    with (directory / "log").open("wb") as log:
-        process = subprocess.Popen(["sanlock", "daemon", "-D", "-w", "0", "-e", NAME], stdout=log, stderr=log)
-    try:
-        yield
-    finally:
-        process.kill()
-        process.wait()
-        os.environ.clear()
-        os.environ.update(before)
-
-
-@pytest.fixture
-async def world(daemon: None, tmp_path: Path) -> Joined:
-    """A host with a storage domain; joining its lockspace takes sanlock three seconds."""
-    host = make_host(tmp_path / "state")
-    made = Joined(host, tmp_path, new_id())
-    location = DirectoryLocation(path=str(tmp_path))
-    order = ConnectStorage(domain_id=made.domain_id, location=location, initialise=True)
-    await storage.connect(host, order, running())
-    return made
-
-
-class Joined:
-    def __init__(self, host: Host, directory: Path, domain_id: str) -> None:
-        self.host = host
-        self.domain_id = domain_id
-        self.directory = directory / domain_id / "leases"
-
-    @property
-    def leaving(self) -> LeaveLockspace:
-        return LeaveLockspace(domain_id=self.domain_id, path=str(self.directory / "lockspace"))
-
-    async def join(
-        self, number: int = 7, *, initialise: bool = True, reset_host: bool = False
-    ) -> LockspaceReport:
-        order = JoinLockspace(
-            domain_id=self.domain_id,
-            path=str(self.directory / "lockspace"),
-            host_number=number,
-            io_timeout_seconds=1,
-            reset_host=reset_host,
-            initialise=initialise,
-        )
-        return await leases.join(self.host, order, running())
-
-    async def lease(self) -> DomainLease:
-        key = new_id()
-        order = CreateLease(domain_id=self.domain_id, key=key, path=str(self.directory / key))
-        await leases.create(self.host, order, running())
-        await leases.create(self.host, order, running())  # a repeat changes nothing
-        return DomainLease(lockspace=self.domain_id, key=key, path=str(self.directory / key))
-
-    async def held(self) -> list[str]:
-        said = await leases.report(self.host, ReportLeases(), running())
-        return [one.key for one in said.held if one.lockspace == self.domain_id]
-
-    def deleting(self, lease: DomainLease) -> DeleteLease:
-        return DeleteLease(domain_id=self.domain_id, key=lease.key, path=lease.path)
 
 
 async def test_a_lease_is_made_held_by_a_tool_and_removed(world: Joined) -> None:
@@ -324,22 +252,3 @@ async def test_without_a_daemon_the_host_says_what_is_missing(tmp_path: Path) ->
 async def read(world: Joined, number: int) -> HostLeaseReading:
     order = ReadHostLease(domain_id=world.domain_id, path=world.leaving.path, host_number=number)
     return (await leases.read_host(world.host, order, running())).second
-
-
-@contextlib.asynccontextmanager
-async def holding(world: Joined, lease: DomainLease) -> AsyncIterator[asyncio.Task[bytes]]:
-    """A tool that holds the lease until it is ended."""
-    begun = asyncio.Event()
-    script = ["sh", "-c", "echo begun; exec sleep 1000"]
-    tool = asyncio.create_task(
-        leased.run(lease, script, timeout_seconds=120, on_output=lambda piece: begun.set())
-    )
-    waiting = asyncio.create_task(begun.wait())
-    await asyncio.wait({waiting, tool}, return_when=asyncio.FIRST_COMPLETED)
-    waiting.cancel()
-    try:
-        assert lease.key in await world.held()
-        yield tool
-    finally:
-        tool.cancel()
-        await asyncio.wait({tool})

@@ -19,7 +19,7 @@ from tests.support.stand_in import World, inventory
 from volery.contracts.agent import LunClaim, OpenLun, StorageDomainReport, VolumeReport
 from volery.contracts.base import Done, Owner
 from volery.contracts.cluster import DataCenter, GetById
-from volery.contracts.domain import FileSource, ImageFormat, IscsiSource, VolumeSource
+from volery.contracts.domain import DomainLease, FileSource, ImageFormat, IscsiSource, VolumeSource
 from volery.contracts.errors import Kind, Refused
 from volery.contracts.host import Host
 from volery.contracts.ids import new_id
@@ -173,11 +173,19 @@ class StorageHost:
                     await self.held[kind].wait()
                 if kind in self.refusing:
                     raise self.refusing[kind]
+                self._hold(getattr(question, "lease", None))
                 return act(question)
             finally:
                 writing.discard(self.agent.host_id)
 
         return run
+
+    def _hold(self, lease: DomainLease | None) -> None:
+        if lease is None:
+            return
+        if lease.lockspace not in self.joined:
+            raise Refused(Kind.UNAVAILABLE, "this host has not joined the lockspace")
+        self.shelf.leases.setdefault(lease.path, "")
 
     def connect(self, ask: ConnectStorage) -> StorageDomainReport:
         where = ask.location

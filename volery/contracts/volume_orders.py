@@ -6,7 +6,7 @@ from enum import StrEnum
 
 from volery.contracts.agent import StorageDomainReport
 from volery.contracts.base import Done, Message, Order
-from volery.contracts.domain import ImageFormat, IscsiSource, VolumeSource
+from volery.contracts.domain import DomainLease, ImageFormat, IscsiSource, VolumeSource
 
 
 class DirectoryLocation(Message, tag="directory"):
@@ -88,12 +88,15 @@ class CreateVolume(Message):
     size_bytes: int
     preallocate: bool = False
     check_bytes: int = 0
+    lease: DomainLease | None = None
+    """Held by every program that writes; made if it isn't there. None: the domain holds none, or the host has not joined."""
 
 
 class ResizeVolume(Message):
     disk_id: str
     source: VolumeSource
     size_bytes: int
+    lease: DomainLease | None = None
 
 
 class DeleteVolume(Message):
@@ -105,6 +108,7 @@ class DeleteVolume(Message):
     disk_id: str
     source: VolumeSource
     wipe: bool = False
+    lease: DomainLease | None = None
 
 
 class CopyVolume(Message):
@@ -114,6 +118,7 @@ class CopyVolume(Message):
     source: VolumeSource
     target: VolumeSource
     size_bytes: int
+    lease: DomainLease | None = None
 
 
 class ImportVolume(Message):
@@ -124,6 +129,7 @@ class ImportVolume(Message):
     target: VolumeSource
     max_bytes: int
     sha256: str = ""
+    lease: DomainLease | None = None
 
 
 class InspectVolume(Message):
@@ -181,6 +187,7 @@ class FinishTransfer(Message):
     sha256: str = ""
     cancel: bool = False
     """Only clean up."""
+    lease: DomainLease | None = None
 
 
 CONNECT_STORAGE = Order("storage.connect", ConnectStorage, StorageDomainReport)

@@ -93,8 +93,8 @@ def decide(
     if count >= config.restarts_at_most:
         return Verdict(
             Step.GIVE_UP,
-            f"VM {vm.name} ended by itself again after {count} restarts within "
-            f"{config.restart_window_seconds / 60:g} minutes; it is left down. Look at its console log, then start it",
+            f"VM {vm.name} ended {_by(vm)} again after {count} restarts within "
+            f"{config.restart_window_seconds / 60:g} minutes; it is left down. Look at {_look_at(vm)}, then start it",
         )
     if host is LivenessState.NON_RESPONSIVE and vm.reason in CRASHES:
         return Verdict(
@@ -131,6 +131,15 @@ def waits_for_more_important(
         f"it waits for host {host_name}, which isn't back since ha began, since VM {other.name} there is more important, "
         f"at most {at_most:g} s"
     )
+
+
+def _by(vm: WatchedVm) -> str:
+    return "with its host" if vm.reason in WITH_HOST else "by itself"
+
+
+def _look_at(vm: WatchedVm) -> str:
+    """A VM that takes one host after the other down with it must stop somewhere, too."""
+    return "why its hosts died, it may be the VM" if vm.reason in WITH_HOST else "its console log"
 
 
 def _how(vm: WatchedVm) -> str:
