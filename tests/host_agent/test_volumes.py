@@ -299,8 +299,8 @@ async def test_nobody_writes_a_volume_before_the_former_writer_has_ended(domain:
     disk_id = new_id()
     order = CreateVolume(disk_id=disk_id, source=domain.source(disk_id), size_bytes=MIB)
     async with contextlib.AsyncExitStack() as stack:
-        async with places.volume_lock(domain.host.config, disk_id) as lock:
-            await stack.enter_async_context(children.child(["sleep", "60"], pass_fds=(lock,)))
+        async with places.volume_lock(domain.host.config, disk_id) as hold:
+            await stack.enter_async_context(children.child(["sleep", "60"], pass_fds=hold.pass_fds))
         waiting = asyncio.create_task(volumes.create(domain.host, order, running()))
         done, _ = await asyncio.wait([waiting], timeout=0.5)
         assert not done
