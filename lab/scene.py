@@ -125,7 +125,17 @@ class Scene:
         def look() -> bool:
             return self.client.send(api.HOSTS.get(host_id)).status == "up"
 
-        self.wait(look, seconds, lambda: f"host {self.client.send(api.HOSTS.get(host_id))} to be up")
+        def what() -> str:
+            host = self.client.send(api.HOSTS.get(host_id))
+            steps = [
+                f"{step.step} {step.words}"
+                for record in self.client.list(api.FENCE_RECORDS)
+                if record.host_id == host_id
+                for step in record.steps
+            ]
+            return f"host {host.name}, which is {host.status}, to be up; {'; '.join(steps[-8:])}"
+
+        self.wait(look, seconds, what)
 
     def manage_power(self, number: int) -> None:
         """Tells Volery of the BMC of a host of the lab, and has it tested. Raises LabError."""

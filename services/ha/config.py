@@ -46,7 +46,10 @@ class HaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     off_attempts: int = 3
     """After so many orders that did nothing a person is asked."""
     on_wait_seconds: float = 60.0
-    """A fenced host is switched on again when inventory has dealt with its VMs, at the latest after this."""
+    """A fenced host is switched on again when inventory has dealt with its VMs, at the latest after this; for as long it is
+    waited for somebody who can do so."""
+    on_attempts: int = 3
+    """A fenced host whose BMC doesn't say that it is on is ordered on so often, `off_retry_seconds` apart."""
     brake_percent: float = 10.0
     """At most this share of a cluster's hosts, and at least one, are ordered off within `brake_window_seconds`."""
     brake_window_seconds: float = 600.0

@@ -135,16 +135,22 @@ def _power(ha: Ha, watch: Watch, row: PowerRow | None, now: float) -> Power | No
 def _record(watch: Watch, row: RecordRow | None, now: float) -> Record | None:
     if row is None:
         return None
-    found, wall = row.public, utc_now()
-    offs = [step.at for step in found.steps if step.step == "ordered_off"]
-    proof = watch.proof
+    found, proof = row.public, watch.proof
+    offs, ons = _ages(row, "ordered_off"), _ages(row, "ordered_on")
     return Record(
         state=found.state,
         boot_id=found.boot_id,
         offs=len(offs),
-        last_off_age=(wall - offs[-1]).total_seconds() if offs else NEVER,
+        last_off_age=min(offs, default=NEVER),
+        last_on_age=min(ons, default=NEVER),
         proven_age=now - proof.at if proof is not None and proof.boot_id == found.boot_id else NEVER,
     )
+
+
+def _ages(row: RecordRow, name: str) -> list[float]:
+    """How long ago these steps were, in seconds by the wall clock: the record outlives its writer."""
+    wall = utc_now()
+    return [(wall - step.at).total_seconds() for step in row.public.steps if step.step == name]
 
 
 async def _read(ha: Ha, watch: Watch, row: PowerRow, record: RecordRow | None) -> None:
@@ -198,11 +204,15 @@ async def _past_brake(ha: Ha, watch: Watch, limit: int) -> bool:
 
 
 async def _power_on(ha: Ha, watch: Watch, row: PowerRow, record: RecordRow) -> None:
-    """After its death was proven and its VMs were dealt with. Once: if it doesn't start, a person looks."""
+    """After its death was proven and its VMs were dealt with. If it doesn't start after some orders, a person looks."""
     record = await _keep(ha, record, "ordered_on", "", record.public.state)
     answer = await power.switch(ha, watch, row, PowerAction.ON)
-    ended = FenceState.SUCCEEDED if answer.state is PowerState.ON else FenceState.FAILED
-    await _keep(ha, record, f"answered_{answer.state}", answer.words, ended)
+    state = record.public.state
+    if answer.state is PowerState.ON:
+        state = FenceState.SUCCEEDED
+    elif len(_ages(record, "ordered_on")) >= ha.config.on_attempts:
+        state = FenceState.FAILED
+    await _keep(ha, record, f"answered_{answer.state}", answer.words, state)
 
 
 async def _close(ha: Ha, watch: Watch, record: RecordRow) -> None:

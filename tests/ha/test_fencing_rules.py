@@ -47,6 +47,13 @@ SILENT = Silent(
 )
 OFF_ONCE = Record(FenceState.RUNNING, "boot-1", offs=1, last_off_age=3.0)
 
+
+def dead_and_fenced(proven_age: float, *, executor: bool = True, last_on_age: float = float("inf")) -> Silent:
+    record = replace(OFF_ONCE, proven_age=proven_age, last_on_age=last_on_age)
+    power = replace(READ_ON, executor=executor)
+    return replace(SILENT, state=LivenessState.DEAD, record=record, power=power)
+
+
 SPARE_LEASED = FencingPolicy(id="c", revision=1, created_at=NOW, updated_at=NOW, skip_while_lease_alive=True)
 BROKEN_50 = msgspec.structs.replace(
     SPARE_LEASED, skip_while_lease_alive=False, skip_if_connectivity_broken=True
@@ -178,6 +185,10 @@ def test_whose_lease_spares_it(lease: Lease | None, alive: bool) -> None:
             "dead",
         ),
         (replace(SILENT, state=LivenessState.DEAD, record=OFF_ONCE, power=None), Act.CLOSE, "left_off"),
+        (dead_and_fenced(1.0, executor=False), Act.WAIT, "no_executor"),
+        (dead_and_fenced(60.0, executor=False), Act.CLOSE, "left_off"),
+        (dead_and_fenced(30.0, last_on_age=19.0), Act.WAIT, "ordered_on"),
+        (dead_and_fenced(30.0, last_on_age=20.0), Act.POWER_ON, "on"),
     ],
 )  # fmt: skip
 def test_what_is_done_next(silent: Silent, act: Act, rule: str) -> None:

@@ -95,7 +95,7 @@ def test_one_that_ends_with_each_of_its_hosts_is_given_up_as_well() -> None:
     attempts = tuple(NOW - timedelta(minutes=n) for n in range(10, 0, -1))
     verdict = decide(watched(reason="host_died"), LivenessState.DEAD, attempts, NOW, CONFIG)
     assert verdict.step is Step.GIVE_UP
-    assert "ended with its host again after 10 restarts within 60 minutes" in verdict.message
+    assert "ended together with its host again after 10 restarts within 60 minutes" in verdict.message
 
 
 def test_old_attempts_stop_counting() -> None:

@@ -66,6 +66,8 @@ class Record:
     """How often it was ordered off."""
     last_off_age: float = float("inf")
     proven_age: float = float("inf")
+    last_on_age: float = float("inf")
+    """Since it was last ordered on, in vain so far."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,11 +264,21 @@ def _after_death(silent: Silent, config: HaConfig) -> Decision:
     record = silent.record
     if record is None or record.boot_id != silent.boot_id:
         return Decision(Act.NOTHING, "dead")
-    if silent.unsettled_vms and record.proven_age < config.on_wait_seconds:
+    early = record.proven_age < config.on_wait_seconds
+    if silent.unsettled_vms and early:
         return Decision(Act.WAIT, "settling", f"host {silent.name}: it is off; its VMs are dealt with first")
-    if silent.power is None or not silent.power.enabled or not silent.power.executor:
+    power = silent.power
+    if power is not None and power.enabled and not power.executor and early:
+        return Decision(
+            Act.WAIT, "no_executor", f"host {silent.name}: it is off; nobody can switch it on at the moment"
+        )
+    if power is None or not power.enabled or not power.executor:
         return Decision(
             Act.CLOSE, "left_off", f"host {silent.name}: it is off, and nobody can switch it on again"
+        )
+    if record.last_on_age < config.off_retry_seconds:
+        return Decision(
+            Act.WAIT, "ordered_on", f"host {silent.name}: it was ordered on and has not started yet"
         )
     return Decision(
         Act.POWER_ON, "on", f"host {silent.name}: it is off, its VMs were dealt with; it is switched on again"

@@ -134,7 +134,7 @@ def waits_for_more_important(
 
 
 def _by(vm: WatchedVm) -> str:
-    return "with its host" if vm.reason in WITH_HOST else "by itself"
+    return "together with its host" if vm.reason in WITH_HOST else "by itself"
 
 
 def _look_at(vm: WatchedVm) -> str:
