@@ -33,7 +33,7 @@ status: ## what of this installation is running
 
 test: ## every test (TESTS=tests/setup runs some)
 	@VOLERY_TARGET=test deploy/bootstrap.sh test
-	@$(PYTHON) -m pytest $(TESTS)
+	@$(PYTHON) -m pytest --durations=40 --durations-min=8 $(TESTS)
 
 check: ## types, style, layering
 	@deploy/bootstrap.sh venv
