@@ -7,15 +7,16 @@ from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
+from tests.inventory.test_leases import Storage
 from tests.inventory.world import until, world_of
 from tests.support.speaker import Speaker
 from volery.contracts.agent import DOMAIN_EVENT_HAPPENED
 from volery.contracts.base import Done, Owner
-from volery.contracts.domain_orders import DETACH_NIC
+from volery.contracts.domain_orders import DETACH_DISK, DETACH_NIC
 from volery.contracts.errors import Kind, Refused
 from volery.contracts.network import RELEASE_NIC, ReleaseNic
 from volery.contracts.operation import CANCEL_OPERATION, CancelOperation, OperationState
-from volery.contracts.vm import DETACH_VM_NIC, DetachVmNic, NewNic
+from volery.contracts.vm import DETACH_VM_DISK, DETACH_VM_NIC, DetachVmDisk, DetachVmNic, NewDisk, NewNic
 from volery.runtime.bus import Caller
 from volery.runtime.programs import Settings
 
@@ -79,3 +80,30 @@ async def test_a_nic_that_its_guest_lets_go_of_too_late_is_the_vms_no_more(confi
 
         await until(without)
         assert network.released == [nic.id]
+
+
+async def test_a_disk_that_its_guest_lets_go_of_too_late_is_the_vms_no_more(configured: Settings) -> None:
+    storage = Storage()
+    async with world_of(configured, storage.service(), hosts=1) as (world, (host,)):
+        assert world.cluster is not None
+        disk = storage.disk(storage.domain(world.cluster.data_center_id, leases=False))
+        vm = await world.vm(disks=(NewDisk(disk_id=disk.id),))
+        host.domains[vm.id] = replace(host.domains[vm.id], disk_ids=(disk.id,))
+        host.refusals[DETACH_DISK.kind] = Refused(Kind.TIMEOUT, "the guest did not let go")
+        op = await world.bus.ask(DETACH_VM_DISK, DetachVmDisk(id=vm.id, disk_id=disk.id))
+        assert (await world.ended(op)).state is OperationState.FAILED
+        await host.agent.report("inventory")
+        await host.agent.until_committed("inventory")
+        assert [d.disk_id for d in (await world.get(vm.id)).disks] == [disk.id]
+
+        del host.refusals[DETACH_DISK.kind]
+        host.domains[vm.id] = replace(host.domains[vm.id], disk_ids=())
+        said = {"vm_id": vm.id, "epoch": vm.epoch, "event": "device_removed"}
+        await host.agent.say("inventory", DOMAIN_EVENT_HAPPENED, **said)
+
+        async def without() -> bool:
+            now = await world.get(vm.id)
+            return now.disks == () and not now.busy_with
+
+        await until(without)
+        assert storage.detached == [disk.id]

@@ -23,6 +23,7 @@ from volery.contracts.leases import LEASE_HELD
 from volery.contracts.operation import Operation, OperationState
 from volery.contracts.storage import (
     ATTACH_DISK_TO,
+    DETACH_DISK_FROM,
     GET_DISK,
     GET_STORAGE_DOMAIN,
     PREPARE_DISKS,
@@ -30,6 +31,7 @@ from volery.contracts.storage import (
     REACH_DISKS,
     RELEASE_LEASE,
     AttachDiskTo,
+    DetachDiskFrom,
     Disk,
     DiskReach,
     DiskStatus,
@@ -73,12 +75,14 @@ class Storage(Speaker):
     prepared: list[PrepareLease] = field(default_factory=list)
     released: list[ReleaseLease] = field(default_factory=list)
     reached: list[ReachDisks] = field(default_factory=list)
+    detached: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.answers = [
             (GET_STORAGE_DOMAIN, self._one),
             (GET_DISK, self._one),
             (ATTACH_DISK_TO, self._attach),
+            (DETACH_DISK_FROM, self._detach),
             (PREPARE_DISKS, self._disks),
             (REACH_DISKS, self._reach),
             (PREPARE_LEASE, self._lease),
@@ -108,6 +112,10 @@ class Storage(Speaker):
         return self.objects[ask.id]
 
     async def _attach(self, _: Speaker, ask: AttachDiskTo, caller: Caller) -> Entity:
+        return self.objects[ask.disk_id]
+
+    async def _detach(self, _: Speaker, ask: DetachDiskFrom, caller: Caller) -> Entity:
+        self.detached.append(ask.disk_id)
         return self.objects[ask.disk_id]
 
     async def _disks(self, _: Speaker, ask: PrepareDisks, caller: Caller) -> PreparedDisks:

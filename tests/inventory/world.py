@@ -34,6 +34,7 @@ from volery.contracts.domain import DomainState
 from volery.contracts.domain_orders import (
     ACT_ON_DOMAIN,
     ADMIT_MIGRATION,
+    DETACH_DISK,
     DETACH_NIC,
     FORGET_DOMAIN,
     MIGRATE_DOMAIN,
@@ -104,6 +105,7 @@ class Machine:
             ADMIT_MIGRATION: self._admit,
             MIGRATE_DOMAIN: self._migrate,
             DETACH_NIC: self._act,
+            DETACH_DISK: self._act,
         }
         for order, act in acts.items():
             self.agent.does(order, self._gated(order.kind, act))
