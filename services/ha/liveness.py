@@ -161,7 +161,7 @@ async def tick(ha: Ha) -> None:
     seen = [watch.seen(ha.listening_since, now) for _, watch in watches]
     judged = [judge(each, ha.config, 0.0) for each in seen]
     for (_, watch), judgement in zip(watches, judged, strict=True):
-        watch.suspected = judgement.state in SUSPICIOUS
+        watch.suspected = judgement.state in (*SUSPICIOUS, DEAD)
     held = await _holds(ha, [watch.state for _, watch in watches], [j.state for j in judged], now)
     for (host_id, watch), each, judgement in zip(watches, seen, judged, strict=True):
         if held and judgement.state in SUSPICIOUS:

@@ -42,7 +42,7 @@ class Watch:
     facts: HostFacts = HostFacts("", 0)
     state: LivenessState = UNKNOWN
     suspected: bool = False
-    """By its silence, also while judgement is held."""
+    """By its silence, also while judgement is held, and while and after its death is concluded."""
     generation: str = ""
     """The journal that inventory admitted; "" is any."""
     boot_id: str = ""

@@ -110,6 +110,31 @@ async def test_a_frozen_host_is_switched_off_proven_dead_and_switched_on_again(
         assert PASSWORD not in caplog.text
 
 
+async def test_a_death_that_is_slow_to_write_is_not_taken_for_a_return(
+    configured: Settings, tmp_path: Path
+) -> None:
+    """A fenced host would stay off, were its record closed while its death waits for the database."""
+    async with site(configured, tmp_path) as at:
+        at.hearts[0].stop()
+        await at.says(0, "its BMC says off; it is asked again")
+        async with open_direct(configured.database, "ha") as connection, connection.transaction():
+            await connection.execute("select 1 from liveness where id = $1 for update", at.hosts[0].id)
+
+            async def waits() -> bool:
+                return bool(await connection.fetchval("select count(*) from pg_locks where not granted"))
+
+            await until(waits)
+            readings = at.bmc(0).did(PowerAction.STATUS)
+
+            async def looked_again() -> bool:
+                return at.bmc(0).did(PowerAction.STATUS) >= readings + 2
+
+            await until(looked_again)
+        record = await at.ended("succeeded")
+        assert "ordered_on" in [step.step for step in record.steps]
+        assert at.bmc(0).power is PowerState.ON
+
+
 async def whole_database(configured: Settings) -> str:
     """All that ha keeps: objects, log, requests."""
     found = ""
