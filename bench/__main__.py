@@ -14,7 +14,7 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
-from bench import calls, machines, memory, reads, restarts, streams, writes
+from bench import calls, leader, machines, memory, reads, restarts, streams, writes
 from bench.rows import PAIRS, Line, keep
 from bench.world import World
 
@@ -31,6 +31,7 @@ ROWS: dict[str, Row] = {
     "start": machines.start,
     "migrate": machines.migrate,
     "restarts": restarts.ordered,
+    "leader": leader.killed,
     "idle": memory.idle,
     "fleet": memory.under_load,
 }

@@ -59,6 +59,8 @@ class FleetHost(ScriptedAgent):
     shared: Client | None = None
     name: str = ""
     domains: dict[str, DomainReport] = field(default_factory=dict)
+    ordered: dict[str, datetime] = field(default_factory=dict)
+    """VM → when it was last ordered to run it."""
 
     async def start(self) -> None:
         self.client = self.shared
@@ -89,6 +91,7 @@ class FleetHost(ScriptedAgent):
         return {"capabilities": capabilities, "domains": tuple(self.domains.values())}
 
     async def _run_domain(self, asked: RunDomain) -> DomainRunning:
+        self.ordered[asked.vm_id] = datetime.now(UTC)
         order = next(e for e in reversed(self.journal.values()) if e.envelope.object_id == asked.vm_id)
         self.domains[asked.vm_id] = DomainReport(
             vm_id=asked.vm_id,

@@ -10,8 +10,8 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-from services.ha import power, store
-from services.ha.opening import can_ask
+from services.ha import listening, power, store
+from services.ha.listening import TICK_SECONDS, can_ask
 from services.ha.policies.evidence import (
     DEAD,
     SENTENCES,
@@ -50,11 +50,8 @@ log = logging.getLogger(__name__)
 
 part = Part()
 
-TICK_SECONDS = 0.25
 FORMER_PROOFS = 16
 """How many earlier deaths a host's liveness tells of."""
-STALL_SECONDS = 1.0
-"""A tick that comes this late: the process was stopped or starved, and beats still wait in the socket."""
 SUSPICIOUS = (LivenessState.CONNECTING, LivenessState.NON_RESPONSIVE)
 
 
@@ -131,8 +128,10 @@ def _forget(ha: Ha, host_id: str) -> None:
 
 
 async def begin(ha: Ha) -> None:
-    """Leadership begins: take up what was concluded before, and hold it until there was time to listen."""
+    """Leadership begins: take up what was concluded before. Silence counts as this replica has heard it: it has listened
+    since it was opened."""
     now = ha.leading_since = monotonic()
+    ha.storm_since = None
     ha.ordered_off.clear()
     ha.lease_watches.clear()
     for facts in await store.hosts(ha.core.pool):
@@ -140,21 +139,16 @@ async def begin(ha: Ha) -> None:
     for row in await store.LIVENESS.where(ha.core.pool):
         _watch(ha, row.public, row.private)
         watch, proof = ha.watch(row.id), row.public.proof
+        watch.admit()
         # Whatever is heard from now on is newer than what a former leader concluded.
         watch.proof = None if proof is None else Held(now, proof.boot_id, proof.kind, proof.details)
         watch.person = watch.lease = None
         watch.distrust_power()
-    _listen_anew(ha)
-
-
-def _listen_anew(ha: Ha) -> None:
-    now = monotonic()
-    ha.listening_since, ha.ticked_at, ha.storm_since = now + ha.config.settle_seconds, now, None
 
 
 @part.every(TICK_SECONDS)
 async def tick(ha: Ha) -> None:
-    if not await _listens(ha):
+    if not listening.goes_on(ha):
         return
     now = monotonic()
     watches = [(host_id, watch) for host_id, watch in ha.watches.items() if watch.known]
@@ -185,19 +179,6 @@ def _is_new(watch: Watch, judgement: Judgement) -> bool:
     return new is not None and (old is None or (old.boot_id, old.kind) != (new.boot_id, new.kind))
 
 
-async def _listens(ha: Ha) -> bool:
-    """Whether nothing was missed since the last tick; if something was, listening begins anew."""
-    now, client = monotonic(), ha.core.bus.client
-    stalled = now - ha.ticked_at > STALL_SECONDS
-    ha.ticked_at = now
-    reconnects = client.stats["reconnects"]
-    interrupted = not client.is_connected or reconnects != ha.reconnects
-    ha.reconnects = reconnects
-    if stalled or interrupted:
-        _listen_anew(ha)
-    return client.is_connected and not stalled
-
-
 async def _holds(ha: Ha, before: list[LivenessState], after: list[LivenessState], now: float) -> bool:
     """Whether judgement is suspended since most hosts fell silent at once."""
     if not is_storm(before, after):
@@ -207,7 +188,7 @@ async def _holds(ha: Ha, before: list[LivenessState], after: list[LivenessState]
         ha.storm_since = now
         log.warning("most hosts fell silent at once; they are judged in %g s", ha.config.storm_hold_seconds)
         if not await can_ask(ha.core.bus.client, 1.0):
-            _listen_anew(ha)
+            listening.anew(ha)
             return True
     return now - ha.storm_since < ha.config.storm_hold_seconds
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
-import nats.errors
 from nats.aio.client import Client
 
+from services.ha import listening
 from services.ha.config import HaConfig
 from services.ha.state import Ha
 from volery.contracts.metrics import BEAT_SUBJECT
 from volery.runtime.connection import settle
 from volery.runtime.core import Core
 from volery.runtime.signing import Signer, parse_creds
+from volery.runtime.tasks import end
 from volery.runtime.vault import open_vault
 
 log = logging.getLogger(__name__)
@@ -36,6 +38,9 @@ async def open_ha(core: Core) -> AsyncIterator[Ha]:
         system = await _watch_connections(ha)
         if system is not None:
             stack.push_async_callback(system.close)
+        listening.anew(ha)
+        following = asyncio.create_task(listening.follow(ha))
+        stack.push_async_callback(end, [following])
         yield ha
 
 
@@ -59,12 +64,3 @@ async def _watch_connections(ha: Ha) -> Client | None:
     for subject in CONNECTIONS:
         await system.subscribe(subject, cb=ha.hear_presence)
     return system
-
-
-async def can_ask(client: Client, seconds: float) -> bool:
-    """Whether the server answers us."""
-    try:
-        await client.flush(timeout=max(int(seconds), 1))
-    except (nats.errors.Error, TimeoutError):
-        return False
-    return True

@@ -119,6 +119,12 @@ class Watch:
         self.beat, self.beat_at = beat, now
         self.off_first = None
 
+    def admit(self) -> None:
+        """Of what was heard while every journal was believed, only the admitted one's beats are the host's own."""
+        beat, at = self.beat, self.beat_at
+        if beat is not None and at is not None and self.generation not in ("", beat.generation):
+            self.stranger, self.beat, self.beat_at = Sign(at, beat.boot_id), None, None
+
     def hear_power(self, reading: Reading, listening_since: float) -> None:
         """A BMC's word. Off counts from the first reading after the last sign of life, in an unbroken row; a reading
         that failed breaks nothing and proves nothing."""

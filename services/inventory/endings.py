@@ -22,6 +22,8 @@ from volery.runtime.tables import Change, Row, Stale
 
 log = logging.getLogger(__name__)
 
+DEAD_CLAIMS_SECONDS = 2.0
+"""Nobody waits for capacity on a dead host, and its VMs give up their claims when they are placed anew: others first."""
 TOGETHER = 20
 """VMs whose end is written in one commit: a host that dies takes a hundred with it."""
 
@@ -63,10 +65,11 @@ def ended(
     """`boot_id`: the host's present boot, where it is known."""
     blackout = in_blackout(inv, placement.host_id, placement.boot_id, boot_id)
     new, private = down(row.public, row.private, end, blackout=blackout)
-    return [
-        VMS.update(row, new, private),
-        inv.store.place(placement, epoch=placement.epoch, host_id="", state="none"),
-    ]
+    after_seconds = DEAD_CLAIMS_SECONDS if end is End.HOST_DIED else 0.0
+    placed = inv.store.place(
+        placement, epoch=placement.epoch, host_id="", state="none", claims_after_seconds=after_seconds
+    )
+    return [VMS.update(row, new, private), placed]
 
 
 async def bury(inv: Inventory) -> None:

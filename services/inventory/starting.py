@@ -51,7 +51,7 @@ from volery.runtime.clock import monotonic, utc_now
 from volery.runtime.deaths import host_died
 from volery.runtime.run import Run
 from volery.runtime.service import Part
-from volery.runtime.tables import Stale
+from volery.runtime.tables import Change, Stale
 
 log = logging.getLogger(__name__)
 part = Part()
@@ -166,7 +166,7 @@ async def restart_vm(inv: Inventory, ask: RestartVm, caller: Caller) -> Operatio
             allowed_actions=(),
         )
         try:
-            await inv.core.commit(VMS.update(row, new), begun, caller=caller, answer=op)
+            await inv.core.commit(VMS.update(row, new), begun, caller=caller, answer=op, together=True)
         except Stale:
             continue
         return op
@@ -198,7 +198,7 @@ async def bring_up(inv: Inventory, run: Run, ask: Starting) -> None:
     excluded: list[str] = []
     reasons: list[str] = []
     for attempt in range(MAX_HOSTS):
-        epoch = await run.step(f"epoch-{attempt}", "Deciding", lambda: _raise_epoch(inv, ask.vm_id), int)
+        epoch = await run.write(f"epoch-{attempt}", "Deciding", lambda: _raised_epoch(inv, ask.vm_id), int)
         placed = await _place(inv, run, ask, attempt, epoch, tuple(excluded))
         if not placed.host_id:
             await release_claim(inv, run, ask.vm_id, epoch)
@@ -240,25 +240,21 @@ def _host_name(placed: Placement) -> str:
     return next((h.name for h in placed.hosts if h.host_id == placed.host_id and h.name), placed.host_id)
 
 
-async def _raise_epoch(inv: Inventory, vm_id: str) -> int:
-    while True:
-        before = await inv.store.placement(vm_id)
-        row = await VMS.get(inv.core.pool, vm_id)
-        if before.state == "running":
-            raise conflict(
-                f"VM {row.public.name} runs already, under epoch {before.epoch}: its host reported it after the database "
-                "was restored; there is nothing to start",
-                epoch=before.epoch,
-            )
-        epoch = await inv.store.next_epoch(before)
-        try:
-            await inv.core.commit(
-                inv.store.place(before, epoch=epoch, host_id="", state="starting"),
-                VMS.update(row, replace(row.public, epoch=epoch, host_id="")),
-            )
-        except Stale:
-            continue
-        return epoch
+async def _raised_epoch(inv: Inventory, vm_id: str) -> tuple[int, list[Change]]:
+    """The epoch of the next attempt, and the changes that raise it."""
+    before = await inv.store.placement(vm_id)
+    row = await VMS.get(inv.core.pool, vm_id)
+    if before.state == "running":
+        raise conflict(
+            f"VM {row.public.name} runs already, under epoch {before.epoch}: its host reported it after the database "
+            "was restored; there is nothing to start",
+            epoch=before.epoch,
+        )
+    epoch = await inv.store.next_epoch(before)
+    return epoch, [
+        inv.store.place(before, epoch=epoch, host_id="", state="starting"),
+        VMS.update(row, replace(row.public, epoch=epoch, host_id="")),
+    ]
 
 
 async def _place(
@@ -279,12 +275,12 @@ async def _place(
             avoided_host_ids=ask.avoided_host_ids,
             operation_id=run.id,
         )
-        placed = await inv.core.bus.ask(PLACE, question, run.caller_for(f"place-{attempt}"))
-        if placed.host_id:
-            await _set_host(inv, ask.vm_id, epoch, placed.host_id)
-        return placed
+        return await inv.core.bus.ask(PLACE, question, run.caller_for(f"place-{attempt}"))
 
-    return await run.step(f"place-{attempt}", "Choosing a host", place, Placement)
+    async def settle(placed: Placement) -> list[Change]:
+        return await _host_set(inv, ask.vm_id, epoch, placed.host_id) if placed.host_id else []
+
+    return await run.step(f"place-{attempt}", "Choosing a host", place, Placement, follows=settle)
 
 
 async def _silent_hosts(inv: Inventory, ask: Starting, cluster_id: str) -> tuple[str, ...]:
@@ -298,20 +294,15 @@ async def _silent_hosts(inv: Inventory, ask: Starting, cluster_id: str) -> tuple
     return tuple(host_id for host_id in ids if beats.silent_seconds(host_id) >= SILENT_SECONDS)
 
 
-async def _set_host(inv: Inventory, vm_id: str, epoch: int, host_id: str) -> None:
-    while True:
-        before = await inv.store.placement(vm_id)
-        if before.epoch != epoch or before.state != "starting":
-            raise conflict(f"the placement of this VM changed meanwhile (epoch {before.epoch}, not {epoch})")
-        row = await VMS.get(inv.core.pool, vm_id)
-        try:
-            await inv.core.commit(
-                inv.store.place(before, epoch=epoch, host_id=host_id, state="starting"),
-                VMS.update(row, replace(row.public, host_id=host_id)),
-            )
-        except Stale:
-            continue
-        return
+async def _host_set(inv: Inventory, vm_id: str, epoch: int, host_id: str) -> list[Change]:
+    before = await inv.store.placement(vm_id)
+    if before.epoch != epoch or before.state != "starting":
+        raise conflict(f"the placement of this VM changed meanwhile (epoch {before.epoch}, not {epoch})")
+    row = await VMS.get(inv.core.pool, vm_id)
+    return [
+        inv.store.place(before, epoch=epoch, host_id=host_id, state="starting"),
+        VMS.update(row, replace(row.public, host_id=host_id)),
+    ]
 
 
 async def _run_on(inv: Inventory, run: Run, ask: Starting, attempt: int, epoch: int, host_id: str) -> None:
@@ -336,8 +327,7 @@ async def _run_on(inv: Inventory, run: Run, ask: Starting, attempt: int, epoch: 
     async with _turn(inv, run, ask, row.public, host_id):
         await run.order(f"run-{attempt}", "Starting QEMU", RUN_DOMAIN, question, host_id=host_id, epoch=epoch)
     boot_id = await inv.core.orders.ended_under(run.order_id(f"run-{attempt}"))
-    await _settle_running(inv, ask, epoch, host_id, boot_id)
-    await run.only_forward()
+    await _settle_running(inv, run, ask, epoch, host_id, boot_id)
     if not boot_id:
         await inv.core.hosts.ask_report(host_id)  # says under which boot it runs, if it still does
 
@@ -356,7 +346,9 @@ async def _turn(inv: Inventory, run: Run, ask: Starting, vm: Vm, host_id: str) -
         yield
 
 
-async def _settle_running(inv: Inventory, ask: Starting, epoch: int, host_id: str, boot_id: str) -> None:
+async def _settle_running(
+    inv: Inventory, run: Run, ask: Starting, epoch: int, host_id: str, boot_id: str
+) -> None:
     """The host said that QEMU runs. It may have ended again since: then its fact was here first."""
     while True:
         before = await inv.store.placement(ask.vm_id)
@@ -384,7 +376,7 @@ async def _settle_running(inv: Inventory, ask: Starting, epoch: int, host_id: st
         )
         private = replace(row.private, saved_path="", saved_host_id="", run_once=None)
         try:
-            await inv.core.commit(
+            await run.only_forward(
                 inv.store.place(before, epoch=epoch, host_id=host_id, state="running", boot_id=boot_id),
                 VMS.update(row, new, private),
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -257,15 +258,18 @@ class Store:
         state: str,
         destination_id: str = "",
         boot_id: str = "",
+        claims_after_seconds: float = 0.0,
     ) -> Change:
-        """The next placement, if it still stands as `before` says. Epochs never go down."""
+        """The next placement, if it still stands as `before` says. Epochs never go down. What it held before is given back
+        after so many seconds."""
         assert epoch >= before.epoch
 
         def wake() -> None:
             for host in {before.host_id, host_id} - {""}:
                 self.wake(f"host/{host}")
             if state == "none" or before.state == "moving":
-                self.wake(f"claims/{before.vm_id}")
+                later = asyncio.get_running_loop().call_later
+                later(claims_after_seconds, self.wake, f"claims/{before.vm_id}")
             if state == "running":
                 self.wake(f"lost/{host_id}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime
@@ -30,15 +31,7 @@ def dwh(opened: list[Dwh] | None = None) -> Service:
         if opened is not None:
             opened.append(made)
 
-    return Service(
-        declared.name,
-        declared.open,
-        declared.config,
-        declared.parts,
-        on_gap=declared.on_gap,
-        on_lead=declared.on_lead,
-        on_follow=remember,
-    )
+    return dataclasses.replace(declared, on_follow=remember)
 
 
 def sample(at: datetime, *, received: int = 0, read: int = 0, cpu: float = 50.0, **fields: Any) -> HostSample:

@@ -75,15 +75,7 @@ class Hurried(HaConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 def ha() -> Service:
-    return Service(
-        declared.name,
-        declared.open,
-        Hurried,
-        declared.parts,
-        reconcile=declared.reconcile,
-        on_gap=declared.on_gap,
-        on_lead=declared.on_lead,
-    )
+    return dataclasses.replace(declared, config=Hurried)
 
 
 def hurried(configured: Settings, **more: str) -> Settings:

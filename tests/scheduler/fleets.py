@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
@@ -42,16 +43,7 @@ def scheduler(opened: list[Scheduler] | None = None) -> Service:
         if opened is not None:
             opened.append(made)
 
-    return Service(
-        declared.name,
-        declared.open,
-        declared.config,
-        declared.parts,
-        on_gap=declared.on_gap,
-        on_lead=declared.on_lead,
-        on_follow=remember,
-        concurrency=256,
-    )
+    return dataclasses.replace(declared, on_follow=remember, concurrency=256)
 
 
 def inventory() -> Speaker:

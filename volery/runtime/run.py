@@ -98,11 +98,12 @@ class Run:
     def goes_only_forward(self) -> bool:
         return self.row.private.only_forward
 
-    async def only_forward(self) -> None:
+    async def only_forward(self, *changes: Change) -> None:
         """What was asked for has happened, and taking it back would do harm: from here on nothing is undone, also after a
         crash; whoever cancels is told that it is too late, and a cancellation under way has no effect any more. The
-        deadline stops nothing either, so what follows must end by itself."""
-        await self.save(_running_again, private=lambda p: replace(p, only_forward=True))
+        deadline stops nothing either, so what follows must end by itself. Raises Stale when the changes that say so don't
+        hold any more."""
+        await self.save(_running_again, private=lambda p: replace(p, only_forward=True), changes=changes)
         self.undos.clear()
         self.cancelling.clear()
         self.reason = None
@@ -115,10 +116,12 @@ class Run:
         type_: Any = None,
         *,
         changes: Sequence[Change] = (),
+        follows: Callable[[V], Awaitable[Sequence[Change]]] | None = None,
     ) -> V:
         """Do a step once: its answer is recorded, and given again after a crash.
 
-        `type_` is what the answer decodes to (None: the step has no answer worth keeping).
+        `type_` is what the answer decodes to (None: the step has no answer worth keeping). What `follows` from the answer
+        is written with it, and decided again when somebody changed a row first.
         """
         recorded = self.row.private.results.get(name)
         if recorded is not None:
@@ -128,8 +131,37 @@ class Run:
             self.checkpoint()
         await self._begin(name, title, changes)
         answer = await self.surely(action)
-        await self._end(name, answer if type_ is not None else None)
-        return answer
+        kept_answer = answer if type_ is not None else None
+        if follows is None:
+            await self._end(name, kept_answer)
+            return answer
+        while True:
+            try:
+                await self._end(name, kept_answer, await follows(answer))
+            except Stale:
+                continue
+            return answer
+
+    async def write(
+        self,
+        name: str,
+        title: str,
+        decide: Callable[[], Awaitable[tuple[V, Sequence[Change]]]],
+        type_: type[V],
+    ) -> V:
+        """A step that is one commit: its answer and what it changes. Decided again when somebody changed a row first."""
+        recorded = self.recorded(name, type_)
+        if recorded is not None:
+            return recorded
+        if not self._may_be_done(name):
+            self.checkpoint()
+        while True:
+            answer, changes = await decide()
+            try:
+                await self._end(name, answer, changes, title)
+            except Stale:
+                continue
+            return answer
 
     def recorded(self, name: str, type_: type[V]) -> V | None:
         """What a step answered, if it has ended."""
@@ -250,20 +282,24 @@ class Run:
         await self.save(progressed)
 
     async def _begin(self, name: str, title: str, changes: Sequence[Change]) -> None:
-        def begun(op: Operation) -> Operation:
-            steps = tuple(s for s in op.steps if s.name != name)
-            running = OperationState.CANCELLING if self.cancelling.is_set() else OperationState.RUNNING
-            return replace(op, state=running, steps=(*steps, Step(name=name, title=title)))
+        await self.save(lambda op: self._with_step(op, name, title), changes=changes)
 
-        await self.save(begun, changes=changes)
+    def _with_step(self, op: Operation, name: str, title: str) -> Operation:
+        steps = tuple(s for s in op.steps if s.name != name)
+        running = OperationState.CANCELLING if self.cancelling.is_set() else OperationState.RUNNING
+        return replace(op, state=running, steps=(*steps, Step(name=name, title=title)))
 
-    async def _end(self, name: str, answer: Any) -> None:
+    async def _end(self, name: str, answer: Any, changes: Sequence[Change] = (), title: str = "") -> None:
+        """With a title: of a step whose begin nobody wrote."""
+
         def ended(op: Operation) -> Operation:
+            if title:
+                op = self._with_step(op, name, title)
             done = OperationState.SUCCEEDED
             steps = tuple(replace(s, state=done, progress=100.0) if s.name == name else s for s in op.steps)
             return replace(op, steps=steps)
 
-        await self.save(ended, results={name: msgspec.Raw(encode(answer))})
+        await self.save(ended, results={name: msgspec.Raw(encode(answer))}, changes=changes)
 
     async def save(
         self,
