@@ -21,15 +21,12 @@ from lab.errors import LabError
 from lab.scene import Scene, staged
 from trials import ledger
 from trials.blackout import blackout
+from trials.company import Company
 from trials.kinds import KINDS, Blackout, Elsewhere, Kind, Rack, settings_for
 from trials.rack import rack
 from trials.trial import Actors, Outcome, Wrong, elsewhere, first_record, nothing, settled
-from volery.cli.storage import send_image
 from volery.client import api
-from volery.contracts.domain import ImageFormat
 from volery.contracts.operation import Operation
-from volery.contracts.storage import CreateDisk
-from volery.contracts.vm import HighAvailability, NewDisk, Vm
 
 HOSTS = 3
 RACK_HOSTS = 5
@@ -37,30 +34,6 @@ PLAIN_STARTS = 3
 SLOWER = 1.3
 """A restart's start may take this many times as long as a plain start of the same VM."""
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-
-
-def actor(scene: Scene, kind: Kind, name: str, directory: Path) -> tuple[Vm, Path]:
-    """A highly available guest that writes on a ledger, and the ledger's file."""
-    blank = directory / f"{name}.ledger"
-    blank.write_bytes(ledger.blank())
-    domain = scene.client.find(api.STORAGE_DOMAINS, "iscsi" if kind.iscsi else "shared")
-    if kind.iscsi:
-        scene.lab.target.add_lun(ledger.SIZE)
-        scene.client.wait(scene.client.send(api.STORAGE_DOMAINS.act(domain.id, "refresh", Operation)))
-    ask = CreateDisk(
-        name=f"{name}-ledger", storage_domain_id=domain.id, size_bytes=ledger.SIZE, format=ImageFormat.RAW
-    )
-    disk_id = scene.client.wait(scene.client.send(api.DISKS.create(ask, Operation))).object_id
-    send_image(scene.client, disk_id, blank)
-    vm = scene.guest(name, NewDisk(disk_id=disk_id), high_availability=HighAvailability(enabled=True))
-    return vm, ledgers_file(scene, kind, disk_id)
-
-
-def ledgers_file(scene: Scene, kind: Kind, disk_id: str) -> Path:
-    if kind.iscsi:
-        return scene.lab.target.backing_file(scene.client.send(api.DISKS.get(disk_id)).lun)
-    (file,) = (path for path in scene.lab.shared.rglob(f"*{disk_id}*") if path.is_file())
-    return file
 
 
 def plain_start(scene: Scene, actors: Actors) -> float:
@@ -75,20 +48,15 @@ def plain_start(scene: Scene, actors: Actors) -> float:
     return (wrote - operation.created_at).total_seconds()
 
 
-def tried(scene: Scene, kind: Kind, times: int) -> list[Line]:
-    """Rows of so many trials, with guests of their own, which are gone afterwards. Raises Wrong, LabError, ledger.Torn."""
+def tried(company: Company, kind: Kind, times: int) -> list[Line]:
+    """Rows of so many trials. Raises Wrong, LabError, ledger.Torn."""
+    scene = company.scene
     for host in scene.lab.hosts:
         scene.manage_power(host.number)
     if kind.io_timeout_seconds:
         scene.hold_leases(kind.io_timeout_seconds)
-    names = [f"survivor-{kind.name}", f"bystander-{kind.name}"]
-    if isinstance(kind, Rack):
-        names.append(f"companion-{kind.name}")
-    made = [actor(scene, kind, name, scene.lab.layout.state) for name in names]
-    rows = lines(scene, kind, times, [vm.id for vm, _ in made], {vm.id: file for vm, file in made})
-    for vm, _ in made:
-        scene.remove(vm)
-    return rows
+    cast = company.cast(kind)
+    return lines(scene, kind, times, [vm.id for vm, _ in cast], {vm.id: file for vm, file in cast})
 
 
 def lines(scene: Scene, kind: Kind, times: int, vm_ids: list[str], files: dict[str, Path]) -> list[Line]:
@@ -175,7 +143,7 @@ class Needs:
 
 def grouped(kinds: Sequence[Kind]) -> dict[Needs, list[Kind]]:
     found: dict[Needs, list[Kind]] = {}
-    for kind in kinds:
+    for kind in sorted(kinds, key=lambda kind: kind.iscsi):
         hosts = RACK_HOSTS if isinstance(kind, Rack) else HOSTS
         needs = Needs(hosts, tuple(settings_for(kind).items()), kind.io_timeout_seconds)
         found.setdefault(needs, []).append(kind)
@@ -202,10 +170,11 @@ def main() -> int:
             kind = kinds[0]
             try:
                 with staged(needs.hosts, dict(needs.settings)) as scene:
+                    company = Company(scene)
                     while kinds:
                         kind = kinds.pop(0)
                         times = asked.n if asked.exactly else max(1, round(asked.n * kind.share))
-                        rows = tried(scene, kind, times)
+                        rows = tried(company, kind, times)
                         found += rows
                         keep(asked.output, rows)
             except (Wrong, ledger.Torn, LabError) as error:

@@ -131,8 +131,8 @@ def begin_migration(scene: Scene, host: Host) -> None:
 def begin_maintenance(scene: Scene, host: Host) -> None:
     """Of the survivor's host, whose guest moves slowly enough that it is there when the host breaks."""
     vm = survivor_on(scene, host)
-    slow = {"migration": MigrationPolicy(bandwidth_mib_per_second=1, auto_converge=False)}
-    scene.client.send(api.VMS.update(vm.id, slow))
+    slow = MigrationPolicy(bandwidth_mib_per_second=1, auto_converge=False)
+    scene.client.send(api.VMS.update(vm.id, {"migration": slow}))
     scene.client.send(api.HOSTS.act(vm.host_id, "maintenance", Operation))
     in_the_middle(scene, host, vm)
 
@@ -169,6 +169,8 @@ def kill_plane(scene: Scene) -> None:
 def end_maintenance(scene: Scene, host: Host) -> None:
     """Its operation ends by itself; what is left of it is a host that somebody has to activate."""
     host.power_on()
+    for vm in scene.client.list(api.VMS):
+        scene.client.send(api.VMS.update(vm.id, {"migration": MigrationPolicy()}))
     host_id = scene.client.find(api.HOSTS, host.name).id
 
     def ended() -> bool:

@@ -331,6 +331,17 @@ KINDS: tuple[Kind, ...] = (
         still=True,
     ),
     Nothing(
+        "storage-away",
+        "a host's way to its iSCSI storage cut for two minutes, in which it is non-operational",
+        lambda scene, host: host.cut_storage(),
+        lambda scene, host: host.join_storage(),
+        seconds=120.0,
+        share=0.0,
+        iscsi=True,
+        still=True,
+        may_move=True,
+    ),
+    Nothing(
         "two-cut",
         "two hosts of three cut for a minute, in the middle of a migration between them",
         faults.both(Host.cut),

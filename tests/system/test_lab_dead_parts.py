@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from lab.host import Host
-from lab.scene import Scene, staged
+from lab.scene import MIB, Scene, staged
 from volery.client import api
 from volery.client.request import Request, body_of
 from volery.contracts.host import HostStatus
 from volery.contracts.network import CreateNetwork, Network, SetupHostNetworks
 from volery.contracts.network_orders import NetworkKind
 from volery.contracts.operation import Operation
-from volery.contracts.vm import HighAvailability, Vm, VmStatus
+from volery.contracts.vm import HighAvailability, NewDisk, Vm, VmStatus
 
 pytestmark = pytest.mark.timeout(300)
 NIC = "eth1"
 SWITCHS_END = "eth1p"
+WRITER = "while dd if=/dev/zero of=/dev/vdb bs=512 count=1 conv=notrunc,fsync; do usleep 100000; done"
 HA = HighAvailability(enabled=True)
 
 
@@ -98,3 +102,44 @@ def test_a_host_whose_cable_of_a_required_network_is_out_sends_its_guest_away_al
     stage.host_is_up(vm.host_id, 30)
     assert stage.client.send(api.VMS.get(vm.id)).host_id == moved.host_id, "nothing moves back by itself"
     stage.remove(moved)
+
+
+def beside(stage: Scene, vm: Vm, other: Vm) -> Vm:
+    """The other on the same host."""
+    if other.host_id != vm.host_id:
+        stage.act(other.id, "migrate", {"host_id": vm.host_id})
+    return stage.client.send(api.VMS.get(other.id))
+
+
+def test_a_host_that_has_lost_its_iscsi_storage_keeps_whom_a_write_holds_until_its_qemu_has_ended(
+    stage: Scene,
+) -> None:
+    iscsi = stage.client.find(api.STORAGE_DOMAINS, "iscsi")
+    bound = stage.guest(
+        "bound", NewDisk(storage_domain_id=iscsi.id, size_bytes=64 * MIB), high_availability=HA
+    )
+    free = beside(stage, bound, stage.guest("free", high_availability=HA))
+    host, boot = stage.host(bound.host_id), boot_of(stage, free)
+    stage.inside(bound, f"({WRITER}) > /dev/null 2>&1 &")
+    host.cut_storage()
+    cut = time.monotonic()
+    try:
+        is_left(stage, bound.host_id, "storage_unreachable")
+        moved = stage.until(free.id, lambda vm: vm.status is VmStatus.UP and vm.host_id != free.host_id, 60)
+        print(f"who needs nothing of it runs elsewhere after {time.monotonic() - cut:.1f} s")
+        assert boot_of(stage, moved) == boot, "it moved, and was not started anew"
+        assert stage.client.send(api.VMS.get(bound.id)).host_id == bound.host_id
+        assert list(stage.client.list(api.RESTARTS, filter={"vm_id": bound.id})) == []
+        for pid in host.pids("qemu-system-x86"):
+            if bound.id in Path(f"/proc/{pid}/cmdline").read_text(errors="replace"):
+                os.kill(pid, signal.SIGKILL)
+        killed = time.monotonic()
+        back = stage.until(bound.id, lambda vm: vm.status is VmStatus.UP and vm.host_id != bound.host_id, 60)
+        print(f"whose QEMU ended runs elsewhere after {time.monotonic() - killed:.1f} s")
+        assert back.epoch > bound.epoch
+    finally:
+        host.join_storage()
+    stage.host_is_up(bound.host_id, 60)
+    assert not stage.domains(host, bound)
+    for vm in (back, moved):
+        stage.remove(vm)
