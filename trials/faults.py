@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from lab import plane
+from lab import plane, watchdog
 from lab.board import Fault
 from lab.host import Host
 from lab.scene import QUIET, Scene
@@ -35,6 +35,12 @@ def lose_all(scene: Scene, host: Host) -> None:
 def freeze_without_bmc(scene: Scene, host: Host) -> None:
     scene.lab.bmc(host.number).set_fault(Fault.UNREACHABLE)
     host.freeze()
+
+
+def freeze_without_watchdog(scene: Scene, host: Host) -> None:
+    """Nothing on it moves, and nothing resets it."""
+    host.freeze()
+    host.layout.watchdog.write_bytes(watchdog.DISARM)
 
 
 def bring_back(scene: Scene, host: Host) -> None:

@@ -292,8 +292,8 @@ KINDS: tuple[Kind, ...] = (
     ),
     Nothing(
         "frozen-unproven",
-        "host frozen for two minutes, BMC lost, no lease",
-        faults.freeze_without_bmc,
+        "host frozen for two minutes, BMC lost, no watchdog, no lease",
+        faults.then(faults.bmc(Fault.UNREACHABLE), faults.freeze_without_watchdog),
         faults.bring_back,
         seconds=120.0,
         share=0.0,
@@ -303,7 +303,7 @@ KINDS: tuple[Kind, ...] = (
     Nothing(
         "says-on",
         "host frozen, its BMC says on for ever",
-        faults.then(faults.bmc(Fault.SAYS_ON), lambda scene, host: host.freeze()),
+        faults.then(faults.bmc(Fault.SAYS_ON), faults.freeze_without_watchdog),
         faults.thaw_then_bmc,
         seconds=120.0,
         share=0.0,
@@ -314,7 +314,7 @@ KINDS: tuple[Kind, ...] = (
     Nothing(
         "swapped",
         "host frozen, its BMC is another host's",
-        faults.then(faults.bmc(Fault.SWAPPED), lambda scene, host: host.freeze()),
+        faults.then(faults.bmc(Fault.SWAPPED), faults.freeze_without_watchdog),
         faults.thaw_then_bmc,
         seconds=70.0,
         share=0.0,

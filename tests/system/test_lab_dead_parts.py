@@ -15,12 +15,12 @@ from lab.scene import MIB, Scene, staged
 from volery.client import api
 from volery.client.request import Request, body_of
 from volery.contracts.host import HostStatus
-from volery.contracts.network import CreateNetwork, Network, SetupHostNetworks
+from volery.contracts.network import CreateNetwork, Network
 from volery.contracts.network_orders import NetworkKind
 from volery.contracts.operation import Operation
 from volery.contracts.vm import HighAvailability, NewDisk, Vm, VmStatus
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(420)
 NIC = "eth1"
 SWITCHS_END = "eth1p"
 WRITER = "while dd if=/dev/zero of=/dev/vdb bs=512 count=1 conv=notrunc,fsync; do usleep 100000; done"
@@ -62,10 +62,8 @@ def office(stage: Scene) -> Iterator[Network]:
     ask = CreateNetwork(name="office", data_center_id=center, kind=NetworkKind.BRIDGE, required=True)
     network = stage.client.send(api.NETWORKS.create(ask, Network))
     for one in stage.client.list(api.HOSTS):
-        setup = SetupHostNetworks(host_id=one.id, nics={network.id: NIC})
-        stage.client.wait(
-            stage.client.send(Request("POST", f"hosts/{one.id}/networks", Operation, body_of(setup)))
-        )
+        nics = body_of({"nics": {network.id: NIC}})
+        stage.client.wait(stage.client.send(Request("POST", f"hosts/{one.id}/networks", Operation, nics)))
     yield network
     stage.client.send(api.NETWORKS.delete(network.id))
 
