@@ -85,8 +85,7 @@ def to_servers(number: signal.Signals) -> Act:
 
 def next_to(scene: Scene, host: Host) -> Host:
     """Another host of the lab; also the one whose BMC a swapped one has."""
-    hosts = scene.lab.hosts
-    return hosts[(hosts.index(host) + 1) % len(hosts)]
+    return scene.lab.host(host.number % len(scene.lab.hosts) + 1)
 
 
 def both(do: Callable[[Host], None]) -> Act:

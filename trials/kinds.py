@@ -294,7 +294,7 @@ KINDS: tuple[Kind, ...] = (
         "frozen-unproven",
         "host frozen for two minutes, BMC lost, no watchdog, no lease",
         faults.then(faults.bmc(Fault.UNREACHABLE), faults.freeze_without_watchdog),
-        faults.bring_back,
+        faults.thaw_then_bmc,
         seconds=120.0,
         share=0.0,
         still=True,
