@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from lab.scene import Scene
+from trials import faults
 from trials.kinds import Rack
 from trials.trial import (
     RECORD_SECONDS,
@@ -39,7 +40,7 @@ def rack(scene: Scene, kind: Rack, pairs: tuple[Actors, Actors]) -> Outcome:
     hosts = [scene.host(before.vm.host_id) for before in befores]
     for host in hosts:
         if kind.frozen:
-            host.freeze()
+            faults.freeze_without_watchdog(scene, host)
         else:
             host.power_off()
     if kind.frozen:
