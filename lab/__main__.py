@@ -24,6 +24,8 @@ HOST_ACTIONS: dict[str, tuple[Callable[[Host], None], str]] = {
     "power-on": (Host.power_on, "boot it, and wait until libvirtd answers"),
     "cut": (Host.cut, "pull the network cable"),
     "join": (Host.join, "plug the network cable in"),
+    "cut-storage": (Host.cut_storage, "its way to the iSCSI portal is gone, and only its own"),
+    "join-storage": (Host.join_storage, "it is there again"),
     "kill-libvirtd": (Host.kill_libvirtd, "kill -9; it stays down"),
     "start-libvirtd": (Host.start_libvirtd, "start libvirtd again"),
     "kill-agent": (Host.kill_agent, "kill -9; it is started again after 0.5 s"),

@@ -335,6 +335,13 @@ class Host:
         self.layout.cut_mark.unlink(missing_ok=True)
         network.set_cable(self.layout, connected=True)
 
+    def cut_storage(self) -> None:
+        """The iSCSI portal answers this host no more; connections stay open. It stays so until `join_storage`."""
+        network.set_storage(self.layout, self._record.subnet, connected=False)
+
+    def join_storage(self) -> None:
+        network.set_storage(self.layout, self._record.subnet, connected=True)
+
     # --- daemons
 
     def kill_libvirtd(self, *, stay_down: bool = True) -> None:

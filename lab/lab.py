@@ -22,6 +22,7 @@ DEFAULT_NETWORKS = "10.98.0.0/16"
 HIDDEN_ON_HOSTS = ("/dev", "/proc", "/run", "/sys", "/etc/libvirt", "/var/lib/libvirt")
 REQUIRED_PROGRAMS = {
     "ip": "iproute2",
+    "nft": "nftables",
     "nsenter": "util-linux",
     "libvirtd": "libvirt-daemon-system (Debian) or libvirt-daemon (Oracle Linux)",
     "virsh": "libvirt-clients (Debian) or libvirt-client (Oracle Linux)",

@@ -125,6 +125,20 @@ def set_cable(host: HostLayout, connected: bool) -> None:
         )  # fmt: skip
 
 
+def set_storage(host: HostLayout, subnet: str, connected: bool) -> None:
+    """Whether the switch takes what the host sends to the storage's address. It stays so over a power cycle."""
+    table = f"ip storage_{host.name}"
+    rules = [f"add table {table}", f"delete table {table}"]
+    if not connected:
+        own, storage = address(subnet, host.number), address(subnet, STORAGE_OCTET)
+        rules += [
+            f"add table {table}",
+            f"add chain {table} in {{ type filter hook input priority 0; }}",
+            f"add rule {table} in ip saddr {own} ip daddr {storage} drop",
+        ]
+    run(["ip", "netns", "exec", host.lab.switch, "nft", "; ".join(rules)])
+
+
 def unplug(host: HostLayout) -> None:
     """Removes the host's port. Harmless when it's gone."""
     if host.name in links(host.lab.switch):

@@ -10,6 +10,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -19,35 +20,20 @@ from bench.rows import Line, below, keep
 from lab.errors import LabError
 from lab.scene import Scene, staged
 from trials import ledger
-from trials.kinds import KINDS, SETTINGS, Elsewhere, Kind
+from trials.blackout import blackout
+from trials.company import Company
+from trials.kinds import KINDS, Blackout, Elsewhere, Kind, Rack, settings_for
+from trials.rack import rack
 from trials.trial import Actors, Outcome, Wrong, elsewhere, first_record, nothing, settled
-from volery.cli.storage import send_image
 from volery.client import api
-from volery.contracts.domain import ImageFormat
 from volery.contracts.operation import Operation
-from volery.contracts.storage import CreateDisk
-from volery.contracts.vm import HighAvailability, NewDisk, Vm
 
 HOSTS = 3
+RACK_HOSTS = 5
 PLAIN_STARTS = 3
 SLOWER = 1.3
 """A restart's start may take this many times as long as a plain start of the same VM."""
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-
-
-def actor(scene: Scene, name: str, directory: Path) -> tuple[Vm, Path]:
-    """A highly available guest that writes on a ledger, and the ledger's file."""
-    blank = directory / f"{name}.ledger"
-    blank.write_bytes(ledger.blank())
-    shared = scene.client.find(api.STORAGE_DOMAINS, "shared")
-    ask = CreateDisk(
-        name=f"{name}-ledger", storage_domain_id=shared.id, size_bytes=ledger.SIZE, format=ImageFormat.RAW
-    )
-    disk_id = scene.client.wait(scene.client.send(api.DISKS.create(ask, Operation))).object_id
-    send_image(scene.client, disk_id, blank)
-    vm = scene.guest(name, NewDisk(disk_id=disk_id), high_availability=HighAvailability(enabled=True))
-    (file,) = (path for path in scene.lab.shared.rglob(f"*{disk_id}*") if path.is_file())
-    return vm, file
 
 
 def plain_start(scene: Scene, actors: Actors) -> float:
@@ -62,21 +48,36 @@ def plain_start(scene: Scene, actors: Actors) -> float:
     return (wrote - operation.created_at).total_seconds()
 
 
-def tried(scene: Scene, kind: Kind, times: int) -> list[Line]:
+def tried(company: Company, kind: Kind, times: int) -> list[Line]:
     """Rows of so many trials. Raises Wrong, LabError, ledger.Torn."""
-    for number in range(1, HOSTS + 1):
-        scene.manage_power(number)
+    scene = company.scene
+    for host in scene.lab.hosts:
+        scene.manage_power(host.number)
     if kind.io_timeout_seconds:
         scene.hold_leases(kind.io_timeout_seconds)
-    names = (f"survivor-{kind.name}", f"bystander-{kind.name}")
-    made = [actor(scene, name, scene.lab.layout.state) for name in names]
-    (survivor, _), (bystander, _) = made
-    actors = Actors(survivor.id, bystander.id, {vm.id: file for vm, file in made})
+    cast = company.cast(kind)
+    return lines(scene, kind, times, [vm.id for vm, _ in cast], {vm.id: file for vm, file in cast})
+
+
+def lines(scene: Scene, kind: Kind, times: int, vm_ids: list[str], files: dict[str, Path]) -> list[Line]:
+    survivor, bystander, *others = vm_ids
+    actors = Actors(survivor, bystander, files)
     console.print(f"\n[bold]{kind.title}[/], {times} {'trial' if times == 1 else 'trials'}")
     if isinstance(kind, Elsewhere):
-        plain = statistics.median(plain_start(scene, actors) for _ in range(PLAIN_STARTS))
-        console.print(f"  a plain start takes {plain:.2f} s until the guest writes")
+        plain = 0.0
+        if kind.compared:
+            plain = statistics.median(plain_start(scene, actors) for _ in range(PLAIN_STARTS))
+            console.print(f"  a plain start takes {plain:.2f} s until the guest writes")
         return elsewhere_lines(kind, [shown(n, elsewhere(scene, kind, actors)) for n in range(times)], plain)
+    if isinstance(kind, Rack):
+        pairs = (actors, replace(actors, survivor=others[0]))
+        outcomes = [shown(n, rack(scene, kind, pairs)) for n in range(times)]
+        return [to_order_line(kind, outcomes)]
+    if isinstance(kind, Blackout):
+        for number in range(times):
+            shown(number, blackout(scene, actors, number))
+        name = f"{kind.title}: VMs that did not run exactly once"
+        return [below(name, 0, 0, "", f"{times} rounds, on {today()}; any would have ended them")]
     for number in range(times):
         shown(number, nothing(scene, kind, actors))
     name = f"{kind.title}: VMs restarted, hosts fenced or believed dead"
@@ -95,25 +96,29 @@ def today() -> str:
     return f"{datetime.now(UTC):%Y-%m-%d}"
 
 
-def elsewhere_lines(kind: Elsewhere, outcomes: Sequence[Outcome], plain: float) -> list[Line]:
-    """The slowest trial is what counts. A fenced host boots while the guest does, on the same processors here, so how long
-    that takes is printed and compared with nothing."""
+def slowest_of(outcomes: Sequence[Outcome]) -> str:
+    """It is the slowest trial that counts."""
+    return f"slowest of {len(outcomes)}, on {today()}; median"
+
+
+def to_order_line(kind: Elsewhere | Rack, outcomes: Sequence[Outcome]) -> Line:
     ordered = [outcome.to_order for outcome in outcomes]
+    return below(
+        f"{kind.title}: to the restart order",
+        max(ordered),
+        kind.order_seconds,
+        "s",
+        f"{slowest_of(outcomes)} {statistics.median(ordered):.2f} s",
+    )
+
+
+def elsewhere_lines(kind: Elsewhere, outcomes: Sequence[Outcome], plain: float) -> list[Line]:
+    ordered = to_order_line(kind, outcomes)
+    if not kind.compared:
+        return [ordered]
     wrote = [outcome.to_record for outcome in outcomes]
-    many = f"slowest of {len(outcomes)}, on {today()}; median"
-    found = [
-        below(
-            f"{kind.title}: to the restart order",
-            max(ordered),
-            kind.order_seconds,
-            "s",
-            f"{many} {statistics.median(ordered):.2f} s",
-        ),
-    ]
-    if kind.fenced:
-        return found
     return [
-        *found,
+        ordered,
         Line(
             name=f"{kind.title}: from the order until the guest writes",
             ours=max(wrote),
@@ -122,9 +127,27 @@ def elsewhere_lines(kind: Elsewhere, outcomes: Sequence[Outcome], plain: float) 
             ratio=max(wrote) / plain,
             goal=f"<= {SLOWER:g} x",
             met=max(wrote) <= SLOWER * plain,
-            note=f"{many} {statistics.median(wrote):.2f} s; theirs: a plain start, median of {PLAIN_STARTS}",
+            note=f"{slowest_of(outcomes)} {statistics.median(wrote):.2f} s; theirs: a plain start, median of {PLAIN_STARTS}",
         ),
     ]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What kinds of trials have in common that take place in one lab."""
+
+    hosts: int
+    settings: tuple[tuple[str, str], ...]
+    io_timeout_seconds: int
+
+
+def grouped(kinds: Sequence[Kind]) -> dict[Needs, list[Kind]]:
+    found: dict[Needs, list[Kind]] = {}
+    for kind in sorted(kinds, key=lambda kind: kind.iscsi):
+        hosts = RACK_HOSTS if isinstance(kind, Rack) else HOSTS
+        needs = Needs(hosts, tuple(settings_for(kind).items()), kind.io_timeout_seconds)
+        found.setdefault(needs, []).append(kind)
+    return found
 
 
 def main() -> int:
@@ -139,21 +162,25 @@ def main() -> int:
         parser.error(f"no such kind: {', '.join(unknown)}; kinds are {', '.join(names)}")
     if asked.n < 1:
         parser.error("-n must be 1 or more")
+    chosen = [kind for kind in KINDS if not asked.kinds or kind.name in asked.kinds]
     found: list[Line] = []
     failed: list[str] = []
-    for kind in KINDS:
-        if asked.kinds and kind.name not in asked.kinds:
-            continue
-        times = asked.n if asked.exactly else max(1, round(asked.n * kind.share))
-        try:
-            with staged(HOSTS, SETTINGS) as scene:
-                rows = tried(scene, kind, times)
-        except (Wrong, ledger.Torn, LabError) as error:
-            failed.append(f"{kind.title}: {error}")
-            console.print(f"[bold red]{failed[-1]}[/]")
-            continue
-        found += rows
-        keep(asked.output, rows)
+    for needs, kinds in grouped(chosen).items():
+        while kinds:
+            kind = kinds[0]
+            try:
+                with staged(needs.hosts, dict(needs.settings)) as scene:
+                    company = Company(scene)
+                    while kinds:
+                        kind = kinds.pop(0)
+                        times = asked.n if asked.exactly else max(1, round(asked.n * kind.share))
+                        rows = tried(company, kind, times)
+                        found += rows
+                        keep(asked.output, rows)
+            except (Wrong, ledger.Torn, LabError) as error:
+                kinds = [one for one in kinds if one is not kind]  # the others get a lab that is whole
+                failed.append(f"{kind.title}: {error}")
+                console.print(f"[bold red]{failed[-1]}[/]")
     for line in found:
         console.print(
             f"{line.name}: {line.ours:.2f} {line.unit}, {line.goal}: {'met' if line.met else 'MISSED'}"

@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-import os
 import signal
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from lab import plane
 from lab.board import Fault
 from lab.host import Host
-from lab.scene import QUIET, Scene
+from trials import faults
+from trials.faults import Act, nothing
 from volery.contracts.liveness import ProofKind
-from volery.setup import embedded
-from volery.setup.down import down
-from volery.setup.up import up
 
 SILENCE_SECONDS = 35.0
 """`VOLERY_HA_SILENCE_BEFORE_FENCE_SECONDS` in trials: the least that ha accepts."""
+BRAKE_WINDOW = "VOLERY_HA_BRAKE_WINDOW_SECONDS"
 SETTINGS = {
     "VOLERY_HA_SILENCE_BEFORE_FENCE_SECONDS": f"{SILENCE_SECONDS:.0f}",
     # Trials follow each other within minutes: the holds that they would run into have tests of their own.
     "VOLERY_HA_START_HOLD_SECONDS": "5",
     "VOLERY_HA_SWITCH_QUIET_SECONDS": "1",
-    "VOLERY_HA_BRAKE_WINDOW_SECONDS": "10",
+    BRAKE_WINDOW: "10",
+    # Longer than `storage-cut` lasts, and short enough to be waited for.
+    "VOLERY_STORAGE_LOST_AFTER_SECONDS": "70",
+    "VOLERY_STORAGE_BACK_AFTER_SECONDS": "5",
     "VOLERY_HA_RESTARTS_AT_MOST": "1000",
 }
-
-Act = Callable[[Scene, Host], None]
-"""Does something to the host where the survivor runs, or to the control plane."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +36,8 @@ class Elsewhere:
     fault: Act
     mend: Act
     """After the VM runs elsewhere. The host is then waited for."""
-    proof: ProofKind
+    proof: ProofKind | None
+    """None: the host lives, and its agent has said that the VM's QEMU ended."""
     order_seconds: float
     share: float = 1.0
     """Of the trials that were asked for; at least one is done."""
@@ -48,12 +45,18 @@ class Elsewhere:
     """ha must have ordered the host off."""
     io_timeout_seconds: int = 0
     """Leases, at this io_timeout; 0 is none."""
+    iscsi: bool = False
+    """The ledgers are LUNs."""
+    first: Act = nothing
+    """Before the clock starts."""
+    compared: bool = True
+    """With a plain start: not while a host boots beside the guest, on the same processors."""
 
 
 @dataclass(frozen=True)
 class Nothing:
-    """The fault lasts for so long, then it is mended: no VM is restarted, no host is fenced or believed dead, and the
-    guest writes all the time."""
+    """The fault lasts for so long, then it is mended: no VM is restarted, no host is switched or believed dead, and the
+    guest writes all the time, in one boot."""
 
     name: str
     title: str
@@ -62,64 +65,51 @@ class Nothing:
     seconds: float
     share: float = 1 / 10
     io_timeout_seconds: int = 0
+    iscsi: bool = False
+    first: Act = nothing
+    still: bool = False
+    """The guest can't write while the fault lasts; it goes on afterwards."""
+    says: str = ""
+    """What a person must have been told about the host meanwhile."""
+    fence_tried: bool = False
+    """ha orders the host off, which comes to nothing."""
+    may_move: bool = False
+    """A live migration is under way: it may end on either side."""
 
 
-Kind = Elsewhere | Nothing
+@dataclass(frozen=True)
+class Blackout:
+    """Everything is dead at one moment and comes back: every VM runs exactly once, those of the late host once it is
+    back."""
+
+    name: str
+    title: str
+    share: float = 1 / 10
+    io_timeout_seconds: int = 0
+    iscsi: bool = False
 
 
-def lose_all(scene: Scene, host: Host) -> None:
-    scene.lab.bmc(host.number).set_fault(Fault.UNREACHABLE)
-    host.power_off()
+@dataclass(frozen=True)
+class Rack:
+    """Two of five hosts break at one moment, a guest on each. Off by their BMCs: both guests are elsewhere. Frozen with
+    their BMCs on: ha orders one of them off, then its brake holds, and the other is a person's."""
+
+    name: str
+    title: str
+    frozen: bool
+    order_seconds: float
+    share: float = 1 / 10
+    io_timeout_seconds: int = 0
+    iscsi: bool = False
 
 
-def freeze_without_bmc(scene: Scene, host: Host) -> None:
-    scene.lab.bmc(host.number).set_fault(Fault.UNREACHABLE)
-    host.freeze()
+Kind = Elsewhere | Nothing | Blackout | Rack
 
 
-def bring_back(scene: Scene, host: Host) -> None:
-    scene.lab.bmc(host.number).set_fault(Fault.NONE)
-    if host.boot is None:
-        host.power_on()
-    else:
-        host.thaw()
-
-
-def nothing(scene: Scene, host: Host) -> None:
-    """It mends itself."""
-
-
-def to_agent(number: signal.Signals) -> Act:
-    def act(scene: Scene, host: Host) -> None:
-        for pid in host.pids("agent"):
-            os.kill(pid, number)
-
-    return act
-
-
-def to_servers(number: signal.Signals) -> Act:
-    """NATS and PostgreSQL of the control plane."""
-
-    def act(scene: Scene, host: Host) -> None:
-        home = plane.home_of(scene.lab)
-        for server in ("nats", "postgres"):
-            process = embedded.status(home, server)
-            if process is not None:
-                os.kill(process.pid, number)
-
-    return act
-
-
-def stop_plane(scene: Scene, host: Host) -> None:
-    down(plane.home_of(scene.lab), QUIET)
-
-
-def start_plane(scene: Scene, host: Host) -> None:
-    up(plane.home_of(scene.lab), QUIET)
-
-
-def bmc(fault: Fault) -> Act:
-    return lambda scene, host: scene.lab.bmc(host.number).set_fault(fault)
+def settings_for(kind: Kind) -> dict[str, str]:
+    if isinstance(kind, Rack) and kind.frozen:
+        return {name: value for name, value in SETTINGS.items() if name != BRAKE_WINDOW}
+    return SETTINGS
 
 
 BMC_OFF, LEASE = ProofKind.BMC_OFF, ProofKind.LEASE_EXPIRED
@@ -143,6 +133,7 @@ KINDS: tuple[Kind, ...] = (
         order_seconds=FENCED_SECONDS,
         share=1 / 3,
         fenced=True,
+        compared=False,
     ),
     Elsewhere(
         "cut",
@@ -153,6 +144,7 @@ KINDS: tuple[Kind, ...] = (
         order_seconds=FENCED_SECONDS,
         share=1 / 3,
         fenced=True,
+        compared=False,
     ),
     Elsewhere(
         "plug-lease",
@@ -167,8 +159,8 @@ KINDS: tuple[Kind, ...] = (
     Elsewhere(
         "lease2",
         "power and BMC lost, lease at io_timeout 2",
-        lose_all,
-        bring_back,
+        faults.lose_all,
+        faults.bring_back,
         LEASE,
         order_seconds=86.0,
         share=1 / 6,
@@ -177,8 +169,8 @@ KINDS: tuple[Kind, ...] = (
     Elsewhere(
         "lease10",
         "power and BMC lost, lease at io_timeout 10",
-        lose_all,
-        bring_back,
+        faults.lose_all,
+        faults.bring_back,
         LEASE,
         order_seconds=150.0,
         share=0.0,
@@ -187,18 +179,63 @@ KINDS: tuple[Kind, ...] = (
     Elsewhere(
         "frozen-lease2",
         "host frozen, BMC lost, lease at io_timeout 2",
-        freeze_without_bmc,
-        bring_back,
+        faults.freeze_without_bmc,
+        faults.bring_back,
         LEASE,
         order_seconds=86.0,
         share=0.0,
         io_timeout_seconds=2,
     ),
+    Elsewhere(
+        "home-alone",
+        "power lost, and it is back while the control plane is gone",
+        lambda scene, host: host.power_off(),
+        faults.power_on_alone,
+        BMC_OFF,
+        order_seconds=10.0,
+        share=0.0,
+        compared=False,
+    ),
+    Elsewhere(
+        "maintenance",
+        "power lost in the middle of maintenance",
+        lambda scene, host: host.power_off(),
+        faults.end_maintenance,
+        BMC_OFF,
+        order_seconds=10.0,
+        share=0.0,
+        first=faults.begin_maintenance,
+        compared=False,
+    ),
+    Elsewhere(
+        "frozen-cut-lease2",
+        "host frozen with its network cut in the middle of a write, BMC lost, thawed later; lease at io_timeout 2",
+        faults.then(lambda scene, host: host.cut(), faults.freeze_without_bmc),
+        faults.then(lambda scene, host: host.join(), faults.bring_back),
+        LEASE,
+        order_seconds=86.0,
+        share=0.0,
+        io_timeout_seconds=2,
+        iscsi=True,
+        compared=False,
+    ),
+    Elsewhere(
+        "storage-lost",
+        "a host has lost its iSCSI storage for good, then its guest's QEMU ends",
+        faults.kill_qemu,
+        lambda scene, host: host.join_storage(),
+        None,
+        order_seconds=5.0,
+        share=0.0,
+        iscsi=True,
+        first=faults.lose_storage,
+        compared=False,
+    ),
     Nothing(
         "agent-paused",
         "agent paused for 30 s",
-        to_agent(signal.SIGSTOP),
-        to_agent(signal.SIGCONT),
+        faults.to_agent(signal.SIGSTOP),
+        faults.to_agent(signal.SIGCONT),
         seconds=30.0,
     ),
     Nothing(
@@ -225,24 +262,101 @@ KINDS: tuple[Kind, ...] = (
     Nothing(
         "liar",
         "BMC says off while its host lives",
-        bmc(Fault.SAYS_OFF),
-        bmc(Fault.NONE),
+        faults.bmc(Fault.SAYS_OFF),
+        faults.bmc(Fault.NONE),
         seconds=20.0,
     ),
     Nothing(
         "servers-paused",
         "NATS and PostgreSQL paused for 60 s",
-        to_servers(signal.SIGSTOP),
-        to_servers(signal.SIGCONT),
+        faults.to_servers(signal.SIGSTOP),
+        faults.to_servers(signal.SIGCONT),
         seconds=60.0,
         share=0.0,
     ),
     Nothing(
         "plane-away",
         "control plane, NATS and PostgreSQL gone for 10 minutes",
-        stop_plane,
-        start_plane,
+        faults.stop_plane,
+        faults.start_plane,
         seconds=600.0,
+        share=0.0,
+    ),
+    Nothing(
+        "short-freeze",
+        "host frozen for 25 s",
+        lambda scene, host: host.freeze(),
+        lambda scene, host: host.thaw(),
+        seconds=25.0,
+        share=0.0,
+        still=True,
+    ),
+    Nothing(
+        "frozen-unproven",
+        "host frozen for two minutes, BMC lost, no watchdog, no lease",
+        faults.then(faults.bmc(Fault.UNREACHABLE), faults.freeze_without_watchdog),
+        faults.thaw_then_bmc,
+        seconds=120.0,
+        share=0.0,
+        still=True,
+        says="its BMC can't be asked",
+    ),
+    Nothing(
+        "says-on",
+        "host frozen, its BMC says on for ever",
+        faults.then(faults.bmc(Fault.SAYS_ON), faults.freeze_without_watchdog),
+        faults.thaw_then_bmc,
+        seconds=120.0,
+        share=0.0,
+        still=True,
+        says="cut its power",
+        fence_tried=True,
+    ),
+    Nothing(
+        "swapped",
+        "host frozen, its BMC is another host's",
+        faults.then(faults.bmc(Fault.SWAPPED), faults.freeze_without_watchdog),
+        faults.thaw_then_bmc,
+        seconds=70.0,
+        share=0.0,
+        still=True,
+    ),
+    Nothing(
+        "storage-cut",
+        "a host's way to its iSCSI storage cut for 60 s",
+        lambda scene, host: host.cut_storage(),
+        lambda scene, host: host.join_storage(),
+        seconds=60.0,
+        share=0.0,
+        iscsi=True,
+        still=True,
+    ),
+    Nothing(
+        "storage-away",
+        "a host's way to its iSCSI storage cut for two minutes, in which it is non-operational",
+        lambda scene, host: host.cut_storage(),
+        lambda scene, host: host.join_storage(),
+        seconds=120.0,
+        share=0.0,
+        iscsi=True,
+        still=True,
+        may_move=True,
+    ),
+    Nothing(
+        "two-cut",
+        "two hosts of three cut for a minute, in the middle of a migration between them",
+        faults.both(Host.cut),
+        faults.both(Host.join),
+        seconds=60.0,
+        share=0.0,
+        first=faults.begin_migration,
+        may_move=True,
+    ),
+    Rack("rack-off", "two hosts of five lose power, BMCs answer off", False, order_seconds=10.0, share=0.0),
+    Rack("rack-silent", "two hosts of five frozen, BMCs on", True, order_seconds=FENCED_SECONDS, share=0.0),
+    Blackout(
+        "blackout",
+        "all hosts, BMCs and the control plane killed at one moment, back in any order, one host and its BMC late",
         share=0.0,
     ),
 )

@@ -21,14 +21,14 @@ from volery.client import api
 from volery.client.request import Request
 from volery.contracts.base import Entity
 from volery.contracts.history import Versions
-from volery.contracts.liveness import HostLiveness, LivenessState
+from volery.contracts.liveness import HostLiveness, LivenessState, ProofKind
 from volery.contracts.operation import Operation
 from volery.contracts.power import FenceRecord
 from volery.contracts.vm import Vm
 
 E = TypeVar("E", bound=Entity)
 
-RECORD_SECONDS = 60.0
+RECORD_SECONDS = 120.0
 """A guest that was ordered to run must have written within this."""
 PAUSE_SECONDS = 5.0
 """A guest that runs writes several times within this, also on a busy machine."""
@@ -73,15 +73,22 @@ def elsewhere(scene: Scene, kind: Elsewhere, actors: Actors) -> Outcome:
     """Raises Wrong, TooLate, ledger.Torn."""
     before = Before.of(scene, actors)
     host = scene.host(before.vm.host_id)
-    faulted = datetime.now(UTC)
-    kind.fault(scene, host)
+    began = datetime.now(UTC)
     try:
+        kind.first(scene, host)
+        faulted = datetime.now(UTC)
+        kind.fault(scene, host)
         wrote = first_record(actors, len(before.boots), kind.order_seconds + RECORD_SECONDS)
     finally:
         kind.mend(scene, host)
-    scene.host_is_up(before.vm.host_id, 150)
-    found = Found.of(scene, before, faulted)
-    check_elsewhere(scene, kind, actors, before, found, faulted)
+    all_up(scene)
+    found = Found.of(scene, before, began)
+    here = {host.name} if kind.proof else set()
+    must_hold(ran_elsewhere(scene, kind.proof, kind.fenced, actors, before, found, faulted, here))
+    return outcome(found, faulted, wrote)
+
+
+def outcome(found: Found, faulted: datetime, wrote: datetime) -> Outcome:
     if found.order is None:
         raise Wrong("the guest runs elsewhere, but no restart of it is on record")
     order = found.order.created_at
@@ -97,21 +104,39 @@ def nothing(scene: Scene, kind: Nothing, actors: Actors) -> Outcome:
     before = Before.of(scene, actors)
     host = scene.host(before.vm.host_id)
     faulted = datetime.now(UTC)
-    kind.fault(scene, host)
     try:
-        until = time.monotonic() + kind.seconds
-        wrote = last_record(actors)
-        while time.monotonic() < until:
-            time.sleep(min(PAUSE_SECONDS, kind.seconds))  # the fault lasts; nothing is to come of it
-            if last_record(actors) == wrote:
-                raise Wrong(f"the guest wrote nothing for {PAUSE_SECONDS:.0f} s")
-            wrote = last_record(actors)
+        kind.first(scene, host)
+        kind.fault(scene, host)
+        lasts(actors, kind)
     finally:
         kind.mend(scene, host)
-    scene.host_is_up(before.vm.host_id, 150)
+    wrote = last_record(actors)
+    all_up(scene)
+    scene.wait(lambda: last_record(actors) > wrote, 60, lambda: "the guest to go on writing")
     found = Found.of(scene, before, faulted)
-    must_hold(unharmed(scene, actors, before, found, faulted))
+    must_hold(unharmed(scene, kind, actors, before, found, faulted))
     return Outcome(to_order=0.0, to_record=0.0, timeline=timeline(found, faulted, None))
+
+
+def lasts(actors: Actors, kind: Nothing) -> None:
+    """While the fault does. Raises Wrong when the guest stops writing."""
+    until = time.monotonic() + kind.seconds
+    wrote = last_record(actors)
+    while time.monotonic() < until:
+        time.sleep(min(PAUSE_SECONDS, kind.seconds))  # nothing is to come of it
+        if last_record(actors) == wrote and not kind.still:
+            raise Wrong(f"the guest wrote nothing for {PAUSE_SECONDS:.0f} s")
+        wrote = last_record(actors)
+
+
+def all_up(scene: Scene) -> None:
+    for host in scene.client.list(api.HOSTS):
+        scene.host_is_up(host.id, 150)
+
+
+def boots_of_hosts(scene: Scene) -> dict[str, str]:
+    """Boot ids by host."""
+    return {host.name: host.boot.boot_id if host.boot else "" for host in scene.lab.hosts}
 
 
 def last_record(actors: Actors) -> int:
@@ -136,6 +161,8 @@ class Before:
     bystander: Vm
     boots: list[ledger.Boot]
     bystanders_boots: list[ledger.Boot]
+    hosts: dict[str, str]
+    """Their boot ids."""
 
     @classmethod
     def of(cls, scene: Scene, actors: Actors) -> Before:
@@ -147,7 +174,7 @@ class Before:
             bystander = settled(scene, actors.bystander)
         for vm_id in (vm.id, bystander.id):
             writes(scene, actors, vm_id)
-        return cls(vm, bystander, actors.boots(vm.id), actors.boots(bystander.id))
+        return cls(vm, bystander, actors.boots(vm.id), actors.boots(bystander.id), boots_of_hosts(scene))
 
 
 def writes(scene: Scene, actors: Actors, vm_id: str) -> None:
@@ -163,7 +190,7 @@ def settled(scene: Scene, vm_id: str) -> Vm:
 
 @dataclass(frozen=True)
 class Found:
-    """What is on record since the fault; `liveness` is the host's whole history."""
+    """What is on record since it began; `liveness` is the host's whole history."""
 
     liveness: list[tuple[datetime, HostLiveness]]
     vm: list[tuple[datetime, Vm]]
@@ -172,19 +199,19 @@ class Found:
     records: list[FenceRecord]
 
     @classmethod
-    def of(cls, scene: Scene, before: Before, faulted: datetime) -> Found:
+    def of(cls, scene: Scene, before: Before, began: datetime) -> Found:
         host_id, vm_id = before.vm.host_id, before.vm.id
         operations = scene.client.list(api.OPERATIONS, filter={"object_id": vm_id})
         starts = sorted(
-            (op for op in operations if op.created_at >= faulted and op.kind == "vm.restart"),
+            (op for op in operations if op.created_at >= began and op.kind == "vm.restart"),
             key=lambda op: op.created_at,
         )
-        records = scene.client.list(api.FENCE_RECORDS, filter={"host_id": host_id})
+        records = scene.client.list(api.FENCE_RECORDS)
         return cls(
             liveness=list(versions(scene, "liveness", host_id, HostLiveness)),
-            vm=[(at, vm) for at, vm in versions(scene, "vm", vm_id, Vm) if at >= faulted],
+            vm=[(at, vm) for at, vm in versions(scene, "vm", vm_id, Vm) if at >= began],
             order=starts[0] if starts else None,
-            records=[r for r in records if r.created_at >= faulted],
+            records=[r for r in records if r.created_at >= began],
         )
 
 
@@ -211,37 +238,71 @@ def must_hold(must: Must) -> None:
             raise Wrong(f"this doesn't hold: {what}")
 
 
-def check_elsewhere(
-    scene: Scene, kind: Elsewhere, actors: Actors, before: Before, found: Found, faulted: datetime
-) -> None:
-    """Raises Wrong at the first thing that may not be."""
+def ran_elsewhere(
+    scene: Scene,
+    proof: ProofKind | None,
+    fenced: bool,
+    actors: Actors,
+    before: Before,
+    found: Found,
+    faulted: datetime,
+    broken: set[str],
+) -> Must:
+    """The VM was restarted as it must be, and no host but the `broken` had another boot since."""
     now = settled(scene, before.vm.id)
-    death, order = proven(found, faulted), found.order
+    order = found.order
     where = places(scene, now)
-    record = next((r for r in found.records if r.requested_by == "service:ha"), None)
-    must: Must = {
-        f"the proof is {kind.proof}: {death.proof}": lambda: (
-            death.proof is not None and death.proof.kind is kind.proof
-        ),
-        "the proof comes before the order": lambda: (
-            order is not None and death.judged_at is not None and death.judged_at < order.created_at
-        ),
+    orders = [r for r in found.records if r.requested_by == "service:ha"]
+    other_boots = switched(scene, before)
+    return {
+        **by_proof(proof, found, faulted),
+        "its restart was ordered after the fault": lambda: order is not None and order.created_at > faulted,
         f"it runs once, and elsewhere: {where}": lambda: (
             len(where) == 1 and now.host_id != before.vm.host_id and now.epoch > before.vm.epoch
         ),
         "it booted once": lambda: len(actors.boots(now.id)) == len(before.boots) + 1,
-        f"ha ordered the host off: {kind.fenced}": lambda: (record is not None) is kind.fenced,
-        "the fence has ended": lambda: record is None or record.ended_at is not None,
+        f"ha ordered this host off, or nobody: {orders}": lambda: (
+            [r.host_id for r in orders] == [before.vm.host_id] * fenced
+        ),
+        "every fence has ended": lambda: all(r.ended_at for r in orders),
+        f"no host but {broken} was switched: {other_boots}": lambda: other_boots == broken,
+        **unnoticed(scene, actors, before.bystander, before.bystanders_boots),
     }
-    must_hold(must | unnoticed(scene, actors, before.bystander, before.bystanders_boots))
 
 
-def unnoticed(scene: Scene, actors: Actors, before: Vm, boots: list[ledger.Boot]) -> Must:
-    """The VM runs as it did, at the same place, in the same boot."""
+def by_proof(proof: ProofKind | None, found: Found, faulted: datetime) -> Must:
+    """The host was dead by this proof before the restart was ordered; or nobody believed it dead."""
+    if proof is None:
+        believed = believed_dead(found, faulted)
+        return {f"no host was believed dead: {believed}": lambda: not believed}
+    death, order = proven(found, faulted), found.order
+    return {
+        f"the proof is {proof}: {death.proof}": lambda: death.proof is not None and death.proof.kind is proof,
+        "the proof comes before the order": lambda: (
+            order is not None and death.judged_at is not None and death.judged_at < order.created_at
+        ),
+    }
+
+
+def believed_dead(found: Found, since: datetime) -> list[HostLiveness]:
+    return [h for at, h in found.liveness if at >= since and h.state is LivenessState.DEAD]
+
+
+def switched(scene: Scene, before: Before) -> set[str]:
+    """Hosts in another boot than before."""
+    return {name for name, boot_id in boots_of_hosts(scene).items() if boot_id != before.hosts[name]}
+
+
+def unnoticed(
+    scene: Scene, actors: Actors, before: Vm, boots: list[ledger.Boot], *, may_move: bool = False
+) -> Must:
+    """The VM runs as it did, in the same boot, and at the same place unless it `may_move`."""
     now = settled(scene, before.id)
     where = places(scene, now)
     return {
-        f"{now.name} was left alone": lambda: (now.epoch, now.host_id) == (before.epoch, before.host_id),
+        f"{now.name} was left alone": lambda: (
+            may_move or (now.epoch, now.host_id) == (before.epoch, before.host_id)
+        ),
         f"{now.name} runs once: {where}": lambda: len(where) == 1,
         f"{now.name} was never booted anew": lambda: (
             [boot.id for boot in actors.boots(now.id)] == [boot.id for boot in boots]
@@ -252,15 +313,23 @@ def unnoticed(scene: Scene, actors: Actors, before: Vm, boots: list[ledger.Boot]
     }
 
 
-def unharmed(scene: Scene, actors: Actors, before: Before, found: Found, faulted: datetime) -> Must:
-    """Nobody was restarted, fenced or believed dead."""
-    believed = [h for at, h in found.liveness if at >= faulted and h.state is LivenessState.DEAD]
+def unharmed(
+    scene: Scene, kind: Nothing, actors: Actors, before: Before, found: Found, faulted: datetime
+) -> Must:
+    """Nobody was restarted, switched or believed dead."""
+    believed = believed_dead(found, faulted)
+    told = {h.fencing for at, h in found.liveness if at >= faulted}
     return {
-        **unnoticed(scene, actors, before.vm, before.boots),
+        **unnoticed(scene, actors, before.vm, before.boots, may_move=kind.may_move),
         **unnoticed(scene, actors, before.bystander, before.bystanders_boots),
         f"no restart was ordered: {found.order}": lambda: found.order is None,
-        f"no host was fenced: {found.records}": lambda: not found.records,
+        f"ha ordered its host off, or nobody: {found.records}": lambda: (
+            {r.host_id for r in found.records} == ({before.vm.host_id} if kind.fence_tried else set())
+        ),
+        "every fence has ended": lambda: all(r.ended_at for r in found.records),
+        f"no host was switched: {switched(scene, before)}": lambda: not switched(scene, before),
         f"no host was believed dead: {believed}": lambda: not believed,
+        f"a person was told {kind.says!r}: {told}": lambda: any(kind.says in words for words in told),
     }
 
 

@@ -381,6 +381,23 @@ def test_qemu_writes_a_lun_that_another_host_reads(lab: Lab, host: Host, other: 
     assert f"Lun:{number} " not in host.exec(["iscsi-ls", "-s", lab.target.url()]).stdout
 
 
+def test_one_host_loses_its_way_to_the_storage_and_the_others_keep_theirs(
+    lab: Lab, host: Host, other: Host
+) -> None:
+    look = ["timeout", "2", "iscsi-ls", lab.target.url()]
+    host.cut_storage()
+    try:
+        assert host.exec(look, check=False).returncode != 0
+        assert lab.target.name in other.exec(look).stdout
+        assert reaches(host, other.ip)
+        host.power_off()
+        host.power_on()
+        assert host.exec(look, check=False).returncode != 0
+    finally:
+        host.join_storage()
+    assert lab.target.name in host.exec(look).stdout
+
+
 # --- the lab as a whole
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trials import ledger
@@ -22,6 +22,7 @@ def written(*boots: str) -> bytearray:
     return content
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 20), max_size=4))
 def test_boots_that_followed_each_other_are_told_apart(lengths: list[int]) -> None:
     names = [f"boot-{number}" for number, length in enumerate(lengths) for _ in range(length)]
