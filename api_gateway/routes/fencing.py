@@ -40,7 +40,7 @@ ROUTES = (
           note="Which silent hosts are spared. What is left out is the default. To switch fencing off for a while, pause "
                "it for the cluster.",
           example={"skip_while_lease_alive": True, "skip_if_connectivity_broken": True,
-                   "connectivity_broken_percent": 50}),
+                   "connectivity_broken_percent": 50, "skip_while_peers_answer": True}),
     Route("GET", "/fencing-policies", p.LIST_FENCING_POLICIES, FENCING, "List the fencing policies that were set",
           items=p.FencingPolicy),
     Route("GET", "/fence-records", p.LIST_FENCE_RECORDS, FENCING, "List what was switched, when, and what the devices said",

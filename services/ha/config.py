@@ -57,6 +57,9 @@ class HaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Between two switches of one host by hand."""
     test_seconds: float = 86400.0
     """How often power management is tested; what failed is tested again after a tenth of it."""
+    try_peers_seconds: float = 10.0
+    """How often hosts of its cluster try a silent host; a sixth as often once it has been silent for ten minutes.
+    0: never."""
     read_lease_seconds: float = 5.0
     """How often a silent host's storage leases are read."""
     lease_again_seconds: float = 5.0

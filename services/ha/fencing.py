@@ -19,6 +19,7 @@ from services.ha.policies.fencing import (
     decide,
     is_lease_alive,
 )
+from services.ha.policies.peers import answered, sentence
 from services.ha.power import PowerRow, with_step
 from services.ha.state import Ha
 from services.ha.store import POLICIES, POWER, RECORDS
@@ -114,6 +115,8 @@ async def gather(ha: Ha, watch: Watch, row: PowerRow | None, record: RecordRow |
         lease_alive=is_lease_alive(watch.lease, watch.boot_id, now),
         broken_hosts=sum(each.suspected for each in expected),
         cluster_hosts=len(expected),
+        peers_tried=len(watch.peers),
+        peers_answered=answered(watch.peers.values(), now),
     )
 
 
@@ -172,6 +175,7 @@ async def _power_off(ha: Ha, watch: Watch, row: PowerRow, record: RecordRow | No
         made = power.new_record(watch, "service:ha", f"silent, and its BMC says {PowerState.ON}")
         await ha.core.commit(RECORDS.insert(made, Nothing()))
         record = Row(made, Nothing())
+    record = await _keep(ha, record, "peers", sentence(list(watch.peers.values())), FenceState.RUNNING)
     record = await _keep(ha, record, "ordered_off", f"boot {watch.boot_id}", FenceState.RUNNING)
     log.warning("host %s is ordered off: boot %s", facts.name, watch.boot_id)
     watch.distrust_power()

@@ -24,6 +24,7 @@ from services.ha.policies.evidence import (
     is_storm,
     judge,
 )
+from services.ha.policies.peers import doors_of, reached, sentence
 from services.ha.policies.replay import evidence_of, with_notes
 from services.ha.state import Ha
 from services.ha.watch import HostFacts, Watch
@@ -102,6 +103,7 @@ def _facts(host: Host) -> HostFacts:
         hardware_uuid=(host.capabilities.dmi_uuid or host.capabilities.hardware_uuid).lower(),
         boot_id=host.boot_id,
         fence_agents=host.capabilities.fence_agents,
+        doors=doors_of(host.capabilities),
     )
 
 
@@ -166,7 +168,7 @@ async def tick(ha: Ha) -> None:
     for (host_id, watch), each, judgement in zip(watches, seen, judged, strict=True):
         if held and judgement.state in SUSPICIOUS:
             continue
-        if _differs(watch, judgement):
+        if _differs(watch, judgement) or (judgement.state in SUSPICIOUS and _news_of_peers(watch)):
             await conclude(ha, host_id, watch, each, judgement)
 
 
@@ -177,6 +179,10 @@ def _differs(watch: Watch, judgement: Judgement) -> bool:
         or _is_new(watch, judgement)
         or judgement.voided
     )
+
+
+def _news_of_peers(watch: Watch) -> bool:
+    return reached(watch.peers.values()) != watch.announced
 
 
 def _is_new(watch: Watch, judgement: Judgement) -> bool:
@@ -254,7 +260,7 @@ async def conclude(
     except Stale:
         return None
     found = judgement.proof
-    watch.state, watch.boot_id = new.state, new.boot_id
+    watch.state, watch.boot_id, watch.announced = new.state, new.boot_id, reached(seen.peers)
     if found is not None and _is_new(watch, judgement):
         watch.proof = with_fields(found, at=now + found.at)
     elif found is None:
@@ -310,10 +316,13 @@ def _say(old: HostLiveness, new: HostLiveness, judgement: Judgement, seen: Obser
         log.error("host %s was believed dead (%s) and shows signs of life", name, old.proof)
     if proof is not None and proof != old.proof:
         log.warning("host %s: boot %s has ended: %s", name, proof.boot_id, proof.details)
+    if new.state is old.state and proof == old.proof:
+        log.warning("host %s: %s", name, sentence(seen.peers))
+        return
     silence = -seen.beat.at if seen.beat is not None else -seen.listening_since
-    sentence = SENTENCES[new.state].format(silence=silence, proof=proof.details if proof else "")
+    words = SENTENCES[new.state].format(silence=silence, proof=proof.details if proof else "")
     level = logging.INFO if new.state is UP else logging.WARNING
-    log.log(level, "host %s is %s, was %s: %s", name, new.state, old.state, sentence)
+    log.log(level, "host %s is %s, was %s: %s", name, new.state, old.state, words)
 
 
 def _notes(

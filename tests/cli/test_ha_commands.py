@@ -22,7 +22,7 @@ from volery.contracts.cluster import LIST_CLUSTERS, UPDATE_CLUSTER, Cluster
 from volery.contracts.fencing import FenceDevice, PowerAction, PowerState
 from volery.contracts.host import LIST_HOSTS, Host
 from volery.contracts.ids import new_id
-from volery.contracts.liveness import HostLiveness, LivenessState
+from volery.contracts.liveness import GET_LIVENESS, Evidence, HostLiveness, LivenessState
 from volery.contracts.operation import ListQuery, OperationState, Page
 from volery.contracts.storage import LIST_STORAGE_DOMAINS, DomainKind, StorageDomain
 from volery.contracts.vm import CREATE_VM, LIST_VMS, UPDATE_VM, HighAvailability
@@ -38,7 +38,15 @@ POWER = p.PowerManagement(
     | {"id": HOST.id}
 )
 LIVENESS = HostLiveness(
-    **entity(host_name="h1", state=LivenessState.NON_RESPONSIVE, fencing="host h1: its BMC can't be asked")
+    **entity(
+        host_name="h1",
+        state=LivenessState.NON_RESPONSIVE,
+        fencing="host h1: its BMC can't be asked",
+        evidence=(
+            Evidence(kind="bmc", at=NOW, power="unknown", by="host h2", details="no route"),
+            Evidence(kind="peer", at=NOW, reached="answers", by="host h3", details="libvirt: answers"),
+        ),
+    )
 )
 PAUSE = p.FencingPause(**entity(scope=p.FencingScope.GLOBAL, until=NOW + timedelta(hours=1), paused_by="ann"))
 POLICY = p.FencingPolicy(**entity(skip_while_lease_alive=True) | {"id": CLUSTER.id})
@@ -102,6 +110,7 @@ ANSWERS: dict[Call[Any, Any], Any] = {
     p.DELETE_POWER_MANAGEMENT: Done(),
     p.SWITCH_POWER: p.PowerSwitched(id=HOST.id, action=PowerAction.OFF, state=PowerState.OFF),
     p.CONFIRM_HOST_REBOOTED: LIVENESS,
+    GET_LIVENESS: LIVENESS,
     p.GET_FENCING: p.Fencing(
         pauses=(PAUSE,),
         brakes=(p.Brake(cluster_id=CLUSTER.id, hosts=10, ordered_off=1, limit=1, window_seconds=600.0),),
@@ -199,6 +208,13 @@ ROWS = (
         {"id": HOST.id, "confirm": "h1", "reason": "burnt"},
         ("non_responsive",),
     ),
+    Row(
+        "host evidence h1",
+        GET_LIVENESS,
+        {"id": HOST.id},
+        ("h2", "no route", "answers", "h3", "host h1 is non_responsive", "its BMC can't be asked"),
+    ),
+    Row("host evidence h1 -o json", GET_LIVENESS, {"id": HOST.id}, ('"reached": "answers"',)),
     Row("fencing show", p.GET_FENCING, {}, ("ann", "WINDOW SECONDS", "its BMC can't be asked")),
     Row("fencing show -o json", p.GET_FENCING, {}, ('"limit": 1',)),
     Row("fencing pause", p.PAUSE_FENCING, {"scope": p.FencingScope.GLOBAL, "seconds": 3600.0}),
@@ -219,6 +235,11 @@ ROWS = (
         "cluster fencing-policy set Default --skip-while-lease-alive",
         p.SET_FENCING_POLICY,
         {"id": CLUSTER.id, "skip_while_lease_alive": True, "skip_if_connectivity_broken": False},
+    ),
+    Row(
+        "cluster fencing-policy set Default --skip-while-peers-answer",
+        p.SET_FENCING_POLICY,
+        {"id": CLUSTER.id, "skip_while_peers_answer": True, "skip_while_lease_alive": False},
     ),
     Row(
         "cluster fencing-policy set Default --skip-if-broken-percent 30",

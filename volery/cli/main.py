@@ -37,6 +37,7 @@ for _name, _noun in NOUNS.items():
 estate.clusters.add_typer(fencing.policies, name="fencing-policy")
 estate.hosts.add_typer(fencing.power_management, name="power-management")
 estate.hosts.command()(fencing.power)
+estate.hosts.command()(fencing.evidence)
 estate.hosts.command("confirm-rebooted")(fencing.confirm_rebooted)
 app.command()(access.login)
 app.command()(access.logout)

@@ -81,6 +81,7 @@ FENCING_POLICIES = Resource(
         "skip_while_lease_alive",
         "skip_if_connectivity_broken",
         "connectivity_broken_percent",
+        "skip_while_peers_answer",
         "updated_at",
     ),
 )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from services.ha.config import HaConfig
+from services.ha.policies.peers import Peer
 from volery.contracts.fencing import PowerState
 from volery.contracts.liveness import LivenessState, ProofKind
 
@@ -43,6 +44,8 @@ class Kind(StrEnum):
     BMC = "bmc"
     PERSON = "person"
     LEASE = "lease"
+    PEER = "peer"
+    """One of each peer that tried it."""
     PROOF = "proof"
 
 
@@ -123,6 +126,8 @@ class Observations:
     lease: Lease | None = None
     proof: Held | None = None
     """What was concluded before."""
+    peers: tuple[Peer, ...] = ()
+    """What other hosts found that tried it. Nothing is concluded from it."""
 
 
 @dataclass(frozen=True, slots=True)

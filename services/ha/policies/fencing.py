@@ -107,6 +107,10 @@ class Silent:
     """Hosts of its cluster that are silent without proof of death."""
     cluster_hosts: int = 0
     """Those of its cluster that should answer."""
+    peers_tried: int = 0
+    """Hosts of its cluster that tried it since its last beat."""
+    peers_answered: int = 0
+    """Those of them that a program of it answered a short while ago."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +180,9 @@ HOLDS: tuple[Hold, ...] = (
     Hold("lease_alive", _spares(lambda s, p: p.skip_while_lease_alive and s.lease_alive),
          "its storage lease is renewed, so the machine and its VMs run; the cluster's fencing policy spares it. Look at "
          "its network and its agent"),
+    Hold("peers_answer", _spares(lambda s, p: p.skip_while_peers_answer and s.peers_answered > 0),
+         "{answered} of the {tried} hosts of its cluster that tried it get an answer, so the machine runs; the cluster's "
+         "fencing policy spares it. Look at its agent, and at its network to the control plane"),
     Hold("identity_mismatch", _power(lambda p: p.identity is Identity.MISMATCH),
          "its BMC belongs to another machine: correct its power management"),
     Hold("identity_unchecked", _power(lambda p: p.identity is Identity.UNCHECKED),
@@ -211,6 +218,8 @@ def _say(sentence: str, silent: Silent) -> str:
         words=words or "no reason given",
         broken=silent.broken_hosts,
         hosts=silent.cluster_hosts,
+        answered=silent.peers_answered,
+        tried=silent.peers_tried,
         percent=silent.policy.connectivity_broken_percent if silent.policy is not None else 0,
     )
     return f"host {silent.name}: {text}"

@@ -18,8 +18,10 @@ from services.ha.policies.evidence import (
     Sign,
     judge,
 )
+from services.ha.policies.peers import Peer
 from volery.contracts.fencing import PowerState
 from volery.contracts.liveness import Evidence, HostLiveness, LivenessState
+from volery.contracts.peers import Reach
 
 NOTES = (Kind.NEW_BOOT, Kind.REPORT, Kind.SILENCE)
 """Evidence for people: what follows from the rest."""
@@ -62,6 +64,8 @@ def evidence_of(seen: Observations, judged_at: datetime, reason: str = "") -> tu
         whole = seen.lease.expired and seen.lease.watchdog_passed
         words = EXPIRED_AND_PASSED if whole else ""
         note(Kind.LEASE, seen.lease.at, boot_id=seen.lease.boot_id, details=words)
+    for peer in seen.peers:
+        note(Kind.PEER, peer.at, details=peer.words, by=peer.name, reached=str(peer.reach))
     if seen.proof is not None:
         note(Kind.PROOF, seen.proof.at, boot_id=seen.proof.boot_id)
     return tuple(found)
@@ -102,7 +106,12 @@ def observed(before: HostLiveness | None, after: HostLiveness) -> Observations:
         person=_person(newest, at(Kind.PERSON)),
         lease=_lease(newest, at(Kind.LEASE)),
         proof=_held(before, at(Kind.PROOF)),
+        peers=tuple(_peer(e, judged_at) for e in after.evidence if e.kind == Kind.PEER),
     )
+
+
+def _peer(said: Evidence, judged_at: datetime) -> Peer:
+    return Peer((said.at - judged_at).total_seconds(), said.by, Reach(said.reached), said.details)
 
 
 def _person(newest: dict[str, Evidence], at: float | None) -> Confirmed | None:
