@@ -108,6 +108,7 @@ class World:
             "VOLERY_HA_START_HOLD_SECONDS": self.chance.choice(("5", "30", "300")),
             "VOLERY_HA_SILENCE_BEFORE_FENCE_SECONDS": self.chance.choice(("35", "35", "60")),
             "VOLERY_HA_TRY_PEERS_SECONDS": "0",
+            "VOLERY_HA_SOFT_FENCE_SECONDS": "0",
         }
         for name in ("inventory", "scheduler", "storage", "network"):
             self._replica(name, name, self.control[0])

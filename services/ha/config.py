@@ -64,6 +64,9 @@ class HaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """How often a silent host's storage leases are read."""
     lease_again_seconds: float = 5.0
     """A restart that the lease of the VM's former host stands against is tried again after this, as often as it takes."""
+    soft_fence_seconds: float = 15.0
+    """To restart a silent host's agent over SSH: the connection, the login and the command. With `silence_seconds` it is
+    over before power is touched. 0: never."""
     witnesses: str = ""
     """HOST:PORT of machines outside the clusters, separated by commas: when most hosts of a cluster are silent and these
     can't be reached either, ha itself is cut off. Without any, a cluster most of which is silent is left to a person."""

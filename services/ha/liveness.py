@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-from services.ha import power, store
+from services.ha import power, soft_fencing, store
 from services.ha.opening import can_ask
 from services.ha.policies.evidence import (
     DEAD,
@@ -41,6 +41,7 @@ from volery.contracts.liveness import (
     ProofKind,
 )
 from volery.contracts.operation import ListQuery
+from volery.contracts.peers import Reach
 from volery.runtime.bus import Caller
 from volery.runtime.clock import monotonic, utc_now
 from volery.runtime.pages import plain_page
@@ -119,7 +120,8 @@ async def host_deleted(ha: Ha, host: Host) -> list[Change]:
 
 
 async def host_gone(ha: Ha, host_id: str) -> list[Change]:
-    return await store.host_ends(ha.core.pool, host_id, lambda: _forget(ha, host_id))
+    ended = await store.host_ends(ha.core.pool, host_id, lambda: _forget(ha, host_id))
+    return [*ended, *await soft_fencing.host_gone(ha, host_id)]
 
 
 def _watch(ha: Ha, liveness: HostLiveness, private: store.LivenessPrivate) -> None:
@@ -168,7 +170,8 @@ async def tick(ha: Ha) -> None:
     for (host_id, watch), each, judgement in zip(watches, seen, judged, strict=True):
         if held and judgement.state in SUSPICIOUS:
             continue
-        if _differs(watch, judgement) or (judgement.state in SUSPICIOUS and _news_of_peers(watch)):
+        news = judgement.state in SUSPICIOUS and _news(each) != watch.announced
+        if news or _differs(watch, judgement):
             await conclude(ha, host_id, watch, each, judgement)
 
 
@@ -181,8 +184,9 @@ def _differs(watch: Watch, judgement: Judgement) -> bool:
     )
 
 
-def _news_of_peers(watch: Watch) -> bool:
-    return reached(watch.peers.values()) != watch.announced
+def _news(seen: Observations) -> tuple[frozenset[tuple[str, Reach]], str]:
+    """What is worth telling beside a judgement when it differs."""
+    return reached(seen.peers), seen.soft.words if seen.soft is not None else ""
 
 
 def _is_new(watch: Watch, judgement: Judgement) -> bool:
@@ -260,7 +264,7 @@ async def conclude(
     except Stale:
         return None
     found = judgement.proof
-    watch.state, watch.boot_id, watch.announced = new.state, new.boot_id, reached(seen.peers)
+    watch.state, watch.boot_id, watch.announced = new.state, new.boot_id, _news(seen)
     if found is not None and _is_new(watch, judgement):
         watch.proof = with_fields(found, at=now + found.at)
     elif found is None:

@@ -16,6 +16,7 @@ from services.ha import (
     reserve,
     restarts,
     rooms,
+    soft_fencing,
     start_groups,
 )
 from services.ha.config import HaConfig
@@ -44,6 +45,7 @@ service = Service(
         fencing_policies.part,
         confirming.part,
         fencing.part,
+        soft_fencing.part,
         leases.part,
         peers.part,
         restarts.part,

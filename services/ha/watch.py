@@ -15,6 +15,7 @@ from services.ha.policies.evidence import (
     Sign,
 )
 from services.ha.policies.peers import Peer
+from services.ha.policies.soft_fencing import Tried
 from volery.contracts.fencing import PowerState
 from volery.contracts.liveness import LivenessState
 from volery.contracts.metrics import Beat
@@ -69,8 +70,12 @@ class Watch:
     """By host: what it found when it tried this one, since the last beat."""
     tried_next: float = 0.0
     """When peers are asked again."""
-    announced: frozenset[tuple[str, Reach]] = frozenset()
-    """How far each peer got, as was last written."""
+    soft: Tried | None = None
+    """What came of restarting its agent over SSH, since the last beat."""
+    soft_begun: float | None = None
+    soft_running: bool = False
+    announced: tuple[frozenset[tuple[str, Reach]], str] = (frozenset(), "")
+    """How far each peer got, and what came of soft fencing, as was last written."""
 
     def seen(self, listening_since: float, now: float, confirmed: Confirmed | None = None) -> Observations:
         """Everything in seconds before now, to the microsecond: as evidence is dated, so that judging it again later
@@ -113,6 +118,7 @@ class Watch:
             proof=Held(ago(proof.at), proof.boot_id, proof.kind, proof.details)
             if proof is not None
             else None,
+            soft=with_fields(self.soft, at=ago(self.soft.at)) if self.soft is not None else None,
             peers=tuple(with_fields(peer, at=ago(peer.at)) for _, peer in sorted(self.peers.items())),
         )
 
@@ -131,6 +137,7 @@ class Watch:
         self.beat, self.beat_at = beat, now
         self.off_first = None
         self.peers.clear()
+        self.soft = None
 
     def hear_power(self, reading: Reading, listening_since: float) -> None:
         """A BMC's word. Off counts from the first reading after the last sign of life, in an unbroken row; a reading

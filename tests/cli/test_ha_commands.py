@@ -16,6 +16,7 @@ from tests.api_gateway.scripted import NOW, Deployed, Script, deployed, entity, 
 from volery.cli.main import app
 from volery.contracts import power as p
 from volery.contracts import protection as r
+from volery.contracts import soft_fence as s
 from volery.contracts import start_group as g
 from volery.contracts.base import Call, Done, Entity, encode
 from volery.contracts.cluster import LIST_CLUSTERS, UPDATE_CLUSTER, Cluster
@@ -50,6 +51,10 @@ LIVENESS = HostLiveness(
 )
 PAUSE = p.FencingPause(**entity(scope=p.FencingScope.GLOBAL, until=NOW + timedelta(hours=1), paused_by="ann"))
 POLICY = p.FencingPolicy(**entity(skip_while_lease_alive=True) | {"id": CLUSTER.id})
+SOFT = s.SoftFence(
+    **entity(host_name="h1", address="10.0.0.1", authorized_key="restrict ssh-ed25519 AAAA", test_passed=True)
+    | {"id": HOST.id}
+)
 RECORD = p.FenceRecord(**entity(host_id=HOST.id, host_name="h1", reason="silent", requested_by="service:ha"))
 
 
@@ -122,6 +127,11 @@ ANSWERS: dict[Call[Any, Any], Any] = {
     p.LIST_FENCING_POLICIES: listed(POLICY),
     p.SET_FENCING_POLICY: POLICY,
     p.LIST_FENCE_RECORDS: listed(RECORD),
+    s.SET_SOFT_FENCE: SOFT,
+    s.GET_SOFT_FENCE: SOFT,
+    s.LIST_SOFT_FENCES: listed(SOFT),
+    s.TEST_SOFT_FENCE: SOFT,
+    s.DELETE_SOFT_FENCE: Done(),
     r.LIST_PROTECTION: listed(UNPROTECTED, PROTECTED),
     r.GET_PROTECTION: UNPROTECTED,
     r.LIST_RESERVES: listed(RESERVE),
@@ -250,6 +260,26 @@ ROWS = (
             "connectivity_broken_percent": 30,
         },
     ),
+    Row(
+        "host soft-fencing set h1 --address 10.0.0.1 --host-key-file - --port 2222 --unit v-agent --new-key",
+        s.SET_SOFT_FENCE,
+        {
+            "id": HOST.id,
+            "address": "10.0.0.1",
+            "host_key": "ssh-ed25519 BBBB",
+            "port": 2222,
+            "username": "root",
+            "unit": "v-agent",
+            "new_key": True,
+            "enabled": True,
+        },
+        ("restrict ssh-ed25519 AAAA",),
+        "ssh-ed25519 BBBB\n",
+    ),
+    Row("host soft-fencing show h1", s.GET_SOFT_FENCE, {"id": HOST.id}, ("10.0.0.1",)),
+    Row("host soft-fencing list", s.LIST_SOFT_FENCES, {}, ("h1", "TEST PASSED")),
+    Row("host soft-fencing test h1", s.TEST_SOFT_FENCE, {"id": HOST.id}),
+    Row("host soft-fencing delete h1", s.DELETE_SOFT_FENCE, {"id": HOST.id}, ("deleted",)),
     Row(
         "fence list --host h1",
         p.LIST_FENCE_RECORDS,

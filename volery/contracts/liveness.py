@@ -27,7 +27,8 @@ class Evidence(Message):
 
     kind: str
     """beat, former_beat, stranger_beat, silence, disconnected, connected, new_boot, report, listening (since when ha
-    hears everything), bmc_off_first, bmc, person, lease, peer (one of each host that tried it), proof (held before)"""
+    hears everything), bmc_off_first, bmc, person, lease, peer (one of each host that tried it), soft_fence,
+    proof (held before)"""
     at: datetime
     """The observer's clock."""
     details: str = ""
@@ -40,7 +41,8 @@ class Evidence(Message):
     by: str = ""
     """Who asked the BMC, who confirmed, or who tried it."""
     reached: str = ""
-    """How far a peer got: nothing, taken (a connection without a word), answers."""
+    """How far a peer got: nothing, taken (a connection without a word), answers. Of soft_fence: answers if the agent was
+    restarted."""
 
 
 class ProofKind(StrEnum):

@@ -12,6 +12,7 @@ from enum import StrEnum
 
 from services.ha.config import HaConfig
 from services.ha.policies.peers import Peer
+from services.ha.policies.soft_fencing import Tried
 from volery.contracts.fencing import PowerState
 from volery.contracts.liveness import LivenessState, ProofKind
 
@@ -46,6 +47,7 @@ class Kind(StrEnum):
     LEASE = "lease"
     PEER = "peer"
     """One of each peer that tried it."""
+    SOFT_FENCE = "soft_fence"
     PROOF = "proof"
 
 
@@ -128,6 +130,8 @@ class Observations:
     """What was concluded before."""
     peers: tuple[Peer, ...] = ()
     """What other hosts found that tried it. Nothing is concluded from it."""
+    soft: Tried | None = None
+    """What came of restarting its agent over SSH. Nor from this."""
 
 
 @dataclass(frozen=True, slots=True)

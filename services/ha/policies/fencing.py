@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from services.ha.config import HaConfig
+from services.ha.policies import soft_fencing
 from services.ha.policies.evidence import Lease
+from services.ha.policies.soft_fencing import SoftState
 from volery.contracts.fencing import PowerState
 from volery.contracts.host import HostStatus
 from volery.contracts.liveness import LivenessState
@@ -111,6 +113,8 @@ class Silent:
     """Hosts of its cluster that tried it since its last beat."""
     peers_answered: int = 0
     """Those of them that a program of it answered a short while ago."""
+    soft: SoftState = SoftState.NONE
+    """Of restarting its agent over SSH."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +214,15 @@ def decide(silent: Silent, config: HaConfig) -> Decision:
     return _towards_off(silent, config)
 
 
+def is_soft_due(silent: Silent, config: HaConfig) -> bool:
+    """Whether its agent is to be restarted over SSH now. A BMC that says off is on its way to a proof."""
+    if silent.soft is not SoftState.DUE or not silent.suspected or silent.state is LivenessState.DEAD:
+        return False
+    if silent.power is not None and silent.power.state is PowerState.OFF:
+        return False
+    return not any(hold.rule in soft_fencing.HOLDS and hold.applies(silent, config) for hold in HOLDS)
+
+
 def _say(sentence: str, silent: Silent) -> str:
     words = silent.power.words if silent.power is not None else ""
     text = sentence.format(
@@ -259,6 +272,12 @@ def _towards_off(silent: Silent, config: HaConfig) -> Decision:
         )
     if power.read_age is None or power.read_age > FRESH_SECONDS:
         return Decision(Act.READ, "read")
+    if silent.soft is not SoftState.NONE:
+        return Decision(
+            Act.WAIT,
+            "soft_fence",
+            f"host {silent.name}: its agent is restarted over SSH before it is ordered off",
+        )
     if record is not None and record.offs and record.last_off_age < config.off_retry_seconds:
         return Decision(
             Act.WAIT, "ordered_off", f"host {silent.name}: it was ordered off; its BMC says on so far"
