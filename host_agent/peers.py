@@ -88,8 +88,8 @@ def place(door: Door) -> tuple[str, int]:
     return host, int(port)
 
 
-async def knock(door: Door) -> DoorTried:
-    """Connects and waits for a word, CONNECT_SECONDS and WORD_SECONDS at most."""
+async def knock(door: Door, word_seconds: float = WORD_SECONDS) -> DoorTried:
+    """Connects, CONNECT_SECONDS at most, and waits for a word."""
     host, port = place(door)
     try:
         async with asyncio.timeout(CONNECT_SECONDS):
@@ -105,7 +105,7 @@ async def knock(door: Door) -> DoorTried:
             return DoorTried(
                 name=door.name, reach=Reach.NOTHING, words="its address is one of the host that tried it"
             )
-        return await _word(door, reader, writer)
+        return await _word(door, word_seconds, reader, writer)
     finally:
         writer.close()
         with contextlib.suppress(OSError, TimeoutError):
@@ -113,9 +113,11 @@ async def knock(door: Door) -> DoorTried:
                 await writer.wait_closed()
 
 
-async def _word(door: Door, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> DoorTried:
+async def _word(
+    door: Door, seconds: float, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> DoorTried:
     try:
-        async with asyncio.timeout(WORD_SECONDS):
+        async with asyncio.timeout(seconds):
             spoke = await _SAYINGS[door.speaks](reader, writer)
     except ssl.SSLError:
         # Whoever refuses our hello has read it.

@@ -176,9 +176,16 @@ async def test_a_host_that_answers_its_peers_is_spared_where_the_policy_says_so(
         policy = SetFencingPolicy(id=CLUSTER.id, skip_while_peers_answer=True)
         await at.bus.ask(SET_FENCING_POLICY, policy, caller("set"))
         at.hearts[0].stop()
-        held = await at.says(
-            0, "2 of the 2 hosts of its cluster that tried it get an answer, so the machine runs"
-        )
+        await at.says(0, "2 of the 2 hosts of its cluster that tried it get an answer, so the machine runs")
+        await at.becomes(0, "non_responsive")
+
+        async def asked_for_long() -> bool:
+            """Longer than the silence before a fence."""
+            return len(peers.asked) >= 2 * 8
+
+        await until(asked_for_long, 30)
+        held = await at.liveness(0)
+        assert "spares it" in held.fencing
         assert (held.state, held.proof, at.bmc(0).did(PowerAction.OFF)) == ("non_responsive", None, 0)
         assert {e.reached for e in held.evidence if e.kind == "peer"} == {"answers"}
         at.bmc(0).power = PowerState.OFF

@@ -45,10 +45,14 @@ async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
     writer.close()
 
 
+async def wait(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await reader.read()
+    writer.close()
+
+
 async def banner(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     writer.write(b"SSH-2.0-OpenSSH_9.2p1\r\n")
-    await reader.read(1)
-    writer.close()
+    await wait(reader, writer)
 
 
 async def libvirt(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -59,8 +63,8 @@ async def libvirt(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
     writer.close()
 
 
-async def at(address: str, speaks: Speaks = Speaks.TLS) -> DoorTried:
-    return await knock(Door(name="agent", address=address, speaks=speaks))
+async def at(address: str, speaks: Speaks = Speaks.TLS, seconds: float = 1) -> DoorTried:
+    return await knock(Door(name="agent", address=address, speaks=speaks), seconds)
 
 
 async def test_a_program_that_speaks_tls_answers(tmp_path: Path) -> None:
@@ -69,16 +73,16 @@ async def test_a_program_that_speaks_tls_answers(tmp_path: Path) -> None:
     make_certificate(made)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(made)
-    async with serving(hang_up, ssl=context) as address:
-        assert (await at(address)).reach is Reach.ANSWERS
+    async with serving(wait, ssl=context) as address:
+        assert (await at(address, seconds=20)).reach is Reach.ANSWERS
     async with serving(banner) as address:
-        assert (await at(address)).reach is Reach.ANSWERS
+        assert (await at(address, seconds=20)).reach is Reach.ANSWERS
 
 
 @pytest.mark.parametrize(("speaks", "serve"), [(Speaks.LIBVIRT, libvirt), (Speaks.SSH, banner)])
 async def test_a_program_that_speaks_answers(speaks: Speaks, serve: Serve) -> None:
     async with serving(serve) as address:
-        assert await at(address, speaks) == DoorTried(name="agent", reach=Reach.ANSWERS, words="answers")
+        assert await at(address, speaks, 20) == DoorTried(name="agent", reach=Reach.ANSWERS, words="answers")
     async with serving(hang_up) as address:
         assert (await at(address, speaks)).reach is Reach.TAKEN
 
