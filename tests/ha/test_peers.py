@@ -158,9 +158,10 @@ async def test_peers_that_get_no_answer_are_in_the_evidence_and_in_the_record_of
         }
         assert all(e.at <= dead.judged_at for e in words if dead.judged_at)
         asked = {(a.host_id, a.target_host_id) for a in peers.asked}
-        assert asked == {(at.hosts[n].id, at.hosts[0].id) for n in (1, 2)}
-        assert peers.asked[0].doors == (Door(name="agent", address="10.0.0.1:54322", speaks=Speaks.TLS),)
-        record = await at.ended("off")
+        assert asked >= {(at.hosts[n].id, at.hosts[0].id) for n in (1, 2)}
+        tried = next(a for a in peers.asked if a.target_host_id == at.hosts[0].id)
+        assert tried.doors == (Door(name="agent", address="10.0.0.1:54322", speaks=Speaks.TLS),)
+        record = await at.ended("succeeded")
         steps = [s.step for s in record.steps]
         assert steps.index("peers") < steps.index("ordered_off")
         told = next(s.words for s in record.steps if s.step == "peers")
