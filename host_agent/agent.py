@@ -28,6 +28,7 @@ from host_agent.fencing import Executor
 from host_agent.ground import Ground
 from host_agent.journal import Journal
 from host_agent.orders import Orders
+from host_agent.peers import Trier
 from host_agent.reports import REPORTED_TO, Reporter, Senses
 from host_agent.shutdown import end_guests
 from host_agent.spool import Spool
@@ -46,6 +47,7 @@ from volery.contracts.base import Message, Owner, encode, fill
 from volery.contracts.errors import STATUS, Refused
 from volery.contracts.fencing import POWER_SUBJECT
 from volery.contracts.metrics import BEAT_SUBJECT, METRICS_SUBJECT, Beat, HostSample
+from volery.contracts.peers import TRY_SUBJECT
 from volery.runtime import connection
 from volery.runtime.bus import ERROR_CODE_HEADER, ERROR_HEADER
 from volery.runtime.clock import monotonic, utc_now
@@ -103,6 +105,7 @@ class Core:
     spool: Spool
     orders: Orders
     executor: Executor
+    trier: Trier
     reporter: Reporter
     prepared: asyncio.Event
     """Set when it is known which domains run here."""
@@ -198,9 +201,10 @@ class Agent:
         verifier = Verifier(self.identity.enrolled.owner_keys)
         orders = Orders(host, journal, self.parts.actions, verifier, clock, gates={"domain": prepared})
         executor = Executor(host.host_id, journal, verifier, clock, ground.fence)
+        trier = Trier(host.host_id, verifier, ground.knock)
         reporter = Reporter(host, journal, spool, clock, self.parts.senses, self._going_down)
         hypervisor.on_event(reporter.hear)
-        return Core(host, clock, journal, spool, orders, executor, reporter, prepared)
+        return Core(host, clock, journal, spool, orders, executor, trier, reporter, prepared)
 
     async def _live(self, core: Core, stop: asyncio.Event) -> _Ended:
         ended: BaseException | None = None
@@ -287,6 +291,7 @@ class Agent:
                     verifier = Verifier(self.identity.enrolled.owner_keys)
                     core.orders.trust(verifier)
                     core.executor.trust(verifier)
+                    core.trier.trust(verifier)
                     log.info("the host's certificate, and whom it obeys, were renewed")
             await asyncio.sleep(pause)
 
@@ -382,6 +387,7 @@ class Agent:
             (REPORT_SUBJECT, hear_report),
             (DESCRIBE_HOST.subject, self._answering(describe)),
             (POWER_SUBJECT, self._answering(core.executor.hear)),
+            (TRY_SUBJECT, self._answering(core.trier.hear)),
         ):
             await self.client.subscribe(fill(subject, me), cb=hear)
 

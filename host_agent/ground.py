@@ -14,6 +14,7 @@ from host_agent.config import AgentConfig
 from host_agent.database import Database
 from host_agent.fencing import Run
 from host_agent.hypervisor import Hypervisor
+from host_agent.peers import Knock, knock
 from host_agent.shutdown import is_going_down
 from host_agent.solitude import alone
 from volery.fencing import running
@@ -31,5 +32,7 @@ class Ground:
     boot_id: Callable[[Path], str] = read_boot_id
     now_ms: Callable[[], int] = boottime_ms
     fence: Run = running.run
+    knock: Knock = knock
+    """At another host's door."""
     going_down: Callable[[AgentConfig], Awaitable[bool]] = is_going_down
     """Whether the host is being shut down."""

@@ -15,6 +15,7 @@ from host_agent.config import AgentConfig
 from host_agent.enrolment import Identity, Keys
 from host_agent.fencing import Run
 from host_agent.ground import Ground
+from host_agent.peers import Knock
 from host_agent.reports import Senses
 from sim.bmc import AGENT
 from sim.hypervisor import MemoryHypervisor
@@ -25,6 +26,7 @@ from sim.storage import HostNetworks, HostStorage, Shelf
 from volery.contracts.agent import HostCapabilities
 from volery.contracts.enrolment import Enrolled
 from volery.contracts.metrics import HostSample
+from volery.contracts.peers import Door
 from volery.runtime.clock import utc_now
 
 BEAT_SECONDS = 1.0
@@ -34,6 +36,11 @@ CPUS, MEMORY_BYTES = 16, 64 * GIB
 
 def uri_of(host: str) -> str:
     return f"qemu+tls://{host}/system"
+
+
+def host_of(door: Door) -> str:
+    """The name of the machine whose door it is."""
+    return door.address.rpartition(":")[0]
 
 
 def capabilities(machine: HostMachine) -> HostCapabilities:
@@ -69,6 +76,7 @@ def main_of(
     owner_keys: dict[str, str],
     reach: Callable[[HostMachine, str], Daemon | None],
     fence: Run,
+    knock: Knock,
 ) -> Callable[[], Coroutine[Any, Any, int]]:
     """The agent's main coroutine, anew for every start."""
 
@@ -100,6 +108,7 @@ def main_of(
             boot_id=lambda path: machine.boot_id,
             now_ms=machine.clock.boot_ms,
             fence=fence,
+            knock=knock,
             going_down=_never,
         )
         parts = Parts(

@@ -61,6 +61,8 @@ class Focus:
     requests_at_once: tuple[int, ...] = (0, 1, 2, 3)
     harmless: bool = False
     """Nothing of it is a reason to switch a host off, or to believe that it is dead."""
+    peers: bool = False
+    """Hosts try the silent ones. No judgement follows from it, so the other scenes do without its traffic."""
 
 
 def _only(*chosen: Fault) -> Weighed:
@@ -81,6 +83,20 @@ FOCUSES: dict[str, Focus] = {
         scenes=2,
         hosts=4,
         highly_available=1.0,
+    ),
+    "peers": Focus(
+        _only(
+            faults.host_frozen,
+            faults.network_cut,
+            faults.power_lost,
+            faults.agent_killed,
+            faults.service_killed,
+        ),
+        (),
+        scenes=2,
+        hosts=4,
+        highly_available=1.0,
+        peers=True,
     ),
     "reboots": Focus(
         _only(faults.power_lost, faults.agent_killed, faults.journal_lost, midway.struck_between_steps),

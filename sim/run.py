@@ -132,6 +132,8 @@ def _word(record: logging.LogRecord) -> str:
 
 
 async def _play(world: World, chance: random.Random, focus: Focus) -> None:
+    if focus.peers:
+        world.environ["VOLERY_HA_TRY_PEERS_SECONDS"] = "10"
     async with asyncio.timeout(FURNISH_SECONDS):
         await world.open()
         await world.furnish(plan_of(chance, focus))

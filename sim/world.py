@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import msgspec
 from nats.aio.msg import Msg
 
+from host_agent.peers import CONNECT_SECONDS
 from sim import agents, plane
 from sim.bmc import AGENT, Bmc, runner
 from sim.clocks import Time
@@ -38,6 +39,7 @@ from volery.contracts.host import CREATE_HOST, GET_HOST, CreateHost, Host, HostS
 from volery.contracts.ids import random_id
 from volery.contracts.liveness import LIVENESS_CHANGED, HostLiveness
 from volery.contracts.operation import ENDED, GET_OPERATION, GetOperation, ListQuery, Operation, Page
+from volery.contracts.peers import Door, DoorTried, Reach
 from volery.contracts.power import SET_POWER_MANAGEMENT, NewFenceDevice, SetPowerManagement
 from volery.contracts.storage import (
     CREATE_STORAGE_DOMAIN,
@@ -105,6 +107,8 @@ class World:
         self.environ = {
             "VOLERY_HA_START_HOLD_SECONDS": self.chance.choice(("5", "30", "300")),
             "VOLERY_HA_SILENCE_BEFORE_FENCE_SECONDS": self.chance.choice(("35", "35", "60")),
+            "VOLERY_HA_TRY_PEERS_SECONDS": "0",
+            "VOLERY_HA_SOFT_FENCE_SECONDS": "0",
         }
         for name in ("inventory", "scheduler", "storage", "network"):
             self._replica(name, name, self.control[0])
@@ -253,7 +257,12 @@ class World:
         )
         await self.ask(ENROL_HOST, ask)
         machine.agent = agents.main_of(
-            machine, self.shelf, plane.owner_keys(), self._reach, runner(self.bmcs)
+            machine,
+            self.shelf,
+            plane.owner_keys(),
+            self._reach,
+            runner(self.bmcs),
+            lambda door: self._knock(machine, door),
         )
         self.hosts[name] = machine
         self.bmcs[name] = Bmc(machine, told_off=self._told)
@@ -301,6 +310,15 @@ class World:
         if target is None or not target.reachable or not source.reachable:
             return None
         return target.daemon
+
+    async def _knock(self, source: HostMachine, door: Door) -> DoorTried:
+        """`host_agent.peers.knock` between hosts in memory; a frozen one's kernel still takes connections."""
+        target = self.hosts[agents.host_of(door)]
+        if not target.on or target.link.cut or source.link.cut:
+            await asyncio.sleep(CONNECT_SECONDS)
+            return DoorTried(name=door.name, reach=Reach.NOTHING)
+        speaks = target.audible if door.name == "agent" else target.daemon.up and not target.frozen
+        return DoorTried(name=door.name, reach=Reach.ANSWERS if speaks else Reach.TAKEN)
 
     async def _make_vm(self, name: str, highly_available: bool) -> None:
         ask = CreateVm(

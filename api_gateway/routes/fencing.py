@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from api_gateway.route import Route
 from volery.contracts import power as p
+from volery.contracts import soft_fence as s
 
 POWER, FENCING = "Power management", "Fencing"
 
@@ -40,9 +41,19 @@ ROUTES = (
           note="Which silent hosts are spared. What is left out is the default. To switch fencing off for a while, pause "
                "it for the cluster.",
           example={"skip_while_lease_alive": True, "skip_if_connectivity_broken": True,
-                   "connectivity_broken_percent": 50}),
+                   "connectivity_broken_percent": 50, "skip_while_peers_answer": True}),
     Route("GET", "/fencing-policies", p.LIST_FENCING_POLICIES, FENCING, "List the fencing policies that were set",
           items=p.FencingPolicy),
+    Route("GET", "/soft-fencing", s.LIST_SOFT_FENCES, FENCING, "List hosts whose agent may be restarted over SSH",
+          items=s.SoftFence),
+    Route("GET", "/hosts/{id}/soft-fencing", s.GET_SOFT_FENCE, FENCING, "Get a host's soft fencing",
+          note="`authorized_key` is the line for its authorized_keys. The private key is never shown."),
+    Route("PUT", "/hosts/{id}/soft-fencing", s.SET_SOFT_FENCE, FENCING, "Let a silent host's agent be restarted over SSH",
+          note="Tried once before its power is touched; proves nothing. ha makes a key pair of its own for the host.",
+          example={"address": "10.0.0.7", "host_key": "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI…"}),
+    Route("DELETE", "/hosts/{id}/soft-fencing", s.DELETE_SOFT_FENCE, FENCING, "Forget a host's soft fencing, and ha's key for it"),
+    Route("POST", "/hosts/{id}/soft-fencing/test", s.TEST_SOFT_FENCE, FENCING, "Log in to a host over SSH, and out again",
+          note="Runs nothing."),
     Route("GET", "/fence-records", p.LIST_FENCE_RECORDS, FENCING, "List what was switched, when, and what the devices said",
           items=p.FenceRecord),
 )  # fmt: skip

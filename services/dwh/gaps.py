@@ -28,6 +28,7 @@ from volery.contracts.power import (
 )
 from volery.contracts.protection import LIST_PROTECTION, LIST_RESERVES
 from volery.contracts.scheduling import LIST_CLAIMS
+from volery.contracts.soft_fence import LIST_SOFT_FENCES
 from volery.contracts.start_group import LIST_START_GROUPS
 from volery.contracts.storage import LIST_DISKS, LIST_STORAGE_DOMAINS, LIST_TRANSFERS
 from volery.contracts.template import LIST_TEMPLATES
@@ -64,6 +65,7 @@ LISTS: dict[str, Call[ListQuery, Any]] = {
     "power_management": LIST_POWER_MANAGEMENT,
     "fencing_pause": LIST_FENCING_PAUSES,
     "fencing_policy": LIST_FENCING_POLICIES,
+    "soft_fence": LIST_SOFT_FENCES,
     "fence_record": LIST_FENCE_RECORDS,
     "protection": LIST_PROTECTION,
     "reserve": LIST_RESERVES,

@@ -60,10 +60,16 @@ class HaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Between two switches of one host by hand."""
     test_seconds: float = 86400.0
     """How often power management is tested; what failed is tested again after a tenth of it."""
+    try_peers_seconds: float = 10.0
+    """How often hosts of its cluster try a silent host; a sixth as often once it has been silent for ten minutes.
+    0: never."""
     read_lease_seconds: float = 5.0
     """How often a silent host's storage leases are read."""
     lease_again_seconds: float = 5.0
     """A restart that the lease of the VM's former host stands against is tried again after this, as often as it takes."""
+    soft_fence_seconds: float = 15.0
+    """To restart a silent host's agent over SSH: the connection, the login and the command. With `silence_seconds` it is
+    over before power is touched. 0: never."""
     witnesses: str = ""
     """HOST:PORT of machines outside the clusters, separated by commas: when most hosts of a cluster are silent and these
     can't be reached either, ha itself is cut off. Without any, a cluster most of which is silent is left to a person."""

@@ -56,12 +56,16 @@ def _heard(watch: Watch, now: float) -> bool:
     )
 
 
+def heard_in(ha: Ha, cluster_id: str, now: float) -> list[Watch]:
+    """Hosts of a cluster that beat well."""
+    return [w for w in in_cluster(ha, cluster_id) if _heard(w, now)]
+
+
 def executors(ha: Ha, target: Watch, agents: list[str]) -> list[Watch]:
     """Hosts of its cluster that may be asked, those that have the agents and were heard last first; none when they are
     the smaller side. Whoever lacks the agent refuses, and the next is asked."""
     now = monotonic()
-    cluster = in_cluster(ha, target.facts.cluster_id)
-    heard = [w for w in cluster if w is not target and _heard(w, now)]
+    heard = [w for w in heard_in(ha, target.facts.cluster_id, now) if w is not target]
     if not has_majority(ha, target.facts.cluster_id, now):
         return []
 

@@ -7,7 +7,7 @@ from datetime import timedelta
 
 from msgspec.structs import replace
 
-from services.ha import executors, pauses, power, store
+from services.ha import executors, pauses, power, soft_fencing, store
 from services.ha.policies.fencing import (
     Act,
     Decision,
@@ -18,7 +18,10 @@ from services.ha.policies.fencing import (
     brake_sentence,
     decide,
     is_lease_alive,
+    is_soft_due,
 )
+from services.ha.policies.peers import answered, sentence
+from services.ha.policies.soft_fencing import state_of
 from services.ha.power import PowerRow, with_step
 from services.ha.state import Ha
 from services.ha.store import POLICIES, POWER, RECORDS
@@ -62,7 +65,10 @@ async def treat(ha: Ha, host_id: str) -> None:
     row = await POWER.find(ha.core.pool, host_id)
     record = await store.open_record(ha.core.pool, host_id)
     record = await _proven(ha, watch, record)
-    decision = decide(await gather(ha, watch, row, record), ha.config)
+    known = await gather(ha, watch, row, record)
+    if is_soft_due(known, ha.config):
+        soft_fencing.begin(ha, watch)
+    decision = decide(known, ha.config)
     if decision.act is Act.READ and row is not None:
         await _read(ha, watch, row, record)
     elif decision.act is Act.POWER_OFF and row is not None:
@@ -91,13 +97,14 @@ async def gather(ha: Ha, watch: Watch, row: PowerRow | None, record: RecordRow |
     acted_at = ha.acted_at.get(facts.id)
     policy = await POLICIES.find(pool, facts.cluster_id)
     expected = executors.expected_in(ha, facts.cluster_id)
+    silence = now - watch.last_sign(ha.listening_since)
     return Silent(
         name=facts.name,
         status=facts.status,
         state=watch.state,
         suspected=watch.suspected,
         boot_id=watch.boot_id,
-        silence=now - watch.last_sign(ha.listening_since),
+        silence=silence,
         power=_power(ha, watch, row, now),
         record=_record(watch, record, now),
         protected_vms=await store.highly_available_on(pool, facts.id),
@@ -114,6 +121,9 @@ async def gather(ha: Ha, watch: Watch, row: PowerRow | None, record: RecordRow |
         lease_alive=is_lease_alive(watch.lease, watch.boot_id, now),
         broken_hosts=sum(each.suspected for each in expected),
         cluster_hosts=len(expected),
+        peers_tried=len(watch.peers),
+        peers_answered=answered(watch.peers.values(), now),
+        soft=state_of(await soft_fencing.gather(ha, watch, now), silence, ha.config),
     )
 
 
@@ -178,6 +188,7 @@ async def _power_off(ha: Ha, watch: Watch, row: PowerRow, record: RecordRow | No
         made = power.new_record(watch, "service:ha", f"silent, and its BMC says {PowerState.ON}")
         await ha.core.commit(RECORDS.insert(made, Nothing()))
         record = Row(made, Nothing())
+    record = await _keep(ha, record, "peers", sentence(list(watch.peers.values())), FenceState.RUNNING)
     record = await _keep(ha, record, "ordered_off", f"boot {watch.boot_id}", FenceState.RUNNING)
     log.warning("host %s is ordered off: boot %s", facts.name, watch.boot_id)
     watch.distrust_power()

@@ -66,6 +66,7 @@ async def _set(ha: Ha, cluster: Cluster, ask: SetFencingPolicy, caller: Caller) 
         skip_while_lease_alive=ask.skip_while_lease_alive,
         skip_if_connectivity_broken=ask.skip_if_connectivity_broken,
         connectivity_broken_percent=ask.connectivity_broken_percent,
+        skip_while_peers_answer=ask.skip_while_peers_answer,
     )
     if row is not None:
         checks.revision(row.public, ask.if_revision, "fencing policy")

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-from services.ha import listening, power, store
+from services.ha import listening, power, soft_fencing, store
 from services.ha.listening import TICK_SECONDS, can_ask
 from services.ha.policies.evidence import (
     DEAD,
@@ -24,6 +24,7 @@ from services.ha.policies.evidence import (
     is_storm,
     judge,
 )
+from services.ha.policies.peers import doors_of, reached, sentence
 from services.ha.policies.replay import evidence_of, with_notes
 from services.ha.state import Ha
 from services.ha.watch import HostFacts, Watch
@@ -40,6 +41,7 @@ from volery.contracts.liveness import (
     ProofKind,
 )
 from volery.contracts.operation import ListQuery
+from volery.contracts.peers import Reach
 from volery.runtime.bus import Caller
 from volery.runtime.clock import monotonic, utc_now
 from volery.runtime.pages import plain_page
@@ -99,6 +101,7 @@ def _facts(host: Host) -> HostFacts:
         hardware_uuid=(host.capabilities.dmi_uuid or host.capabilities.hardware_uuid).lower(),
         boot_id=host.boot_id,
         fence_agents=host.capabilities.fence_agents,
+        doors=doors_of(host.capabilities),
     )
 
 
@@ -114,7 +117,8 @@ async def host_deleted(ha: Ha, host: Host) -> list[Change]:
 
 
 async def host_gone(ha: Ha, host_id: str) -> list[Change]:
-    return await store.host_ends(ha.core.pool, host_id, lambda: _forget(ha, host_id))
+    ended = await store.host_ends(ha.core.pool, host_id, lambda: _forget(ha, host_id))
+    return [*ended, *await soft_fencing.host_gone(ha, host_id)]
 
 
 def _watch(ha: Ha, liveness: HostLiveness, private: store.LivenessPrivate) -> None:
@@ -160,7 +164,8 @@ async def tick(ha: Ha) -> None:
     for (host_id, watch), each, judgement in zip(watches, seen, judged, strict=True):
         if held and judgement.state in SUSPICIOUS:
             continue
-        if _differs(watch, judgement):
+        news = judgement.state in SUSPICIOUS and _news(each) != watch.announced
+        if news or _differs(watch, judgement):
             await conclude(ha, host_id, watch, each, judgement)
 
 
@@ -171,6 +176,11 @@ def _differs(watch: Watch, judgement: Judgement) -> bool:
         or _is_new(watch, judgement)
         or judgement.voided
     )
+
+
+def _news(seen: Observations) -> tuple[frozenset[tuple[str, Reach]], str]:
+    """What is worth telling beside a judgement when it differs."""
+    return reached(seen.peers), seen.soft.words if seen.soft is not None else ""
 
 
 def _is_new(watch: Watch, judgement: Judgement) -> bool:
@@ -235,7 +245,7 @@ async def conclude(
     except Stale:
         return None
     found = judgement.proof
-    watch.state, watch.boot_id = new.state, new.boot_id
+    watch.state, watch.boot_id, watch.announced = new.state, new.boot_id, _news(seen)
     if found is not None and _is_new(watch, judgement):
         watch.proof = with_fields(found, at=now + found.at)
     elif found is None:
@@ -291,10 +301,13 @@ def _say(old: HostLiveness, new: HostLiveness, judgement: Judgement, seen: Obser
         log.error("host %s was believed dead (%s) and shows signs of life", name, old.proof)
     if proof is not None and proof != old.proof:
         log.warning("host %s: boot %s has ended: %s", name, proof.boot_id, proof.details)
+    if new.state is old.state and proof == old.proof:
+        log.warning("host %s: %s", name, sentence(seen.peers))
+        return
     silence = -seen.beat.at if seen.beat is not None else -seen.listening_since
-    sentence = SENTENCES[new.state].format(silence=silence, proof=proof.details if proof else "")
+    words = SENTENCES[new.state].format(silence=silence, proof=proof.details if proof else "")
     level = logging.INFO if new.state is UP else logging.WARNING
-    log.log(level, "host %s is %s, was %s: %s", name, new.state, old.state, sentence)
+    log.log(level, "host %s is %s, was %s: %s", name, new.state, old.state, words)
 
 
 def _notes(

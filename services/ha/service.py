@@ -10,11 +10,13 @@ from services.ha import (
     listing,
     liveness,
     pauses,
+    peers,
     power,
     protection,
     reserve,
     restarts,
     rooms,
+    soft_fencing,
     start_groups,
 )
 from services.ha.config import HaConfig
@@ -45,7 +47,9 @@ service = Service(
         fencing_policies.part,
         confirming.part,
         fencing.part,
+        soft_fencing.part,
         leases.part,
+        peers.part,
         restarts.part,
         protection.part,
         reserve.part,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from dataclasses import replace as with_fields
 
 from services.ha.policies.evidence import (
     UNKNOWN,
@@ -13,9 +14,12 @@ from services.ha.policies.evidence import (
     Reading,
     Sign,
 )
+from services.ha.policies.peers import Peer
+from services.ha.policies.soft_fencing import Tried
 from volery.contracts.fencing import PowerState
 from volery.contracts.liveness import LivenessState
 from volery.contracts.metrics import Beat
+from volery.contracts.peers import Door, Reach
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +35,8 @@ class HostFacts:
     boot_id: str = ""
     fence_agents: tuple[str, ...] = ()
     """Those that it can run against other hosts' BMCs."""
+    doors: tuple[Door, ...] = ()
+    """Where other hosts reach it; not kept: known once inventory was listed."""
 
 
 @dataclass(slots=True)
@@ -60,6 +66,16 @@ class Watch:
     person: Confirmed | None = None
     lease: Lease | None = None
     proof: Held | None = None
+    peers: dict[str, Peer] = field(default_factory=dict)
+    """By host: what it found when it tried this one, since the last beat."""
+    tried_next: float = 0.0
+    """When peers are asked again."""
+    soft: Tried | None = None
+    """What came of restarting its agent over SSH, since the last beat."""
+    soft_begun: float | None = None
+    soft_running: bool = False
+    announced: tuple[frozenset[tuple[str, Reach]], str] = (frozenset(), "")
+    """How far each peer got, and what came of soft fencing, as was last written."""
 
     def seen(self, listening_since: float, now: float, confirmed: Confirmed | None = None) -> Observations:
         """Everything in seconds before now, to the microsecond: as evidence is dated, so that judging it again later
@@ -102,6 +118,8 @@ class Watch:
             proof=Held(ago(proof.at), proof.boot_id, proof.kind, proof.details)
             if proof is not None
             else None,
+            soft=with_fields(self.soft, at=ago(self.soft.at)) if self.soft is not None else None,
+            peers=tuple(with_fields(peer, at=ago(peer.at)) for _, peer in sorted(self.peers.items())),
         )
 
     def hear(self, beat: Beat, now: float) -> None:
@@ -118,6 +136,8 @@ class Watch:
             self.boot_heard_at = now
         self.beat, self.beat_at = beat, now
         self.off_first = None
+        self.peers.clear()
+        self.soft = None
 
     def admit(self) -> None:
         """Of what was heard while every journal was believed, only the admitted one's beats are the host's own."""
@@ -136,6 +156,16 @@ class Watch:
             first is None or not first.trusted or first.at <= self.last_sign(listening_since)
         ):
             self.off_first = reading
+
+    def hear_peer(self, peer_id: str, peer: Peer) -> None:
+        """What was found before the last beat says nothing any more."""
+        if self.beat_at is None or peer.at > self.beat_at:
+            self.peers[peer_id] = peer
+
+    def forget_peers(self, before: float) -> None:
+        """Words of hosts that have not said any since."""
+        for peer_id in [peer_id for peer_id, peer in self.peers.items() if peer.at < before]:
+            del self.peers[peer_id]
 
     def distrust_power(self) -> None:
         """Its BMC is another one now, or lied: nothing that it said counts."""

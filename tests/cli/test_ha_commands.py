@@ -16,13 +16,14 @@ from tests.api_gateway.scripted import NOW, Deployed, Script, deployed, entity, 
 from volery.cli.main import app
 from volery.contracts import power as p
 from volery.contracts import protection as r
+from volery.contracts import soft_fence as s
 from volery.contracts import start_group as g
 from volery.contracts.base import Call, Done, Entity, encode
 from volery.contracts.cluster import LIST_CLUSTERS, UPDATE_CLUSTER, Cluster
 from volery.contracts.fencing import FenceDevice, PowerAction, PowerState
 from volery.contracts.host import LIST_HOSTS, Host
 from volery.contracts.ids import new_id
-from volery.contracts.liveness import HostLiveness, LivenessState
+from volery.contracts.liveness import GET_LIVENESS, Evidence, HostLiveness, LivenessState
 from volery.contracts.operation import ListQuery, OperationState, Page
 from volery.contracts.storage import LIST_STORAGE_DOMAINS, DomainKind, StorageDomain
 from volery.contracts.vm import CREATE_VM, LIST_VMS, UPDATE_VM, HighAvailability
@@ -38,10 +39,22 @@ POWER = p.PowerManagement(
     | {"id": HOST.id}
 )
 LIVENESS = HostLiveness(
-    **entity(host_name="h1", state=LivenessState.NON_RESPONSIVE, fencing="host h1: its BMC can't be asked")
+    **entity(
+        host_name="h1",
+        state=LivenessState.NON_RESPONSIVE,
+        fencing="host h1: its BMC can't be asked",
+        evidence=(
+            Evidence(kind="bmc", at=NOW, power="unknown", by="host h2", details="no route"),
+            Evidence(kind="peer", at=NOW, reached="answers", by="host h3", details="libvirt: answers"),
+        ),
+    )
 )
 PAUSE = p.FencingPause(**entity(scope=p.FencingScope.GLOBAL, until=NOW + timedelta(hours=1), paused_by="ann"))
 POLICY = p.FencingPolicy(**entity(skip_while_lease_alive=True) | {"id": CLUSTER.id})
+SOFT = s.SoftFence(
+    **entity(host_name="h1", address="10.0.0.1", authorized_key="restrict ssh-ed25519 AAAA", test_passed=True)
+    | {"id": HOST.id}
+)
 RECORD = p.FenceRecord(**entity(host_id=HOST.id, host_name="h1", reason="silent", requested_by="service:ha"))
 
 
@@ -102,6 +115,7 @@ ANSWERS: dict[Call[Any, Any], Any] = {
     p.DELETE_POWER_MANAGEMENT: Done(),
     p.SWITCH_POWER: p.PowerSwitched(id=HOST.id, action=PowerAction.OFF, state=PowerState.OFF),
     p.CONFIRM_HOST_REBOOTED: LIVENESS,
+    GET_LIVENESS: LIVENESS,
     p.GET_FENCING: p.Fencing(
         pauses=(PAUSE,),
         brakes=(p.Brake(cluster_id=CLUSTER.id, hosts=10, ordered_off=1, limit=1, window_seconds=600.0),),
@@ -113,6 +127,11 @@ ANSWERS: dict[Call[Any, Any], Any] = {
     p.LIST_FENCING_POLICIES: listed(POLICY),
     p.SET_FENCING_POLICY: POLICY,
     p.LIST_FENCE_RECORDS: listed(RECORD),
+    s.SET_SOFT_FENCE: SOFT,
+    s.GET_SOFT_FENCE: SOFT,
+    s.LIST_SOFT_FENCES: listed(SOFT),
+    s.TEST_SOFT_FENCE: SOFT,
+    s.DELETE_SOFT_FENCE: Done(),
     r.LIST_PROTECTION: listed(UNPROTECTED, PROTECTED),
     r.GET_PROTECTION: UNPROTECTED,
     r.LIST_RESERVES: listed(RESERVE),
@@ -199,6 +218,13 @@ ROWS = (
         {"id": HOST.id, "confirm": "h1", "reason": "burnt"},
         ("non_responsive",),
     ),
+    Row(
+        "host evidence h1",
+        GET_LIVENESS,
+        {"id": HOST.id},
+        ("h2", "no route", "answers", "h3", "host h1 is non_responsive", "its BMC can't be asked"),
+    ),
+    Row("host evidence h1 -o json", GET_LIVENESS, {"id": HOST.id}, ('"reached": "answers"',)),
     Row("fencing show", p.GET_FENCING, {}, ("ann", "WINDOW SECONDS", "its BMC can't be asked")),
     Row("fencing show -o json", p.GET_FENCING, {}, ('"limit": 1',)),
     Row("fencing pause", p.PAUSE_FENCING, {"scope": p.FencingScope.GLOBAL, "seconds": 3600.0}),
@@ -221,6 +247,11 @@ ROWS = (
         {"id": CLUSTER.id, "skip_while_lease_alive": True, "skip_if_connectivity_broken": False},
     ),
     Row(
+        "cluster fencing-policy set Default --skip-while-peers-answer",
+        p.SET_FENCING_POLICY,
+        {"id": CLUSTER.id, "skip_while_peers_answer": True, "skip_while_lease_alive": False},
+    ),
+    Row(
         "cluster fencing-policy set Default --skip-if-broken-percent 30",
         p.SET_FENCING_POLICY,
         {
@@ -229,6 +260,26 @@ ROWS = (
             "connectivity_broken_percent": 30,
         },
     ),
+    Row(
+        "host soft-fencing set h1 --address 10.0.0.1 --host-key-file - --port 2222 --unit v-agent --new-key",
+        s.SET_SOFT_FENCE,
+        {
+            "id": HOST.id,
+            "address": "10.0.0.1",
+            "host_key": "ssh-ed25519 BBBB",
+            "port": 2222,
+            "username": "root",
+            "unit": "v-agent",
+            "new_key": True,
+            "enabled": True,
+        },
+        ("restrict ssh-ed25519 AAAA",),
+        "ssh-ed25519 BBBB\n",
+    ),
+    Row("host soft-fencing show h1", s.GET_SOFT_FENCE, {"id": HOST.id}, ("10.0.0.1",)),
+    Row("host soft-fencing list", s.LIST_SOFT_FENCES, {}, ("h1", "TEST PASSED")),
+    Row("host soft-fencing test h1", s.TEST_SOFT_FENCE, {"id": HOST.id}),
+    Row("host soft-fencing delete h1", s.DELETE_SOFT_FENCE, {"id": HOST.id}, ("deleted",)),
     Row(
         "fence list --host h1",
         p.LIST_FENCE_RECORDS,

@@ -119,7 +119,11 @@ async def site(
     owner = Inventory()
     hosts = [
         host(
-            f"h{n}", capabilities=HostCapabilities(dmi_uuid=uuid(n), fence_agents=(AGENT,)), boot_id="boot-1"
+            f"h{n}",
+            capabilities=HostCapabilities(
+                dmi_uuid=uuid(n), fence_agents=(AGENT,), data_address=f"10.0.0.{n + 1}:54322"
+            ),
+            boot_id="boot-1",
         )
         for n in range(count)
     ]

@@ -24,11 +24,13 @@ from services.ha.policies.evidence import (
     is_storm,
     judge,
 )
+from services.ha.policies.peers import Peer
 from services.ha.policies.replay import evidence_of, replay
 from services.ha.watch import Watch
 from volery.contracts.fencing import PowerState
 from volery.contracts.liveness import HostLiveness, LivenessState, Proof, ProofKind
 from volery.contracts.metrics import Beat
+from volery.contracts.peers import Reach
 
 UP, CONNECTING, DEAD = LivenessState.UP, LivenessState.CONNECTING, LivenessState.DEAD
 NON_RESPONSIVE, UNKNOWN = LivenessState.NON_RESPONSIVE, LivenessState.UNKNOWN
@@ -309,7 +311,20 @@ class History:
 steps = st.lists(
     st.tuples(
         st.sampled_from(
-            ["beat1", "beat2", "stranger", "left", "came", "off", "on", "doubtful", "person", "deaf", "lease"]
+            [
+                "beat1",
+                "beat2",
+                "stranger",
+                "left",
+                "came",
+                "off",
+                "on",
+                "doubtful",
+                "person",
+                "deaf",
+                "lease",
+                "tried",
+            ]
         ),
         st.floats(0.01, 20.0),
     ),
@@ -340,6 +355,8 @@ def test_every_judgement_follows_from_what_was_announced(happened: list[tuple[st
             watch.person = Confirmed(history.now, watch.boot_id, "user:ann")
         elif what == "lease":
             watch.lease = Lease(history.now, watch.boot_id, expired=True, watchdog_passed=True)
+        elif what == "tried":
+            watch.hear_peer("p", Peer(history.now, "host p", Reach.ANSWERS))
         else:
             history.listening = history.now + 2
         history.tick()

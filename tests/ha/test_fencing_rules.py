@@ -55,6 +55,9 @@ def dead_and_fenced(proven_age: float, *, executor: bool = True, last_on_age: fl
 
 
 SPARE_LEASED = FencingPolicy(id="c", revision=1, created_at=NOW, updated_at=NOW, skip_while_lease_alive=True)
+SPARE_ANSWERING = msgspec.structs.replace(
+    SPARE_LEASED, skip_while_lease_alive=False, skip_while_peers_answer=True
+)
 BROKEN_50 = msgspec.structs.replace(
     SPARE_LEASED, skip_while_lease_alive=False, skip_if_connectivity_broken=True
 )
@@ -85,6 +88,7 @@ HELD = [
     ("start", replace(SILENT, leading=299.0)),
     ("connectivity_broken", replace(SILENT, policy=BROKEN_50, broken_hosts=2, cluster_hosts=4)),
     ("lease_alive", replace(SILENT, policy=SPARE_LEASED, lease_alive=True)),
+    ("peers_answer", replace(SILENT, policy=SPARE_ANSWERING, peers_tried=2, peers_answered=1)),
     ("identity_mismatch", with_power(identity=Identity.MISMATCH)),
     ("identity_unchecked", with_power(identity=Identity.UNCHECKED)),
     ("no_executor", with_power(executor=False)),
@@ -117,6 +121,8 @@ def test_every_reason_has_its_row() -> None:
         ("connectivity_broken", replace(SILENT, broken_hosts=3, cluster_hosts=3)),
         ("lease_alive", replace(SILENT, policy=BROKEN_50, lease_alive=True)),
         ("lease_alive", replace(SILENT, policy=SPARE_LEASED)),
+        ("peers_answer", replace(SILENT, policy=SPARE_ANSWERING, peers_tried=2)),
+        ("peers_answer", replace(SILENT, policy=SPARE_LEASED, peers_tried=2, peers_answered=2)),
         (
             "gave_up",
             replace(SILENT, record=Record(FenceState.RUNNING, "boot-0", offs=3, last_off_age=20.0)),

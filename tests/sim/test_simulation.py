@@ -69,6 +69,12 @@ def test_nothing_comes_of_what_passes(focus: str) -> None:
     assert outcome.pauses >= 200 or focus == "servers"
 
 
+def test_hosts_that_try_silent_ones_change_nothing() -> None:
+    for _, outcome in alone.run_many([Play(seed, "peers") for seed in (1, 2, 3)], AT_ONCE):
+        assert not outcome.violations, "\n".join([*outcome.timeline, *outcome.violations])
+        assert any("tried it: " in line for line in outcome.timeline)
+
+
 def test_states_that_are_seldom_reached_are_told_of_a_long_run() -> None:
     often = Counter(dict.fromkeys(STATES, 2))
     assert rare(often, 200) == []

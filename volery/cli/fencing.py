@@ -182,6 +182,25 @@ def confirm_rebooted(
         output.show(client.send(request), output_format)
 
 
+EVIDENCE = ("at", "kind", "by", "said", "boot_id", "details")
+
+
+def evidence(name: Name, output_format: Output = Format.TABLE) -> None:
+    """What ha judges a host by: beats, what its BMC said, what hosts found that tried it, the proof of its death."""
+    with work.connected() as client:
+        host = client.find(api.HOSTS, name)
+        found = client.send(Request("GET", f"liveness/{host.id}", HostLiveness))
+    if output_format is not Format.TABLE:
+        output.show(found, output_format)
+        return
+    said = [msgspec.to_builtins(each) | {"said": each.reached or each.power} for each in found.evidence]
+    output.show(said, output_format, EVIDENCE)
+    proof = f"; proven by {found.proof.kind}: {found.proof.details}" if found.proof is not None else ""
+    output.out.print(f"host {found.host_name} is {found.state}{proof}")
+    if found.fencing:
+        output.out.print(found.fencing)
+
+
 def _scope(client: Client, cluster: str, host: str) -> tuple[FencingScope, str]:
     if cluster and host:
         output.fail("name a --cluster or a --host, not both; neither is everywhere")
@@ -260,6 +279,9 @@ def set_policy(
     skip_if_broken_percent: Annotated[
         int, typer.Option(help="Switch nothing off while this share of the hosts is silent; 0: no such rule.")
     ] = 0,
+    skip_while_peers_answer: Annotated[
+        bool, typer.Option(help="Spare a host whose programs answer another host of the cluster.")
+    ] = False,
     output_format: Output = Format.TABLE,
 ) -> None:
     """Set all of it: what isn't named is off."""
@@ -270,6 +292,7 @@ def set_policy(
             skip_while_lease_alive=skip_while_lease_alive,
             skip_if_connectivity_broken=skip_if_broken_percent != 0,
             connectivity_broken_percent=skip_if_broken_percent or 50,
+            skip_while_peers_answer=skip_while_peers_answer,
         )
         path = f"clusters/{found.id}/fencing-policy"
         request = Request("PUT", path, FencingPolicy, body_of(question) or b"{}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from volery.cli import access, admin, estate, fencing, protection, storage, streams, vm
+from volery.cli import access, admin, estate, fencing, protection, soft_fencing, storage, streams, vm
 
 app = typer.Typer(
     help="Volery: KVM hosts and their virtual machines.",
@@ -36,7 +36,9 @@ for _name, _noun in NOUNS.items():
     app.add_typer(_noun, name=_name)
 estate.clusters.add_typer(fencing.policies, name="fencing-policy")
 estate.hosts.add_typer(fencing.power_management, name="power-management")
+estate.hosts.add_typer(soft_fencing.app, name="soft-fencing")
 estate.hosts.command()(fencing.power)
+estate.hosts.command()(fencing.evidence)
 estate.hosts.command("confirm-rebooted")(fencing.confirm_rebooted)
 app.command()(access.login)
 app.command()(access.logout)

@@ -12,6 +12,7 @@ from volery.contracts.operation import Operation
 from volery.contracts.power import FenceRecord, FencingPause, FencingPolicy, PowerManagement
 from volery.contracts.protection import ClusterReserve, VmProtection
 from volery.contracts.scheduling import Claim
+from volery.contracts.soft_fence import SoftFence
 from volery.contracts.start_group import StartGroup
 from volery.contracts.storage import Disk, StorageDomain, Transfer
 from volery.contracts.template import Template
@@ -72,6 +73,12 @@ FENCING_PAUSES = Resource(
     FencingPause,
     ("scope", "object_id", "until", "paused_by", "reason"),
 )
+SOFT_FENCES = Resource(
+    "soft fencing",
+    "soft-fencing",
+    SoftFence,
+    ("host_name", "enabled", "address", "port", "username", "test_passed", "tested_at", "test_words"),
+)
 FENCING_POLICIES = Resource(
     "fencing policy",
     "fencing-policies",
@@ -81,6 +88,7 @@ FENCING_POLICIES = Resource(
         "skip_while_lease_alive",
         "skip_if_connectivity_broken",
         "connectivity_broken_percent",
+        "skip_while_peers_answer",
         "updated_at",
     ),
 )
@@ -110,4 +118,5 @@ RESOURCES = (
     FENCE_RECORDS,
     FENCING_PAUSES,
     FENCING_POLICIES,
+    SOFT_FENCES,
 )

@@ -27,7 +27,8 @@ class Evidence(Message):
 
     kind: str
     """beat, former_beat, stranger_beat, silence, disconnected, connected, new_boot, report, listening (since when ha
-    hears everything), bmc_off_first, bmc, person, lease, proof (held before)"""
+    hears everything), bmc_off_first, bmc, person, lease, peer (one of each host that tried it), soft_fence,
+    proof (held before)"""
     at: datetime
     """The observer's clock."""
     details: str = ""
@@ -38,7 +39,10 @@ class Evidence(Message):
     trusted: bool = False
     """Of a BMC's word: it was known to be this host's when it was asked."""
     by: str = ""
-    """Who asked the BMC, or who confirmed."""
+    """Who asked the BMC, who confirmed, or who tried it."""
+    reached: str = ""
+    """How far a peer got: nothing, taken (a connection without a word), answers. Of soft_fence: answers if the agent was
+    restarted."""
 
 
 class ProofKind(StrEnum):
@@ -76,7 +80,7 @@ class HostLiveness(Entity):
     boot_id: str = ""
     last_beat_at: datetime | None = None
     evidence: tuple[Evidence, ...] = ()
-    """The newest of each kind: all that the last judgement was made of."""
+    """The newest of each kind, and of each peer: all that the last judgement was made of."""
     judged_at: datetime | None = None
     """When `state` and `proof` were last judged; from then evidence is dated."""
     proof: Proof | None = None

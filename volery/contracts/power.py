@@ -152,6 +152,8 @@ class FencingPolicy(Entity):
     connectivity_broken_percent: int = 50
     """With `skip_if_connectivity_broken`: nothing is switched off while at least this share of the cluster's hosts is
     silent without proof of death, the host itself included."""
+    skip_while_peers_answer: bool = False
+    """A host whose programs answer another host of the cluster runs, though ha doesn't hear its agent."""
 
 
 class SetFencingPolicy(Message):
@@ -162,6 +164,7 @@ class SetFencingPolicy(Message):
     skip_while_lease_alive: bool = False
     skip_if_connectivity_broken: bool = False
     connectivity_broken_percent: int = 50
+    skip_while_peers_answer: bool = False
 
 
 class FenceState(StrEnum):
@@ -178,9 +181,9 @@ class FenceState(StrEnum):
 class FenceStep(Message):
     at: datetime
     step: str
-    """ordered_off, off, proven, ordered_on, on, failed, …"""
+    """peers, ordered_off, off, proven, ordered_on, on, failed, …"""
     words: str = ""
-    """What the device, or the agent that asked it, said."""
+    """What the device, or the agent that asked it, said; what peers found that tried the host."""
 
 
 class FenceRecord(Entity):

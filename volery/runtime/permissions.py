@@ -92,7 +92,7 @@ RULES: Final = (
     Rule("orders, asks and confirms to hosts", COMMANDERS,
          publish=("host.*.order", "host.*.cancel", "host.*.committed", "host.*.report",
                   "host.*.ask", "host.*.ask.>")),
-    Rule("has a host switch another's power", ("ha",), publish=("host.*.power",)),
+    Rule("has a host switch another's power, and try another", ("ha",), publish=("host.*.power", "host.*.try")),
     Rule("hears beats and metrics", LISTENERS, subscribe=("beat.host.*", "metrics.host.*")),
     Rule("speaks and listens as this host only", ("agent",),
          publish=("fact.host.{me}.>", "beat.host.{me}", "metrics.host.{me}"),

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from services.ha.config import HaConfig
+from services.ha.policies.peers import Peer
+from services.ha.policies.soft_fencing import Tried
 from volery.contracts.fencing import PowerState
 from volery.contracts.liveness import LivenessState, ProofKind
 
@@ -43,6 +45,9 @@ class Kind(StrEnum):
     BMC = "bmc"
     PERSON = "person"
     LEASE = "lease"
+    PEER = "peer"
+    """One of each peer that tried it."""
+    SOFT_FENCE = "soft_fence"
     PROOF = "proof"
 
 
@@ -123,6 +128,10 @@ class Observations:
     lease: Lease | None = None
     proof: Held | None = None
     """What was concluded before."""
+    peers: tuple[Peer, ...] = ()
+    """What other hosts found that tried it. Nothing is concluded from it."""
+    soft: Tried | None = None
+    """What came of restarting its agent over SSH. Nor from this."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from services.ha.config import HaConfig
+from services.ha.policies import soft_fencing
 from services.ha.policies.evidence import Lease
+from services.ha.policies.soft_fencing import SoftState
 from volery.contracts.fencing import PowerState
 from volery.contracts.host import HostStatus
 from volery.contracts.liveness import LivenessState
@@ -109,6 +111,12 @@ class Silent:
     """Hosts of its cluster that are silent without proof of death."""
     cluster_hosts: int = 0
     """Those of its cluster that should answer."""
+    peers_tried: int = 0
+    """Hosts of its cluster that tried it since its last beat."""
+    peers_answered: int = 0
+    """Those of them that a program of it answered a short while ago."""
+    soft: SoftState = SoftState.NONE
+    """Of restarting its agent over SSH."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +186,9 @@ HOLDS: tuple[Hold, ...] = (
     Hold("lease_alive", _spares(lambda s, p: p.skip_while_lease_alive and s.lease_alive),
          "its storage lease is renewed, so the machine and its VMs run; the cluster's fencing policy spares it. Look at "
          "its network and its agent"),
+    Hold("peers_answer", _spares(lambda s, p: p.skip_while_peers_answer and s.peers_answered > 0),
+         "{answered} of the {tried} hosts of its cluster that tried it get an answer, so the machine runs; the cluster's "
+         "fencing policy spares it. Look at its agent, and at its network to the control plane"),
     Hold("identity_mismatch", _power(lambda p: p.identity is Identity.MISMATCH),
          "its BMC belongs to another machine: correct its power management"),
     Hold("identity_unchecked", _power(lambda p: p.identity is Identity.UNCHECKED),
@@ -205,6 +216,15 @@ def decide(silent: Silent, config: HaConfig) -> Decision:
     return _towards_off(silent, config)
 
 
+def is_soft_due(silent: Silent, config: HaConfig) -> bool:
+    """Whether its agent is to be restarted over SSH now. A BMC that says off is on its way to a proof."""
+    if silent.soft is not SoftState.DUE or not silent.suspected or silent.state is LivenessState.DEAD:
+        return False
+    if silent.power is not None and silent.power.state is PowerState.OFF:
+        return False
+    return not any(hold.rule in soft_fencing.HOLDS and hold.applies(silent, config) for hold in HOLDS)
+
+
 def _say(sentence: str, silent: Silent) -> str:
     words = silent.power.words if silent.power is not None else ""
     text = sentence.format(
@@ -213,6 +233,8 @@ def _say(sentence: str, silent: Silent) -> str:
         words=words or "no reason given",
         broken=silent.broken_hosts,
         hosts=silent.cluster_hosts,
+        answered=silent.peers_answered,
+        tried=silent.peers_tried,
         percent=silent.policy.connectivity_broken_percent if silent.policy is not None else 0,
     )
     return f"host {silent.name}: {text}"
@@ -252,6 +274,12 @@ def _towards_off(silent: Silent, config: HaConfig) -> Decision:
         )
     if power.read_age is None or power.read_age > FRESH_SECONDS:
         return Decision(Act.READ, "read")
+    if silent.soft is not SoftState.NONE:
+        return Decision(
+            Act.WAIT,
+            "soft_fence",
+            f"host {silent.name}: its agent is restarted over SSH before it is ordered off",
+        )
     if record is not None and record.offs and record.last_off_age < config.off_retry_seconds:
         return Decision(
             Act.WAIT, "ordered_off", f"host {silent.name}: it was ordered off; its BMC says on so far"

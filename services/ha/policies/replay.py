@@ -18,8 +18,11 @@ from services.ha.policies.evidence import (
     Sign,
     judge,
 )
+from services.ha.policies.peers import Peer
+from services.ha.policies.soft_fencing import Tried
 from volery.contracts.fencing import PowerState
 from volery.contracts.liveness import Evidence, HostLiveness, LivenessState
+from volery.contracts.peers import Reach
 
 NOTES = (Kind.NEW_BOOT, Kind.REPORT, Kind.SILENCE)
 """Evidence for people: what follows from the rest."""
@@ -62,6 +65,11 @@ def evidence_of(seen: Observations, judged_at: datetime, reason: str = "") -> tu
         whole = seen.lease.expired and seen.lease.watchdog_passed
         words = EXPIRED_AND_PASSED if whole else ""
         note(Kind.LEASE, seen.lease.at, boot_id=seen.lease.boot_id, details=words)
+    if seen.soft is not None:
+        worked = str(Reach.ANSWERS if seen.soft.worked else Reach.NOTHING)
+        note(Kind.SOFT_FENCE, seen.soft.at, details=seen.soft.words, reached=worked)
+    for peer in seen.peers:
+        note(Kind.PEER, peer.at, details=peer.words, by=peer.name, reached=str(peer.reach))
     if seen.proof is not None:
         note(Kind.PROOF, seen.proof.at, boot_id=seen.proof.boot_id)
     return tuple(found)
@@ -102,7 +110,20 @@ def observed(before: HostLiveness | None, after: HostLiveness) -> Observations:
         person=_person(newest, at(Kind.PERSON)),
         lease=_lease(newest, at(Kind.LEASE)),
         proof=_held(before, at(Kind.PROOF)),
+        soft=_tried(newest, at(Kind.SOFT_FENCE)),
+        peers=tuple(_peer(e, judged_at) for e in after.evidence if e.kind == Kind.PEER),
     )
+
+
+def _tried(newest: dict[str, Evidence], at: float | None) -> Tried | None:
+    if at is None:
+        return None
+    said = newest[Kind.SOFT_FENCE]
+    return Tried(at, said.reached == Reach.ANSWERS, said.details)
+
+
+def _peer(said: Evidence, judged_at: datetime) -> Peer:
+    return Peer((said.at - judged_at).total_seconds(), said.by, Reach(said.reached), said.details)
 
 
 def _person(newest: dict[str, Evidence], at: float | None) -> Confirmed | None:

@@ -71,7 +71,7 @@ async def test_a_service_can_not_do_another_ones_work(service: str, connect: Con
     if service not in COMMANDERS:
         publishes += [f"host.x.{w}" for w in ("order", "cancel", "committed", "report", "ask.x")]
     if service != "ha":
-        publishes += ["host.x.power"]
+        publishes += ["host.x.power", "host.x.try"]
     for subject in publishes:
         assert await me.publish_refused(subject), f"{service} published {subject}"
     subscriptions = [">", "*", "host.>", "host.x.order", "host.*.order", "fact.>", "$SYS.>"]
