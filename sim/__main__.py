@@ -86,7 +86,11 @@ def many(plays: list[Play], at_once: int) -> int:
         f" per seed), {len(bad)} violated{': ' + ', '.join(str(o.seed) for o in bad) if bad else ''}"
     )
     if pauses:
-        print(f"{pauses} pauses of hosts")
+        print(
+            f"{pauses} pauses of hosts, and nobody was switched off or believed dead"
+            if not bad
+            else f"{pauses} pauses of hosts"
+        )
     print("seeds that reached: " + ", ".join(f"{name} {n}" for name, n in sorted(reached.items())))
     if seldom := rare(reached, count) if not plays[0].focus else []:
         print(f"reached by less than 1 % of the seeds: {', '.join(seldom)}")

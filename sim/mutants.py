@@ -327,6 +327,36 @@ def _deadlines_pass_by() -> None:
     reconcile.LOOKS["order"] = _nothing
 
 
+def _readings_are_not_heard() -> None:
+    Watch.hear_power = lambda self, reading, listening_since: None  # type: ignore[method-assign]
+
+
+def _two_readings_are_never_far_enough_apart() -> None:
+    """Milliseconds where it must be seconds."""
+    _put_value(evidence, "OFF_APART_SECONDS", evidence.OFF_APART_SECONDS * 1000)
+
+
+def _people_prove_nothing() -> None:
+    _put(evidence, "_confirmed", lambda seen: None)
+
+
+def _new_boots_prove_nothing() -> None:
+    _put(evidence, "_new_boot", lambda seen, held, now: None)
+
+
+def _silence_is_never_long_enough() -> None:
+    """Seconds where milliseconds are meant."""
+
+    def patient(silent: Silent, config: Any) -> Decision:
+        return decide(replace(silent, silence=silent.silence / 1000), config)
+
+    _put(fencing, "decide", patient)
+
+
+def _the_brake_always_holds() -> None:
+    fencing._past_brake = _no
+
+
 def _nothing_brakes() -> None:
     async def past(ha: Any, watch: Any, limit: int) -> bool:
         return True
@@ -355,8 +385,8 @@ MUTANTS: dict[str, Mutant] = {
     "lower epochs are obeyed": Mutant(_lower_epochs_are_obeyed, 0, "steps"),
     "equal epochs reopen": Mutant(_equal_epochs_reopen, 0, "steps"),
     "epochs stay as they are": Mutant(_epochs_stay_as_they_are, 0, "steps"),
-    "old orders are obeyed": Mutant(_old_orders_are_obeyed, 0, "reboots"),
-    "boot id is forgotten": Mutant(_boot_id_is_forgotten, 0, "reboots"),
+    "old orders are obeyed": Mutant(_old_orders_are_obeyed, 0, "late"),
+    "boot id is forgotten": Mutant(_boot_id_is_forgotten, 0, "steps"),
     "failed hosts are not told to forget": Mutant(_failed_hosts_are_not_told_to_forget, 0, "steps"),
     "failed migrations are believed": Mutant(_failed_migrations_are_believed, 0, "migrations"),
     "moves keep the source": Mutant(_moves_keep_the_source_running, 0, "migrations"),
@@ -365,23 +395,29 @@ MUTANTS: dict[str, Mutant] = {
     "facts are said once": Mutant(_facts_are_said_once, 0, "bus"),
     "lost streams are not noticed": Mutant(_lost_streams_are_not_noticed, 0, "bus"),
     "gaps are not noticed": Mutant(_gaps_are_not_noticed, 3, "bus"),
-    "answers are not remembered": Mutant(_answers_are_not_remembered, 0, "services"),
+    "answers are not remembered": Mutant(_answers_are_not_remembered, 0, "answers"),
     "deadlines pass by": Mutant(_deadlines_pass_by, 0, "steps"),
     "crashes are not mended": Mutant(_crashes_are_not_mended, 1, "crashes", quick=True),
     "restarts are forgotten once asked": Mutant(_restarts_are_forgotten_once_asked, 0, "services"),
-    "restarts wait by wall time": Mutant(_restarts_wait_by_wall_time, 0, "clocks"),
+    "restarts wait by wall time": Mutant(_restarts_wait_by_wall_time, 0, "set back"),
     "healthy hosts are shot": Mutant(_healthy_hosts_are_shot, 1, "fences", quick=True),
     "one reading proves death": Mutant(_one_reading_proves_death, 0, "fences"),
     "silence proves death": Mutant(_silence_proves_death, 1, "fences", quick=True),
-    "failed reads count as off": Mutant(_failed_reads_count_as_off, 0, "fences"),
+    "failed reads count as off": Mutant(_failed_reads_count_as_off, 0, "silent"),
     "signs of life void nothing": Mutant(_signs_of_life_void_nothing, 0, "people"),
     "signs of life don't count against off": Mutant(_signs_of_life_do_not_count_against_off, 0, "fences"),
-    "suspects are fenced at once": Mutant(_suspects_are_fenced_at_once, 0, "fences"),
+    "suspects are fenced at once": Mutant(_suspects_are_fenced_at_once, 0, "moments"),
     "cut off leaders fence": Mutant(_cut_off_leaders_fence, 0, "many"),
-    "fenced hosts stay off": Mutant(_fenced_hosts_stay_off, 0, "fences"),
-    "deaths are not believed": Mutant(_deaths_are_not_believed_by_inventory, 0, "fences"),
-    "lost hosts are not buried": Mutant(_lost_hosts_are_not_buried, 0, "fences"),
+    "fenced hosts stay off": Mutant(_fenced_hosts_stay_off, 0, "hung"),
+    "deaths are not believed": Mutant(_deaths_are_not_believed_by_inventory, 0, "dead"),
+    "lost hosts are not buried": Mutant(_lost_hosts_are_not_buried, 0, "dead"),
     "orders of the dead wait for ever": Mutant(_orders_of_the_dead_wait_for_ever, 0, "steps"),
+    "readings are not heard": Mutant(_readings_are_not_heard, 0, "dead"),
+    "two readings are never far enough apart": Mutant(_two_readings_are_never_far_enough_apart, 0, "dead"),
+    "people prove nothing": Mutant(_people_prove_nothing, 0, "looked at"),
+    "new boots prove nothing": Mutant(_new_boots_prove_nothing, 0, "booted"),
+    "silence is never long enough": Mutant(_silence_is_never_long_enough, 0, "hung"),
+    "the brake always holds": Mutant(_the_brake_always_holds, 0, "hung"),
     "nothing brakes": Mutant(_nothing_brakes, 2, "many"),
     "the brake is in memory": Mutant(_the_brake_is_in_memory, 0, "many"),
     "ends of other placements count": Mutant(_ends_of_other_placements_count, 54, "restores"),

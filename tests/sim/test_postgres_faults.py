@@ -231,3 +231,25 @@ def test_a_seed_repeats_itself_whatever_python_hashes_like() -> None:
     ).stdout.strip()
     assert here == there
     assert here != SimLoop().run(history(2))
+
+
+async def test_what_is_known_is_answered_without_a_way() -> None:
+    """Asked again while nothing changed, and a way takes no time: the answer is there at once."""
+    async with with_table() as (_, pool):
+        await pool.execute("insert into kv (id) values ('a')")
+        await pool.fetch("select id from kv")
+        asked = pool.fetch("select id from kv")
+        with pytest.raises(StopIteration) as answered:
+            asked.send(None)
+        assert [row["id"] for row in answered.value.value] == ["a"]
+        await pool.execute("insert into kv (id) values ('b')")
+        assert len(await pool.fetch("select id from kv")) == 2
+
+
+async def test_a_statement_that_was_learned_needs_no_compiling() -> None:
+    async with with_table() as (database, pool):
+        database.learn("ha", "select n from kv")
+        database.asked_first.clear()
+        await pool.fetch("select n from kv")
+        await pool.fetch("select id, n from kv")
+        assert database.asked_first == [("ha", "select id, n from kv")]

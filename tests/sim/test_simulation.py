@@ -14,6 +14,8 @@ import pytest
 from sim import alone
 from sim.__main__ import STATES, rare
 from sim.alone import Play
+from sim.faults import PAUSES
+from sim.focus import FOCUSES, PROMISES
 from sim.loop import PROCESS, Deadlock, Process, Stuck, new_loop
 from sim.mutants import MUTANTS
 
@@ -60,13 +62,20 @@ def test_an_older_database_ends_nothing_that_runs() -> None:
     assert "quarantine" in reached
 
 
+@pytest.mark.parametrize("focus", [*PROMISES, "late"])
+def test_what_is_promised_is_kept(focus: str) -> None:
+    outcome = alone.run_one(Play(1, focus))
+    assert not outcome.violations, "\n".join([*outcome.timeline, *outcome.violations])
+    assert FOCUSES[focus].faults[0][0].__name__ in outcome.reached
+
+
 @pytest.mark.parametrize("focus", ["servers", "pauses"])
 def test_nothing_comes_of_what_passes(focus: str) -> None:
     """NATS and PostgreSQL away for an hour; hosts that stand still, again and again, for less than a fence waits."""
     outcome = alone.run_one(Play(1, focus))
     assert not outcome.violations, "\n".join([*outcome.timeline, *outcome.violations])
     assert not {state for state in outcome.reached if state.startswith(("BMC told", "proof"))}
-    assert outcome.pauses >= 200 or focus == "servers"
+    assert outcome.pauses == 24 * PAUSES or focus == "servers"
 
 
 def test_states_that_are_seldom_reached_are_told_of_a_long_run() -> None:
@@ -74,6 +83,14 @@ def test_states_that_are_seldom_reached_are_told_of_a_long_run() -> None:
     assert rare(often, 200) == []
     assert rare(often, 201) == list(STATES)
     assert rare(Counter(), 199) == []
+
+
+def test_what_neighbours_do_is_nothing_to_a_seed() -> None:
+    """They share what was set up, and each goes on from there by itself."""
+    plays = [Play(seed, "steps") for seed in (4, 5)]
+    together = [outcome.digest for _, outcome in alone.run_many(plays, 1)]
+    assert together == [alone.run_one(play).digest for play in plays]
+    assert together[0] != together[1]
 
 
 def test_a_seed_repeats_itself_in_another_process_with_other_hashes() -> None:
