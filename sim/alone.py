@@ -10,9 +10,10 @@ import logging
 import os
 import resource
 import select
+import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import groupby
 
@@ -21,7 +22,7 @@ import msgspec
 from sim.loop import new_loop
 from sim.plane import SERVICES
 from sim.postgres import Database, Snapshot
-from sim.run import Outcome, Scenario, Stage, empty, episode, furnish
+from sim.run import Outcome, Scenario, empty, episode, furnish
 
 PROCESSOR_SECONDS = 180
 """A seed that takes more of a processor hangs in a way that virtual time doesn't see."""
@@ -58,14 +59,6 @@ class Warm:
     """Every schema, and nothing in it."""
 
 
-class _Said(msgspec.Struct, frozen=True):
-    """What the process of a seed tells."""
-
-    outcome: Outcome
-    statements: list[tuple[str, str]]
-    """Owners' statements that nobody had asked before."""
-
-
 @cache
 def warm() -> Warm:
     """Loads and compiles what every seed needs, by playing one in this process."""
@@ -76,7 +69,6 @@ def warm() -> Warm:
     stage = empty(0, database)
     furnish(stage)
     episode(0, stage)
-    database.asked_first.clear()
     gc.freeze()
     gc.enable()
     return made
@@ -87,6 +79,28 @@ async def _migrate(database: Database) -> None:
         await database.migrate(owner)
 
 
+@dataclass
+class _Group:
+    """Seeds of one installation: what is still to be played, and what the process that plays them has said."""
+
+    plays: list[Play]
+    process: int
+    said: bytearray = field(default_factory=bytearray)
+
+    def hear(self, piece: bytes) -> Iterator[tuple[Play, Outcome]]:
+        self.said += piece
+        *lines, rest = self.said.split(b"\n")
+        self.said = rest
+        for line in lines:
+            yield self.plays.pop(0), msgspec.json.decode(line, type=Outcome)
+
+    def end(self, pipe: int) -> Iterator[tuple[Play, Outcome]]:
+        os.close(pipe)
+        os.waitpid(self.process, 0)
+        for play in self.plays:
+            yield play, _silent(play.seed)
+
+
 def run_one(play: Play, level: int = logging.WARNING) -> Outcome:
     """One seed; returns when it has ended."""
     return next(run_many([play], 1, level))[1]
@@ -94,43 +108,36 @@ def run_one(play: Play, level: int = logging.WARNING) -> Outcome:
 
 def run_many(
     plays: Iterable[Play], at_once: int, level: int = logging.WARNING
-) -> Iterator[tuple[Play, Outcome]]:
-    """Outcomes in the order in which they end."""
-    database = warm().database
+) -> Generator[tuple[Play, Outcome], None, None]:
+    """Outcomes in the order in which they end. Whoever stops asking for them ends what still runs."""
     waiting = (list(group) for _, group in groupby(plays, lambda play: replace(play, seed=play.installation)))
-    running: dict[int, tuple[list[Play], int, bytearray]] = {}
-    """Pipe → what is still played there, process, what it said."""
-    while True:
-        while len(running) < at_once and (group := next(waiting, None)) is not None:
-            pipe, process = _fork(group, level)
-            running[pipe] = (group, process, bytearray())
-        if not running:
-            return
-        ready, _, _ = select.select(list(running), [], [])
-        for pipe in ready:
-            group, process, said = running[pipe]
-            piece = os.read(pipe, 1 << 16)
-            said += piece
-            *lines, rest = said.split(b"\n")
-            said[:] = rest
-            for line in lines:
-                told = msgspec.json.decode(line, type=_Said)
-                for owner, text in told.statements:
-                    database.learn(owner, text)
-                yield group.pop(0), told.outcome
-            if not piece:
-                del running[pipe]
-                os.close(pipe)
-                os.waitpid(process, 0)
-                for play in group:
-                    yield play, _silent(play.seed)
+    running: dict[int, _Group] = {}
+    """By pipe."""
+    try:
+        while True:
+            while len(running) < at_once and (group := next(waiting, None)) is not None:
+                pipe, process = _fork(group, level)
+                running[pipe] = _Group(group, process)
+            if not running:
+                return
+            ready, _, _ = select.select(list(running), [], [])
+            for pipe in ready:
+                yield from running[pipe].hear(piece := os.read(pipe, 1 << 16))
+                if not piece:
+                    yield from running.pop(pipe).end(pipe)
+    finally:
+        for pipe, left in running.items():
+            os.killpg(left.process, signal.SIGKILL)
+            list(left.end(pipe))
 
 
 def _fork(group: list[Play], level: int) -> tuple[int, int]:
-    """A process that sets up what a group is played on, and forks for each of it in turn."""
+    """A process that sets up what a group is played on, and forks for each of it in turn; all of them can be ended as one."""
+    warm()
     reading, writing = os.pipe()
     process = os.fork()
     if process:
+        os.setpgid(process, process)
         os.close(writing)
         return reading, process
     try:
@@ -157,21 +164,17 @@ def _play_all(group: list[Play], level: int, pipe: int) -> None:
             failed = 1
             try:
                 resource.setrlimit(resource.RLIMIT_CPU, (PROCESSOR_SECONDS, PROCESSOR_SECONDS))
-                _write(pipe, _tell(play, stage, share))
+                outcome = episode(play.seed, stage, play.scenario)
+                _write(pipe, replace(outcome, real_seconds=outcome.real_seconds + share))
                 failed = 0
             finally:
                 os._exit(failed)
         _, state = os.waitpid(process, 0)
         if state:
-            _write(pipe, _Said(_silent(play.seed), []))
+            _write(pipe, _silent(play.seed))
 
 
-def _tell(play: Play, stage: Stage, share: float) -> _Said:
-    outcome = episode(play.seed, stage, play.scenario)
-    return _Said(replace(outcome, real_seconds=outcome.real_seconds + share), warm().database.asked_first)
-
-
-def _write(pipe: int, said: _Said) -> None:
+def _write(pipe: int, said: Outcome) -> None:
     line = memoryview(msgspec.json.encode(said) + b"\n")
     while line:
         line = line[os.write(pipe, line) :]

@@ -16,11 +16,11 @@ from msgspec.structs import replace as replaced
 from host_agent import journal, orders
 from host_agent.rules import judge
 from host_agent.spool import Spool
-from services.ha import fencing, restarts
+from services.ha import executors, fencing, pauses, restarts
 from services.ha import store as ha_store
 from services.ha.policies import evidence, restart_order
 from services.ha.policies.evidence import Held
-from services.ha.policies.fencing import Decision, Silent, decide
+from services.ha.policies.fencing import Act, Decision, Silent, decide
 from services.ha.store import RESTARTS
 from services.ha.watch import Watch
 from services.inventory import migration, reconcile, starting, stopping
@@ -353,6 +353,52 @@ def _silence_is_never_long_enough() -> None:
     _put(fencing, "decide", patient)
 
 
+def _nobody_asks_bmcs() -> None:
+    fencing._read = _nothing
+
+
+def _on_is_taken_for_off() -> None:
+    hear = Watch.hear_power
+
+    def confused(self: Watch, reading: Any, listening_since: float) -> None:
+        off = replace(reading, state=PowerState.OFF)
+        hear(self, off if reading.state is PowerState.ON else reading, listening_since)
+
+    Watch.hear_power = confused  # type: ignore[method-assign]
+
+
+def _fences_are_not_carried_out() -> None:
+    async def held(ha: Any, watch: Any, row: Any, record: Any) -> Decision:
+        return Decision(Act.HOLD, "brake", "it is held")
+
+    fencing._power_off = held
+
+
+def _the_hold_after_a_start_never_ends() -> None:
+    def timid(silent: Silent, config: Any) -> Decision:
+        return decide(replace(silent, leading=0.0), config)
+
+    _put(fencing, "decide", timid)
+
+
+def _pauses_never_end() -> None:
+    async def paused(ha: Any, host: Any) -> str:
+        return "by somebody, once"
+
+    _put(pauses, "words", paused)
+
+
+def _nobody_is_the_majority() -> None:
+    """`>=` of twice as many."""
+    _put(executors, "has_majority", lambda ha, cluster_id, now: False)
+
+
+def _restarts_wait_for_minutes() -> None:
+    """Where they must wait for seconds."""
+    seconds = restart_order.delay
+    _put(restart_order, "delay", lambda count, config: 60 * seconds(count, config))
+
+
 def _the_brake_always_holds() -> None:
     fencing._past_brake = _no
 
@@ -394,36 +440,43 @@ MUTANTS: dict[str, Mutant] = {
     "destinations are not told to forget": Mutant(_destinations_are_not_told_to_forget, 0, "migrations"),
     "facts are said once": Mutant(_facts_are_said_once, 0, "bus"),
     "lost streams are not noticed": Mutant(_lost_streams_are_not_noticed, 0, "bus"),
-    "gaps are not noticed": Mutant(_gaps_are_not_noticed, 3, "bus"),
+    "gaps are not noticed": Mutant(_gaps_are_not_noticed, 0, "bus"),
     "answers are not remembered": Mutant(_answers_are_not_remembered, 0, "answers"),
     "deadlines pass by": Mutant(_deadlines_pass_by, 0, "steps"),
-    "crashes are not mended": Mutant(_crashes_are_not_mended, 1, "crashes", quick=True),
+    "crashes are not mended": Mutant(_crashes_are_not_mended, 2, "crashes", quick=True),
     "restarts are forgotten once asked": Mutant(_restarts_are_forgotten_once_asked, 0, "services"),
-    "restarts wait by wall time": Mutant(_restarts_wait_by_wall_time, 0, "set back"),
+    "restarts wait by wall time": Mutant(_restarts_wait_by_wall_time, 1, "set back", quick=True),
     "healthy hosts are shot": Mutant(_healthy_hosts_are_shot, 1, "fences", quick=True),
     "one reading proves death": Mutant(_one_reading_proves_death, 0, "fences"),
     "silence proves death": Mutant(_silence_proves_death, 1, "fences", quick=True),
-    "failed reads count as off": Mutant(_failed_reads_count_as_off, 0, "silent"),
+    "failed reads count as off": Mutant(_failed_reads_count_as_off, 1, "silent", quick=True),
     "signs of life void nothing": Mutant(_signs_of_life_void_nothing, 0, "people"),
     "signs of life don't count against off": Mutant(_signs_of_life_do_not_count_against_off, 0, "fences"),
-    "suspects are fenced at once": Mutant(_suspects_are_fenced_at_once, 0, "moments"),
+    "suspects are fenced at once": Mutant(_suspects_are_fenced_at_once, 1, "moments", quick=True),
     "cut off leaders fence": Mutant(_cut_off_leaders_fence, 0, "many"),
-    "fenced hosts stay off": Mutant(_fenced_hosts_stay_off, 0, "hung"),
+    "fenced hosts stay off": Mutant(_fenced_hosts_stay_off, 1, "hung", quick=True),
     "deaths are not believed": Mutant(_deaths_are_not_believed_by_inventory, 0, "dead"),
     "lost hosts are not buried": Mutant(_lost_hosts_are_not_buried, 0, "dead"),
     "orders of the dead wait for ever": Mutant(_orders_of_the_dead_wait_for_ever, 0, "steps"),
-    "readings are not heard": Mutant(_readings_are_not_heard, 0, "dead"),
-    "two readings are never far enough apart": Mutant(_two_readings_are_never_far_enough_apart, 0, "dead"),
-    "people prove nothing": Mutant(_people_prove_nothing, 0, "looked at"),
+    "readings are not heard": Mutant(_readings_are_not_heard, 1, "dead"),
+    "two readings are never far enough apart": Mutant(_two_readings_are_never_far_enough_apart, 1, "dead"),
+    "people prove nothing": Mutant(_people_prove_nothing, 1, "looked at"),
     "new boots prove nothing": Mutant(_new_boots_prove_nothing, 0, "booted"),
-    "silence is never long enough": Mutant(_silence_is_never_long_enough, 0, "hung"),
-    "the brake always holds": Mutant(_the_brake_always_holds, 0, "hung"),
-    "nothing brakes": Mutant(_nothing_brakes, 2, "many"),
+    "silence is never long enough": Mutant(_silence_is_never_long_enough, 1, "hung"),
+    "nobody asks BMCs": Mutant(_nobody_asks_bmcs, 1, "dead"),
+    "on is taken for off": Mutant(_on_is_taken_for_off, 1, "hung"),
+    "fences are not carried out": Mutant(_fences_are_not_carried_out, 1, "hung"),
+    "the hold after a start never ends": Mutant(_the_hold_after_a_start_never_ends, 1, "hung"),
+    "pauses never end": Mutant(_pauses_never_end, 1, "hung"),
+    "nobody is the majority": Mutant(_nobody_is_the_majority, 1, "dead"),
+    "restarts wait for minutes": Mutant(_restarts_wait_for_minutes, 1, "set back"),
+    "the brake always holds": Mutant(_the_brake_always_holds, 1, "hung"),
+    "nothing brakes": Mutant(_nothing_brakes, 0, "many"),
     "the brake is in memory": Mutant(_the_brake_is_in_memory, 0, "many"),
-    "ends of other placements count": Mutant(_ends_of_other_placements_count, 54, "restores"),
-    "quarantine never begins": Mutant(_quarantine_never_begins, 2, "restores"),
-    "quarantine holds no looks": Mutant(_quarantine_holds_no_looks, 29, "restores"),
-    "restored databases are noticed late": Mutant(_restored_databases_are_noticed_late, 29, "restores"),
+    "ends of other placements count": Mutant(_ends_of_other_placements_count, 0, "restores"),
+    "quarantine never begins": Mutant(_quarantine_never_begins, 0, "restores"),
+    "quarantine holds no looks": Mutant(_quarantine_holds_no_looks, 0, "restores"),
+    "restored databases are noticed late": Mutant(_restored_databases_are_noticed_late, 0, "restores"),
 }
 
 

@@ -17,9 +17,10 @@ PROMISED_SECONDS = 480.0
 """From a host's end until its VMs run elsewhere, with all that may come before: ha's hold after it started, the longest
 silence before a fence, the fence, two readings of a BMC, and the start."""
 CRASH_SECONDS = 120.0
-"""From a VM's second crash until it runs again: the back-off is 20 s."""
+"""From a VM's crash until it runs again: the back-off is 10 s after the second, 20 s after the third."""
 NOTICED_SECONDS = 40.0
 """Nobody is asked to look at a host before it is known to be silent."""
+LOSSES = 3
 LOSS_SECONDS = (0.002, 0.004, 0.008, 0.016)
 """After a request was sent: before it is decided, before it is written, before the answer left, after."""
 
@@ -130,12 +131,13 @@ async def is_silent(scene: Scene) -> None:
 
 
 async def clock_set_back(scene: Scene) -> None:
-    """A VM crashes, the control plane's clocks go back by an hour, and it crashes again."""
+    """A VM crashes twice, the control plane's clocks go back by an hour, and it crashes again."""
     world = scene.world
     host = _busy_host(scene, world.hosts.values())
     if host is None:
         return
     vm_id = _on(world, host)[0]
+    await _crashed(world, vm_id)
     await _crashed(world, vm_id)
     for machine in world.control:
         machine.clock.skew_seconds -= 3600.0
@@ -157,7 +159,7 @@ async def _crashed(world: World, vm_id: str) -> None:
 async def answers_are_lost(scene: Scene) -> None:
     """Inventory dies while it is asked to stop a VM: asked again, it must give the answer that got lost."""
     world = scene.world
-    for _ in range(len(world.vms)):
+    for _ in range(LOSSES):
         asked = asyncio.Event()
 
         def overhear(subject: str, data: bytes, headers: Any, asked: asyncio.Event = asked) -> None:

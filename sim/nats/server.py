@@ -218,10 +218,10 @@ class NatsServer:
             answer = msgspec.json.encode(self.jetstream.answer(subject, data))
             self._reply(reply, answer, None, DISK_SECONDS)
             return
-        interested = self._route(subject, reply, data, headers)
         if subject in self.requests:
             self._reply(subject, data, headers)
             return
+        interested = self._route(subject, reply, data, headers)
         stream = self.jetstream.find(subject)
         if stream is not None:
             stored = self.jetstream.store(stream, subject, data, headers)

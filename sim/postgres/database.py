@@ -89,8 +89,6 @@ class Database:
         self.schemas: dict[str, Schema] = {}
         self.sessions: dict[Connection, None] = {}
         self.up = True
-        self.asked_first: list[tuple[str, str]] = []
-        """Statements that had to be compiled, with their owners."""
         self._plans: dict[str, _Plans] = {}
         self._commands = 0
         self._pids = 0
@@ -177,7 +175,6 @@ class Database:
         kept = _Known(plan, record_type(plan.columns))
         if len(parse.statements(text)) == 1:
             self._plans[connection.schema.name].known[text] = kept
-            self.asked_first.append((connection.schema.name, text))
         return self._execute(connection, tx, kept, args)
 
     def recall(self, schema: Schema, text: str, args: tuple[Any, ...]) -> Answer | None:
@@ -192,12 +189,6 @@ class Database:
         if plans is None or plans.version != schema.version:
             plans = self._plans[schema.name] = _Plans(schema.version, {})
         return plans.known.get(text)
-
-    def learn(self, owner: str, text: str) -> None:
-        """Compile a statement that another process was asked first, for those that are forked from this one."""
-        if self._plan(self.schema(owner), text) is None:
-            plan = self.plan(owner, text)
-            self._plans[owner].known[text] = _Known(plan, record_type(plan.columns))
 
     def plan(self, owner: str, text: str) -> Plan:
         """A query or writing statement compiled, without running it. Raises Unsupported, asyncpg's errors."""

@@ -244,12 +244,3 @@ async def test_what_is_known_is_answered_without_a_way() -> None:
         assert [row["id"] for row in answered.value.value] == ["a"]
         await pool.execute("insert into kv (id) values ('b')")
         assert len(await pool.fetch("select id from kv")) == 2
-
-
-async def test_a_statement_that_was_learned_needs_no_compiling() -> None:
-    async with with_table() as (database, pool):
-        database.learn("ha", "select n from kv")
-        database.asked_first.clear()
-        await pool.fetch("select n from kv")
-        await pool.fetch("select id, n from kv")
-        assert database.asked_first == [("ha", "select id, n from kv")]

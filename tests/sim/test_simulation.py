@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import os
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -91,6 +93,25 @@ def test_what_neighbours_do_is_nothing_to_a_seed() -> None:
     together = [outcome.digest for _, outcome in alone.run_many(plays, 1)]
     assert together == [alone.run_one(play).digest for play in plays]
     assert together[0] != together[1]
+
+
+def test_whoever_stops_asking_leaves_nobody_playing() -> None:
+    before = _children()
+    outcomes = alone.run_many([Play(seed, "dead") for seed in (1, 2, 10)], AT_ONCE)
+    next(outcomes)
+    assert _children() > before
+    outcomes.close()
+    assert _children() == before
+
+
+def _children() -> set[str]:
+    found = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            parent = stat.read_text().rpartition(")")[2].split()[1]
+            if int(parent) == os.getpid():
+                found.add(stat.parent.name)
+    return found
 
 
 def test_a_seed_repeats_itself_in_another_process_with_other_hashes() -> None:
