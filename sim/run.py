@@ -111,10 +111,11 @@ def episode(seed: int, stage: Stage, scenario: Scenario | None = None) -> Outcom
     """Runs a seed to its end. Never raises for what the programs did. Once per process: see `alone`."""
     began, world, log = time.process_time(), stage.world, stage.log
     loop, chance = world.loop, random.Random(seed)
-    random.seed(chance.getrandbits(64))  # a fork has other chances than what it was forked from
     if scenario is not None:
-        _lived(world, scenario(world, chance))
+        random.seed(seed)  # a fork draws from what nobody knows
+        _lived(world, scenario(world, world.chance))
     elif not world.oracle.violations:
+        random.seed(chance.getrandbits(64))
         world.go_on_with(random.Random(chance.getrandbits(64)))
         _lived(world, _play(world, chance, stage.focus))
     for failed in loop.failed:
