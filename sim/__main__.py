@@ -15,6 +15,8 @@ from sim.alone import Play
 from sim.focus import FOCUSES
 from sim.run import Outcome
 
+HASHES = "0"
+"""Programs walk sets of words, whose order these decide: one line replays a seed only under the same ones."""
 MANY = 200
 """From so many seeds on each state in `STATES` must be reached by one of a hundred."""
 STATES = (
@@ -86,7 +88,11 @@ def many(plays: list[Play], at_once: int) -> int:
         f" per seed), {len(bad)} violated{': ' + ', '.join(str(o.seed) for o in bad) if bad else ''}"
     )
     if pauses:
-        print(f"{pauses} pauses of hosts")
+        print(
+            f"{pauses} pauses of hosts, and nobody was switched off or believed dead"
+            if not bad
+            else f"{pauses} pauses of hosts"
+        )
     print("seeds that reached: " + ", ".join(f"{name} {n}" for name, n in sorted(reached.items())))
     if seldom := rare(reached, count) if not plays[0].focus else []:
         print(f"reached by less than 1 % of the seeds: {', '.join(seldom)}")
@@ -120,6 +126,9 @@ def main() -> int:
     parser.add_argument("--at-once", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--verbose", action="store_true", help="everything that programs log")
     asked = parser.parse_args()
+    if os.environ.get("PYTHONHASHSEED") != HASHES:
+        again = [sys.executable, "-m", "sim", *sys.argv[1:]]
+        os.execve(sys.executable, again, os.environ | {"PYTHONHASHSEED": HASHES})  # noqa: S606 - ourselves
     alone.warm()
     if asked.mutants:
         return caught(asked.at_once)

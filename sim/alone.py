@@ -1,4 +1,7 @@
-"""Each seed in a process of its own, forked from one that has everything loaded: nothing of a seed reaches another."""
+"""Each seed in a process of its own, forked from one that has everything loaded: nothing of a seed reaches another.
+
+Seeds that are neighbours share an installation: one process sets it up, and each seed's process is a fork of that.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,24 @@ import logging
 import os
 import resource
 import select
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+import signal
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import groupby
 
 import msgspec
 
 from sim.loop import new_loop
 from sim.plane import SERVICES
 from sim.postgres import Database, Snapshot
-from sim.run import Outcome, Scenario, episode
+from sim.run import Outcome, Scenario, empty, episode, furnish
 
 PROCESSOR_SECONDS = 180
 """A seed that takes more of a processor hangs in a way that virtual time doesn't see."""
+TOGETHER = 10
+"""So many seeds are played on one installation."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +40,19 @@ class Play:
     mutant: str = ""
     scenario: Scenario | None = None
 
+    @property
+    def installation(self) -> int:
+        """What it is played on, and the seed of that."""
+        return self.seed if self.scenario else self.seed // TOGETHER
+
 
 before: list[Callable[[Play], None]] = []
-"""Called in the process of each seed before it begins."""
+"""Called in the process of each installation before it is set up."""
 
 
 @dataclass(frozen=True)
 class Warm:
-    """What every seed begins with."""
+    """What every installation begins with."""
 
     database: Database
     empty: Snapshot
@@ -53,7 +66,9 @@ def warm() -> Warm:
     database = Database()
     new_loop().run(_migrate(database))
     made = Warm(database, database.snapshot())
-    episode(0, database)
+    stage = empty(0, database)
+    furnish(stage)
+    episode(0, stage)
     gc.freeze()
     gc.enable()
     return made
@@ -64,6 +79,28 @@ async def _migrate(database: Database) -> None:
         await database.migrate(owner)
 
 
+@dataclass
+class _Group:
+    """Seeds of one installation: what is still to be played, and what the process that plays them has said."""
+
+    plays: list[Play]
+    process: int
+    said: bytearray = field(default_factory=bytearray)
+
+    def hear(self, piece: bytes) -> Iterator[tuple[Play, Outcome]]:
+        self.said += piece
+        *lines, rest = self.said.split(b"\n")
+        self.said = rest
+        for line in lines:
+            yield self.plays.pop(0), msgspec.json.decode(line, type=Outcome)
+
+    def end(self, pipe: int) -> Iterator[tuple[Play, Outcome]]:
+        os.close(pipe)
+        os.waitpid(self.process, 0)
+        for play in self.plays:
+            yield play, _silent(play.seed)
+
+
 def run_one(play: Play, level: int = logging.WARNING) -> Outcome:
     """One seed; returns when it has ended."""
     return next(run_many([play], 1, level))[1]
@@ -71,53 +108,78 @@ def run_one(play: Play, level: int = logging.WARNING) -> Outcome:
 
 def run_many(
     plays: Iterable[Play], at_once: int, level: int = logging.WARNING
-) -> Iterator[tuple[Play, Outcome]]:
-    """Outcomes in the order in which they end."""
+) -> Generator[tuple[Play, Outcome], None, None]:
+    """Outcomes in the order in which they end. Whoever stops asking for them ends what still runs."""
+    waiting = (list(group) for _, group in groupby(plays, lambda play: replace(play, seed=play.installation)))
+    running: dict[int, _Group] = {}
+    """By pipe."""
+    try:
+        while True:
+            while len(running) < at_once and (group := next(waiting, None)) is not None:
+                pipe, process = _fork(group, level)
+                running[pipe] = _Group(group, process)
+            if not running:
+                return
+            ready, _, _ = select.select(list(running), [], [])
+            for pipe in ready:
+                yield from running[pipe].hear(piece := os.read(pipe, 1 << 16))
+                if not piece:
+                    yield from running.pop(pipe).end(pipe)
+    finally:
+        for pipe, left in running.items():
+            os.killpg(left.process, signal.SIGKILL)
+            list(left.end(pipe))
+
+
+def _fork(group: list[Play], level: int) -> tuple[int, int]:
+    """A process that sets up what a group is played on, and forks for each of it in turn; all of them can be ended as one."""
     warm()
-    waiting = iter(plays)
-    running: dict[int, tuple[Play, int, bytearray]] = {}
-    """Pipe → what is played, process, what it said."""
-    while True:
-        while len(running) < at_once and (play := next(waiting, None)) is not None:
-            pipe, process = _fork(play, level)
-            running[pipe] = (play, process, bytearray())
-        if not running:
-            return
-        ready, _, _ = select.select(list(running), [], [])
-        for pipe in ready:
-            play, process, said = running[pipe]
-            if piece := os.read(pipe, 1 << 16):
-                said += piece
-            else:
-                del running[pipe]
-                yield play, _ended(play.seed, pipe, process, bytes(said))
-
-
-def _fork(play: Play, level: int) -> tuple[int, int]:
     reading, writing = os.pipe()
     process = os.fork()
     if process:
+        os.setpgid(process, process)
         os.close(writing)
         return reading, process
     try:
-        resource.setrlimit(resource.RLIMIT_CPU, (PROCESSOR_SECONDS, PROCESSOR_SECONDS))
-        gc.disable()  # the dead are never collected, and a seed is short
-        for act in before:
-            act(play)
-        loaded = warm()
-        loaded.database.reset(loaded.empty, play.seed)
-        outcome = episode(play.seed, loaded.database, focus=play.focus, scenario=play.scenario, level=level)
-        said = msgspec.json.encode(asdict(outcome))
-        with os.fdopen(writing, "wb") as pipe:
-            pipe.write(said)
+        os.close(reading)
+        _play_all(group, level, writing)
     finally:
         os._exit(0)
 
 
-def _ended(seed: int, pipe: int, process: int, said: bytes) -> Outcome:
-    os.close(pipe)
-    os.waitpid(process, 0)
-    if said:
-        return msgspec.json.decode(said, type=Outcome)
+def _play_all(group: list[Play], level: int, pipe: int) -> None:
+    first, loaded = group[0], warm()
+    gc.disable()  # the dead are never collected, and a seed is short
+    for act in before:
+        act(first)
+    began = time.process_time()
+    loaded.database.reset(loaded.empty, first.installation)
+    stage = empty(first.installation, loaded.database, focus=first.focus, level=level)
+    if first.scenario is None:
+        furnish(stage)
+    share = (time.process_time() - began) / len(group)
+    for play in group:
+        process = os.fork()
+        if not process:
+            failed = 1
+            try:
+                resource.setrlimit(resource.RLIMIT_CPU, (PROCESSOR_SECONDS, PROCESSOR_SECONDS))
+                outcome = episode(play.seed, stage, play.scenario)
+                _write(pipe, replace(outcome, real_seconds=outcome.real_seconds + share))
+                failed = 0
+            finally:
+                os._exit(failed)
+        _, state = os.waitpid(process, 0)
+        if state:
+            _write(pipe, _silent(play.seed))
+
+
+def _write(pipe: int, said: Outcome) -> None:
+    line = memoryview(msgspec.json.encode(said) + b"\n")
+    while line:
+        line = line[os.write(pipe, line) :]
+
+
+def _silent(seed: int) -> Outcome:
     what = f"the process of seed {seed} ended without a word, or took {PROCESSOR_SECONDS} s of a processor"
     return Outcome(seed, (what,), (), "", 0.0, 0.0, 0.0, 0, 0, ())

@@ -41,6 +41,10 @@ class Scene:
 Fault = Callable[[Scene], Awaitable[None]]
 
 
+LONGEST_SILENCE_SECONDS = 60.0
+"""Whoever is silent for longer is fenced, if anybody can."""
+
+
 async def power_lost(scene: Scene) -> None:
     await lose_power(scene, scene.host())
 
@@ -55,12 +59,12 @@ async def host_frozen(scene: Scene) -> None:
     await freeze(scene, scene.host())
 
 
-async def freeze(scene: Scene, host: HostMachine, at_most: float = 150.0) -> None:
+async def freeze(scene: Scene, host: HostMachine, at_most: float = 120.0, at_least: float = 1.0) -> None:
     if not host.on or host.frozen:
         return
     host.freeze()
     boot = host.boot_id
-    await scene.last(host.name, "frozen", scene.seconds(1, at_most))
+    await scene.last(host.name, "frozen", scene.seconds(at_least, at_most))
     if host.boot_id == boot and host.frozen:
         host.thaw()
 
@@ -69,11 +73,11 @@ async def network_cut(scene: Scene) -> None:
     await cut_network(scene, scene.host())
 
 
-async def cut_network(scene: Scene, host: HostMachine, at_most: float = 150.0) -> None:
+async def cut_network(scene: Scene, host: HostMachine, at_most: float = 120.0, at_least: float = 0.5) -> None:
     if host.link.cut:
         return
     scene.world.server.cut(host.link)
-    await scene.last(host.name, "network cut", scene.seconds(0.5, at_most))
+    await scene.last(host.name, "network cut", scene.seconds(at_least, at_most))
     scene.world.server.mend(host.link)
 
 
@@ -100,12 +104,12 @@ async def agent_paused(scene: Scene) -> None:
     await pause_agent(scene, scene.host())
 
 
-async def pause_agent(scene: Scene, host: HostMachine, at_most: float = 120.0) -> None:
+async def pause_agent(scene: Scene, host: HostMachine, at_most: float = 120.0, at_least: float = 1.0) -> None:
     process = host.agent_process
     if process is None or process.dead or process.stopped:
         return
     host.stop(process)
-    await scene.last(host.name, "agent paused", scene.seconds(1, at_most))
+    await scene.last(host.name, "agent paused", scene.seconds(at_least, at_most))
     host.go_on(process)
 
 
@@ -188,7 +192,7 @@ async def nats_gone(scene: Scene) -> None:
     if lost:
         server.jetstream.lose()
         scene.world.reached.add("NATS store lost")
-    await scene.last("", "NATS away" + (", its store lost" if lost else ""), scene.seconds(1, 150))
+    await scene.last("", "NATS away" + (", its store lost" if lost else ""), scene.seconds(1, 100))
     server.start()
 
 
@@ -197,7 +201,7 @@ async def postgres_gone(scene: Scene) -> None:
     if not database.up:
         return
     database.stop()
-    await scene.last("", "PostgreSQL away", scene.seconds(1, 150))
+    await scene.last("", "PostgreSQL away", scene.seconds(1, 100))
     database.start()
 
 
@@ -233,7 +237,7 @@ async def leader_killed_in_mid_fence(scene: Scene) -> None:
                 return
 
     world.at_off.append(kill)
-    await asyncio.gather(host_frozen(scene), asyncio.sleep(120))
+    await freeze(scene, scene.host(), at_least=LONGEST_SILENCE_SECONDS, at_most=90.0)
     if kill in world.at_off:
         world.at_off.remove(kill)
 
@@ -244,7 +248,7 @@ async def clock_jumped(scene: Scene) -> None:
     jump = scene.chance.choice((-3600.0, -30.0, 5.0, 60.0, 3600.0))
     scene.world.note(f"{machine.name}: clock jumps by {jump:g} s")
     machine.clock.skew_seconds += jump
-    await asyncio.sleep(scene.seconds(10, 200))
+    await asyncio.sleep(scene.seconds(10, 120))
     machine.clock.skew_seconds -= jump
     scene.world.note(f"{machine.name}: clock is right again")
 
@@ -262,27 +266,29 @@ def _many(scene: Scene) -> list[HostMachine]:
     return scene.chance.sample(hosts, max(2, int(len(hosts) * scene.chance.choice((0.4, 0.7, 1.0)))))
 
 
-PAUSES = 30
+PAUSES = 15
 """Of each host, in one fault."""
 PAUSE_SECONDS = 30.0
 """The longest: shorter than the least silence before a fence."""
-BETWEEN_SECONDS = (10.0, 40.0)
-"""Most hosts are heard at any moment, so nothing else holds a fence back."""
+BETWEEN_SECONDS = (5.0, 25.0)
+"""Two of three hosts are heard at any moment, so nothing else holds a fence back."""
 
 
 async def paused_again_and_again(scene: Scene) -> None:
     """Every host stands still, or is cut off, for a moment, many times: nothing may come of it."""
     world = scene.world
+    scenes = [Scene(world, random.Random(scene.chance.getrandbits(64))) for _ in world.hosts]
+    pauses = [brief_pauses(own, host, PAUSES) for own, host in zip(scenes, world.hosts.values(), strict=True)]
+    await asyncio.gather(*pauses)
 
-    async def one(host: HostMachine, chance: random.Random) -> None:
-        own = Scene(world, chance)
-        for _ in range(PAUSES):
-            await asyncio.sleep(chance.uniform(*BETWEEN_SECONDS))
-            await chance.choice((freeze, cut_network, pause_agent))(own, host, PAUSE_SECONDS)
-            world.oracle.pauses += 1
 
-    chances = [random.Random(scene.chance.getrandbits(64)) for _ in world.hosts]
-    await asyncio.gather(*map(one, world.hosts.values(), chances))
+async def brief_pauses(
+    scene: Scene, host: HostMachine, times: int, seconds: tuple[float, float] = (1.0, PAUSE_SECONDS)
+) -> None:
+    for _ in range(times):
+        await asyncio.sleep(scene.chance.uniform(*BETWEEN_SECONDS))
+        await scene.chance.choice((freeze, cut_network, pause_agent))(scene, host, seconds[1], seconds[0])
+        scene.world.oracle.pauses += 1
 
 
 async def servers_gone_for_an_hour(scene: Scene) -> None:

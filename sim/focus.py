@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sim import faults, midway, people
+from sim import faults, midway, people, promises
 from sim.faults import Fault
 
 Weighed = tuple[tuple[Fault, float], ...]
@@ -33,6 +33,7 @@ FAULTS: Weighed = (
     (midway.migration_cut, 2.0),
     (midway.struck_between_steps, 3.0),
     (midway.postgres_restored, 0.5),
+    (midway.orders_come_again, 0.5),
 )
 """With how often they are chosen."""
 
@@ -55,9 +56,10 @@ class Focus:
     scenes: int = 0
     hosts: int = 0
     """0: 3 to 30, mostly few."""
+    vms_per_host: tuple[float, float] = (0.8, 1.6)
     highly_available: float = 0.7
     """The share of the VMs."""
-    faults_at_once: tuple[int, ...] = (2, 3, 3, 4, 5)
+    faults_at_once: tuple[int, ...] = (4, 5, 5, 6, 6)
     requests_at_once: tuple[int, ...] = (0, 1, 2, 3)
     harmless: bool = False
     """Nothing of it is a reason to switch a host off, or to believe that it is dead."""
@@ -69,7 +71,31 @@ def _only(*chosen: Fault) -> Weighed:
     return tuple((each, 1.0) for each in chosen)
 
 
+def _promised(fault: Fault, *, harmless: bool = False) -> Focus:
+    """One trouble, in calm."""
+    return Focus(
+        _only(fault),
+        (),
+        scenes=1,
+        hosts=3,
+        highly_available=1.0,
+        faults_at_once=(1,),
+        harmless=harmless,
+    )
+
+
+PROMISES: dict[str, Focus] = {
+    "dead": _promised(promises.dies_for_good),
+    "hung": _promised(promises.hangs_for_good),
+    "looked at": _promised(promises.is_looked_at),
+    "booted": _promised(promises.boots_again),
+    "silent": _promised(promises.is_silent),
+    "set back": _promised(promises.clock_set_back),
+    "answers": _promised(promises.answers_are_lost),
+    "moments": _promised(promises.stands_still_for_a_moment, harmless=True),
+}
 FOCUSES: dict[str, Focus] = {
+    **PROMISES,
     "": Focus(FAULTS, REQUESTS),
     "fences": Focus(
         _only(
@@ -103,6 +129,14 @@ FOCUSES: dict[str, Focus] = {
         _only(people.stop, people.start, people.restart, people.migrate),
         scenes=2,
         hosts=3,
+    ),
+    "late": Focus(
+        _only(midway.orders_come_again),
+        _only(people.stop, people.restart, people.migrate),
+        scenes=2,
+        hosts=3,
+        faults_at_once=(1,),
+        requests_at_once=(4, 5, 6),
     ),
     "migrations": Focus(_only(midway.migration_cut), _only(people.migrate), scenes=2, hosts=3),
     "steps": Focus(
@@ -158,7 +192,8 @@ FOCUSES: dict[str, Focus] = {
         _only(faults.paused_again_and_again),
         (),
         scenes=1,
-        hosts=12,
+        hosts=24,
+        vms_per_host=(0.3, 0.5),
         highly_available=1.0,
         faults_at_once=(1,),
         harmless=True,

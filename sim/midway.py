@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
 
 from sim import people
 from sim.faults import Scene, cut_network, freeze, kill_agent, kill_libvirt, lose_power, pause_agent
@@ -15,6 +16,14 @@ from sim.plane import SERVICES
 Harm = Callable[[Scene, HostMachine], Awaitable[None]]
 
 PATIENCE_SECONDS = 60.0
+OLD_SECONDS = 35.0
+"""More than an order is good for."""
+MOST_ORDERS = 30
+"""That come again."""
+STRIKE_SECONDS = (0.0, 0.005, 0.05, 0.5)
+"""After an order was sent: it has not arrived, is in the journal, is being carried out, or done."""
+NOTICED_SECONDS = 20
+"""Within which services that were restored have noticed it, or never do."""
 HARMS: tuple[Harm, ...] = (lose_power, lose_power, freeze, cut_network, kill_agent, pause_agent, kill_libvirt)
 
 
@@ -26,6 +35,19 @@ async def _leader_killed(scene: Scene, service: str) -> None:
             replica.kill(seconds)
             await scene.last("", f"{replica.name} killed in the middle", seconds)
             return
+
+
+async def _while_asked(
+    asked: Coroutine[Any, Any, None], strike: Coroutine[Any, Any, None], met: asyncio.Future[Any]
+) -> None:
+    """A strike that waits for its instant in what is asked, and gives up with the end of that."""
+    striking = asyncio.ensure_future(strike)
+    await asked
+    if not met.done():
+        striking.cancel()
+    await asyncio.wait([striking])
+    if not striking.cancelled():
+        striking.result()
 
 
 async def migration_cut(scene: Scene) -> None:
@@ -53,7 +75,7 @@ async def migration_cut(scene: Scene) -> None:
             await scene.chance.choice(HARMS)(scene, scene.chance.choice(hosts))
 
     world.at_phase.append(at)
-    await asyncio.gather(people.migrate(scene), strike())
+    await _while_asked(people.migrate(scene), strike(), met)
 
 
 async def struck_between_steps(scene: Scene) -> None:
@@ -63,7 +85,7 @@ async def struck_between_steps(scene: Scene) -> None:
     met: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     left = number
 
-    def overhear(subject: str) -> None:
+    def overhear(subject: str, data: bytes, headers: Any) -> None:
         nonlocal left
         if subject.startswith("host.") and subject.endswith(part) and not met.done():
             left -= 1
@@ -79,6 +101,7 @@ async def struck_between_steps(scene: Scene) -> None:
         finally:
             world.server.overhears.remove(overhear)
         host = next(each for each in world.hosts.values() if each.host_id == host_id)
+        await asyncio.sleep(scene.chance.choice(STRIKE_SECONDS))
         world.note(f"struck at {part[1:]} {number}, to {host.name}")
         world.reached.add(f"struck at an {part[1:]}" if part == ".order" else "struck at a cancel")
         if scene.chance.random() < 0.4:
@@ -87,8 +110,25 @@ async def struck_between_steps(scene: Scene) -> None:
             await scene.chance.choice(HARMS)(scene, host)
 
     world.server.overhears.append(overhear)
-    asks = scene.chance.choice((people.stop, people.start, people.migrate, people.restart))
-    await asyncio.gather(asks(scene), strike())
+    asks = scene.chance.choice((people.stop, people.restart, people.migrate, people.restart))
+    await _while_asked(asks(scene), strike(), met)
+
+
+async def orders_come_again(scene: Scene) -> None:
+    """A host's journal is lost, and then what it was told before comes once more: over a way that took long, or from
+    somebody who has recorded it."""
+    world, host = scene.world, scene.host()
+    await asyncio.sleep(scene.seconds(10, 40))
+    told = world.orders.get(host.host_id, [])
+    orders = scene.chance.sample(told, min(len(told), MOST_ORDERS))
+    host.kill_agent(3.0)
+    host.disk.lose()
+    await scene.last(host.name, "agent killed and its journal lost", OLD_SECONDS)
+    world.note(f"{host.name}: {len(orders)} old orders come again")
+    world.reached.add("old orders came again")
+    for subject, data, headers in orders:
+        await world.bus.client.publish(subject, data, headers=headers)
+        await asyncio.sleep(scene.chance.uniform(0, 0.5))
 
 
 async def postgres_restored(scene: Scene) -> None:
@@ -106,12 +146,13 @@ async def postgres_restored(scene: Scene) -> None:
     for vm_id, wish in world.oracle.wishes.items():
         if wish is not wishes.get(vm_id) or world.oracle.pending.get(vm_id):
             world.oracle.want(vm_id, Wish.ANY)  # what was asked meanwhile is forgotten, or not
+    world.oracle.stopped.clear()
     world.restores += 1
     database.restore(backup)
     database.start()
     world.note("PostgreSQL is back, as it was when it was backed up")
     world.reached.add("PostgreSQL restored")
-    for _ in range(int(PATIENCE_SECONDS)):
+    for _ in range(NOTICED_SECONDS):
         await asyncio.sleep(1.0)
         if any(database.rows(owner, "quarantine") for owner in SERVICES):
             world.reached.add("quarantine")

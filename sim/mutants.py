@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from types import ModuleType
 from typing import Any
 
 from msgspec.structs import replace as replaced
@@ -25,8 +24,9 @@ from services.ha.store import RESTARTS
 from services.ha.watch import Watch
 from services.inventory import migration, reconcile, starting, stopping
 from services.inventory.store import Store
-from sim import alone
+from sim import alone, idle
 from sim.alone import Play
+from sim.put import no, nothing, put, put_value
 from volery.contracts.fencing import PowerState
 from volery.contracts.liveness import LivenessState, ProofKind
 from volery.runtime import service
@@ -53,51 +53,32 @@ class Mutant:
         return Play(self.seed, self.focus, name)
 
 
-def _put(module: ModuleType, name: str, mistake: Callable[..., Any]) -> None:
-    """Where a module has imported a rule by name."""
-    assert hasattr(module, name), f"{module.__name__} has no {name} any more: look for what took its place"
-    setattr(module, name, mistake)
-
-
-def _put_value(module: ModuleType, name: str, value: Any) -> None:
-    assert hasattr(module, name), f"{module.__name__} has no {name} any more: look for what took its place"
-    setattr(module, name, value)
-
-
-async def _nothing(*_: Any, **__: Any) -> None:
-    """Instead of what should be done."""
-
-
 async def _no_changes(*_: Any, **__: Any) -> list[Any]:
     return []
 
 
-async def _no(*_: Any, **__: Any) -> bool:
-    return False
-
-
 def _operations_are_not_resumed() -> None:
-    Operations.resume = _nothing  # type: ignore[method-assign]
+    Operations.resume = nothing  # type: ignore[method-assign]
 
 
 def _strays_are_left() -> None:
-    reconcile.LOOKS["stray"] = _nothing
+    reconcile.LOOKS["stray"] = nothing
 
 
 def _claims_are_left() -> None:
-    reconcile.LOOKS["claims"] = _nothing
+    reconcile.LOOKS["claims"] = nothing
 
 
 def _stops_are_not_asked_again() -> None:
-    reconcile.LOOKS["vm"] = _nothing
+    reconcile.LOOKS["vm"] = nothing
 
 
 def _lower_epochs_are_obeyed() -> None:
-    _put(journal, "judge", lambda order, known: None)
+    put(journal, "judge", lambda order, known: None)
 
 
 def _old_orders_are_obeyed() -> None:
-    _put(orders, "stale", lambda order, now_beat: None)
+    put(orders, "stale", lambda order, now_beat: None)
 
 
 def _boot_id_is_forgotten() -> None:
@@ -118,11 +99,11 @@ def _failed_hosts_are_not_told_to_forget() -> None:
 
 
 def _failed_migrations_are_believed() -> None:
-    migration._is_there = _no
+    migration._is_there = no
 
 
 def _facts_are_said_once() -> None:
-    Spool._send_again = _nothing  # type: ignore[method-assign]
+    Spool._send_again = nothing  # type: ignore[method-assign]
 
 
 def _lost_streams_are_not_noticed() -> None:
@@ -142,7 +123,7 @@ def _gaps_are_not_noticed() -> None:
 
 
 def _crashes_are_not_mended() -> None:
-    restarts.look = _nothing
+    restarts.look = nothing
 
 
 def _healthy_hosts_are_shot() -> None:
@@ -154,12 +135,12 @@ def _healthy_hosts_are_shot() -> None:
         for host_id in ha.watches:
             ha.core.wake(host_id)
 
-    _put(fencing, "decide", trigger_happy)
+    put(fencing, "decide", trigger_happy)
     fencing.part.every(0.5)(look_at_everybody)
 
 
 def _quarantine_holds_no_looks() -> None:
-    _put_value(reconcile, "HELD_IN_QUARANTINE", frozenset())
+    put_value(reconcile, "HELD_IN_QUARANTINE", frozenset())
 
 
 def _restored_databases_are_noticed_late() -> None:
@@ -168,11 +149,11 @@ def _restored_databases_are_noticed_late() -> None:
     async def at_once(event: Any, work: Any) -> None:
         await work
 
-    _put(service, "after", at_once)
+    put(service, "after", at_once)
 
 
 def _quarantine_never_begins() -> None:
-    Quarantine.begin = _nothing  # type: ignore[method-assign]
+    Quarantine.begin = nothing  # type: ignore[method-assign]
 
 
 def _epochs_stay_as_they_are() -> None:
@@ -190,11 +171,11 @@ def _equal_epochs_reopen() -> None:
     def lax(order: Any, known: Any) -> Any:
         return judge(order, replace(known, closed_epoch=known.closed_epoch - 1))
 
-    _put(journal, "judge", lax)
+    put(journal, "judge", lax)
 
 
 def _one_reading_proves_death() -> None:
-    _put_value(evidence, "OFF_APART_SECONDS", 0.0)
+    put_value(evidence, "OFF_APART_SECONDS", 0.0)
     evidence_hear = Watch.hear_power
 
     def hear(self: Watch, reading: Any, listening_since: float) -> None:
@@ -210,7 +191,7 @@ def _silence_proves_death() -> None:
             return None
         return Held(0.0, seen.boot_id, ProofKind.BMC_OFF, "it is silent")
 
-    _put(evidence, "_off", off)
+    put(evidence, "_off", off)
 
 
 def _failed_reads_count_as_off() -> None:
@@ -224,11 +205,11 @@ def _failed_reads_count_as_off() -> None:
 
 
 def _signs_of_life_void_nothing() -> None:
-    _put(evidence, "_voided", lambda seen: False)
+    put(evidence, "_voided", lambda seen: False)
 
 
 def _signs_of_life_do_not_count_against_off() -> None:
-    _put(evidence, "_last_sign", lambda seen: float("-inf"))
+    put(evidence, "_last_sign", lambda seen: float("-inf"))
     Watch.last_sign = lambda self, listening_since: float("-inf")  # type: ignore[method-assign]
     hear = Watch.hear
 
@@ -244,18 +225,18 @@ def _suspects_are_fenced_at_once() -> None:
     def hasty(silent: Silent, config: Any) -> Decision:
         return decide(replace(silent, silence=max(silent.silence, 100.0)), config)
 
-    _put(fencing, "decide", hasty)
+    put(fencing, "decide", hasty)
 
 
 def _cut_off_leaders_fence() -> None:
     def bold(silent: Silent, config: Any) -> Decision:
         return decide(replace(silent, cut_off=False, storm=False, leading=1e9), config)
 
-    _put(fencing, "decide", bold)
+    put(fencing, "decide", bold)
 
 
 def _fenced_hosts_stay_off() -> None:
-    _put(fencing, "_power_on", _nothing)
+    put(fencing, "_power_on", nothing)
 
 
 def _restarts_are_forgotten_once_asked() -> None:
@@ -278,7 +259,7 @@ def _restarts_wait_by_wall_time() -> None:
         last = max(attempts, default=now)
         return max(last, original(vm, tuple(min(at, now) for at in attempts), now, config, last_reason))
 
-    _put(restart_order, "_due", due)
+    put(restart_order, "_due", due)
 
 
 def _deaths_are_not_believed_by_inventory() -> None:
@@ -286,12 +267,12 @@ def _deaths_are_not_believed_by_inventory() -> None:
 
 
 def _lost_hosts_are_not_buried() -> None:
-    _put(reconcile, "bury", _nothing)
-    reconcile.LOOKS["lost"] = _nothing
+    put(reconcile, "bury", nothing)
+    reconcile.LOOKS["lost"] = nothing
 
 
 def _orders_of_the_dead_wait_for_ever() -> None:
-    OwnersOrders.end_with_their_hosts = _nothing  # type: ignore[method-assign]
+    OwnersOrders.end_with_their_hosts = nothing  # type: ignore[method-assign]
 
 
 def _answers_are_not_remembered() -> None:
@@ -309,22 +290,22 @@ def _moves_keep_the_source_running() -> None:
     def stays(here: Any, there: Any, epoch: int, *, source_died: bool) -> bool:
         return False
 
-    _put(migration, "has_arrived", stays)
+    put(migration, "has_arrived", stays)
 
 
 def _arrivals_are_taken_for_granted() -> None:
     def arrives(here: Any, there: Any, epoch: int, *, source_died: bool) -> bool:
         return True
 
-    _put(migration, "has_arrived", arrives)
+    put(migration, "has_arrived", arrives)
 
 
 def _destinations_are_not_told_to_forget() -> None:
-    migration._forget = _nothing
+    migration._forget = nothing
 
 
 def _deadlines_pass_by() -> None:
-    reconcile.LOOKS["order"] = _nothing
+    reconcile.LOOKS["order"] = nothing
 
 
 def _nothing_brakes() -> None:
@@ -344,7 +325,7 @@ def _the_brake_is_in_memory() -> None:
 
 
 def _ends_of_other_placements_count() -> None:
-    stopping._is_the_same = _nothing
+    stopping._is_the_same = nothing
 
 
 MUTANTS: dict[str, Mutant] = {
@@ -355,8 +336,8 @@ MUTANTS: dict[str, Mutant] = {
     "lower epochs are obeyed": Mutant(_lower_epochs_are_obeyed, 0, "steps"),
     "equal epochs reopen": Mutant(_equal_epochs_reopen, 0, "steps"),
     "epochs stay as they are": Mutant(_epochs_stay_as_they_are, 0, "steps"),
-    "old orders are obeyed": Mutant(_old_orders_are_obeyed, 0, "reboots"),
-    "boot id is forgotten": Mutant(_boot_id_is_forgotten, 0, "reboots"),
+    "old orders are obeyed": Mutant(_old_orders_are_obeyed, 0, "late"),
+    "boot id is forgotten": Mutant(_boot_id_is_forgotten, 0, "steps"),
     "failed hosts are not told to forget": Mutant(_failed_hosts_are_not_told_to_forget, 0, "steps"),
     "failed migrations are believed": Mutant(_failed_migrations_are_believed, 0, "migrations"),
     "moves keep the source": Mutant(_moves_keep_the_source_running, 0, "migrations"),
@@ -364,30 +345,50 @@ MUTANTS: dict[str, Mutant] = {
     "destinations are not told to forget": Mutant(_destinations_are_not_told_to_forget, 0, "migrations"),
     "facts are said once": Mutant(_facts_are_said_once, 0, "bus"),
     "lost streams are not noticed": Mutant(_lost_streams_are_not_noticed, 0, "bus"),
-    "gaps are not noticed": Mutant(_gaps_are_not_noticed, 3, "bus"),
-    "answers are not remembered": Mutant(_answers_are_not_remembered, 0, "services"),
+    "gaps are not noticed": Mutant(_gaps_are_not_noticed, 0, "bus"),
+    "answers are not remembered": Mutant(_answers_are_not_remembered, 0, "answers"),
     "deadlines pass by": Mutant(_deadlines_pass_by, 0, "steps"),
-    "crashes are not mended": Mutant(_crashes_are_not_mended, 1, "crashes", quick=True),
+    "crashes are not mended": Mutant(_crashes_are_not_mended, 2, "crashes", quick=True),
     "restarts are forgotten once asked": Mutant(_restarts_are_forgotten_once_asked, 0, "services"),
-    "restarts wait by wall time": Mutant(_restarts_wait_by_wall_time, 0, "clocks"),
+    "restarts wait by wall time": Mutant(_restarts_wait_by_wall_time, 1, "set back", quick=True),
     "healthy hosts are shot": Mutant(_healthy_hosts_are_shot, 1, "fences", quick=True),
     "one reading proves death": Mutant(_one_reading_proves_death, 0, "fences"),
     "silence proves death": Mutant(_silence_proves_death, 1, "fences", quick=True),
-    "failed reads count as off": Mutant(_failed_reads_count_as_off, 0, "fences"),
+    "failed reads count as off": Mutant(_failed_reads_count_as_off, 1, "silent", quick=True),
     "signs of life void nothing": Mutant(_signs_of_life_void_nothing, 0, "people"),
     "signs of life don't count against off": Mutant(_signs_of_life_do_not_count_against_off, 0, "fences"),
-    "suspects are fenced at once": Mutant(_suspects_are_fenced_at_once, 0, "fences"),
+    "suspects are fenced at once": Mutant(_suspects_are_fenced_at_once, 1, "moments", quick=True),
     "cut off leaders fence": Mutant(_cut_off_leaders_fence, 0, "many"),
-    "fenced hosts stay off": Mutant(_fenced_hosts_stay_off, 0, "fences"),
-    "deaths are not believed": Mutant(_deaths_are_not_believed_by_inventory, 0, "fences"),
-    "lost hosts are not buried": Mutant(_lost_hosts_are_not_buried, 0, "fences"),
+    "fenced hosts stay off": Mutant(_fenced_hosts_stay_off, 1, "hung", quick=True),
+    "deaths are not believed": Mutant(_deaths_are_not_believed_by_inventory, 0, "dead"),
+    "lost hosts are not buried": Mutant(_lost_hosts_are_not_buried, 0, "dead"),
     "orders of the dead wait for ever": Mutant(_orders_of_the_dead_wait_for_ever, 0, "steps"),
-    "nothing brakes": Mutant(_nothing_brakes, 2, "many"),
+    "readings are not heard": Mutant(idle.readings_are_not_heard, 1, "dead"),
+    "two readings are never far enough apart": Mutant(
+        idle.two_readings_are_never_far_enough_apart, 1, "dead"
+    ),
+    "people prove nothing": Mutant(idle.people_prove_nothing, 1, "looked at"),
+    "new boots prove nothing": Mutant(idle.new_boots_prove_nothing, 0, "booted"),
+    "silence is never long enough": Mutant(idle.silence_is_never_long_enough, 1, "hung"),
+    "nobody asks BMCs": Mutant(idle.nobody_asks_bmcs, 1, "dead"),
+    "on is taken for off": Mutant(idle.on_is_taken_for_off, 1, "hung"),
+    "fences are not carried out": Mutant(idle.fences_are_not_carried_out, 1, "hung"),
+    "the hold after a start never ends": Mutant(idle.the_hold_after_a_start_never_ends, 1, "hung"),
+    "pauses never end": Mutant(idle.pauses_never_end, 1, "hung"),
+    "nobody is the majority": Mutant(idle.nobody_is_the_majority, 1, "dead"),
+    "restarts wait for minutes": Mutant(idle.restarts_wait_for_minutes, 1, "set back"),
+    "nobody is suspected": Mutant(idle.nobody_is_suspected, 1, "dead"),
+    "listening always begins anew": Mutant(idle.listening_always_begins_anew, 1, "dead"),
+    "identities are never believed": Mutant(idle.identities_are_never_believed, 1, "dead"),
+    "on is not understood": Mutant(idle.on_is_not_understood, 1, "hung"),
+    "restarts are not asked for": Mutant(idle.restarts_are_not_asked_for, 1, "set back"),
+    "the brake always holds": Mutant(idle.the_brake_always_holds, 1, "hung"),
+    "nothing brakes": Mutant(_nothing_brakes, 0, "many"),
     "the brake is in memory": Mutant(_the_brake_is_in_memory, 0, "many"),
-    "ends of other placements count": Mutant(_ends_of_other_placements_count, 54, "restores"),
-    "quarantine never begins": Mutant(_quarantine_never_begins, 2, "restores"),
-    "quarantine holds no looks": Mutant(_quarantine_holds_no_looks, 29, "restores"),
-    "restored databases are noticed late": Mutant(_restored_databases_are_noticed_late, 29, "restores"),
+    "ends of other placements count": Mutant(_ends_of_other_placements_count, 0, "restores"),
+    "quarantine never begins": Mutant(_quarantine_never_begins, 0, "restores"),
+    "quarantine holds no looks": Mutant(_quarantine_holds_no_looks, 0, "restores"),
+    "restored databases are noticed late": Mutant(_restored_databases_are_noticed_late, 0, "restores"),
 }
 
 

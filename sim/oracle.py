@@ -38,6 +38,10 @@ class Oracle:
     wishes: dict[str, Wish] = field(default_factory=dict)
     pending: dict[str, int] = field(default_factory=dict)
     """VM → requests about it that are under way: meanwhile it may run or not."""
+    stopped: dict[str, None] = field(default_factory=dict)
+    """VMs that people have stopped and not asked for since: no domain of theirs may begin to run."""
+    known: dict[Domain, None] = field(default_factory=dict)
+    """Domains that have begun to run."""
     highly_available: set[str] = field(default_factory=set)
     violations: list[str] = field(default_factory=list)
     begun: dict[str, float] = field(default_factory=dict)
@@ -64,6 +68,10 @@ class Oracle:
                     self.world.shelf.closed(path, host.name)
             return
         places[host.name] = domain
+        if domain not in self.known:
+            self.known[domain] = None
+            if domain.vm_id in self.stopped:
+                self.broken(f"VM {domain.name()} was stopped, and {host.name} starts it again")
         self.begun[domain.vm_id] = self.world.loop.time()
         if len(places) > 1:
             told = " and ".join(f"{name} (epoch {d.epoch})" for name, d in places.items())
@@ -104,6 +112,17 @@ class Oracle:
 
     def want(self, vm_id: str, wish: Wish) -> None:
         self.wishes[vm_id] = wish
+
+    def asked(self, vm_id: str, change: int) -> None:
+        """A request about a VM begins (1) or ends (-1)."""
+        self.pending[vm_id] = self.pending.get(vm_id, 0) + change
+        self.stopped.pop(vm_id, None)
+
+    def has_stopped(self, vm_id: str) -> None:
+        """People were told so."""
+        self.want(vm_id, Wish.DOWN)
+        if not self.pending.get(vm_id):
+            self.stopped[vm_id] = None
 
     def ended_by_itself(self, vm_id: str, *, asked: bool) -> None:
         """Its guest powered off (`asked`), or it crashed, or its host died."""

@@ -55,9 +55,12 @@ async def stop(scene: Scene) -> None:
     name, vm_id = _vm(scene)
     ask = StopVm(id=vm_id, force=scene.chance.random() < 0.5, timeout_seconds=40)
     operation = await _about(scene.world, vm_id, f"stop {name}", STOP_VM, ask)
-    if operation is not None:
-        succeeded = operation.state is OperationState.SUCCEEDED
-        scene.world.oracle.want(vm_id, Wish.DOWN if succeeded else await _promised(scene.world, vm_id))
+    if operation is None:
+        return
+    if operation.state is OperationState.SUCCEEDED:
+        scene.world.oracle.has_stopped(vm_id)
+    else:
+        scene.world.oracle.want(vm_id, await _promised(scene.world, vm_id))
 
 
 async def _promised(world: World, vm_id: str) -> Wish:
@@ -95,18 +98,19 @@ async def start_one(world: World, name: str) -> None:
 async def _about(
     world: World, vm_id: str, what: str, call: Call[Any, Operation], question: Any
 ) -> Operation | None:
-    pending = world.oracle.pending
-    pending[vm_id] = pending.get(vm_id, 0) + 1
+    world.oracle.asked(vm_id, 1)
     try:
         return await _asked(world, what, call, question)
     finally:
-        pending[vm_id] -= 1
+        world.oracle.asked(vm_id, -1)
 
 
 async def migrate(scene: Scene) -> None:
-    name, vm_id = _vm(scene)
+    world = scene.world
+    running = [each for each in world.vms.items() if world.oracle.running.get(each[1])]
+    name, vm_id = scene.chance.choice(running) if running else _vm(scene)
     ask = MigrateVm(id=vm_id, timeout_seconds=60)
-    await _asked(scene.world, f"migrate {name}", MIGRATE_VM, ask)
+    await _asked(world, f"migrate {name}", MIGRATE_VM, ask)
 
 
 async def maintain(scene: Scene) -> None:

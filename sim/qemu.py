@@ -7,6 +7,7 @@ while QEMUs go on; power takes both at once and says nothing.
 from __future__ import annotations
 
 import asyncio
+import random
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -56,6 +57,10 @@ class Guest:
     """From the power button until it powers off; None: it doesn't listen."""
     migration_seconds: float = 4.0
     """How long its memory takes to move."""
+
+    def draw(self, chance: random.Random) -> None:
+        self.shutdown_seconds = None if chance.random() < 0.1 else chance.uniform(1, 20)
+        self.migration_seconds = chance.choice((0.6, 3.0, 12.0, 40.0))
 
 
 @dataclass(slots=True, eq=False)

@@ -30,6 +30,8 @@ LEAST_SECONDS = 3600.0
 LEAST_FAULTS = 10
 SETTLE_SECONDS = 900.0
 """So long after the last fault of a scene was mended everything must be as it should."""
+QUIET_SECONDS = (1800.0, 2700.0)
+"""Between scenes, skipped."""
 MOST_SECONDS = 40_000.0
 FURNISH_SECONDS = 120.0
 
@@ -69,9 +71,19 @@ class Log(logging.Handler):
         self.lines.append((self.world.time.elapsed, record))
 
 
+@dataclass(frozen=True)
+class Stage:
+    """An installation that runs and has come to rest. What happens to it is played in forks of the process that has it, so
+    that many seeds need it to be set up only once."""
+
+    world: World
+    log: Log
+    focus: Focus
+
+
 def plan_of(chance: random.Random, focus: Focus) -> Plan:
     hosts = focus.hosts or min(30, 3 + int(chance.expovariate(0.5)))
-    vms = max(2, round(hosts * chance.uniform(0.8, 1.6)))
+    vms = max(2, round(hosts * chance.uniform(*focus.vms_per_host)))
     return Plan(hosts, vms, tuple(chance.random() < focus.highly_available for _ in range(vms)))
 
 
@@ -79,31 +91,33 @@ Scenario = Callable[[World, random.Random], Coroutine[Any, Any, None]]
 """What happens in an empty world, instead of faults in scenes."""
 
 
-def episode(
-    seed: int,
-    database: Database,
-    *,
-    focus: str = "",
-    scenario: Scenario | None = None,
-    level: int = logging.WARNING,
-) -> Outcome:
-    """Runs a seed to its end. Never raises for what the programs did. Once per process: see `alone`."""
-    began = time.process_time()
+def empty(seed: int, database: Database, *, focus: str = "", level: int = logging.WARNING) -> Stage:
+    """A world with nothing in it. Once per process: see `alone`."""
     MemoryClient.made = 0
     random.seed(seed)  # what the programs draw from
-    chance = random.Random(seed)
-    loop = new_loop(MOST_SECONDS)
-    world = World(loop, chance, database)
+    world = World(new_loop(MOST_SECONDS), random.Random(seed), database)
     log = Log(world)
     logging.basicConfig(handlers=[log], level=level, force=True)
-    try:
-        loop.run(scenario(world, chance) if scenario else _play(world, chance, FOCUSES[focus]))
-    except (Deadlock, OutOfTime, Stuck, TimeoutError) as error:
-        world.oracle.broken(f"{type(error).__name__}: {error}")
-    except Exception as error:  # an episode's own failure is a finding like any other
-        logging.getLogger("sim").exception("the episode ended")
-        world.oracle.broken(f"the episode ended by {type(error).__name__}: {error}")
     kept.append(world)
+    return Stage(world, log, FOCUSES[focus])
+
+
+def furnish(stage: Stage) -> None:
+    """Never raises for what the programs did: the oracle has it."""
+    _lived(stage.world, _furnished(stage.world, stage.focus))
+
+
+def episode(seed: int, stage: Stage, scenario: Scenario | None = None) -> Outcome:
+    """Runs a seed to its end. Never raises for what the programs did. Once per process: see `alone`."""
+    began, world, log = time.process_time(), stage.world, stage.log
+    loop, chance = world.loop, random.Random(seed)
+    if scenario is not None:
+        random.seed(seed)  # a fork draws from what nobody knows
+        _lived(world, scenario(world, world.chance))
+    elif not world.oracle.violations:
+        random.seed(chance.getrandbits(64))
+        world.go_on_with(random.Random(chance.getrandbits(64)))
+        _lived(world, _play(world, chance, stage.focus))
     for failed in loop.failed:
         world.oracle.broken(f"nobody caught {failed!r}")
     words = [(at, _word(record)) for at, record in log.lines]
@@ -122,6 +136,16 @@ def episode(
     )
 
 
+def _lived(world: World, work: Coroutine[Any, Any, None]) -> None:
+    try:
+        world.loop.run(work)
+    except (Deadlock, OutOfTime, Stuck, TimeoutError) as error:
+        world.oracle.broken(f"{type(error).__name__}: {error}")
+    except Exception as error:  # an episode's own failure is a finding like any other
+        logging.getLogger("sim").exception("the episode ended")
+        world.oracle.broken(f"the episode ended by {type(error).__name__}: {error}")
+
+
 def _word(record: logging.LogRecord) -> str:
     text = f"    {record.levelname.lower()} {record.name}: {record.getMessage()}"
     if record.exc_info and record.exc_info[1] is not None:
@@ -131,13 +155,16 @@ def _word(record: logging.LogRecord) -> str:
     return text
 
 
-async def _play(world: World, chance: random.Random, focus: Focus) -> None:
+async def _furnished(world: World, focus: Focus) -> None:
     if focus.peers:
         world.environ["VOLERY_HA_TRY_PEERS_SECONDS"] = "10"
     async with asyncio.timeout(FURNISH_SECONDS):
         await world.open()
-        await world.furnish(plan_of(chance, focus))
+        await world.furnish(plan_of(world.chance, focus))
     await settled(world)
+
+
+async def _play(world: World, chance: random.Random, focus: Focus) -> None:
     world.oracle.harmless = focus.harmless
     faults = scenes = 0
     while _goes_on(world, focus, faults, scenes):
@@ -146,7 +173,7 @@ async def _play(world: World, chance: random.Random, focus: Focus) -> None:
         await settled(world)
         if world.oracle.violations:
             return
-        quiet = chance.uniform(900, 1800)
+        quiet = chance.uniform(*QUIET_SECONDS)
         world.note(f"{quiet:.0f} s pass in peace")
         world.time.skip(quiet)
 

@@ -92,8 +92,8 @@ class World:
     def __post_init__(self) -> None:
         self.time = Time(self.loop)
         self.database.clock = self.time.utc_now
-        travels = random.Random(self.chance.getrandbits(64))
-        self.database.latency = lambda: 0.001 if travels.random() < 0.1 else 0.0
+        self.travels = random.Random(self.chance.getrandbits(64))
+        self.database.latency = self._latency
         self.server = NatsServer(self.loop)
         self.shelf = Shelf()
         self.oracle = Oracle(self)
@@ -130,6 +130,9 @@ class World:
         self.timeline: list[tuple[float, str]] = []
         self.digest = hashlib.sha256()
         """Of everything that the oracle saw: the same seed gives the same."""
+        self.orders: dict[str, list[tuple[str, bytes, Any]]] = {}
+        """Host → what it was ever told, as it was sent."""
+        self.server.overhears.append(self._overhear)
         self.restores = 0
         """How often PostgreSQL came back from a backup: what was asked just before is forgotten."""
         self.reached: set[str] = set()
@@ -137,6 +140,23 @@ class World:
         self.troubles: dict[str, int] = {}
         """Host, or "" for the bus and the database → troubles that last."""
         self.troubled_at: dict[str, float] = {}
+
+    def _overhear(self, subject: str, data: bytes, headers: Any) -> None:
+        if subject.startswith("host.") and subject.endswith(".order"):
+            self.orders.setdefault(subject.split(".")[1], []).append((subject, data, headers))
+
+    def _latency(self) -> float:
+        return 0.001 if self.travels.random() < 0.1 else 0.0
+
+    def go_on_with(self, chance: random.Random) -> None:
+        """From here on another seed decides: nothing that its neighbours come to is decided by what they share."""
+        self.chance = chance
+        self.travels.seed(chance.getrandbits(64))
+        self.database.random.seed(chance.getrandbits(64))
+        for machine in (*self.control, self.desk, *self.hosts.values()):
+            machine.chance.seed(chance.getrandbits(64))
+        for guest in self.guests.values():
+            guest.draw(chance)
 
     # What is told
 
@@ -334,11 +354,8 @@ class World:
         self.oracle.want(vm_id, Wish.UP)
         if highly_available:
             self.oracle.highly_available.add(vm_id)
-        chance = random.Random(self.chance.getrandbits(64))
-        self.guests[vm_id] = Guest(
-            shutdown_seconds=None if chance.random() < 0.1 else chance.uniform(1, 20),
-            migration_seconds=chance.choice((0.6, 3.0, 12.0, 40.0)),
-        )
+        self.guests[vm_id] = Guest()
+        self.guests[vm_id].draw(self.chance)
 
 
 def _succeeded(operation: Operation) -> Operation:

@@ -80,8 +80,8 @@ class NatsServer:
         self.requests: dict[str, tuple[Connection, asyncio.Future[Any]]] = {}
         """Reply subject → who waits for one answer."""
         self.jetstream = JetStream(self._push, loop.time)
-        self.overhears: list[Callable[[str], None]] = []
-        """Called with the subject of each message that a client publishes."""
+        self.overhears: list[Callable[[str, bytes, Any], None]] = []
+        """Called with subject, body and headers of each message that a client publishes."""
         self.accepted = 0
         self.messages = 0
         self._tick()
@@ -211,17 +211,17 @@ class NatsServer:
     ) -> None:
         """`patient` is the future of a request: its answer goes nowhere else."""
         for hear in list(self.overhears):
-            hear(subject)
+            hear(subject, data, headers)
         if patient is not None:
             self.requests[reply] = (connection, patient)
         if subject.startswith(API):
             answer = msgspec.json.encode(self.jetstream.answer(subject, data))
             self._reply(reply, answer, None, DISK_SECONDS)
             return
-        interested = self._route(subject, reply, data, headers)
         if subject in self.requests:
             self._reply(subject, data, headers)
             return
+        interested = self._route(subject, reply, data, headers)
         stream = self.jetstream.find(subject)
         if stream is not None:
             stored = self.jetstream.store(stream, subject, data, headers)

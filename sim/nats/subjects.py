@@ -6,6 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+ANY = ("*", ">")
+"""First tokens of subscriptions that concern every subject."""
+
 
 def tokens_match(pattern: list[str], tokens: list[str]) -> bool:
     """NATS's wildcards: `*` is one token, `>` at the end is one or more."""
@@ -38,37 +41,47 @@ class Interests:
     """All subscriptions, in the order in which they came."""
 
     exact: dict[str, list[Interest]] = field(default_factory=dict)
-    wild: list[tuple[list[str], Interest]] = field(default_factory=list)
-    known: dict[str, list[Interest]] = field(default_factory=dict)
-    """What was found for a subject since the last change."""
+    wild: dict[str, list[tuple[list[str], Interest]]] = field(default_factory=dict)
+    """By their first token: hosts that come and go concern few subjects."""
+    known: dict[str, dict[str, list[Interest]]] = field(default_factory=dict)
+    """First token → subject → what was found for it since the last change."""
 
     def add(self, interest: Interest) -> None:
+        first, _, _ = interest.subject.partition(".")
         if "*" in interest.subject or interest.subject.endswith(">"):
-            self.wild.append((interest.subject.split("."), interest))
-            self.known.clear()
+            self.wild.setdefault(first, []).append((interest.subject.split("."), interest))
         else:
             self.exact.setdefault(interest.subject, []).append(interest)
-            self.known.pop(interest.subject, None)
+        self._changed(first, interest.subject)
 
     def remove(self, gone: Iterable[Interest]) -> None:
         for interest in gone:
+            first, _, _ = interest.subject.partition(".")
             found = self.exact.get(interest.subject)
             if found is not None and interest in found:
                 found.remove(interest)
                 if not found:
                     del self.exact[interest.subject]
-                self.known.pop(interest.subject, None)
-            elif found is None or interest not in found:
-                before = len(self.wild)
-                self.wild = [(pattern, one) for pattern, one in self.wild if one is not interest]
-                if len(self.wild) != before:
-                    self.known.clear()
+            elif first in self.wild:
+                self.wild[first] = [each for each in self.wild[first] if each[1] is not interest]
+            self._changed(first, interest.subject)
+
+    def _changed(self, first: str, subject: str) -> None:
+        if first in ANY:
+            self.known.clear()
+        elif "*" in subject or subject.endswith(">"):
+            self.known.pop(first, None)
+        else:
+            self.known.get(first, {}).pop(subject, None)
 
     def find(self, subject: str) -> list[Interest]:
-        found = self.known.get(subject)
+        first, _, _ = subject.partition(".")
+        known = self.known.setdefault(first, {})
+        found = known.get(subject)
         if found is None:
             tokens = subject.split(".")
             found = list(self.exact.get(subject, ()))
-            found += [one for pattern, one in self.wild if tokens_match(pattern, tokens)]
-            self.known[subject] = found
+            for wild in (first, *ANY):
+                found += [one for pattern, one in self.wild.get(wild, ()) if tokens_match(pattern, tokens)]
+            known[subject] = found
         return found

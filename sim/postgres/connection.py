@@ -47,14 +47,14 @@ class Connection:
 
     async def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:
         """The last statement's tag; several statements, without arguments, are one transaction."""
-        return (await self._ask(query, args, timeout, script=not args)).tag
+        return (await self.ask(query, args, timeout, script=not args)).tag
 
     async def executemany(
         self, command: str, args: Iterable[tuple[Any, ...]], *, timeout: float | None = None
     ) -> None:
         """All of them or none."""
         with self._operation():
-            await self._travel()
+            await self._travel(self.database.latency())
             tx, implicit = self._begin()
             try:
                 for each in args:
@@ -63,30 +63,40 @@ class Connection:
                 self._fail(tx, implicit)
                 raise
             self._end(tx, implicit)
-            await self._travel()
+            await self._travel(self.database.latency())
 
     async def fetch(self, query: str, *args: Any, timeout: float | None = None) -> list[Record]:
-        return (await self._ask(query, args, timeout)).records
+        return list((await self.ask(query, args, timeout)).records)
 
     async def fetchrow(self, query: str, *args: Any, timeout: float | None = None) -> Record | None:
-        found = (await self._ask(query, args, timeout)).records
+        found = (await self.ask(query, args, timeout)).records
         return found[0] if found else None
 
     async def fetchval(self, query: str, *args: Any, column: int = 0, timeout: float | None = None) -> Any:
-        found = (await self._ask(query, args, timeout)).records
+        found = (await self.ask(query, args, timeout)).records
         return found[0][column] if found else None
 
-    async def _ask(
-        self, text: str, args: tuple[Any, ...], timeout: float | None, *, script: bool = False
+    async def ask(
+        self,
+        text: str,
+        args: tuple[Any, ...],
+        timeout: float | None,
+        *,
+        script: bool = False,
+        seconds: float | None = None,
     ) -> Answer:
+        """`seconds`: of the way there, if that was decided. What is known without a way is answered at once."""
         self._enter()
         try:
-            await self._travel()
-            if self.transaction_open is None:
-                known = self.database.recall(self.schema, text, args)
+            if seconds is None:
+                seconds = self.database.latency()
+                known = None if seconds else self.recall(text, args)
                 if known is not None:
-                    await self._return()
-                    return known._replace(records=list(known.records))
+                    return known
+            await self._travel(seconds)
+            if seconds and (known := self.recall(text, args)) is not None:
+                await self._return()
+                return known
             tx, implicit = self._begin()
             try:
                 answer = await self._carry_out(tx, text, args, timeout, script=script)
@@ -98,6 +108,9 @@ class Connection:
             return answer
         finally:
             self._busy = False
+
+    def recall(self, text: str, args: tuple[Any, ...]) -> Answer | None:
+        return None if self.transaction_open else self.database.recall(self.schema, text, args)
 
     @contextmanager
     def _operation(self) -> Iterator[None]:
@@ -174,9 +187,8 @@ class Connection:
         except TimeoutError:
             raise postgres(asyncpg.LockNotAvailableError, "canceling statement due to lock timeout") from None
 
-    async def _travel(self) -> None:
+    async def _travel(self, seconds: float) -> None:
         """The way to the server. Raises ConnectionDoesNotExistError when the connection dies meanwhile."""
-        seconds = self.database.latency()
         if seconds > 0:
             await self._arrival(seconds)
             return
@@ -225,22 +237,22 @@ class Connection:
     async def control(self, action: Callable[[], None]) -> None:
         """A statement that begins or ends a transaction."""
         with self._operation():
-            await self._travel()
+            await self._travel(self.database.latency())
             action()
-            await self._travel()
+            await self._travel(self.database.latency())
 
     # Notifications
 
     async def add_listener(self, channel: str, callback: Listener) -> None:
         with self._operation():
-            await self._travel()
+            await self._travel(self.database.latency())
             self.listeners.setdefault(channel, {})[callback] = contextvars.copy_context()
 
     async def remove_listener(self, channel: str, callback: Listener) -> None:
         if self._closed:
             return
         with self._operation():
-            await self._travel()
+            await self._travel(self.database.latency())
             self.listeners.get(channel, {}).pop(callback, None)
 
     def add_termination_listener(self, callback: Callable[[Any], None]) -> None:

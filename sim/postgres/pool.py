@@ -6,12 +6,15 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import asyncpg
 
 from sim.postgres.connection import Connection
 from sim.postgres.record import Record
+
+if TYPE_CHECKING:
+    from sim.postgres.database import Answer
 
 
 class Pool:
@@ -69,12 +72,24 @@ class Pool:
             self._idle.append(connection)
         self._next()
 
-    async def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:
+    async def _ask(
+        self, query: str, args: tuple[Any, ...], timeout: float | None, *, script: bool = False
+    ) -> Answer:
+        seconds = None
+        if self._idle and not self._closing:
+            connection = self._idle[-1]
+            if not connection.is_closed():
+                seconds = connection.database.latency()
+                if not seconds and (known := connection.recall(query, args)) is not None:
+                    return known
         connection = await self.take()
         try:
-            return await connection.execute(query, *args, timeout=timeout)
+            return await connection.ask(query, args, timeout, script=script, seconds=seconds)
         finally:
             self.give_back(connection)
+
+    async def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:
+        return (await self._ask(query, args, timeout, script=not args)).tag
 
     async def executemany(
         self, command: str, args: Iterable[tuple[Any, ...]], *, timeout: float | None = None
@@ -86,25 +101,15 @@ class Pool:
             self.give_back(connection)
 
     async def fetch(self, query: str, *args: Any, timeout: float | None = None) -> list[Record]:
-        connection = await self.take()
-        try:
-            return await connection.fetch(query, *args, timeout=timeout)
-        finally:
-            self.give_back(connection)
+        return list((await self._ask(query, args, timeout)).records)
 
     async def fetchrow(self, query: str, *args: Any, timeout: float | None = None) -> Record | None:
-        connection = await self.take()
-        try:
-            return await connection.fetchrow(query, *args, timeout=timeout)
-        finally:
-            self.give_back(connection)
+        found = (await self._ask(query, args, timeout)).records
+        return found[0] if found else None
 
     async def fetchval(self, query: str, *args: Any, column: int = 0, timeout: float | None = None) -> Any:
-        connection = await self.take()
-        try:
-            return await connection.fetchval(query, *args, column=column, timeout=timeout)
-        finally:
-            self.give_back(connection)
+        found = (await self._ask(query, args, timeout)).records
+        return found[0][column] if found else None
 
     async def close(self) -> None:
         """Waits until every connection was given back."""

@@ -231,3 +231,16 @@ def test_a_seed_repeats_itself_whatever_python_hashes_like() -> None:
     ).stdout.strip()
     assert here == there
     assert here != SimLoop().run(history(2))
+
+
+async def test_what_is_known_is_answered_without_a_way() -> None:
+    """Asked again while nothing changed, and a way takes no time: the answer is there at once."""
+    async with with_table() as (_, pool):
+        await pool.execute("insert into kv (id) values ('a')")
+        await pool.fetch("select id from kv")
+        asked = pool.fetch("select id from kv")
+        with pytest.raises(StopIteration) as answered:
+            asked.send(None)
+        assert [row["id"] for row in answered.value.value] == ["a"]
+        await pool.execute("insert into kv (id) values ('b')")
+        assert len(await pool.fetch("select id from kv")) == 2

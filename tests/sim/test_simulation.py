@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import os
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from sim import alone
-from sim.__main__ import STATES, rare
+from sim.__main__ import HASHES, STATES, rare
 from sim.alone import Play
+from sim.faults import PAUSES
+from sim.focus import FOCUSES, PROMISES
 from sim.loop import PROCESS, Deadlock, Process, Stuck, new_loop
 from sim.mutants import MUTANTS
 
@@ -60,13 +64,20 @@ def test_an_older_database_ends_nothing_that_runs() -> None:
     assert "quarantine" in reached
 
 
+@pytest.mark.parametrize("focus", [*PROMISES, "late"])
+def test_what_is_promised_is_kept(focus: str) -> None:
+    outcome = alone.run_one(Play(1, focus))
+    assert not outcome.violations, "\n".join([*outcome.timeline, *outcome.violations])
+    assert FOCUSES[focus].faults[0][0].__name__ in outcome.reached
+
+
 @pytest.mark.parametrize("focus", ["servers", "pauses"])
 def test_nothing_comes_of_what_passes(focus: str) -> None:
     """NATS and PostgreSQL away for an hour; hosts that stand still, again and again, for less than a fence waits."""
     outcome = alone.run_one(Play(1, focus))
     assert not outcome.violations, "\n".join([*outcome.timeline, *outcome.violations])
     assert not {state for state in outcome.reached if state.startswith(("BMC told", "proof"))}
-    assert outcome.pauses >= 200 or focus == "servers"
+    assert outcome.pauses == 24 * PAUSES or focus == "servers"
 
 
 def test_hosts_that_try_silent_ones_change_nothing() -> None:
@@ -82,17 +93,45 @@ def test_states_that_are_seldom_reached_are_told_of_a_long_run() -> None:
     assert rare(Counter(), 199) == []
 
 
-def test_a_seed_repeats_itself_in_another_process_with_other_hashes() -> None:
+def test_what_neighbours_do_is_nothing_to_a_seed() -> None:
+    """They share what was set up, and each goes on from there by itself."""
+    plays = [Play(seed, "steps") for seed in (4, 5)]
+    together = [outcome.digest for _, outcome in alone.run_many(plays, 1)]
+    assert together == [alone.run_one(play).digest for play in plays]
+    assert together[0] != together[1]
+
+
+def test_whoever_stops_asking_leaves_nobody_playing() -> None:
+    before = _children()
+    outcomes = alone.run_many([Play(seed, "dead") for seed in (1, 2, 10)], AT_ONCE)
+    next(outcomes)
+    assert _children() > before
+    outcomes.close()
+    assert _children() == before
+
+
+def _children() -> set[str]:
+    found = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            parent = stat.read_text().rpartition(")")[2].split()[1]
+            if int(parent) == os.getpid():
+                found.add(stat.parent.name)
+    return found
+
+
+def test_a_seed_repeats_itself_in_another_process() -> None:
+    """Under the hashes that `make sim` gives every run."""
     script = "from sim import alone; print(alone.run_one(alone.Play(5)).digest)"
     told = [
         subprocess.run(
             [sys.executable, "-c", script],
-            env=os.environ | {"PYTHONHASHSEED": hashes},
+            env=os.environ | {"PYTHONHASHSEED": HASHES},
             capture_output=True,
             text=True,
             check=True,
         ).stdout
-        for hashes in ("1", "2")
+        for _ in range(2)
     ]
     assert told[0] == told[1]
     assert len(told[0].strip()) == 64

@@ -1,0 +1,182 @@
+"""One trouble at a time, and what is promised for it: here slowness counts as a failure, not only what ends wrong."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from typing import Any
+
+from sim import people
+from sim.faults import PAUSE_SECONDS, Scene, brief_pauses
+from sim.machines import HostMachine
+from sim.oracle import Wish
+from sim.world import World
+from volery.contracts.vm import STOP_VM
+
+PROMISED_SECONDS = 480.0
+"""From a host's end until its VMs run elsewhere, with all that may come before: ha's hold after it started, the longest
+silence before a fence, the fence, two readings of a BMC, and the start."""
+CRASH_SECONDS = 120.0
+"""From a VM's crash until it runs again: the back-off is 10 s after the second, 20 s after the third."""
+NOTICED_SECONDS = 40.0
+"""Nobody is asked to look at a host before it is known to be silent."""
+LOSSES = 3
+LOSS_SECONDS = (0.002, 0.004, 0.008, 0.016)
+"""After a request was sent: before it is decided, before it is written, before the answer left, after."""
+
+
+def _on(world: World, host: HostMachine) -> list[str]:
+    """VMs that run there and are to run."""
+    return [
+        vm_id
+        for vm_id, places in world.oracle.running.items()
+        if host.name in places and world.oracle.wishes[vm_id] is Wish.UP
+    ]
+
+
+def _busy_host(scene: Scene, hosts: Iterable[HostMachine]) -> HostMachine | None:
+    found = [host for host in hosts if _on(scene.world, host)]
+    return scene.chance.choice(found) if found else None
+
+
+def _managed(world: World) -> list[HostMachine]:
+    return [host for host in world.hosts.values() if host.name in world.managed]
+
+
+async def _run_again(world: World, vm_ids: list[str], seconds: float, why: str) -> None:
+    end = world.loop.time() + seconds
+    missing = vm_ids
+    while missing and world.loop.time() < end:
+        await asyncio.sleep(1.0)
+        missing = [vm_id for vm_id in vm_ids if not world.oracle.running.get(vm_id)]
+    names = sorted(name for name, vm_id in world.vms.items() if vm_id in missing)
+    if names:
+        world.oracle.broken(f"{', '.join(names)} should run again within {seconds:.0f} s: {why}")
+
+
+async def dies_for_good(scene: Scene) -> None:
+    """No power until its VMs run elsewhere: its BMC proves it."""
+    world, host = scene.world, _busy_host(scene, _managed(scene.world))
+    if host is None:
+        return
+    vm_ids = _on(world, host)
+    world.note(f"{host.name}: no power")
+    world.trouble(host.name, 1)
+    host.lose_power()
+    await _run_again(world, vm_ids, PROMISED_SECONDS, f"the BMC of {host.name} says off")
+    world.trouble(host.name, -1)
+    host.power_on()
+
+
+async def hangs_for_good(scene: Scene) -> None:
+    """It stands still until it is fenced; nobody but ha switches it on again."""
+    world, host = scene.world, _busy_host(scene, _managed(scene.world))
+    if host is None:
+        return
+    vm_ids, boots = _on(world, host), host.boots
+    world.note(f"{host.name}: frozen")
+    world.trouble(host.name, 1)
+    host.freeze()
+    await _run_again(world, vm_ids, PROMISED_SECONDS, f"{host.name} is frozen and can be fenced")
+    await asyncio.sleep(2 * host.boot_seconds)
+    if host.frozen:
+        host.thaw()
+    elif host.boots == boots:
+        world.oracle.broken(f"{host.name} was fenced and stays off")
+    world.trouble(host.name, -1)
+    host.power_on()
+
+
+async def is_looked_at(scene: Scene) -> None:
+    """Neither power nor BMC: its VMs run elsewhere once a person has said so."""
+    world, host = scene.world, _busy_host(scene, scene.world.hosts.values())
+    if host is None:
+        return
+    vm_ids, bmc = _on(world, host), world.bmcs[host.name]
+    world.note(f"{host.name}: no power, and nobody can ask its BMC")
+    world.trouble(host.name, 1)
+    bmc.reachable = False
+    host.lose_power()
+    await asyncio.sleep(NOTICED_SECONDS)
+    await people.confirmed(world, host)
+    await _run_again(world, vm_ids, PROMISED_SECONDS, f"somebody said that {host.name} is off")
+    bmc.reachable = True
+    world.trouble(host.name, -1)
+    host.power_on()
+
+
+async def boots_again(scene: Scene) -> None:
+    """Nobody can ask its BMC: that it beats under another boot is the proof."""
+    world, host = scene.world, _busy_host(scene, scene.world.hosts.values())
+    if host is None:
+        return
+    vm_ids, bmc = _on(world, host), world.bmcs[host.name]
+    bmc.reachable = False
+    host.lose_power()
+    await scene.last(host.name, "no power, and nobody can ask its BMC", scene.seconds(1, 30))
+    host.power_on()
+    await _run_again(world, vm_ids, PROMISED_SECONDS, f"{host.name} has booted again")
+    bmc.reachable = True
+
+
+async def is_silent(scene: Scene) -> None:
+    """Cut off together with its BMC: it lives, and nobody may believe anything else."""
+    world, host = scene.world, scene.host()
+    bmc = world.bmcs[host.name]
+    bmc.reachable = False
+    world.server.cut(host.link)
+    await scene.last(host.name, "network cut, that of its BMC too", scene.seconds(90, 180))
+    world.server.mend(host.link)
+    bmc.reachable = True
+
+
+async def clock_set_back(scene: Scene) -> None:
+    """A VM crashes twice, the control plane's clocks go back by an hour, and it crashes again."""
+    world = scene.world
+    host = _busy_host(scene, world.hosts.values())
+    if host is None:
+        return
+    vm_id = _on(world, host)[0]
+    await _crashed(world, vm_id)
+    await _crashed(world, vm_id)
+    for machine in world.control:
+        machine.clock.skew_seconds -= 3600.0
+    world.note("the clocks of the control plane are set back by an hour")
+    await _crashed(world, vm_id)
+    for machine in world.control:
+        machine.clock.skew_seconds += 3600.0
+
+
+async def _crashed(world: World, vm_id: str) -> None:
+    places = world.oracle.running.get(vm_id, {})
+    for name, domain in list(places.items()):
+        world.note(f"{name}: {domain.name()} crashes")
+        world.oracle.ended_by_itself(vm_id, asked=False)
+        world.hosts[name].daemon.crash(domain, panic=False)
+    await _run_again(world, [vm_id], CRASH_SECONDS, "it crashed")
+
+
+async def answers_are_lost(scene: Scene) -> None:
+    """Inventory dies while it is asked to stop a VM: asked again, it must give the answer that got lost."""
+    world = scene.world
+    for _ in range(LOSSES):
+        asked = asyncio.Event()
+
+        def overhear(subject: str, data: bytes, headers: Any, asked: asyncio.Event = asked) -> None:
+            if subject == STOP_VM.subject:
+                asked.set()
+
+        async def strike(asked: asyncio.Event = asked) -> None:
+            await asked.wait()
+            await asyncio.sleep(scene.chance.choice(LOSS_SECONDS))
+            world.replicas["inventory"].kill(1.0)
+            await scene.last("", "inventory killed", 1.0)
+
+        world.server.overhears.append(overhear)
+        await asyncio.gather(strike(), people.stop(scene))
+        world.server.overhears.remove(overhear)
+
+
+async def stands_still_for_a_moment(scene: Scene) -> None:
+    """As `paused_again_and_again`, for one host and a few times, each near the longest that must pass."""
+    await brief_pauses(scene, scene.host(), 4, (PAUSE_SECONDS / 2, PAUSE_SECONDS))
