@@ -15,5 +15,4 @@ service = Service(
     parts=[versions.part, gaps.part, samples.part],
     on_gap=gaps.notice,
     on_lead=samples.begin,
-    hears_together=versions.FACTS.values(),
 )

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from datetime import datetime
 from typing import Any, TypeAlias
 
@@ -35,10 +34,8 @@ part = Part()
 KEY = "restarts"
 LOOK_SECONDS = 1.0
 FORGET_SECONDS = 30.0
-TOGETHER = 32
+TOGETHER = 16
 """Restarts of equally important VMs that are asked for at a time."""
-HEARD_SECONDS = 1.0
-"""What inventory says of a VM whose restart it has taken is heard within this."""
 RUNNING = frozenset(
     {VmStatus.UP, VmStatus.POWERING_UP, VmStatus.PAUSED, VmStatus.POWERING_DOWN, VmStatus.REBOOT_IN_PROGRESS}
 )
@@ -52,12 +49,8 @@ async def vm_changed(ha: Ha, vm: Vm) -> list[Change]:
     before = await store.vm(ha.core.pool, vm.id)
     if before is not None and before.status in RUNNING and vm.status not in RUNNING:
         rooms.may_have_come(ha)
-
-    def heard() -> None:
-        ha.asked_at.pop(vm.id, None)
-        ha.core.wake(KEY)
-
-    return [store.saw_vm(vm).and_then(heard)]
+    ha.core.wake(KEY)
+    return [store.saw_vm(vm)]
 
 
 @part.hears(VM_DELETED)
@@ -65,25 +58,14 @@ async def vm_deleted(ha: Ha, vm: Vm) -> list[Change]:
     return [store.vms_gone([vm.id])]
 
 
-@dataclass(frozen=True, slots=True)
-class Decided:
-    """What becomes of a VM that ended."""
-
-    vm: WatchedVm
-    row: RestartRow
-    """As it is once `change` is written."""
-    change: Change | None
-    asks: bool
-
-
 async def look(ha: Ha, key: str) -> None:
     """Every VM that ended, the most important first, equals together. One look at a time."""
     await rooms.look(ha)
-    waiting = [vm for vm in await store.crashed_vms(ha.core.pool) if ended(vm) and not _just_asked(ha, vm.id)]
+    waiting = [vm for vm in await store.crashed_vms(ha.core.pool) if ended(vm)]
     order = await turns.now(ha) if waiting else turns.NOBODY
     for _, equals in itertools.groupby(waiting, key=lambda vm: vm.priority):
         for some in _chunks(list(equals)):
-            await _look_at(ha, some, order)
+            await asyncio.gather(*(_look_at(ha, vm, order) for vm in some))
 
 
 def _chunks(vms: list[WatchedVm]) -> Iterator[list[WatchedVm]]:
@@ -91,53 +73,11 @@ def _chunks(vms: list[WatchedVm]) -> Iterator[list[WatchedVm]]:
         yield vms[start : start + TOGETHER]
 
 
-async def _look_at(ha: Ha, vms: list[WatchedVm], order: turns.Order) -> None:
-    """Decided one by one, written together, then asked together."""
-    rows = await store.restarts_of(ha.core.pool, [vm.id for vm in vms])
-    decisions = await asyncio.gather(*(_decided(ha, vm, rows.get(vm.id), order) for vm in vms))
-    decided = [decision for decision in decisions if decision is not None]
-    written = await _write(ha, [d.change for d in decided])
-    asked = [d for d, stands in zip(decided, written, strict=True) if stands and d.asks]
-    await _write(ha, await asyncio.gather(*(_ask(ha, d.vm, d.row) for d in asked)))
-
-
-async def _write(ha: Ha, changes: Sequence[Change | None]) -> list[bool]:
-    """In one commit; one by one when somebody was quicker at one of them, which is then looked at again. Which of them
-    stand now."""
-    wanted = [change for change in changes if change is not None]
+async def _look_at(ha: Ha, vm: WatchedVm, order: turns.Order) -> None:
     try:
-        await ha.core.commit(*wanted)
-        return [True] * len(changes)
-    except Stale:
-        return [await _write_alone(ha, change) for change in changes]
-
-
-async def _write_alone(ha: Ha, change: Change | None) -> bool:
-    try:
-        await ha.core.commit(*([] if change is None else [change]))
-        return True
+        await _treat(ha, vm, order)
     except Stale:
         ha.core.wake(KEY)
-        return False
-
-
-def _just_asked(ha: Ha, vm_id: str) -> bool:
-    """Whether inventory's own word on a restart that it has just taken is still on its way."""
-    at = ha.asked_at.get(vm_id)
-    if at is None:
-        return False
-    if monotonic() - at < HEARD_SECONDS:
-        return True
-    del ha.asked_at[vm_id]
-    return False
-
-
-async def _decided(ha: Ha, vm: WatchedVm, row: RestartRow | None, order: turns.Order) -> Decided | None:
-    try:
-        return await _treat(ha, vm, row, order)
-    except Stale:
-        ha.core.wake(KEY)
-        return None
 
 
 @part.every(LOOK_SECONDS)
@@ -146,16 +86,17 @@ async def look_again(ha: Ha) -> None:
     ha.core.wake(KEY)
 
 
-async def _treat(ha: Ha, vm: WatchedVm, row: RestartRow | None, order: turns.Order) -> Decided | None:
-    """None: there is nothing to do now."""
+async def _treat(ha: Ha, vm: WatchedVm, order: turns.Order) -> None:
+    row = await RESTARTS.find(ha.core.pool, vm.id)
     if row is not None and row.private.pending:
-        return Decided(vm, row, None, asks=True)
+        await _ask(ha, vm, row)
+        return
     if row is not None and row.public.last_operation_id not in ("", row.private.learned):
         row = await _learn_outcome(ha, vm, row)
         if row is None:
-            return None
+            return
     if rooms.fits_nowhere(ha, vm.id) or _is_too_early(ha, vm.id):
-        return None
+        return
     now = utc_now()
     attempts = within(row.private.attempts, now, ha.config) if row is not None else ()
     host = ha.watches.get(vm.host_id)
@@ -165,8 +106,10 @@ async def _treat(ha: Ha, vm: WatchedVm, row: RestartRow | None, order: turns.Ord
     if verdict.step is Step.ASK:
         verdict = await _in_turn(ha, vm, order, verdict, (now - since).total_seconds())
     elif row is not None and row.private.epoch == vm.epoch and verdict.step is Step.WAIT:
-        return None  # Asked for already: what came of it is on its way, or it isn't due yet.
-    return _kept(vm, row, verdict, attempts, now, since)
+        return  # Asked for already: what came of it is on its way, or it isn't due yet.
+    row = await _keep(ha, vm, row, verdict, attempts, now, since)
+    if verdict.step is Step.ASK:
+        await _ask(ha, vm, row)
 
 
 def _waits_since(vm: WatchedVm, row: RestartRow | None, now: datetime) -> datetime:
@@ -238,15 +181,16 @@ def _passes(ha: Ha, vm: WatchedVm, problem: Problem) -> str:
     return f"VM {vm.name} {why} is tried again every {seconds:g} s: {problem.message}"
 
 
-def _kept(
+async def _keep(
+    ha: Ha,
     vm: WatchedVm,
     row: RestartRow | None,
     verdict: Verdict,
     attempts: tuple[datetime, ...],
     now: datetime,
     waits_since: datetime,
-) -> Decided:
-    """What was decided is written before it is done, so that a crash in between neither forgets nor repeats it."""
+) -> RestartRow:
+    """Write what was decided before it is done, so that a crash in between neither forgets nor repeats it."""
     asks = verdict.step is Step.ASK
     private = RestartPrivate(
         attempts=(*attempts, now) if asks else attempts,
@@ -271,17 +215,18 @@ def _kept(
         message=verdict.message,
     )
     if row is None:
-        return Decided(vm, Row(new, private), RESTARTS.insert(new, private), asks)
+        await ha.core.commit(RESTARTS.insert(new, private))
+        return Row(new, private)
     if (new, private) == (row.public, row.private):
-        return Decided(vm, row, None, asks)
+        return row
     if new.gave_up and not old.gave_up:
         log.warning("%s", verdict.message)
-    change = RESTARTS.update(row, new, private)
-    return Decided(vm, Row(change.document, private), change, asks)
+    await ha.core.commit(RESTARTS.update(row, new, private))
+    return Row(replace(new, revision=old.revision + 1), private)
 
 
-async def _ask(ha: Ha, vm: WatchedVm, row: RestartRow) -> Change | None:
-    """Ask inventory, under the same request id until the outcome is known: then what is to be written of it."""
+async def _ask(ha: Ha, vm: WatchedVm, row: RestartRow) -> None:
+    """Ask inventory, under the same request id until the outcome is known."""
     request_id = row.private.pending
     question = RestartVm(
         vm_id=vm.id,
@@ -291,19 +236,17 @@ async def _ask(ha: Ha, vm: WatchedVm, row: RestartRow) -> Change | None:
         avoided_host_ids=row.private.avoided_host_ids,
         only_host_id=row.private.only_host_id,
     )
-    ha.asked_at[vm.id] = monotonic()
     try:
         operation = await ha.core.bus.ask(RESTART_VM, question, Caller("service:ha", request_id, request_id))
     except Refused as refused:
-        ha.asked_at.pop(vm.id, None)
         if refused.kind in UNKNOWN_OUTCOMES:
             log.info("restart of VM %s: %s", vm.name, refused.message)
-            return None
+            return
         new = replace(row.public, message=f"the restart of VM {vm.name} was refused: {refused.message}")
     else:
         new = replace(row.public, last_operation_id=operation.id)
         log.warning("VM %s ended (%s): restart %s", vm.name, vm.reason, operation.id)
-    return RESTARTS.update(row, new, replace(row.private, pending=""))
+    await ha.core.commit(RESTARTS.update(row, new, replace(row.private, pending="")))
 
 
 @part.every(FORGET_SECONDS)

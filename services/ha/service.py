@@ -23,8 +23,6 @@ from services.ha.config import HaConfig
 from services.ha.opening import open_ha
 from services.ha.state import Ha
 from volery.contracts.base import Owner
-from volery.contracts.scheduling import CLAIM_DELETED
-from volery.contracts.vm import VM_CHANGED
 from volery.runtime.service import Service
 
 
@@ -59,6 +57,5 @@ service = Service(
     ],
     reconcile=reconcile,
     on_gap=listing.facts_were_lost,
-    hears_together=(VM_CHANGED, CLAIM_DELETED),
     on_lead=listing.leadership_begins,
 )

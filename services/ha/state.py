@@ -83,8 +83,6 @@ class Ha:
     room_found: dict[str, float] = field(default_factory=dict)
     """VM that fitted nowhere → when room was found for it, which has not gone since."""
     room_asked_at: float = float("-inf")
-    asked_at: dict[str, float] = field(default_factory=dict)
-    """VM whose restart was asked for → when, until something is heard of that VM."""
     exhausted: dict[str, float] = field(default_factory=dict)
     """VM → when it was found to fit nowhere."""
     unjudged: Unjudged = field(default_factory=Unjudged)

@@ -238,10 +238,6 @@ async def crashed_vms(pool: Pool) -> list[WatchedVm]:
     return [WatchedVm(**dict(r)) for r in records]
 
 
-async def restarts_of(pool: Pool, vm_ids: Sequence[str]) -> dict[str, Row[VmRestart, RestartPrivate]]:
-    return {row.id: row for row in await RESTARTS.where(pool, "id = any($1::text[])", list(vm_ids))}
-
-
 async def wanted_on(pool: Pool, host_ids: Sequence[str]) -> list[WatchedVm]:
     """VMs that ha would bring back and of which nobody has said that they ended, the most important first."""
     if not host_ids:
@@ -262,7 +258,7 @@ async def members(pool: Pool, vm_ids: Sequence[str]) -> dict[str, Member]:
            where id = any($1::text[])""",
         list(vm_ids),
     )
-    restarts = await restarts_of(pool, vm_ids)
+    restarts = {row.id: row for row in await RESTARTS.where(pool, "id = any($1::text[])", list(vm_ids))}
     return {
         row["id"]: Member(
             name=row["name"],
@@ -430,7 +426,8 @@ async def pauses_of(pool: Pool, host_id: str, cluster_id: str, now: datetime) ->
 
 async def silent_hosts(pool: Pool) -> list[HostLiveness]:
     """Without proof of death."""
-    return [row.public for row in await LIVENESS.where(pool, "state in ('connecting', 'non_responsive')")]
+    rows = await LIVENESS.where(pool, "state in ('connecting', 'non_responsive')")
+    return [row.public for row in rows]
 
 
 async def count_hosts(pool: Pool, cluster_id: str) -> int:

@@ -166,7 +166,7 @@ async def restart_vm(inv: Inventory, ask: RestartVm, caller: Caller) -> Operatio
             allowed_actions=(),
         )
         try:
-            await inv.core.commit(VMS.update(row, new), begun, caller=caller, answer=op, together=True)
+            await inv.core.commit(VMS.update(row, new), begun, caller=caller, answer=op)
         except Stale:
             continue
         return op

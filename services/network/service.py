@@ -8,7 +8,6 @@ from services.network.fabric import open_fabric
 from services.network.reconcile import reconcile, reconcile_all
 from volery.contracts.agent import NETWORK_ORDER_FINISHED, NETWORK_ORDER_PROGRESSED, NETWORKS_REPORTED
 from volery.contracts.base import Owner
-from volery.contracts.vm import VM_CHANGED
 from volery.runtime.service import Service
 
 
@@ -24,7 +23,6 @@ def make_service() -> Service:
         reconcile=reconcile,
         reconcile_all=reconcile_all,
         on_gap=projection.list_again,
-        hears_together=(VM_CHANGED,),
         on_lead=mac_pools.make_default,
     )
 

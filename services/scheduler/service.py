@@ -6,7 +6,6 @@ from services.scheduler import claims, facts, placing, reconcile, rooms
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.state import open_scheduler
 from volery.contracts.base import Owner
-from volery.contracts.vm import VM_CHANGED
 from volery.runtime.service import Service
 
 service = Service(
@@ -15,6 +14,5 @@ service = Service(
     config=SchedulerConfig,
     parts=[placing.part, rooms.part, claims.part, facts.part, reconcile.part],
     on_gap=facts.facts_were_lost,
-    hears_together=(VM_CHANGED,),
     on_lead=facts.leadership_begins,
 )

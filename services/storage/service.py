@@ -23,7 +23,6 @@ from services.storage.storage import Storage, open_storage
 from volery.contracts.agent import STORAGE_ORDER_FINISHED, STORAGE_ORDER_PROGRESSED, STORAGE_REPORTED
 from volery.contracts.base import Owner
 from volery.contracts.operation import Operation
-from volery.contracts.vm import VM_CHANGED
 from volery.runtime.service import Service
 from volery.runtime.tables import Change
 
@@ -61,7 +60,6 @@ def make_service() -> Service:
         reconcile_all=reconcile_all,
         on_death=dead_leases.died,
         on_gap=projection.list_again,
-        hears_together=(VM_CHANGED,),
     )
 
 

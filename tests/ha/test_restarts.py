@@ -229,36 +229,3 @@ async def test_a_vm_whose_host_died_is_restarted_elsewhere_at_once(configured: S
             assert (first.preferred_host_id, first.avoided_host_ids) == (h1.id, ())
             assert (second.preferred_host_id, second.avoided_host_ids) == ("", (h1.id,))
             assert second.reason == "host_died"
-
-
-async def test_many_that_end_together_are_asked_for_once_each_the_most_important_first(
-    configured: Settings,
-) -> None:
-    owner, h1 = Inventory(), host("h1")
-    once = hurried(
-        configured,
-        VOLERY_HA_RESTART_LONGEST_DELAY_SECONDS="300",
-        VOLERY_HA_RESTART_FIRST_DELAY_SECONDS="300",
-    )
-    async with running(once, owner.service(), ha()) as bus:
-        await owner.says(HOST_CHANGED, h1)
-        async with hearts(bus.client, h1):
-            await becomes(bus, h1.id, "up")
-            priorities = [90] * 40 + [10] * 5
-            ups = [
-                vm(host_id=h1.id, high_availability=HighAvailability(enabled=True, priority=priority))
-                for priority in priorities
-            ]
-            await owner.says(VM_CHANGED, *ups)
-            await owner.says(VM_CHANGED, *(down(up) for up in ups))
-
-            async def recorded() -> bool:
-                found = await restarts(bus)
-                return len(found) == len(ups) and all(record.last_operation_id for record in found)
-
-            await until(recorded, 60)
-            await asyncio.sleep(1.5)  # looks that follow find the same ends, and ask no more
-    asked = [ask.vm_id for ask, _, _ in owner.asked]
-    assert sorted(asked) == sorted(up.id for up in ups)
-    important = {up.id for up in ups[:40]}
-    assert set(asked[:40]) == important

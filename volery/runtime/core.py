@@ -22,7 +22,6 @@ from volery.runtime.orders import Beats, Orders
 from volery.runtime.outside import SERVERS, Outside
 from volery.runtime.quarantine import Quarantine
 from volery.runtime.tables import Change, Taken, commit
-from volery.runtime.together import Together
 
 REQUEST_CONSTRAINT = "request_pkey"
 ANSWER_FIRST_SECONDS = 0.002
@@ -72,21 +71,16 @@ class Core:
     relay_wake: asyncio.Event = field(default_factory=asyncio.Event)
     reconcile_keys: Keys = field(default_factory=Keys)
     quarantine: Quarantine = field(init=False)
-    together: Together = field(init=False)
 
     def __post_init__(self) -> None:
-        self.together = Together(lambda changes: commit(self.pool, changes))
         self.quarantine = Quarantine(str(self.owner), self.pool)
 
     def wake(self, key: str) -> None:
         """Have the reconcile loop look at this object soon."""
         self.reconcile_keys.add(key)
 
-    async def commit(
-        self, *changes: Change, caller: Caller | None = None, answer: Any = None, together: bool = False
-    ) -> None:
-        """All changes with their facts, and the answer under the caller's request id, in one statement; `together`: with
-        those of others that come at the same time.
+    async def commit(self, *changes: Change, caller: Caller | None = None, answer: Any = None) -> None:
+        """All changes with their facts, and the answer under the caller's request id, in one statement.
 
         Raises Stale, Taken, or Repeated when the same request was answered meanwhile.
         """
@@ -94,7 +88,7 @@ class Core:
         if caller is not None and caller.request_id:
             all_changes.append(_request(caller, answer))
         try:
-            await (self.together.commit(all_changes) if together else commit(self.pool, all_changes))
+            await commit(self.pool, all_changes)
         except Taken as taken:
             if taken.constraint == REQUEST_CONSTRAINT:
                 raise Repeated from None
@@ -107,7 +101,7 @@ class Core:
             await self.hint()
 
     async def commit_all(self, changes: Sequence[Change]) -> None:
-        await self.commit(*changes, together=True)
+        await self.commit(*changes)
 
     async def hint(self) -> None:
         """Tell this service's leader, if it is another process, that there is something to relay."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,8 +39,6 @@ log = logging.getLogger(__name__)
 HOST_STREAM = "FACTS_HOST"
 CURSOR_SECONDS = 1.0
 """How often a position is written that came without an effect: one that is lost only means hearing facts again."""
-TOGETHER = 32
-"""Facts that share a commit at most."""
 REPLAY = 20_000
 """Facts of hosts that are read again at a start."""
 COMMIT_WORD_SECONDS = 1.0
@@ -67,34 +65,6 @@ def _matches(pattern: str, subject: str) -> bool:
     return len(wanted) == len(given) and all(w in ("*", g) for w, g in zip(wanted, given, strict=True))
 
 
-def in_one(heard: Sequence[Heard], together: Collection[str]) -> Iterator[Sequence[Heard]]:
-    """In order, as many at a time as may share a commit; in few sizes, since each size is a statement of its own."""
-    for run in _runs(heard, together):
-        while run:
-            size = 1 << (len(run).bit_length() - 1)
-            yield run[:size]
-            run = run[size:]
-
-
-def _runs(heard: Sequence[Heard], together: Collection[str]) -> Iterator[Sequence[Heard]]:
-    """Facts of different objects that follow each other, as far as their effects may be written together."""
-    run: list[Heard] = []
-    objects: set[str] = set()
-    for each in heard:
-        about = each.subject.rpartition(".")[0]
-        alone = not any(_matches(pattern, each.subject) for pattern in together)
-        if run and (alone or about in objects):
-            yield run
-            run, objects = [], set()
-        run.append(each)
-        objects.add(about)
-        if alone:
-            yield run
-            run, objects = [], set()
-    if run:
-        yield run
-
-
 _FORWARD = "where heard.history = excluded.history and heard.position < excluded.position"
 
 
@@ -111,8 +81,6 @@ class Hearing:
     """Called when facts were lost for good: behind the retention, or another history."""
     committed: Callable[[], None] = lambda: None
     """Told after an effect was committed, which may have said facts."""
-    together: frozenset[str] = frozenset()
-    """Wildcard subjects of facts that may share a commit, each of another object: see `Service.hears_together`."""
     position: int = 0
     history: str = ""
     written: int = 0
@@ -163,8 +131,7 @@ class Hearing:
         writing = asyncio.create_task(self._write_positions())
         try:
             async for heard in tail:
-                for some in in_one([heard, *await tail.at_hand(TOGETHER - 1)], self.together):
-                    await self._take(some)
+                await self._take(heard)
         finally:
             await end([writing])
 
@@ -186,30 +153,18 @@ class Hearing:
             guarded=False,
         )
 
-    async def _take(self, some: Sequence[Heard]) -> None:
-        some = [heard for heard in some if heard.position > self.position]
-        if not some:
+    async def _take(self, heard: Heard) -> None:
+        if heard.position <= self.position:
             return
-        position = some[-1].position
-        while changes := await self._decide_all(some):
+        while changes := await self._decide(heard):
             try:
-                await commit(self.pool, [*changes, self._cursor(position)])
+                await commit(self.pool, [*changes, self._cursor(heard.position)])
             except Stale:
-                if len(some) == 1:
-                    continue
-                for heard in some:
-                    await self._take([heard])
-                return
-            self.written = position
+                continue
+            self.written = heard.position
             self.committed()
             break
-        self.position = position
-
-    async def _decide_all(self, some: Sequence[Heard]) -> Sequence[Change]:
-        if len(some) == 1:
-            return await self._decide(some[0])
-        decided = await asyncio.gather(*(self._decide(heard) for heard in some))
-        return [change for changes in decided for change in changes]
+        self.position = heard.position
 
     async def _decide(self, heard: Heard) -> Sequence[Change]:
         for pattern, (fact, handler) in self.handlers.items():

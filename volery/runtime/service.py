@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import asyncpg
 
 from volery.contracts.agent import OrderFinished, OrderProgressed
-from volery.contracts.base import Call, Done, Fact, Owner, wildcard
+from volery.contracts.base import Call, Done, Fact, Owner
 from volery.contracts.health import EXCUSE_HOST, GET_HEALTH, AskHealth, ExcuseHost, Health
 from volery.contracts.liveness import LIVENESS_CHANGED
 from volery.contracts.operation import (
@@ -134,8 +134,6 @@ class Service:
     on_lead: Callable[[Any], Awaitable[None]] | None = None
     on_follow: Callable[[Any], Awaitable[None]] | None = None
     """Called on every replica once it is open, before it answers."""
-    hears_together: Collection[Fact[Any]] = ()
-    """Facts whose effect reads and writes only what is kept of their own object: those that are at hand share a commit."""
     concurrency: int = 64
     ready: bool = False
 
@@ -380,7 +378,6 @@ class Service:
             gap = self._gap(made, stream_name(owner))
             hearing = Hearing(core.bus, core.pool, owner, table_of(facts), gap)
             hearing.committed = core.relay_wake.set
-            hearing.together = frozenset(wildcard(fact.subject) for fact in self.hears_together)
             works.append(hearing.run())
         return works
 
