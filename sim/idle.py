@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from services.ha import executors, fencing, liveness, pauses, restarts
+from services.ha import executors, fencing, listening, liveness, pauses, restarts
 from services.ha.policies import evidence, restart_order
 from services.ha.policies.fencing import Act, Decision, Silent, decide
 from services.ha.watch import Watch
@@ -90,7 +90,7 @@ def nobody_is_suspected() -> None:
 
 
 def listening_always_begins_anew() -> None:
-    liveness._listens = no
+    put(listening, "goes_on", lambda ha: False)
 
 
 def identities_are_never_believed() -> None:
