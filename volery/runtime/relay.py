@@ -134,6 +134,11 @@ class Log:
         return int(oldest)
 
 
+def _history_of(info: StreamInfo) -> str:
+    """ "" where the stream doesn't say."""
+    return (info.config.metadata or {}).get("history", "")
+
+
 @dataclass(slots=True)
 class Relay:
     """Moves facts from outbox to log to stream, as long as its caller holds the service's leadership."""
@@ -187,9 +192,8 @@ class Relay:
     async def _align(self) -> None:
         head = await self.facts.head()
         info = await self._stream(head)
-        if info.config.metadata and info.config.metadata.get("history") != head.history:
-            await self._remake(head)
-        elif info.state.last_seq > head.position:
+        # Before histories are compared: a backup from before an earlier restore has another one than the stream.
+        if info.state.last_seq > head.position:
             reason = (
                 f"the stream of {self.facts.owner} is at {info.state.last_seq} and the log at {head.position}, so "
                 "PostgreSQL was restored from an older state"
@@ -197,7 +201,7 @@ class Relay:
             await self.on_restored(reason, info.state.last_seq)
             await self.facts.rewrite_history(info.state.last_seq)
             await self._remake(await self.facts.head())
-        elif info.state.last_seq + 1 < head.oldest:
+        elif info.state.last_seq + 1 < head.oldest or _history_of(info) not in ("", head.history):
             await self._remake(head)
         else:
             self.history, self.published = head.history, info.state.last_seq
