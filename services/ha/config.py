@@ -49,7 +49,7 @@ class HaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """A fenced host is switched on again when inventory has dealt with its VMs, at the latest after this; for as long it is
     waited for somebody who can do so."""
     on_attempts: int = 3
-    """A fenced host whose BMC doesn't say that it is on is ordered on so often, `off_retry_seconds` apart."""
+    """A fenced host whose BMC still says off `off_retry_seconds` after the order is ordered on so often."""
     brake_percent: float = 10.0
     """At most this share of a cluster's hosts, and at least one, are ordered off within `brake_window_seconds`."""
     brake_window_seconds: float = 600.0

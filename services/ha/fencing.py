@@ -215,7 +215,14 @@ async def _past_brake(ha: Ha, watch: Watch, limit: int) -> bool:
 
 
 async def _power_on(ha: Ha, watch: Watch, row: PowerRow, record: RecordRow) -> None:
-    """After its death was proven and its VMs were dealt with. If it doesn't start after some orders, a person looks."""
+    """After its death was proven and its VMs were dealt with. What was ordered before is read first, never just repeated: one
+    that is still off is ordered on again, some times; then a person looks."""
+    if _ages(record, "ordered_on"):
+        reading = await power.read(ha, watch, row)
+        if reading.state is not PowerState.OFF:
+            ended = FenceState.SUCCEEDED if reading.state is PowerState.ON else FenceState.FAILED
+            await _keep(ha, record, str(reading.state), reading.words, ended)
+            return
     record = await _keep(ha, record, "ordered_on", "", record.public.state)
     answer = await power.switch(ha, watch, row, PowerAction.ON)
     state = record.public.state

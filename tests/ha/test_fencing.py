@@ -110,6 +110,31 @@ async def test_a_frozen_host_is_switched_off_proven_dead_and_switched_on_again(
         assert PASSWORD not in caplog.text
 
 
+@pytest.mark.parametrize(("loses", "obeys", "orders"), [(True, True, 1), (False, False, 2)])
+async def test_an_order_to_switch_on_is_repeated_only_when_it_is_still_off(
+    configured: Settings, tmp_path: Path, loses: bool, obeys: bool, orders: int
+) -> None:
+    """Its answer was lost, though the machine starts; or the BMC took it and did nothing."""
+    async with site(configured, tmp_path, VOLERY_HA_OFF_RETRY_SECONDS="0.5") as at:
+        bmc = at.bmc(0)
+        bmc.loses = {PowerAction.ON} if loses else set()
+        at.hearts[0].stop()
+
+        async def off() -> bool:
+            return bmc.power is PowerState.OFF
+
+        async def ordered() -> bool:
+            return bmc.did(PowerAction.ON) > 0
+
+        await until(off)
+        bmc.obeys = obeys
+        await until(ordered)
+        bmc.obeys = True
+        await at.ended("succeeded")
+        assert bmc.power is PowerState.ON
+        assert bmc.did(PowerAction.ON) == orders
+
+
 async def test_a_death_that_is_slow_to_write_is_not_taken_for_a_return(
     configured: Settings, tmp_path: Path
 ) -> None:
