@@ -15,8 +15,6 @@ from sim.alone import Play
 from sim.focus import FOCUSES
 from sim.run import Outcome
 
-HASHES = "0"
-"""Programs walk sets of words, whose order these decide: one line replays a seed only under the same ones."""
 MANY = 200
 """From so many seeds on each state in `STATES` must be reached by one of a hundred."""
 STATES = (
@@ -126,9 +124,6 @@ def main() -> int:
     parser.add_argument("--at-once", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--verbose", action="store_true", help="everything that programs log")
     asked = parser.parse_args()
-    if os.environ.get("PYTHONHASHSEED") != HASHES:
-        again = [sys.executable, "-m", "sim", *sys.argv[1:]]
-        os.execve(sys.executable, again, os.environ | {"PYTHONHASHSEED": HASHES})  # noqa: S606 - ourselves
     alone.warm()
     if asked.mutants:
         return caught(asked.at_once)

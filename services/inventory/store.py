@@ -265,8 +265,9 @@ class Store:
         assert epoch >= before.epoch
 
         def wake() -> None:
-            for host in {before.host_id, host_id} - {""}:
-                self.wake(f"host/{host}")
+            for host in dict.fromkeys((before.host_id, host_id)):
+                if host:
+                    self.wake(f"host/{host}")
             if state == "none" or before.state == "moving":
                 later = asyncio.get_running_loop().call_later
                 later(claims_after_seconds, self.wake, f"claims/{before.vm_id}")

@@ -246,7 +246,7 @@ async def ask_for_reports(svc: Storage) -> None:
     inventory doesn't have is asked as well: it may have VMs that a restored database has forgotten."""
     hosts = {h.id for h in await svc.store.hosts() if h.status in domain_model.STAYS_CONNECTED}
     now = monotonic()
-    for host_id in hosts | set(svc.core.beats.newest):
+    for host_id in sorted(hosts | set(svc.core.beats.newest)):
         unheard = host_id not in svc.core.hosts.positions  # no order can be given before its first report
         if unheard or now - svc.asked.get(host_id, 0.0) >= svc.config.report_seconds:
             svc.asked[host_id] = now

@@ -57,7 +57,8 @@ class Deaths:
     """What ran on hosts under boots that have ended is written down as ended."""
     then: Callable[[], Awaitable[None]] | None = None
     """Orders that those boots had end."""
-    waiting: set[str] = field(default_factory=set)
+    waiting: dict[str, None] = field(default_factory=dict)
+    """Hosts that ha is to be asked about, in the order in which they were heard of."""
     event: asyncio.Event = field(default_factory=asyncio.Event)
 
     def has_ended(self, host_id: str, boot_id: str) -> bool:
@@ -82,7 +83,7 @@ class Deaths:
 
     async def heard(self, fact: HostLiveness) -> Sequence[Change]:
         """ha says something new of a host: it is asked again before anything follows from it."""
-        self.waiting.add(fact.id)
+        self.waiting[fact.id] = None
         self.event.set()
         return ()
 
@@ -91,12 +92,12 @@ class Deaths:
         self.event.set()
         await self._load()
         while True:
-            hosts, self.waiting = self.waiting, set()
+            hosts, self.waiting = self.waiting, {}
             try:
                 said = [await self._one(host_id) for host_id in hosts] if hosts else await self._all()
             except Refused as refused:
                 log.debug("%s: ha can't be asked which hosts died: %s", self.bus.name, refused.message)
-                self.waiting |= hosts
+                self.waiting = hosts | self.waiting
                 said = []
             for liveness in said:
                 if liveness is not None:
