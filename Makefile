@@ -58,7 +58,7 @@ bench: ## measure; prints a table and writes bench/results.json
 	@VOLERY_TARGET=bench deploy/bootstrap.sh test
 	@$(PYTHON) -m bench
 
-ha-trials: ## N=30 times a host breaks in a lab, and its VM comes back elsewhere; measured (40 minutes)
+ha-trials: ## N=30 times a host breaks in a lab, and its VM comes back elsewhere; measured (more than an hour)
 	@VOLERY_TARGET=bench deploy/bootstrap.sh test
 	@$(PYTHON) -m trials -n $(N)
 
