@@ -94,7 +94,10 @@ def real_session(connection: Any, watcher: Any) -> Session:
     pid = connection.get_server_pid()
 
     async def blocked() -> bool:
-        return bool(await watcher.fetchval("select cardinality(pg_blocking_pids($1)) > 0", pid))
+        """By a session: autovacuum may hold a table for a moment, too."""
+        by = """select count(*) from pg_stat_activity
+                where pid = any(pg_blocking_pids($1)) and backend_type = 'client backend'"""
+        return bool(await watcher.fetchval(by, pid))
 
     return Session(connection, blocked)
 
