@@ -94,18 +94,8 @@ async def run_holding(
         ) from failure
 
 
-async def run(
-    lease: DomainLease,
-    arguments: Sequence[str],
-    *,
-    timeout_seconds: float,
-    stdin: bytes | None = None,
-    environment: Mapping[str, str] | None = None,
-    limits: Limits | None = None,
-    pass_fds: Sequence[int] = (),
-    on_output: Callable[[bytes], None] | None = None,
-) -> bytes:
-    """As `children.run`, with the lease held for as long as the tool lives.
+async def run(lease: DomainLease, arguments: Sequence[str], **options: Any) -> bytes:
+    """As `children.run`, with its options, and with the lease held for as long as the tool lives.
 
     Raises SanlockFailed when the lease can't be had: then the tool never began. ChildFailed with status -SIGTERM or
     -SIGKILL is also how a tool ends whose lease was lost.
@@ -113,16 +103,7 @@ async def run(
     deadline = monotonic() + LET_GO_SECONDS
     while True:
         try:
-            return await _once(
-                lease,
-                arguments,
-                timeout_seconds=timeout_seconds,
-                stdin=stdin,
-                environment=environment,
-                limits=limits,
-                pass_fds=pass_fds,
-                on_output=on_output,
-            )
+            return await _once(lease, arguments, **options)
         except SanlockFailed as failure:
             if failure.code != LETTING_GO or monotonic() > deadline:
                 raise
@@ -133,9 +114,9 @@ async def _once(
     lease: DomainLease,
     arguments: Sequence[str],
     *,
-    environment: Mapping[str, str] | None,
-    pass_fds: Sequence[int],
-    on_output: Callable[[bytes], None] | None,
+    environment: Mapping[str, str] | None = None,
+    pass_fds: Sequence[int] = (),
+    on_output: Callable[[bytes], None] | None = None,
     **options: Any,
 ) -> bytes:
     reader, writer = os.pipe()

@@ -1,4 +1,7 @@
-"""Mistakes of ha that keep what is promised from happening: it waits, holds, or doesn't believe what it should."""
+"""Mistakes of ha that keep what is promised from happening: it waits, holds, or doesn't believe what it should.
+
+A mistake takes the place of a method of the product, which types rightly forbid: hence the types that are ignored.
+"""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ async def test_what_somebody_holds_is_written_by_nobody_else(world: Joined) -> N
             (volumes.delete, DeleteVolume(disk_id=disk_id, source=source, lease=lease)),
         ):
             with pytest.raises(NoLease, match=f"volume {disk_id} can't be written by this host") as refused:
-                await act(world.host, order, running())  # type: ignore[operator]
+                await act(world.host, order, running())  # type: ignore[operator]  # each with its own order
             assert refused.value.kind is Kind.CONFLICT
     assert hashlib.sha256(Path(source.path).read_bytes()).digest() == before
 

@@ -16,7 +16,7 @@ import pytest
 from lab.errors import LabError
 from lab.host import Host
 from lab.lab import Lab
-from lab.layout import LabLayout
+from tests.support.leftovers import leftovers
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -485,25 +485,3 @@ def test_the_command_line_shows_and_refuses(lab: Lab, host: Host) -> None:
         [*inside, "1", "--", "hostname"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout == "h1\n"
-
-
-def leftovers(lab: LabLayout) -> list[str]:
-    """What the kernel still has of a lab, found without the lab's own means."""
-    found = []
-    for command in (["ip", "-o", "link"], ["ip", "netns"]):
-        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        found += [line for line in lines.splitlines() if lab.switch in line]
-    found += [str(path) for path in Path("/sys/fs/cgroup").glob(f"**/*{lab.name}*")]
-    found += [str(path) for path in Path("/srv").glob(f"*{lab.name}*")]
-    marks = (str(lab.state), lab.cgroup)
-    for process in Path("/proc").iterdir():
-        if not process.name.isdigit() or int(process.name) == os.getpid():
-            continue
-        for file in ("cmdline", "cgroup", "mountinfo"):
-            try:
-                content = (process / file).read_text(errors="replace")
-            except OSError:
-                continue
-            if any(mark in content for mark in marks):
-                found.append(f"{process.name} {file}")
-    return found
