@@ -9,7 +9,15 @@ from tests.storage.test_dead_leases import FREE, began, party
 from tests.storage.test_lockspaces import able, joined_by
 from volery.contracts.cluster import DeleteById
 from volery.contracts.domain import DomainLease
-from volery.contracts.storage import CREATE_DISK, DELETE_DISK, RESIZE_DISK, CreateDisk, ResizeDisk
+from volery.contracts.storage import (
+    CREATE_DISK,
+    DELETE_DISK,
+    RESIZE_DISK,
+    UPDATE_STORAGE_DOMAIN,
+    CreateDisk,
+    ResizeDisk,
+    UpdateStorageDomain,
+)
 from volery.runtime.programs import Settings
 
 
@@ -68,3 +76,13 @@ async def test_what_a_dead_host_wrote_is_written_by_another_once_its_leases_are_
         disk = await making
         assert made.is_free(0)
         assert [lease.key for lease in leases_of(at, 1) if lease is not None] == [disk.id]
+
+
+async def test_disks_keep_nobody_from_switching_leases_off(configured: Settings) -> None:
+    async with site(configured, hosts=1) as at:
+        await able(at, 0)
+        domain = await joined_by(at, await at.new_domain(leases=True), 0)
+        await at.new_disk(domain)
+        await at.bus.ask(UPDATE_STORAGE_DOMAIN, UpdateStorageDomain(id=domain.id, leases=False))
+        await at.new_disk(domain, name="d2")
+        assert [lease is None for lease in leases_of(at, 0)] == [False, True]
