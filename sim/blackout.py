@@ -27,6 +27,8 @@ PRIORITY_SECONDS = 50.0
 """Less than ha waits for the VMs of a host that isn't back."""
 BACK_SECONDS = 400.0
 """After the last machine came back, all that can run does within this."""
+SAID_SECONDS = 30.0
+"""ha believes the silence of many hosts, has a BMC asked and says what a host is waited for within this."""
 
 DATABASE, WEB, IMPORTANT, MINOR, WAIVED, WANTED, *PLAIN = [f"vm-{n}" for n in range(1, 9)]
 HIGHLY_AVAILABLE = (True, True, True, True, True, False, False, False)
@@ -182,13 +184,22 @@ def _check_order(world: World, where: dict[str, str], missing: HostMachine, bega
 
 
 async def _check_missing(world: World, missing: HostMachine, where: dict[str, str]) -> None:
-    """Nothing that ran there runs anywhere, and ha says why."""
+    """Nothing that ran there runs anywhere, and ha says why soon."""
     for name, host in where.items():
         if host == missing.name and world.oracle.running.get(world.vms[name]):
             world.oracle.broken(f"{name} runs, and nothing proves that {missing.name} is dead")
-    told = {each.host_name: each for each in await world.listed(LIST_LIVENESS, HostLiveness)}
-    if not told[missing.name].fencing:
-        world.oracle.broken(f"ha doesn't say what {missing.name} is waited for: {told[missing.name].state}")
+    end = world.loop.time() + SAID_SECONDS
+    while not (told := await _liveness(world, missing)).fencing:
+        if world.loop.time() > end:
+            world.oracle.broken(f"ha doesn't say what {missing.name} is waited for: {told.state}")
+            return
+        await asyncio.sleep(0.5)
+
+
+async def _liveness(world: World, host: HostMachine) -> HostLiveness:
+    return next(
+        each for each in await world.listed(LIST_LIVENESS, HostLiveness) if each.host_name == host.name
+    )
 
 
 async def _prove(world: World, chance: random.Random, missing: HostMachine) -> None:

@@ -69,6 +69,8 @@ async def treat(ha: Ha, host_id: str) -> None:
     if is_soft_due(known, ha.config):
         soft_fencing.begin(ha, watch)
     decision = decide(known, ha.config)
+    if decision.act is Act.READ and decision.sentence:
+        await say(ha, host_id, decision.sentence)
     if decision.act is Act.READ and row is not None:
         await _read(ha, watch, row, record)
     elif decision.act is Act.POWER_OFF and row is not None:

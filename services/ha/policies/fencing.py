@@ -209,7 +209,7 @@ def decide(silent: Silent, config: HaConfig) -> Decision:
     if not silent.suspected:
         return Decision(Act.CLOSE if silent.record is not None else Act.NOTHING, "alive")
     if _read_due(silent):
-        return Decision(Act.READ, "read")
+        return Decision(Act.READ, "read", _asking(silent))
     hold = next((hold for hold in HOLDS if hold.applies(silent, config)), None)
     if hold is not None:
         return Decision(Act.HOLD, hold.rule, _say(hold.sentence, silent))
@@ -254,6 +254,13 @@ def _read_due(silent: Silent) -> bool:
     return power.read_age is None or power.read_age >= between
 
 
+def _asking(silent: Silent) -> str:
+    """Of the first reading only, which may take many seconds: what was read before says more."""
+    if silent.power is not None and silent.power.read_age is not None:
+        return ""
+    return f"host {silent.name}: its BMC is asked whether it is on"
+
+
 def _towards_off(silent: Silent, config: HaConfig) -> Decision:
     power, record = silent.power, silent.record
     assert power is not None
@@ -273,7 +280,7 @@ def _towards_off(silent: Silent, config: HaConfig) -> Decision:
             "then confirm it",
         )
     if power.read_age is None or power.read_age > FRESH_SECONDS:
-        return Decision(Act.READ, "read")
+        return Decision(Act.READ, "read", _asking(silent))
     if silent.soft is not SoftState.NONE:
         return Decision(
             Act.WAIT,
