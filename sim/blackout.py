@@ -168,12 +168,13 @@ def _check_order(world: World, where: dict[str, str], missing: HostMachine, bega
     world.note(f"{missing.name} is missing; seconds until they ran again: {told}")
     world.reached.add("database missing" if where[DATABASE] == missing.name else "database first")
     for later in (WEB, WANTED):
-        if where[later] == missing.name:
+        waited = world.oracle.begun[world.vms[later]] - world.hosts[where[later]].clock.booted_at
+        if where[later] == missing.name or waited >= GROUP_SECONDS:
             continue
-        if where[DATABASE] != missing.name and begun[later] < begun[DATABASE]:
-            world.oracle.broken(f"{later} was started before {DATABASE}, which comes before it")
-        if where[DATABASE] == missing.name and begun[later] < GROUP_SECONDS:
+        if where[DATABASE] == missing.name:
             world.oracle.broken(f"{later} did not wait for {DATABASE}, whose host is missing")
+        elif begun[later] < begun[DATABASE]:
+            world.oracle.broken(f"{later} was started before {DATABASE}, which comes before it")
     if missing.name in (where[IMPORTANT], where[MINOR]):
         return
     boots = {name: world.hosts[where[name]].clock.booted_at for name in (IMPORTANT, MINOR)}

@@ -27,6 +27,10 @@ from volery.contracts.vm import (
 )
 
 
+CONFIRMATIONS, AGAIN_SECONDS = 3, 10.0
+"""So often does a person try whom ha tells to confirm again."""
+
+
 async def _asked(world: World, what: str, call: Call[Any, Operation], question: Any) -> Operation | None:
     """The ended operation, or None when it was refused."""
     try:
@@ -148,10 +152,16 @@ async def confirm(scene: Scene) -> None:
 
 
 async def confirmed(world: World, host: HostMachine) -> None:
+    """Again while ha can't tell yet whether the host lives, as a person does who is told so."""
     ask = ConfirmHostRebooted(id=host.host_id, confirm=host.name, reason="somebody looked")
-    try:
-        await world.ask(CONFIRM_HOST_REBOOTED, ask)
-    except Refused as refused:
-        world.note(f"people: {host.name} is off, but that was refused: {refused.message[:100]}")
-    else:
-        world.note(f"people: {host.name} is off")
+    for _ in range(CONFIRMATIONS):
+        try:
+            await world.ask(CONFIRM_HOST_REBOOTED, ask)
+        except Refused as refused:
+            world.note(f"people: {host.name} is off, but that was refused: {refused.message[:100]}")
+            if refused.details.get("rule") != "listening":
+                return
+        else:
+            world.note(f"people: {host.name} is off")
+            return
+        await asyncio.sleep(AGAIN_SECONDS)
