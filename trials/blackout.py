@@ -19,6 +19,7 @@ from trials.trial import (
     Outcome,
     Wrong,
     all_up,
+    has_one_claim,
     must_hold,
     places,
     settled,
@@ -117,7 +118,5 @@ def ran_once(scene: Scene, actors: Actors, vm: Vm, known: int) -> Must:
         f"{now.name} runs once: {where}": lambda: len(where) == 1,
         f"{now.name} booted once": lambda: len(actors.boots(now.id)) == known + 1,
         f"{now.name} has a new epoch": lambda: now.epoch > vm.epoch,
-        f"{now.name} has one claim": lambda: (
-            len(list(scene.client.list(api.CLAIMS, filter={"vm_id": now.id}))) == 1
-        ),
+        f"{now.name} has one claim": lambda: has_one_claim(scene, now),
     }

@@ -30,6 +30,8 @@ E = TypeVar("E", bound=Entity)
 
 RECORD_SECONDS = 120.0
 """A guest that was ordered to run must have written within this."""
+CLAIM_SECONDS = 60.0
+"""What the scheduler's claims contradict is put right within this."""
 PAUSE_SECONDS = 5.0
 """A guest that runs writes several times within this, also on a busy machine."""
 
@@ -307,10 +309,21 @@ def unnoticed(
         f"{now.name} was never booted anew": lambda: (
             [boot.id for boot in actors.boots(now.id)] == [boot.id for boot in boots]
         ),
-        f"{now.name} has one claim": lambda: (
-            len(list(scene.client.list(api.CLAIMS, filter={"vm_id": now.id}))) == 1
-        ),
+        f"{now.name} has one claim": lambda: has_one_claim(scene, now),
     }
+
+
+def has_one_claim(scene: Scene, vm: Vm) -> bool:
+    """The claim of a place that the VM has left is kept until nothing was heard of it for some seconds."""
+    seen: list[tuple[str, int, str]] = []
+
+    def one() -> bool:
+        found = scene.client.list(api.CLAIMS, filter={"vm_id": vm.id})
+        seen[:] = [(claim.host_id, claim.epoch, claim.state) for claim in found]
+        return len(seen) == 1
+
+    scene.wait(one, CLAIM_SECONDS, lambda: f"one claim of VM {vm.name}, and there are {seen}")
+    return True
 
 
 def unharmed(
