@@ -26,7 +26,6 @@ from volery.contracts.vm import (
     StopVm,
 )
 
-
 CONFIRMATIONS, AGAIN_SECONDS = 3, 10.0
 """So often does a person try whom ha tells to confirm again."""
 
