@@ -309,7 +309,7 @@ KINDS: tuple[Kind, ...] = (
         seconds=120.0,
         share=0.0,
         still=True,
-        says="cut its power",
+        says="Cut its power by hand",
         fence_tried=True,
     ),
     Nothing(

@@ -342,7 +342,9 @@ def unharmed(
         "every fence has ended": lambda: all(r.ended_at for r in found.records),
         f"no host was switched: {switched(scene, before)}": lambda: not switched(scene, before),
         f"no host was believed dead: {believed}": lambda: not believed,
-        f"a person was told {kind.says!r}: {told}": lambda: any(kind.says in words for words in told),
+        f"a person was told {kind.says!r}: {told}": lambda: (
+            not kind.says or any(kind.says in words for words in told)
+        ),
     }
 
 
