@@ -38,7 +38,7 @@ from volery.runtime.bus import Caller
 from volery.runtime.deaths import host_died
 from volery.runtime.run import CancelRequested, Run
 from volery.runtime.service import Part
-from volery.runtime.tables import Stale
+from volery.runtime.tables import Change, Stale
 
 part = Part()
 
@@ -103,7 +103,7 @@ async def migrate(inv: Inventory, run: Run) -> None:
     ask = run.input(MigrateVm)
 
     run.undo("status", lambda: _stay(inv, ask.id))
-    moving = await run.step("epoch", "Deciding", lambda: _begin_move(inv, ask.id), Moving)
+    moving = await run.write("epoch", "Deciding", lambda: _begin_move(inv, ask.id), Moving)
     run.undo("epoch", lambda: _give_back(inv, run, ask.id, moving))
     placed = await _choose(inv, run, ask, moving)
     run.undo("claim", lambda: release_claim(inv, run, ask.id, moving.epoch))
@@ -128,28 +128,23 @@ async def migrate(inv: Inventory, run: Run) -> None:
     await _arrived(inv, ask.id, moving, target.id)
 
 
-async def _begin_move(inv: Inventory, vm_id: str) -> Moving:
-    while True:
-        before = await inv.store.placement(vm_id)
-        if before.state != "running":
-            raise conflict(f"this VM is not settled on a host ({before.state}); try again when it runs")
-        row = await VMS.get(inv.core.pool, vm_id)
-        epoch = await inv.store.next_epoch(before)
-        try:
-            await inv.core.commit(
-                inv.store.place(
-                    before, epoch=epoch, host_id=before.host_id, state="moving", boot_id=before.boot_id
-                ),
-                VMS.update(row, replace(row.public, epoch=epoch)),
-            )
-        except Stale:
-            continue
-        return Moving(
-            source_id=before.host_id,
-            source_epoch=before.epoch,
-            epoch=epoch,
-            source_boot_id=before.boot_id,
-        )
+async def _begin_move(inv: Inventory, vm_id: str) -> tuple[Moving, list[Change]]:
+    """From where it moves, under which epoch, and the changes that begin it."""
+    before = await inv.store.placement(vm_id)
+    if before.state != "running":
+        raise conflict(f"this VM is not settled on a host ({before.state}); try again when it runs")
+    row = await VMS.get(inv.core.pool, vm_id)
+    epoch = await inv.store.next_epoch(before)
+    moving = Moving(
+        source_id=before.host_id,
+        source_epoch=before.epoch,
+        epoch=epoch,
+        source_boot_id=before.boot_id,
+    )
+    return moving, [
+        inv.store.place(before, epoch=epoch, host_id=before.host_id, state="moving", boot_id=before.boot_id),
+        VMS.update(row, replace(row.public, epoch=epoch)),
+    ]
 
 
 async def _choose(inv: Inventory, run: Run, ask: MigrateVm, moving: Moving) -> Placement:

@@ -27,6 +27,7 @@ from volery.contracts.network_orders import NetworkKind
 from volery.contracts.operation import Operation, OperationState
 from volery.contracts.vm import MIGRATE_VM, MigrateVm, NewNic, Vm, VmStatus
 from volery.runtime.bus import LOST, Caller
+from volery.runtime.database import open_direct
 from volery.runtime.programs import Settings
 
 
@@ -110,3 +111,33 @@ async def test_a_source_that_could_not_be_told_its_epoch_is_told_when_it_reports
 
         await until(told)
         assert (await world.get(vm.id)).host_id == here.id
+
+
+AWAY_ONCE = """
+create sequence refused;
+create function refuse_once() returns trigger language plpgsql as $$
+begin
+    if nextval('refused') = 1 then
+        raise exception 'the database goes away' using errcode = 'admin_shutdown';
+    end if;
+    return new;
+end $$;
+create trigger refuse_once before update on operation for each row
+    when (old.private not like '%"epoch":%' and new.private like '%"epoch":%') execute function refuse_once();
+"""
+
+
+async def test_a_move_whose_beginning_was_interrupted_begins_again(configured: Settings) -> None:
+    """Its epoch is raised with the record that says so, or not at all: one that nobody knows of would leave the VM between
+    two hosts."""
+    async with world_of(configured) as (world, (here, there)):
+        vm = await world.vm()
+        async with open_direct(configured.database, "inventory") as connection:
+            await connection.execute(AWAY_ONCE)
+            op = await world.ended(await world.bus.ask(MIGRATE_VM, MigrateVm(id=vm.id)))
+            assert await connection.fetchval("select last_value from refused") > 1, "nothing was interrupted"
+        assert op.state is OperationState.SUCCEEDED, op.problem
+        moved = await world.get(vm.id)
+        assert (moved.host_id, moved.epoch) == (there.id, vm.epoch + 1)
+        assert there.domains[vm.id].epoch == moved.epoch
+        assert not here.domains
