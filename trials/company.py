@@ -63,5 +63,6 @@ def actor(scene: Scene, name: str, *, iscsi: bool) -> Guest:
 def ledgers_file(scene: Scene, disk_id: str, *, iscsi: bool) -> Path:
     if iscsi:
         return scene.lab.target.backing_file(scene.client.send(api.DISKS.get(disk_id)).lun)
-    (file,) = (path for path in scene.lab.shared.rglob(f"*{disk_id}*") if path.is_file())
+    found = (path for path in scene.lab.shared.rglob(f"*{disk_id}*") if path.is_file())
+    (file,) = (path for path in found if path.parent.name != "leases")
     return file
