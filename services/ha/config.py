@@ -35,6 +35,8 @@ class HaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     attempt, and VMs wait for more important ones."""
     blackout_wait_seconds: float = 60.0
     """But not longer than this: the host on which the more important VM ran may never come back."""
+    priority_wait_seconds: float = 600.0
+    """So long at most does a VM that ended wait until more important ones of its cluster have a host."""
     silence_before_fence_seconds: float = 60.0
     """A silent host whose BMC says that it is on is left alone for this long. Never below 35 s, in which a host that
     was only cut off for a moment, or swaps, is back."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from services.ha import fencing, fencing_policies, liveness, protection, restarts, rooms, store
+from services.ha import fencing, fencing_policies, liveness, protection, restarts, rooms, store, watched_vms
 from services.ha.state import Ha
 from volery.contracts.errors import Refused
 from volery.contracts.host import LIST_HOSTS, Host
@@ -61,8 +61,8 @@ async def _list_hosts(ha: Ha) -> None:
 
 
 async def _list_vms(ha: Ha) -> None:
-    before = await store.known_vms(ha.core.pool)
+    before = await watched_vms.known(ha.core.pool)
     async for vms in pages(ha.core.bus, LIST_VMS, Vm):
-        await commit(ha.core.pool, [store.saw_vm(vm) for vm in vms])
+        await commit(ha.core.pool, [watched_vms.saw(vm) for vm in vms])
         before -= {vm.id for vm in vms}
-    await commit(ha.core.pool, [store.vms_gone(sorted(before))])
+    await commit(ha.core.pool, [watched_vms.gone(sorted(before))])

@@ -10,7 +10,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from services.ha import executors, pauses, reserve, store
+from services.ha import executors, pauses, reserve, store, watched_vms
 from services.ha.policies.protection import HostProof, judge
 from services.ha.policies.reserve import Standing
 from services.ha.state import Ha
@@ -90,7 +90,7 @@ async def look(ha: Ha) -> None:
     wanted, marks.vm_ids = marks.vm_ids, set()
     everything = now >= marks.all_due
     if everything:
-        wanted = wanted | marks.known | await store.highly_available(ha.core.pool)
+        wanted = wanted | marks.known | await watched_vms.highly_available(ha.core.pool)
         marks.all_at, marks.all_due = now, now + ha.config.protection_longest_seconds
     if not wanted:
         return

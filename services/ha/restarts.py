@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from msgspec.structs import replace
 
-from services.ha import rooms, store, turns
+from services.ha import rooms, turns, watched_vms
 from services.ha.policies.restart_order import Step, Verdict, WatchedVm, decide, ended, is_over, within
 from services.ha.state import Ha
 from services.ha.store import RESTARTS, RestartPrivate
@@ -19,7 +19,7 @@ from volery.contracts.base import Owner
 from volery.contracts.errors import Kind, Problem, Refused
 from volery.contracts.leases import LEASE_HELD
 from volery.contracts.liveness import LIST_RESTARTS, VmRestart
-from volery.contracts.operation import ENDED, GET_OPERATION, GetOperation, ListQuery
+from volery.contracts.operation import ENDED, GET_OPERATION, GetOperation, ListQuery, Operation
 from volery.contracts.vm import RESTART_VM, VM_CHANGED, VM_DELETED, RestartVm, Vm, VmStatus
 from volery.runtime.bus import Caller
 from volery.runtime.clock import monotonic, utc_now
@@ -46,24 +46,24 @@ UNKNOWN_OUTCOMES = (Kind.TIMEOUT, Kind.UNAVAILABLE, Kind.EXHAUSTED, Kind.INTERNA
 
 @part.hears(VM_CHANGED)
 async def vm_changed(ha: Ha, vm: Vm) -> list[Change]:
-    before = await store.vm(ha.core.pool, vm.id)
+    before = await watched_vms.find(ha.core.pool, vm.id)
     if before is not None and before.status in RUNNING and vm.status not in RUNNING:
         rooms.may_have_come(ha)
     ha.core.wake(KEY)
-    return [store.saw_vm(vm)]
+    return [watched_vms.saw(vm)]
 
 
 @part.hears(VM_DELETED)
 async def vm_deleted(ha: Ha, vm: Vm) -> list[Change]:
-    return [store.vms_gone([vm.id])]
+    return [watched_vms.gone([vm.id])]
 
 
 async def look(ha: Ha, key: str) -> None:
     """Every VM that ended, the most important first, equals together. One look at a time."""
     await rooms.look(ha)
-    waiting = [vm for vm in await store.crashed_vms(ha.core.pool) if ended(vm)]
-    order = await turns.now(ha) if waiting else turns.NOBODY
+    waiting = [vm for vm in await watched_vms.crashed(ha.core.pool) if ended(vm)]
     for _, equals in itertools.groupby(waiting, key=lambda vm: vm.priority):
+        order = await turns.now(ha)
         for some in _chunks(list(equals)):
             await asyncio.gather(*(_look_at(ha, vm, order) for vm in some))
 
@@ -142,6 +142,7 @@ def _is_too_early(ha: Ha, vm_id: str) -> bool:
 async def _learn_outcome(ha: Ha, vm: WatchedVm, row: RestartRow) -> RestartRow | None:
     """A start that failed for what passes is no attempt: it is tried again as often as it takes. None: it isn't known yet
     what came of the last one."""
+    operation: Operation | None
     try:
         operation = await ha.core.bus.ask(
             GET_OPERATION[Owner.INVENTORY], GetOperation(id=row.public.last_operation_id)
@@ -149,11 +150,15 @@ async def _learn_outcome(ha: Ha, vm: WatchedVm, row: RestartRow) -> RestartRow |
     except Refused as refused:
         if refused.kind is not Kind.NOT_FOUND:
             return None
-        return row  # Long ago: it counts.
-    if operation.state not in ENDED:
+        operation = None  # Long ago: it counts.
+    if operation is not None and operation.state not in ENDED:
         return None
-    private, public = replace(row.private, learned=operation.id), row.public
-    if operation.problem is not None and (words := _passes(ha, vm, operation.problem)):
+    private, public = replace(row.private, learned=row.public.last_operation_id), row.public
+    if (
+        operation is not None
+        and operation.problem is not None
+        and (words := _passes(ha, vm, operation.problem))
+    ):
         private = replace(private, attempts=row.private.attempts[:-1])
         public = replace(public, attempts=len(private.attempts), message=words)
         log.warning("%s", words)
@@ -254,7 +259,7 @@ async def forget(ha: Ha) -> None:
     """Records that say nothing any more."""
     now = utc_now()
     for row in await RESTARTS.where(ha.core.pool):
-        vm = await store.vm(ha.core.pool, row.id)
+        vm = await watched_vms.find(ha.core.pool, row.id)
         if is_over(vm, within(row.private.attempts, now, ha.config), row.public.gave_up):
             try:
                 await ha.core.commit(RESTARTS.delete(row))

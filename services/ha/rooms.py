@@ -8,7 +8,7 @@ import logging
 
 from msgspec.structs import replace
 
-from services.ha import store
+from services.ha import watched_vms
 from services.ha.state import Ha
 from volery.contracts.base import Entity
 from volery.contracts.cluster import CLUSTER_CHANGED
@@ -96,7 +96,7 @@ async def _fitting(ha: Ha, vm_ids: tuple[str, ...]) -> dict[str, bool]:
 
 async def _ask_for(ha: Ha, vm: VmNeed) -> RoomFor:
     """One that is restarted on its own host only needs room there."""
-    watched = await store.vm(ha.core.pool, vm.need.vm_id) if vm.same_host else None
+    watched = await watched_vms.find(ha.core.pool, vm.need.vm_id) if vm.same_host else None
     if watched is None or not watched.host_id:
         return RoomFor(need=vm.need)
     return RoomFor(need=replace(vm.need, host_ids=(watched.host_id,)))

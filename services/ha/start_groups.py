@@ -8,7 +8,7 @@ from typing import Any
 from msgspec import UNSET
 from msgspec.structs import asdict, replace
 
-from services.ha import store
+from services.ha import store, watched_vms
 from services.ha.policies import start_groups as rules
 from services.ha.policies.restart_order import WatchedVm
 from services.ha.state import Ha
@@ -182,5 +182,5 @@ async def waits_for(ha: Ha, vm: WatchedVm, groups: Groups, silent: Collection[st
     if waited < HEARD_SECONDS:
         return "it waits a moment for word of the start groups before its own"
     vm_ids = sorted({vm_id for group in earlier for vm_id in group.vm_ids})
-    members = await store.members(ha.core.pool, vm_ids)
+    members = await watched_vms.members(ha.core.pool, vm_ids)
     return rules.waits_for(vm.id, groups, members, max(waited, 0.0), silent)

@@ -1,15 +1,13 @@
-"""Every SQL statement of ha."""
+"""Every SQL statement of ha, but for those about VMs (`watched_vms`)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import datetime
 from typing import TypeAlias
 
 import asyncpg
 
-from services.ha.policies.restart_order import WatchedVm
-from services.ha.policies.start_groups import Member
 from services.ha.watch import HostFacts
 from volery.contracts.base import Message
 from volery.contracts.liveness import (
@@ -43,7 +41,6 @@ from volery.contracts.protection import (
     VmProtection,
 )
 from volery.contracts.start_group import START_GROUP_CHANGED, START_GROUP_DELETED, StartGroup
-from volery.contracts.vm import RestartWhere, Vm
 from volery.runtime.tables import Change, Nothing, Row, Stale, Table
 
 Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
@@ -182,97 +179,6 @@ POLICIES: Table[FencingPolicy, Nothing] = Table(
     noun="fencing policy of cluster",
 )
 
-_VM = "id, name, epoch, status, desired, reason, host_id, enabled, priority, busy, same_host, after_blackout"
-
-
-def saw_vm(vm: Vm) -> Change:
-    """Facts and lists may come twice: an older revision changes nothing, the same one says what a former release of ha
-    didn't write."""
-    return Change(
-        """insert into vm
-               (id, revision, name, epoch, status, desired, reason, host_id, enabled, priority, busy, same_host,
-                agent, after_blackout)
-           values ({0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}, {8}, {9}, {10}, {11}, {12}, {13})
-           on conflict (id) do update set revision = excluded.revision, name = excluded.name,
-               epoch = excluded.epoch, status = excluded.status, desired = excluded.desired,
-               reason = excluded.reason, enabled = excluded.enabled, priority = excluded.priority,
-               busy = excluded.busy, same_host = excluded.same_host, agent = excluded.agent,
-               after_blackout = excluded.after_blackout,
-               host_id = case when excluded.host_id = '' then vm.host_id else excluded.host_id end
-           where vm.revision <= excluded.revision""",
-        (
-            vm.id,
-            vm.revision,
-            vm.name,
-            vm.epoch,
-            str(vm.status),
-            str(vm.desired),
-            vm.status_reason,
-            vm.host_id,
-            vm.high_availability.enabled,
-            vm.high_availability.priority,
-            bool(vm.busy_with),
-            vm.high_availability.where is RestartWhere.SAME_HOST,
-            vm.guest.agent_connected,
-            vm.start_after_blackout is True,
-        ),
-        guarded=False,
-    )
-
-
-def vms_gone(vm_ids: Sequence[str]) -> Change:
-    return Change("delete from vm where id = any({0}::text[])", (list(vm_ids),), guarded=False)
-
-
-async def known_vms(pool: Pool) -> set[str]:
-    return {r["id"] for r in await pool.fetch("select id from vm")}
-
-
-async def crashed_vms(pool: Pool) -> list[WatchedVm]:
-    """Those that may need a restart, the most important first."""
-    records = await pool.fetch(
-        f"""select {_VM} from vm
-            where (enabled or after_blackout) and status = 'down' and desired = 'up' and not busy
-            order by priority desc, id"""
-    )
-    return [WatchedVm(**dict(r)) for r in records]
-
-
-async def wanted_on(pool: Pool, host_ids: Sequence[str]) -> list[WatchedVm]:
-    """VMs that ha would bring back and of which nobody has said that they ended, the most important first."""
-    if not host_ids:
-        return []
-    records = await pool.fetch(
-        f"""select {_VM} from vm where (enabled or after_blackout) and desired = 'up'
-            and status not in ('down', 'suspended') and host_id = any($1::text[])
-            order by priority desc, id""",
-        list(host_ids),
-    )
-    return [WatchedVm(**dict(r)) for r in records]
-
-
-async def members(pool: Pool, vm_ids: Sequence[str]) -> dict[str, Member]:
-    """VMs of start groups, as far as ha knows them."""
-    rows = await pool.fetch(
-        """select id, name, status, desired, enabled or after_blackout as enabled, agent, host_id from vm
-           where id = any($1::text[])""",
-        list(vm_ids),
-    )
-    restarts = {row.id: row for row in await RESTARTS.where(pool, "id = any($1::text[])", list(vm_ids))}
-    return {
-        row["id"]: Member(
-            name=row["name"],
-            status=row["status"],
-            desired=row["desired"],
-            enabled=row["enabled"],
-            agent=row["agent"],
-            host_id=row["host_id"],
-            brought_back=row["id"] in restarts and bool(restarts[row["id"]].private.attempts),
-            gave_up=row["id"] in restarts and restarts[row["id"]].public.gave_up,
-        )
-        for row in rows
-    }
-
 
 async def start_order(pool: Pool, cluster_id: str) -> int:
     """How often the order of a cluster's start groups was changed."""
@@ -288,15 +194,6 @@ def next_start_order(cluster_id: str, seen: int) -> Change:
            where start_order.revision = {1}::bigint returning 1""",
         (cluster_id, seen),
     )
-
-
-async def highly_available(pool: Pool) -> set[str]:
-    return {r["id"] for r in await pool.fetch("select id from vm where enabled")}
-
-
-async def vm(pool: Pool, vm_id: str) -> WatchedVm | None:
-    record = await pool.fetchrow(f"select {_VM} from vm where id = $1", vm_id)
-    return None if record is None else WatchedVm(**dict(record))
 
 
 _HOST = "id, revision, name, cluster_id, status, hardware_uuid, boot_id, fence_agents"

@@ -1,4 +1,5 @@
-"""Whose turn it is among VMs that ended: start groups, and after a blackout the VMs of hosts that aren't back yet.
+"""Whose turn it is among VMs that ended: start groups, more important ones that have no host yet, and after a blackout the
+VMs of hosts that aren't back yet.
 
 That a VM runs is what inventory last said. It is believed of a host that has been heard for a while under the boot that it
 has now; all others may have taken their VMs with them, and nobody has said so yet.
@@ -6,11 +7,11 @@ has now; all others may have taken their VMs with them, and nobody has said so y
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from services.ha import start_groups, store
-from services.ha.policies.restart_order import WITH_HOST, WatchedVm, waits_for_more_important
+from services.ha import start_groups, watched_vms
+from services.ha.policies.restart_order import WITH_HOST, WatchedVm, waits_for_more_important, waits_for_place
 from services.ha.state import Ha
 from services.ha.watch import Watch
 from volery.contracts.liveness import LivenessState
@@ -29,15 +30,19 @@ class Order:
     """Hosts of which nobody knows whether what ran there still does."""
     foremost: Mapping[str, WatchedVm]
     """Cluster → its most important VM on a host that has not been heard since ha began."""
-
-
-NOBODY = Order({}, frozenset(), {})
+    unplaced: Mapping[str, WatchedVm]
+    """Cluster → its most important VM whose restart was asked for and that has no host yet."""
 
 
 async def now(ha: Ha) -> Order:
     at = monotonic()
     silent = frozenset(host_id for host_id, watch in ha.watches.items() if not _is_back(watch, at))
-    return Order(await start_groups.known(ha), silent, await _foremost(ha, silent))
+    return Order(
+        groups=await start_groups.known(ha),
+        silent=silent,
+        foremost=await _foremost(ha, silent),
+        unplaced=_first_of_cluster(await watched_vms.unplaced(ha.core.pool)),
+    )
 
 
 def _is_back(watch: Watch, at: float) -> bool:
@@ -57,11 +62,16 @@ def is_starting(ha: Ha) -> bool:
 
 
 async def _foremost(ha: Ha, silent: frozenset[str]) -> dict[str, WatchedVm]:
-    found: dict[str, WatchedVm] = {}
     if not is_starting(ha):
-        return found
-    for vm in await store.wanted_on(ha.core.pool, [host_id for host_id in silent if _to_come(ha, host_id)]):
-        found.setdefault(ha.watches[vm.host_id].facts.cluster_id, vm)
+        return {}
+    to_come = [host_id for host_id in silent if _to_come(ha, host_id)]
+    return _first_of_cluster(await watched_vms.wanted_on(ha.core.pool, to_come))
+
+
+def _first_of_cluster(vms: Sequence[WatchedVm]) -> dict[str, WatchedVm]:
+    found: dict[str, WatchedVm] = {}
+    for vm in vms:
+        found.setdefault(vm.cluster_id, vm)
     return found
 
 
@@ -76,8 +86,10 @@ async def others_first(ha: Ha, vm: WatchedVm, order: Order, waited: float) -> st
     """For whom it waits, as a sentence; "" when it is its turn. `waited` seconds have passed since it could have been."""
     if sentence := await start_groups.waits_for(ha, vm, order.groups, order.silent, waited):
         return sentence
-    host = ha.watches.get(vm.host_id)
-    foremost = order.foremost.get(host.facts.cluster_id) if host is not None else None
+    unplaced, at_most = order.unplaced.get(vm.cluster_id), ha.config.priority_wait_seconds
+    if unplaced is not None and (sentence := waits_for_place(vm, unplaced, waited, at_most)):
+        return sentence
+    foremost = order.foremost.get(vm.cluster_id)
     if foremost is None or vm.reason not in WITH_HOST:
         return ""
     where = ha.watches[foremost.host_id].facts.name

@@ -14,6 +14,7 @@ from services.ha.policies.restart_order import (
     ended,
     is_over,
     waits_for_more_important,
+    waits_for_place,
     within,
 )
 from volery.contracts.liveness import LivenessState
@@ -70,6 +71,17 @@ def test_after_a_blackout_the_more_important_vm_of_a_missing_host_is_waited_for(
     sentence = waits_for_more_important(watched(), other, "h2", waited, 60.0)
     assert bool(sentence) is waits
     assert not waits or "host h2, which isn't back since ha began, since VM db there" in sentence
+
+
+@pytest.mark.parametrize(
+    ("priority", "waited", "waits"),
+    [(51, 0.0, True), (51, 599.9, True), (51, 600.0, False), (50, 0.0, False), (49, 0.0, False)],
+)
+def test_a_more_important_vm_without_a_host_is_waited_for(priority: int, waited: float, waits: bool) -> None:
+    sentence = waits_for_place(watched(), watched(id="w", name="db", priority=priority), waited, 600.0)
+    assert bool(sentence) is waits
+    assert not waits or "until VM db, which is more important, has a host" in sentence
+    assert not waits_for_place(watched(), watched(priority=90), 0.0, 600.0), "it never waits for itself"
 
 
 def test_the_first_is_at_once_and_each_next_waits_longer() -> None:

@@ -187,21 +187,54 @@ async def test_a_crash_while_ha_was_away_is_found_in_the_list(configured: Settin
         assert owner.asked[0][0].vm_id == crash.id
 
 
-async def test_the_more_important_vm_is_asked_for_first(configured: Settings) -> None:
-    owner, h1 = Inventory(), host("h1")
-    crashes = [
-        down(vm(host_id=h1.id, name=str(p), high_availability=HighAvailability(enabled=True, priority=p)))
-        for p in (10, 90, 50)
+def crashes_of(*priorities: int, host_id: str) -> list[Vm]:
+    """One of each importance, named after it."""
+    return [
+        down(vm(host_id=host_id, name=str(p), high_availability=HighAvailability(enabled=True, priority=p)))
+        for p in priorities
     ]
-    owner.knows(h1, *crashes)
+
+
+async def test_the_more_important_vm_is_asked_for_first_and_the_others_once_it_has_a_host(
+    configured: Settings,
+) -> None:
+    owner, h1 = Inventory(end=asyncio.Event()), host("h1")
+    minor, important, usual = crashes_of(10, 90, 50, host_id=h1.id)
+    owner.knows(h1, minor, important, usual)
     async with running(hurried(configured), owner.service(), ha()) as bus, hearts(bus.client, h1):
 
-        async def all_asked() -> bool:
-            return len(owner.asked) >= 3
+        async def asked(*vms: Vm) -> bool:
+            return [ask.vm_id for ask, _, _ in owner.asked] == [v.id for v in vms]
 
-        await until(all_asked)
-        names = {c.id: c.name for c in crashes}
-        assert [names[ask.vm_id] for ask, _, _ in owner.asked[:3]] == ["90", "50", "10"]
+        async def told(waiting: Vm, first: Vm) -> bool:
+            found = [r.message for r in await restarts(bus) if r.vm_id == waiting.id]
+            return any(
+                f"it waits until VM {first.name}, which is more important, has a host" in m for m in found
+            )
+
+        await until(lambda: told(minor, important))
+        assert await asked(important)
+        starting = replace(important, revision=9, status=VmStatus.WAIT_FOR_LAUNCH, host_id=h1.id)
+        await owner.says(VM_CHANGED, starting)
+        await until(lambda: told(minor, usual))
+        assert await asked(important, usual)
+        assert owner.end is not None
+        owner.end.set()
+        await until(lambda: asked(important, usual, minor))
+
+
+async def test_a_vm_waits_no_longer_than_said_for_a_more_important_one(configured: Settings) -> None:
+    owner, h1 = Inventory(end=asyncio.Event()), host("h1")
+    owner.knows(h1, *crashes_of(90, 50, host_id=h1.id))
+    patience = hurried(configured, VOLERY_HA_PRIORITY_WAIT_SECONDS="1.5")
+    async with running(patience, owner.service(), ha()) as bus, hearts(bus.client, h1):
+
+        async def both_asked() -> bool:
+            return len(owner.asked) == 2
+
+        await until(both_asked)
+        first, second = (at for _, _, at in owner.asked)
+        assert second - first >= 1.4
 
 
 async def test_a_vm_whose_host_died_is_restarted_elsewhere_at_once(configured: Settings) -> None:

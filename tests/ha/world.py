@@ -19,7 +19,7 @@ from services.ha.service import service as declared
 from tests.support.speaker import Speaker
 from volery.contracts.base import Owner, encode, fill
 from volery.contracts.cluster import GET_CLUSTER, Cluster, GetById
-from volery.contracts.errors import Refused, not_found
+from volery.contracts.errors import Refused, conflict, not_found
 from volery.contracts.host import LIST_HOSTS, Host, HostStatus
 from volery.contracts.ids import new_id
 from volery.contracts.liveness import GET_LIVENESS, HostLiveness
@@ -36,7 +36,7 @@ from volery.contracts.vm import (
 )
 from volery.runtime.bus import Bus, Caller
 from volery.runtime.programs import Settings
-from volery.runtime.run import OperationPrivate
+from volery.runtime.run import OperationPrivate, Run
 from volery.runtime.service import Service
 from volery.runtime.tables import commit
 
@@ -198,10 +198,13 @@ class Inventory(Speaker):
     refusal: Refused | None = None
     ends_with: Refused | None = None
     """How every restart fails that is taken."""
+    end: asyncio.Event | None = None
+    """Restarts go on until it is set, and fail."""
 
     def __post_init__(self) -> None:
         self.lists = [(LIST_HOSTS, Host), (LIST_VMS, Vm)]
         self.answers = [(RESTART_VM, self._restart), (GET_CLUSTER, self._cluster)]
+        self.runs = [("vm.restart", self._run)]
         self.knows(CLUSTER)
 
     async def _cluster(self, _: Speaker, ask: GetById, caller: Caller) -> Cluster:
@@ -214,6 +217,8 @@ class Inventory(Speaker):
         self.asked.append((ask, caller.request_id, time.monotonic()))
         if self.refusal is not None:
             raise self.refusal
+        if self.end is not None:
+            return await self._begun(ask, caller)
         now = datetime.now(UTC)
         operation = Operation(
             id=f"inventory-{new_id()}",
@@ -230,6 +235,24 @@ class Inventory(Speaker):
             operation = with_fields(operation, state=OperationState.FAILED, problem=problem, ended_at=now)
             await self._keep(operation)
         return operation
+
+    async def _begun(self, ask: RestartVm, caller: Caller) -> Operation:
+        assert self.core is not None
+        op, begun = self.core.operations.begin(
+            "vm.restart",
+            object_kind="vm",
+            object_id=ask.vm_id,
+            object_name=ask.vm_id,
+            question=ask,
+            caller=caller,
+        )
+        await self.core.commit(begun, caller=caller, answer=op)
+        return op
+
+    async def _run(self, _: Speaker, run: Run) -> None:
+        assert self.end is not None
+        await self.end.wait()
+        raise conflict("its disk is gone")
 
     async def _keep(self, operation: Operation) -> None:
         """So that it can be asked for, as from any service."""

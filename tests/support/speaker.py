@@ -29,6 +29,8 @@ class Speaker:
     lists: Sequence[tuple[Call[ListQuery, Page], type[Entity]]] = ()
     answers: Sequence[tuple[Call[Any, Any], Any]] = ()
     """(call, async (speaker, question, caller) → answer)"""
+    runs: Sequence[tuple[str, Any]] = ()
+    """(kind of operation, async (speaker, run))"""
     objects: dict[str, Entity] = field(default_factory=dict)
     core: Core | None = None
 
@@ -38,6 +40,8 @@ class Speaker:
             part.answers(call)(self._lister(type_))
         for call, handler in self.answers:
             part.answers(call)(handler)
+        for kind, carried_out in self.runs:
+            part.runs(kind, deadline_seconds=60)(carried_out)
         return Service(self.owner, self._open, NoSettings, [part])
 
     @asynccontextmanager

@@ -39,6 +39,9 @@ class WatchedVm:
     busy: bool
     same_host: bool = False
     """Restarted where it ran and nowhere else."""
+    cluster_id: str = ""
+    placed: bool = True
+    """It has a host now."""
     after_blackout: bool = False
     """Brought back after a blackout in any case. That one was is inventory's to say: it stays wanted up."""
 
@@ -130,6 +133,16 @@ def waits_for_more_important(
     return (
         f"it waits for host {host_name}, which isn't back since ha began, since VM {other.name} there is more important, "
         f"at most {at_most:g} s"
+    )
+
+
+def waits_for_place(vm: WatchedVm, other: WatchedVm, waited: float, at_most: float) -> str:
+    """Why it waits for a VM whose restart was asked for before; "" when it doesn't. It has waited for so many seconds."""
+    if waited >= at_most or other.id == vm.id or other.priority <= vm.priority:
+        return ""
+    return (
+        f"it waits until VM {other.name}, which is more important, has a host, so as not to take its room, at most "
+        f"{at_most / 60:g} minutes"
     )
 
 
