@@ -31,6 +31,7 @@ from volery.contracts.storage import StorageDomain
 from volery.contracts.vm import CreateVm, NewDisk, NewNic, Vm, VmStatus
 from volery.setup.console import Output
 from volery.setup.down import down
+from volery.setup.processes import free_port
 
 MIB = 1024 * 1024
 QUIET = Output(Console(quiet=True))
@@ -175,6 +176,11 @@ class Scene:
         self.client.wait(self.client.send(api.VMS.delete(vm.id, Operation)))
 
 
+def own_ports() -> dict[str, str]:
+    """Ports that no other installation prefers: who comes back after ten minutes wants them again."""
+    return {name: str(free_port()) for name in ("VOLERY_SETUP_NATS_PORT", "VOLERY_SETUP_GATEWAY_PORT")}
+
+
 @contextlib.contextmanager
 def staged(hosts: int, settings: Mapping[str, str], *, image: bool = True) -> Iterator[Scene]:
     """A new lab and control plane, with these settings (VOLERY_…), and the guest's `image`; everything of it is gone afterwards."""
@@ -184,7 +190,7 @@ def staged(hosts: int, settings: Mapping[str, str], *, image: bool = True) -> It
     try:
         lab.up(hosts)
         plane.home_of(lab).create()
-        plane.home_of(lab).change_settings(dict(settings))
+        plane.home_of(lab).change_settings({**own_ports(), **settings})
         client = plane.connect(lab, QUIET, image=image)
         yield Scene(lab, client)
         client.http.close()

@@ -27,6 +27,7 @@ from trials.rack import rack
 from trials.trial import Actors, Outcome, Wrong, elsewhere, first_record, nothing, settled
 from volery.client import api
 from volery.contracts.operation import Operation
+from volery.setup.errors import SetupError
 
 HOSTS = 3
 RACK_HOSTS = 5
@@ -177,7 +178,7 @@ def main() -> int:
                         rows = tried(company, kind, times)
                         found += rows
                         keep(asked.output, rows)
-            except (Wrong, ledger.Torn, LabError) as error:
+            except (Wrong, ledger.Torn, LabError, SetupError) as error:
                 kinds = [one for one in kinds if one is not kind]  # the others get a lab that is whole
                 failed.append(f"{kind.title}: {error}")
                 console.print(f"[bold red]{failed[-1]}[/]")
