@@ -13,7 +13,7 @@ from typing import TypeVar
 from msgspec import UNSET
 from msgspec.structs import replace
 
-from services.inventory import late_unplug, model
+from services.inventory import late_unplug, model, restored
 from services.inventory.desk import Inventory
 from services.inventory.protection import check_vm_restartable
 from services.inventory.specs import device_disk, device_nic, prepared_bridges, prepared_disks
@@ -167,7 +167,7 @@ async def attach_disk(inv: Inventory, run: Run) -> None:
         volumes = await prepared_disks(inv, vm.id, home.host_id, (disk.id,), run.caller)
         device = device_disk(attachment, volumes[disk.id])
         await run.order(
-            "plug",
+            restored.order_name(run, "plug"),
             "Plugging it in",
             ATTACH_DISK,
             AttachDisk(vm_id=vm.id, disk=device),
@@ -213,10 +213,11 @@ def _with_nic(vm: Vm, nic: Nic) -> Vm:
 async def _unplugged(inv: Inventory, run: Run, vm_id: str, order: Order[Q, Done], question: Q) -> bool:
     """Whether the device that was to be plugged in is in no guest."""
     home = await _home(inv, vm_id)
-    if home is None or not await inv.core.orders.exists(run.order_id("plug")):
+    if home is None or not (run.from_backup or await inv.core.orders.exists(run.order_id("plug"))):
         return True
     try:
-        await run.order("unplug", "Unplugging it", order, question, host_id=home.host_id, epoch=home.epoch)
+        name = restored.order_name(run, "unplug")
+        await run.order(name, "Unplugging it", order, question, host_id=home.host_id, epoch=home.epoch)
     except Refused as refused:
         log.warning("VM %s may have kept a device: %s", vm_id, refused.message)
         return await _home(inv, vm_id) is None
@@ -240,7 +241,7 @@ async def detach_vm_disk_now(inv: Inventory, run: Run) -> None:
     if home is not None:
         late_unplug.asked(inv, run, ask.id, home.host_id, ask.disk_id)
         await run.order(
-            "unplug",
+            restored.order_name(run, "unplug"),
             "Unplugging it",
             DETACH_DISK,
             DetachDisk(vm_id=ask.id, disk_id=ask.disk_id),
@@ -306,7 +307,7 @@ async def attach_nic(inv: Inventory, run: Run) -> None:
     home = await _home(inv, work.id)
     if home is not None:
         await run.order(
-            "plug",
+            restored.order_name(run, "plug"),
             "Plugging it in",
             ATTACH_NIC,
             AttachNic(vm_id=work.id, nic=await _device(inv, run, home, nic)),
@@ -379,7 +380,7 @@ async def update_nic(inv: Inventory, run: Run) -> None:
     home = await _home(inv, work.id)
     if home is not None:
         await run.order(
-            "update",
+            restored.order_name(run, "update"),
             "Changing it",
             UPDATE_NIC,
             UpdateNic(vm_id=work.id, nic=await _device(inv, run, home, nic)),
@@ -415,7 +416,7 @@ async def detach_nic(inv: Inventory, run: Run) -> None:
     if home is not None:
         late_unplug.asked(inv, run, ask.id, home.host_id, ask.nic_id)
         await run.order(
-            "unplug",
+            restored.order_name(run, "unplug"),
             "Unplugging it",
             DETACH_NIC,
             DetachNic(vm_id=ask.id, nic_id=ask.nic_id),
@@ -458,7 +459,7 @@ async def change_cd(inv: Inventory, run: Run) -> None:
         source = volumes[ask.disk_id].source if ask.disk_id else None
         device = f"cdrom-{ask.target}"
         await run.order(
-            "change",
+            restored.order_name(run, "change"),
             "Changing the medium" if ask.disk_id else "Ejecting the medium",
             CHANGE_MEDIA,
             ChangeMedia(vm_id=ask.id, disk_id=device, source=source, target=ask.target),

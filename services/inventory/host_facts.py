@@ -115,7 +115,7 @@ async def _domain(inv: Inventory, fact: FromHost, report: DomainReport, *, full:
     row, placement = known
     if row is None or row.public.external:
         return await _external(inv, host_id, row, report)
-    if inv.core.quarantine.reason and report.epoch > placement.epoch and report.state in ALIVE_STATES:
+    if inv.core.quarantine.reason and report.state in ALIVE_STATES and _is_newer(report, placement):
         return _adopted(inv, row, placement, host_id, report, boot_id)
     if placement.host_id == host_id and placement.state in ("running", "starting"):
         return _at_home(inv, row, placement, report, boot_id, full=full)
@@ -127,6 +127,13 @@ async def _domain(inv: Inventory, fact: FromHost, report: DomainReport, *, full:
     return []
 
 
+def _is_newer(report: DomainReport, placement: PlacementRow) -> bool:
+    """What a host has, than what a restored database says: also a VM that was just being started there, or that nobody
+    had decided yet where to start."""
+    starting = placement.state == "starting" and report.epoch == placement.epoch
+    return starting or report.epoch > placement.epoch
+
+
 def _adopted(
     inv: Inventory,
     row: Row[Vm, VmPrivate],
@@ -135,7 +142,8 @@ def _adopted(
     report: DomainReport,
     boot_id: str,
 ) -> list[Change]:
-    """The database is older than the hosts: a domain under a later epoch is the truth."""
+    """The database is older than the hosts: a domain under a later epoch is the truth. Memory that was saved before it came
+    to run is older than its disks."""
     new = replace(
         row.public,
         status=model.STATUS_OF[report.state],
@@ -145,8 +153,9 @@ def _adopted(
         epoch=report.epoch,
         busy_with="",
     )
+    private = replace(row.private, saved_path="", saved_host_id="")
     return [
-        VMS.update(row, model.with_actions(new)),
+        VMS.update(row, model.with_actions(new), private),
         inv.store.place(placement, epoch=report.epoch, host_id=host_id, state="running", boot_id=boot_id),
     ]
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from msgspec.structs import replace
 
-from services.inventory import leases
+from services.inventory import leases, restored
 from services.inventory.desk import Inventory
 from services.inventory.store import CLUSTERS
 from volery.contracts.cluster import Cluster
@@ -68,11 +68,13 @@ def device_nic(nic: Nic, bridges: Mapping[str, NetworkBridge]) -> DomainNic:
 async def prepared_disks(
     inv: Inventory, vm_id: str, host_id: str, disk_ids: tuple[str, ...], caller: Caller
 ) -> dict[str, DomainDisk]:
-    """Disk → where it is on this host. Raises Refused with storage's sentence."""
+    """Disk → where it is on this host. Raises Refused with storage's sentence, or since another VM has it open."""
     if not disk_ids:
         return {}
     question = PrepareDisks(vm_id=vm_id, host_id=host_id, disk_ids=disk_ids)
     answer = await inv.core.bus.ask(PREPARE_DISKS, question, caller)
+    own = {disk.disk_id for disk in answer.disks if not (disk.shareable or disk.read_only)}
+    restored.refuse_open_elsewhere(inv, vm_id, own, "used")
     return {disk.disk_id: disk for disk in answer.disks}
 
 

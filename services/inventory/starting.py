@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 
 from msgspec.structs import replace
 
-from services.inventory import leases, model
+from services.inventory import leases, model, restored
 from services.inventory.desk import Inventory
 from services.inventory.specs import disk_ids, domain_spec, need_of
 from services.inventory.store import VMS
@@ -190,11 +190,13 @@ async def bring_up(inv: Inventory, run: Run, ask: Starting) -> None:
     if run.goes_only_forward:
         await _confirm(inv, run, ask.vm_id)
         return
+    await restored.refuse_running(inv, run, ask.vm_id)
 
     async def down() -> None:
         await _stay_down(inv, run, ask)
 
     run.undo("state", down)
+    restored.refuse_half_done(run, "no host runs this VM; start it again")
     excluded: list[str] = []
     reasons: list[str] = []
     for attempt in range(MAX_HOSTS):
@@ -244,12 +246,6 @@ async def _raised_epoch(inv: Inventory, vm_id: str) -> tuple[int, list[Change]]:
     """The epoch of the next attempt, and the changes that raise it."""
     before = await inv.store.placement(vm_id)
     row = await VMS.get(inv.core.pool, vm_id)
-    if before.state == "running":
-        raise conflict(
-            f"VM {row.public.name} runs already, under epoch {before.epoch}: its host reported it after the database "
-            "was restored; there is nothing to start",
-            epoch=before.epoch,
-        )
     epoch = await inv.store.next_epoch(before)
     return epoch, [
         inv.store.place(before, epoch=epoch, host_id="", state="starting"),
@@ -431,16 +427,9 @@ async def _confirm(inv: Inventory, run: Run, vm_id: str) -> None:
         inv.core.wake(f"claims/{vm_id}")
 
 
-def _own_epochs(run: Run) -> set[int]:
-    found = (run.recorded(f"epoch-{attempt}", int) for attempt in range(MAX_HOSTS))
-    return {epoch for epoch in found if epoch is not None}
-
-
 async def _stay_down(inv: Inventory, run: Run, ask: Starting) -> None:
     """The start failed or was cancelled: wherever it was tried, it is ended, and the VM is down."""
     placement = await inv.store.placement(ask.vm_id)
-    if placement.state == "running" and placement.epoch not in _own_epochs(run):
-        return  # a host reported it after the database was restored: it isn't this start's
     if placement.state in ("starting", "running") and placement.host_id:
         attempts = [n for n in range(MAX_HOSTS) if await inv.core.orders.exists(run.order_id(f"run-{n}"))]
         if attempts:

@@ -9,7 +9,7 @@ from typing import Any
 from msgspec import UNSET
 from msgspec.structs import replace
 
-from services.inventory import leases, model
+from services.inventory import leases, model, restored
 from services.inventory.clusters import name_taken
 from services.inventory.desk import Inventory
 from services.inventory.protection import check_restartable, check_vm_restartable
@@ -213,6 +213,8 @@ async def create(inv: Inventory, run: Run) -> None:
     """Make its disks and reserve its addresses; what fails half-way leaves nothing behind."""
     ask = run.input(CreateVm)
     vm = (await VMS.get(inv.core.pool, run.operation.object_id)).public
+    if not run.goes_only_forward:
+        await restored.refuse_running(inv, run, vm.id)
     run.undo("the VM itself", lambda: _remove(inv, vm.id))
     nics = []
     for nic in vm.nics:
@@ -391,11 +393,14 @@ async def delete(inv: Inventory, run: Run) -> None:
     if row is None:
         return
     vm = row.public
+    await restored.refuse_running(inv, run, vm.id)
 
     async def back() -> None:
         await _undelete(inv, vm.id)
 
     run.undo("deleting", back)
+    going = {disk.disk_id for disk in vm.disks if ask.delete_disks and not disk.shareable}
+    restored.refuse_open_elsewhere(inv, vm.id, going, "deleted")
     for disk in vm.disks:
         ident = disk.disk_id
         await run.step(
@@ -404,7 +409,7 @@ async def delete(inv: Inventory, run: Run) -> None:
         # The VM has lost it: from here on deleting goes on until it is done, in another operation if this one fails
         # or is cancelled.
         run.undone("deleting")
-        if ask.delete_disks and not disk.shareable:
+        if ident in going:
             await run.step(f"disk-{ident}", f"Disk {disk.name}", partial(delete_disk, inv, run, ident))
     for nic in vm.nics:
 

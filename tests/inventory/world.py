@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from services.inventory.service import service as inventory
 from tests.support.bell import Bell
@@ -34,11 +35,13 @@ from volery.contracts.domain import DomainState
 from volery.contracts.domain_orders import (
     ACT_ON_DOMAIN,
     ADMIT_MIGRATION,
+    ATTACH_DISK,
     DETACH_DISK,
     DETACH_NIC,
     FORGET_DOMAIN,
     MIGRATE_DOMAIN,
     RUN_DOMAIN,
+    SAVE_DOMAIN,
     STOP_DOMAIN,
     DomainRunning,
     DomainStopped,
@@ -105,7 +108,9 @@ class Machine:
             ADMIT_MIGRATION: self._admit,
             MIGRATE_DOMAIN: self._migrate,
             DETACH_NIC: self._act,
-            DETACH_DISK: self._act,
+            ATTACH_DISK: self._plug,
+            DETACH_DISK: self._unplug,
+            SAVE_DOMAIN: self._save,
         }
         for order, act in acts.items():
             self.agent.does(order, self._gated(order.kind, act))
@@ -157,6 +162,10 @@ class Machine:
             await self.tell(ask.vm_id, DomainState.SHUTOFF, had.epoch, "shutdown")
         return DomainStopped(vm_id=ask.vm_id)
 
+    async def _save(self, ask: Any) -> Done:
+        await self.tell(ask.vm_id, DomainState.SHUTOFF, self._epoch(ask.vm_id), "saved")
+        return Done()
+
     async def _forget(self, ask: Any) -> Done:
         if (had := self.domains.get(ask.vm_id)) is not None:
             await self.tell(ask.vm_id, DomainState.GONE, had.epoch)
@@ -164,6 +173,17 @@ class Machine:
 
     async def _act(self, ask: Any) -> Done:
         return Done()
+
+    async def _plug(self, ask: Any) -> Done:
+        self._has(ask.vm_id, {*self.domains[ask.vm_id].disk_ids, ask.disk.disk_id})
+        return Done()
+
+    async def _unplug(self, ask: Any) -> Done:
+        self._has(ask.vm_id, {*self.domains[ask.vm_id].disk_ids} - {ask.disk_id})
+        return Done()
+
+    def _has(self, vm_id: str, disk_ids: Iterable[str]) -> None:
+        self.domains[vm_id] = replace(self.domains[vm_id], disk_ids=tuple(sorted(disk_ids)))
 
     async def _admit(self, ask: Any) -> Done:
         return Done()
@@ -201,6 +221,7 @@ class Scheduler(Speaker):
     owner: Owner = Owner.SCHEDULER
     host_ids: list[str] = field(default_factory=list)
     asked: list[Place] = field(default_factory=list)
+    may_place: asyncio.Event = field(default_factory=asyncio.Event)
     confirming: Callable[[ClaimKey], None] = lambda ask: None
     """Raises what the confirmation of a claim is refused with."""
     confirm_asked: asyncio.Event = field(default_factory=asyncio.Event)
@@ -209,6 +230,7 @@ class Scheduler(Speaker):
     released: list[ReleaseVm] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.may_place.set()
         self.may_confirm.set()
         self.answers = [
             (PLACE, self._place),
@@ -219,6 +241,7 @@ class Scheduler(Speaker):
 
     async def _place(self, _: Speaker, ask: Place, caller: Caller) -> Placement:
         self.asked.append(ask)
+        await self.may_place.wait()
         fits = [h for h in self.host_ids if h not in ask.excluded_host_ids]
         if ask.target_host_id:
             fits = [h for h in fits if h == ask.target_host_id]

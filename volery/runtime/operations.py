@@ -328,6 +328,9 @@ class Operations:
                and created_at < now() - make_interval(days => $1)""",
             days,
         )
+        await self.pool.execute(
+            """delete from restored_operation r where not exists (select 1 from operation o where o.id = r.operation_id)"""
+        )
 
 
 def _ended(

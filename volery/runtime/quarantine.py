@@ -34,6 +34,10 @@ class Quarantine:
     pool: asyncpg.Pool[asyncpg.Record]
     reason: str = ""
     pending: set[str] = field(default_factory=set)
+    restored: set[str] = field(default_factory=set)
+    """Operations that were under way in a backup that was restored, also after the quarantine that followed."""
+    base: int = 0
+    """Grows with every restore."""
     on_end: list[Callable[[], None]] = field(default_factory=list)
 
     async def load(self) -> None:
@@ -41,6 +45,9 @@ class Quarantine:
         self.reason = await self.pool.fetchval("select reason from quarantine") or ""
         rows = await self.pool.fetch("select host_id from quarantine_host")
         self.pending = {row["host_id"] for row in rows}
+        self.base = await self.pool.fetchval("select base from restore_base")
+        rows = await self.pool.fetch("select operation_id from restored_operation")
+        self.restored = {row["operation_id"] for row in rows}
 
     async def begin(self, reason: str, position: int = 0) -> None:
         """Durable before anything else happens. Waits for every host that was ever heard. `position` is where the stream
@@ -50,6 +57,11 @@ class Quarantine:
                    insert into quarantine (reason) values ($1) on conflict (single) do nothing returning 1
                ), raised as (
                    update restore_base set base = greatest(base + $2, $2 + $3) where exists (select 1 from begun)
+               ), under_way as (
+                   insert into restored_operation select id from operation
+                   where state in ('pending', 'running', 'cancelling')
+                      or (state = 'failed' and position('"outcome_pending":true' in doc) > 0)
+                   on conflict do nothing
                ) insert into quarantine_host select host_id from heard_host on conflict do nothing""",
             reason,
             RAISE,

@@ -95,6 +95,12 @@ class Run:
         self.undos = [(n, a) for n, a in self.undos if n != name]
 
     @property
+    def from_backup(self) -> bool:
+        """Whether it was under way in a backup that was restored since: then more may have happened than its steps say,
+        and hosts may remember its orders."""
+        return self.id in self.operations.quarantine.restored
+
+    @property
     def goes_only_forward(self) -> bool:
         return self.row.private.only_forward
 
@@ -135,12 +141,13 @@ class Run:
         if follows is None:
             await self._end(name, kept_answer)
             return answer
-        while True:
+        while name not in self.row.private.results:
             try:
                 await self._end(name, kept_answer, await follows(answer))
             except Stale:
                 continue
             return answer
+        return await self.step(name, title, action, type_)
 
     async def write(
         self,
@@ -150,18 +157,18 @@ class Run:
         type_: type[V],
     ) -> V:
         """A step that is one commit: its answer and what it changes. Decided again when somebody changed a row first."""
-        recorded = self.recorded(name, type_)
-        if recorded is not None:
+        if (recorded := self.recorded(name, type_)) is not None:
             return recorded
         if not self._may_be_done(name):
             self.checkpoint()
-        while True:
+        while (recorded := self.recorded(name, type_)) is None:
             answer, changes = await decide()
             try:
                 await self._end(name, answer, changes, title)
             except Stale:
                 continue
             return answer
+        return recorded
 
     def recorded(self, name: str, type_: type[V]) -> V | None:
         """What a step answered, if it has ended."""
@@ -309,7 +316,8 @@ class Run:
         changes: Sequence[Change] = (),
         private: Callable[[OperationPrivate], OperationPrivate] | None = None,
     ) -> None:
-        """Write the operation, whoever else (a cancellation) wrote it meanwhile."""
+        """Write the operation, whoever else (a cancellation) wrote it meanwhile. Raises Stale when the changes don't hold
+        any more, or another leader has recorded one of these results: what it decided counts."""
         table, pool = self.operations.table, self.operations.pool
         while True:
             row = self.row
@@ -324,6 +332,9 @@ class Run:
                 if fresh.public.revision == row.public.revision:
                     raise
                 self.row = fresh
+                others = fresh.private.results.keys() - row.private.results.keys()
+                if results and results.keys() & others:
+                    raise
                 continue
             self.row = Row(replace(public(row.public), revision=row.public.revision + 1), kept)
             return

@@ -1,0 +1,353 @@
+"""What was under way in a backup doesn't go on against what the hosts have done since."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import pytest
+from msgspec.structs import replace
+
+from tests.inventory import test_leases
+from tests.inventory.world import Machine, World, found_cluster, inventory_of, surroundings, until
+from tests.support.backup import Backup, backed_up, restored
+from tests.support.speaker import Speaker
+from volery.contracts.base import Entity, Owner
+from volery.contracts.cluster import DeleteById
+from volery.contracts.domain import DomainState
+from volery.contracts.domain_orders import DETACH_DISK, FORGET_DOMAIN, RUN_DOMAIN
+from volery.contracts.errors import conflict, not_found
+from volery.contracts.health import GET_HEALTH, AskHealth
+from volery.contracts.ids import new_id
+from volery.contracts.operation import Operation, OperationState
+from volery.contracts.storage import DELETE_DISK, DetachDiskFrom, Disk
+from volery.contracts.vm import (
+    ATTACH_VM_DISK,
+    DELETE_VM,
+    DETACH_VM_DISK,
+    START_VM,
+    STOP_VM,
+    SUSPEND_VM,
+    AttachVmDisk,
+    DeleteVm,
+    DetachVmDisk,
+    NewDisk,
+    StartVm,
+    StopVm,
+    SuspendVm,
+    Vm,
+    VmStatus,
+)
+from volery.runtime.bus import Caller
+from volery.runtime.programs import Settings
+
+
+@dataclass
+class Storage(test_leases.Storage):
+    """Its own database isn't restored: what it did is what the world has."""
+
+    may_detach: asyncio.Event = field(default_factory=asyncio.Event)
+    detach_asked: asyncio.Event = field(default_factory=asyncio.Event)
+    refuses: bool = False
+    deleted: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.may_detach.set()
+        self.answers = [*self.answers, (DELETE_DISK, self._delete)]
+
+    async def _detach(self, speaker: Speaker, ask: DetachDiskFrom, caller: Caller) -> Entity:
+        self.detach_asked.set()
+        await self.may_detach.wait()
+        if self.refuses:
+            raise conflict("a test says so")
+        return await super()._detach(speaker, ask, caller)
+
+    async def _delete(self, _: Speaker, ask: DeleteById, caller: Caller) -> Operation:
+        self.deleted.append(ask.id)
+        raise not_found("disk", ask.id)
+
+
+@dataclass
+class Story:
+    """Two hosts, and a database of inventory that can be made an older one."""
+
+    world: World
+    storage: Storage
+    hosts: list[Machine] = field(default_factory=list)
+    backup: Backup = field(default_factory=dict)
+
+    def disk(self) -> Disk:
+        assert self.world.cluster is not None
+        return self.storage.disk(self.storage.domain(self.world.cluster.data_center_id, leases=False))
+
+    async def backed_up(self) -> None:
+        self.backup = await backed_up(self.world.settings.database, Owner.INVENTORY)
+
+    async def done(self, op: Operation) -> Operation:
+        ended = await self.world.ended(op)
+        assert ended.state is OperationState.SUCCEEDED, ended.problem
+        return ended
+
+    async def start(self, vm_id: str, host: Machine) -> Vm:
+        await self.done(await self.world.bus.ask(START_VM, StartVm(id=vm_id, host_id=host.id)))
+        return await self.world.get(vm_id)
+
+    async def stop(self, vm_id: str) -> None:
+        await self.done(await self.world.bus.ask(STOP_VM, StopVm(id=vm_id, force=True)))
+
+    def homes(self, vm_id: str) -> list[str]:
+        return [host.id for host in self.hosts if vm_id in host.domains]
+
+    @asynccontextmanager
+    async def restored(self) -> AsyncIterator[None]:
+        """Inventory with the database of then, once every host has reported."""
+        await restored(self.world.settings.database, Owner.INVENTORY, self.backup)
+        async with inventory_of(self.world):
+            await until(self._out_of_quarantine, "every host has reported")
+            yield
+
+    async def _out_of_quarantine(self) -> bool:
+        health = await self.world.bus.ask(GET_HEALTH[Owner.INVENTORY], AskHealth())
+        return not health.quarantine and health.log_history != self._history
+
+    _history: str = ""
+
+    async def known_history(self) -> None:
+        self._history = (await self.world.bus.ask(GET_HEALTH[Owner.INVENTORY], AskHealth())).log_history
+
+
+@asynccontextmanager
+async def story_of(configured: Settings) -> AsyncIterator[Story]:
+    storage = Storage()
+    async with surroundings(configured, storage.service()) as world:
+        yield Story(world, storage)
+
+
+@asynccontextmanager
+async def before_the_restore(story: Story) -> AsyncIterator[None]:
+    async with inventory_of(story.world):
+        await found_cluster(story.world)
+        story.hosts += [await story.world.machine(name) for name in ("h1", "h2")]
+        await story.known_history()
+        yield
+
+
+async def refused(story: Story, op: Operation) -> str:
+    """The sentence of an operation that was under way in the backup."""
+    ended = await story.world.ended(op)
+    assert ended.state is OperationState.FAILED
+    assert ended.problem is not None
+    assert "restored from a backup" in ended.problem.message
+    return ended.problem.message
+
+
+async def test_a_start_makes_no_second_copy_of_what_came_to_run_elsewhere(configured: Settings) -> None:
+    async with story_of(configured) as story:
+        world = story.world
+        async with before_the_restore(story):
+            first, second = story.hosts
+            vm = await world.vm(start=False)
+            first.held[RUN_DOMAIN.kind] = asyncio.Event()
+            first.begun.clear()
+            op = await world.bus.ask(START_VM, StartVm(id=vm.id))
+            await first.begun.wait()
+            await story.backed_up()
+            first.held.pop(RUN_DOMAIN.kind).set()
+            await story.done(op)
+            await story.stop(vm.id)
+            now = await story.start(vm.id, second)
+        async with story.restored():
+            assert "runs on host" in await refused(story, op)
+            shown = await world.vm_is(vm.id, VmStatus.UP)
+            assert (shown.host_id, shown.epoch) == (second.id, now.epoch)
+        assert story.homes(vm.id) == [second.id]
+        assert not second.agent.begun(FORGET_DOMAIN.kind)
+        assert len(first.agent.begun(RUN_DOMAIN.kind)) == 1
+
+
+@pytest.mark.parametrize("moment", ["placing", "running"])
+async def test_a_start_that_came_true_after_the_backup_stays_where_it_is(
+    configured: Settings, moment: str
+) -> None:
+    """Also when nobody had decided yet where: the scheduler may say another host the second time."""
+    async with story_of(configured) as story:
+        world = story.world
+        async with before_the_restore(story):
+            first, second = story.hosts
+            vm = await world.vm(start=False)
+            held = asyncio.Event()
+            if moment == "placing":
+                world.scheduler.may_place = held
+            else:
+                first.held[RUN_DOMAIN.kind] = held
+            asked = len(world.scheduler.asked)
+            first.begun.clear()
+            op = await world.bus.ask(START_VM, StartVm(id=vm.id))
+
+            async def under_way() -> bool:
+                return len(world.scheduler.asked) > asked and (moment == "placing" or first.begun.is_set())
+
+            await until(under_way)
+            await story.backed_up()
+            held.set()
+            await story.done(op)
+        world.scheduler.host_ids.reverse()
+        async with story.restored():
+            assert "runs on host" in await refused(story, op)
+            assert (await world.vm_is(vm.id, VmStatus.UP)).host_id == first.id
+            await first.agent.until_committed("inventory")
+        assert story.homes(vm.id) == [first.id]
+        assert not first.agent.begun(FORGET_DOMAIN.kind)
+        assert not second.agent.log
+
+
+async def test_a_start_that_no_host_knows_of_any_more_is_not_taken_for_done(configured: Settings) -> None:
+    """Its host has kept the answer to its order: "it runs". It was stopped afterwards."""
+    async with story_of(configured) as story:
+        world = story.world
+        async with before_the_restore(story):
+            first, _ = story.hosts
+            vm = await world.vm(start=False)
+            first.held[RUN_DOMAIN.kind] = asyncio.Event()
+            first.begun.clear()
+            op = await world.bus.ask(START_VM, StartVm(id=vm.id))
+            await first.begun.wait()
+            await story.backed_up()
+            first.held.pop(RUN_DOMAIN.kind).set()
+            await story.done(op)
+            await story.stop(vm.id)
+        async with story.restored():
+            assert "start it again" in await refused(story, op)
+            await world.vm_is(vm.id, VmStatus.DOWN)
+            assert story.homes(vm.id) == []
+            again = await story.start(vm.id, first)
+            assert again.epoch > vm.epoch + 1
+        assert story.homes(vm.id) == [first.id]
+
+
+async def test_memory_that_was_saved_before_the_vm_ran_again_is_forgotten(configured: Settings) -> None:
+    """It would be restored onto disks that have changed since."""
+    async with story_of(configured) as story:
+        world = story.world
+        async with before_the_restore(story):
+            first, _ = story.hosts
+            vm = await world.vm()
+            await story.done(await world.bus.ask(SUSPEND_VM, SuspendVm(id=vm.id)))
+            await story.backed_up()
+            await story.start(vm.id, first)
+            assert first.agent.begun(RUN_DOMAIN.kind)[-1].restore_path
+        async with story.restored():
+            await world.vm_is(vm.id, VmStatus.UP)
+            await story.stop(vm.id)
+            await story.start(vm.id, first)
+            assert not first.agent.begun(RUN_DOMAIN.kind)[-1].restore_path
+
+
+async def begun_deletion(story: Story, vm: Vm) -> Operation:
+    """Backed up while it is under way; then it fails, and the VM is as before."""
+    storage, bus = story.storage, story.world.bus
+    storage.may_detach.clear()
+    op = await bus.ask(DELETE_VM, DeleteVm(id=vm.id))
+    await storage.detach_asked.wait()
+    await story.backed_up()
+    storage.refuses = True
+    storage.may_detach.set()
+    assert (await story.world.ended(op)).state is OperationState.FAILED
+    storage.refuses = False
+    return op
+
+
+async def test_a_deletion_takes_nothing_from_a_vm_that_came_to_run(configured: Settings) -> None:
+    async with story_of(configured) as story:
+        world = story.world
+        async with before_the_restore(story):
+            disk = story.disk()
+            vm = await world.vm(start=False, disks=(NewDisk(disk_id=disk.id),))
+            op = await begun_deletion(story, vm)
+            await story.start(vm.id, story.hosts[0])
+        async with story.restored():
+            assert "runs on host" in await refused(story, op)
+            shown = await world.vm_is(vm.id, VmStatus.UP)
+            assert [d.disk_id for d in shown.disks] == [disk.id]
+        assert story.homes(vm.id) == [story.hosts[0].id]
+        assert (story.storage.detached, story.storage.deleted) == ([], [])
+
+
+async def test_a_deletion_deletes_no_disk_that_was_given_to_another_vm(configured: Settings) -> None:
+    async with story_of(configured) as story:
+        world = story.world
+        async with before_the_restore(story):
+            disk = story.disk()
+            vm = await world.vm(start=False, disks=(NewDisk(disk_id=disk.id),))
+            other = await world.vm()
+            op = await begun_deletion(story, vm)
+            await story.done(await world.bus.ask(DETACH_VM_DISK, DetachVmDisk(id=vm.id, disk_id=disk.id)))
+            story.storage.detached.clear()
+            await story.done(await world.bus.ask(ATTACH_VM_DISK, AttachVmDisk(id=other.id, disk_id=disk.id)))
+        async with story.restored():
+            ended = await world.ended(op)
+            assert ended.problem is not None
+            assert ended.problem.details["vm_id"] == other.id
+            assert (await world.vm_is(vm.id, VmStatus.DOWN)).disks
+        assert (story.storage.detached, story.storage.deleted) == ([], [])
+
+
+async def test_a_vm_whose_disk_another_has_open_is_not_started(configured: Settings) -> None:
+    """A VM that the restored database doesn't know."""
+    async with story_of(configured) as story:
+        world = story.world
+        async with before_the_restore(story):
+            first, second = story.hosts
+            disk = story.disk()
+            vm = await world.vm(start=False, disks=(NewDisk(disk_id=disk.id),))
+            unknown = new_id()
+            await second.tell(unknown, DomainState.RUNNING, 3)
+            second.domains[unknown] = replace(second.domains[unknown], disk_ids=(disk.id,))
+            await second.agent.report("inventory")
+            await second.agent.until_committed("inventory")
+            failed = await world.ended(await world.bus.ask(START_VM, StartVm(id=vm.id, host_id=first.id)))
+            assert failed.problem is not None
+            assert "has it open" in failed.problem.message
+            assert story.homes(vm.id) == []
+            await second.tell(unknown, DomainState.SHUTOFF, 3)
+            await second.agent.until_committed("inventory")
+            await story.start(vm.id, first)
+
+
+@pytest.mark.parametrize("restores", [1, 2])
+async def test_a_disk_is_not_free_before_its_guest_let_go_of_it_again(
+    configured: Settings, restores: int
+) -> None:
+    """It was unplugged once, and plugged in again after the backup. The host has kept its first answer."""
+    async with story_of(configured) as story:
+        world, storage = story.world, story.storage
+        async with before_the_restore(story):
+            first, _ = story.hosts
+            disk = story.disk()
+            vm = await world.vm(disks=(NewDisk(disk_id=disk.id),))
+            first.domains[vm.id] = replace(first.domains[vm.id], disk_ids=(disk.id,))
+            first.held[DETACH_DISK.kind] = asyncio.Event()
+            first.begun.clear()
+            op = await world.bus.ask(DETACH_VM_DISK, DetachVmDisk(id=vm.id, disk_id=disk.id))
+            await first.begun.wait()
+            await story.backed_up()
+            first.held.pop(DETACH_DISK.kind).set()
+            await story.done(op)
+        for _ in range(restores):
+            first.domains[vm.id] = replace(first.domains[vm.id], disk_ids=(disk.id,))
+            storage.detached.clear()
+            held = first.held[DETACH_DISK.kind] = asyncio.Event()
+            first.begun.clear()
+            async with story.restored():
+                async with asyncio.timeout(20):
+                    await first.begun.wait()
+                assert storage.detached == []
+                held.set()
+                await story.done(op)
+                assert first.domains[vm.id].disk_ids == ()
+                assert storage.detached == [disk.id]
+                assert (await world.get(vm.id)).disks == ()
+                await story.known_history()
