@@ -8,14 +8,18 @@ that knows an order by its id gives its first answer again, whatever came after 
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import partial
 
 from services.inventory.desk import Inventory
 from services.inventory.host_facts import ALIVE_STATES
 from services.inventory.store import VMS
+from volery.contracts.agent import DomainReport
 from volery.contracts.domain import DomainState
 from volery.contracts.errors import conflict
 from volery.runtime.run import Run
 
+SILENT_SECONDS = 3.0
+"""Six beats: as long as ha takes to suspect a host. What it said last must do then."""
 HAS_DISKS_OPEN = ALIVE_STATES | {DomainState.INCOMING}
 
 
@@ -52,18 +56,33 @@ def order_name(run: Run, name: str) -> str:
     return f"{name}-{run.operations.quarantine.base}" if run.from_backup else name
 
 
-def refuse_open_elsewhere(inv: Inventory, vm_id: str, disk_ids: Collection[str], what: str) -> None:
-    """Raises Refused(conflict) when a host reports that another VM has one of these disks open. A restored database may
-    know neither that VM nor that it was given the disk."""
-    for (host_id, other_id), report in inv.seen.items():
-        if other_id == vm_id or report.state not in HAS_DISKS_OPEN:
-            continue
-        for disk_id in report.disk_ids:
-            if disk_id in disk_ids:
-                raise conflict(
-                    f"disk {disk_id} can't be {what}: VM {report.name or other_id} on host {host_id} has it open, as that "
-                    "host reports. Stop that VM, or detach the disk there, first",
-                    disk_id=disk_id,
-                    vm_id=other_id,
-                    host_id=host_id,
-                )
+async def refuse_open_elsewhere(inv: Inventory, vm_id: str, disk_ids: Collection[str], what: str) -> None:
+    """Raises Refused(conflict) when another VM has one of these disks open. A restored database may know neither that VM nor
+    that it was given the disk. A host is asked first: it may have let go of the disk since it last said what it has."""
+    for host_id in {host_id for host_id, _, _ in _open_elsewhere(inv, vm_id, disk_ids)}:
+        await inv.fresh_report(host_id, partial(_is_silent, inv, host_id))
+    for host_id, other, disk_id in _open_elsewhere(inv, vm_id, disk_ids):
+        raise conflict(
+            f"disk {disk_id} can't be {what}: VM {other.name or other.vm_id} on host {host_id} has it open, as that host "
+            "reports. Stop that VM, or detach the disk there, first",
+            disk_id=disk_id,
+            vm_id=other.vm_id,
+            host_id=host_id,
+        )
+
+
+def _open_elsewhere(
+    inv: Inventory, vm_id: str, disk_ids: Collection[str]
+) -> list[tuple[str, DomainReport, str]]:
+    """Host, VM and disk, as hosts said last under boots that haven't ended."""
+    return [
+        (host_id, report, disk_id)
+        for (host_id, other_id), report in inv.seen.items()
+        if other_id != vm_id and report.state in HAS_DISKS_OPEN
+        for disk_id in report.disk_ids
+        if disk_id in disk_ids and not inv.has_ended(host_id, inv.boots.get((host_id, other_id), ""))
+    ]
+
+
+def _is_silent(inv: Inventory, host_id: str) -> bool:
+    return inv.core.beats.silent_seconds(host_id) >= SILENT_SECONDS
