@@ -16,15 +16,18 @@ from volery.client import api
 from volery.contracts.host import HostStatus
 from volery.contracts.operation import Operation
 from volery.contracts.vm import MigrationPolicy, Vm
+from volery.runtime.clock import utc_now
 from volery.setup import embedded, supervisor
 from volery.setup.down import down
-from volery.setup.programs import PROGRAMS
+from volery.setup.programs import CONTROL_PLANE, PROGRAMS
 from volery.setup.up import up
 
 Act = Callable[[Scene, Host], None]
 """Does something to the host where the survivor runs, or to the control plane."""
 ALONE_SECONDS = 30.0
 """A host that starts what is defined on it has done so within this."""
+ORDERED_SECONDS = 60.0
+"""A host that stands still is ordered off within this."""
 
 
 def lose_all(scene: Scene, host: Host) -> None:
@@ -41,6 +44,22 @@ def freeze_without_watchdog(scene: Scene, host: Host) -> None:
     """Nothing on it moves, and nothing resets it."""
     host.freeze()
     host.layout.watchdog.write_bytes(watchdog.DISARM)
+
+
+def freeze_and_kill_ha(scene: Scene, host: Host) -> None:
+    """As soon as ha has written that the host is to be switched off."""
+    since = utc_now()
+    host.freeze()
+    host_id = scene.client.find(api.HOSTS, host.name).id
+
+    def ordered() -> bool:
+        records = scene.client.list(api.FENCE_RECORDS, filter={"host_id": host_id})
+        return any(step.step == "ordered_off" and step.at > since for r in records for step in r.steps)
+
+    scene.wait(ordered, ORDERED_SECONDS, lambda: f"{host.name} to be ordered off")
+    control_plane = CONTROL_PLANE.process(plane.home_of(scene.lab))
+    assert control_plane is not None
+    os.kill(control_plane.pid, signal.SIGKILL)  # its supervisor starts it again
 
 
 def bring_back(scene: Scene, host: Host) -> None:

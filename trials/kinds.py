@@ -114,6 +114,8 @@ def settings_for(kind: Kind) -> dict[str, str]:
 
 BMC_OFF, LEASE = ProofKind.BMC_OFF, ProofKind.LEASE_EXPIRED
 FENCED_SECONDS = SILENCE_SECONDS + 15
+LEADER_SECONDS = 20.0
+"""A control plane that was killed leads again within this, and has heard its hosts."""
 
 KINDS: tuple[Kind, ...] = (
     Elsewhere(
@@ -194,6 +196,17 @@ KINDS: tuple[Kind, ...] = (
         BMC_OFF,
         order_seconds=10.0,
         share=0.0,
+        compared=False,
+    ),
+    Elsewhere(
+        "fence-interrupted",
+        "host frozen, BMC on, and ha killed as soon as it has ordered the host off",
+        faults.freeze_and_kill_ha,
+        nothing,
+        BMC_OFF,
+        order_seconds=FENCED_SECONDS + LEADER_SECONDS,
+        share=0.0,
+        fenced=True,
         compared=False,
     ),
     Elsewhere(
