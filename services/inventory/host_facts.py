@@ -129,9 +129,11 @@ async def _domain(inv: Inventory, fact: FromHost, report: DomainReport, *, full:
 
 def _is_newer(report: DomainReport, placement: PlacementRow) -> bool:
     """What a host has, than what a restored database says: also a VM that was just being started there, or that nobody
-    had decided yet where to start."""
-    starting = placement.state == "starting" and report.epoch == placement.epoch
-    return starting or report.epoch > placement.epoch
+    had decided yet where to start; or one that has arrived whole, wherever it was sent."""
+    decided = report.epoch == placement.epoch
+    starting = decided and placement.state == "starting"
+    whole = report.state is DomainState.RUNNING and not report.reason.startswith("postcopy")
+    return starting or (decided and whole and placement.state == "moving") or report.epoch > placement.epoch
 
 
 def _adopted(

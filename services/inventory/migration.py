@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from services.inventory import model
+from services.inventory import model, restored
 from services.inventory.desk import Inventory
 from services.inventory.endings import down, in_blackout
 from services.inventory.specs import domain_spec, need_of
@@ -103,6 +103,10 @@ async def migrate(inv: Inventory, run: Run) -> None:
     ask = run.input(MigrateVm)
 
     run.undo("status", lambda: _stay(inv, ask.id))
+    if (await inv.store.placement(ask.id)).state != "moving":
+        restored.refuse_half_done(
+            run, "look where the VM runs now, and migrate it again if it isn't there yet"
+        )
     moving = await run.write("epoch", "Deciding", lambda: _begin_move(inv, ask.id), Moving)
     run.undo("epoch", lambda: _give_back(inv, run, ask.id, moving))
     placed = await _choose(inv, run, ask, moving)

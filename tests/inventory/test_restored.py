@@ -27,12 +27,14 @@ from volery.contracts.vm import (
     ATTACH_VM_DISK,
     DELETE_VM,
     DETACH_VM_DISK,
+    MIGRATE_VM,
     START_VM,
     STOP_VM,
     SUSPEND_VM,
     AttachVmDisk,
     DeleteVm,
     DetachVmDisk,
+    MigrateVm,
     NewDisk,
     StartVm,
     StopVm,
@@ -127,10 +129,10 @@ async def story_of(configured: Settings) -> AsyncIterator[Story]:
 
 
 @asynccontextmanager
-async def before_the_restore(story: Story) -> AsyncIterator[None]:
+async def before_the_restore(story: Story, hosts: int = 2) -> AsyncIterator[None]:
     async with inventory_of(story.world):
         await found_cluster(story.world)
-        story.hosts += [await story.world.machine(name) for name in ("h1", "h2")]
+        story.hosts += [await story.world.machine(f"h{number + 1}") for number in range(hosts)]
         await story.known_history()
         yield
 
@@ -244,6 +246,35 @@ async def test_memory_that_was_saved_before_the_vm_ran_again_is_forgotten(config
             await story.stop(vm.id)
             await story.start(vm.id, first)
             assert not first.agent.begun(RUN_DOMAIN.kind)[-1].restore_path
+
+
+async def test_a_vm_that_has_moved_stays_where_it_arrived(configured: Settings) -> None:
+    """Nobody had decided where to; the scheduler says another host the second time."""
+    async with story_of(configured) as story:
+        world = story.world
+        async with before_the_restore(story, hosts=3):
+            _, second, third = story.hosts
+            vm = await world.vm()
+            held = world.scheduler.may_place = asyncio.Event()
+            asked = len(world.scheduler.asked)
+            op = await world.bus.ask(MIGRATE_VM, MigrateVm(id=vm.id))
+
+            async def under_way() -> bool:
+                return len(world.scheduler.asked) > asked
+
+            await until(under_way)
+            await story.backed_up()
+            held.set()
+            await story.done(op)
+            assert story.homes(vm.id) == [second.id]
+        world.scheduler.host_ids.reverse()
+        async with story.restored():
+            assert "migrate it again" in await refused(story, op)
+            assert (await world.vm_is(vm.id, VmStatus.UP)).host_id == second.id
+            await second.agent.until_committed("inventory")
+        assert story.homes(vm.id) == [second.id]
+        assert not second.agent.begun(FORGET_DOMAIN.kind)
+        assert not third.agent.log
 
 
 async def begun_deletion(story: Story, vm: Vm) -> Operation:

@@ -5,6 +5,9 @@ The waits are sanlock's own arithmetic, so one trial has everything in it that t
 
 from __future__ import annotations
 
+import contextlib
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -116,6 +119,49 @@ class Domain:
             state=self.domain_id,
         )
         return spec
+
+    def volume(self) -> DomainLease:
+        """Of a volume of one block, which is there, and the lease, which whoever writes first makes."""
+        key = new_id()
+        self.content(key).write_bytes(bytes(4096))
+        return DomainLease(lockspace=self.domain_id, key=key, path=self.path(key))
+
+    def content(self, key: str) -> Path:
+        return self.lab.shared / self.domain_id / "disks" / f"{key}.raw"
+
+    def writer(self, host: Host, lease: DomainLease, *how: str) -> list[str]:
+        """See `tests.support.writing_program`."""
+        path = self.lab.shared_on_hosts / self.domain_id / "disks" / f"{lease.key}.raw"
+        program = [sys.executable, "-m", "tests.support.writing_program", str(host.home / self.domain_id)]
+        return [*program, encode(lease).decode(), str(path), *how]
+
+    def takes(self, host: Host, lease: DomainLease, word: str) -> bytes:
+        """What was in the volume when the host began to write it; nothing while its lease is another host's."""
+        how = self.writer(host, lease, "once", word)
+        said = host.exec(how, environment={"PYTHONPATH": str(ROOT)}).stdout.strip()
+        if said.startswith("refused: "):
+            assert "another host holds it" in said, said
+            return b""
+        return bytes.fromhex(said)
+
+    @contextlib.contextmanager
+    def being_written(self, host: Host) -> Iterator[DomainLease]:
+        """A volume that a tool of this host's agent is in the middle of."""
+        lease = self.volume()
+        program = subprocess.Popen(
+            host.enter(self.writer(host, lease, "on")),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+        assert program.stdout is not None
+        try:
+            assert program.stdout.readline() == b"begun\n"
+            yield lease
+        finally:
+            program.kill()
+            program.communicate()
 
     def read(self, reader: Host, number: int) -> HostLeaseReading:
         order = ReadHostLease(
@@ -268,7 +314,8 @@ def test_a_vm_runs_where_its_lease_is(world: World) -> None:
 
 
 def test_a_lost_lease_ends_what_held_it_before_another_host_takes_it(world: World) -> None:
-    """Frozen with a watchdog (1): reset, then taken. Without (3): taken while it lives, so it proves nothing.
+    """Frozen with a watchdog (1): reset, then taken, also the volume that a tool there was writing. Without (3): taken while
+    it lives, so it proves nothing.
 
     Storage lost (2): its VM ends and the host lives on. The same with reset_host (4): the host is reset, too.
     """
@@ -281,26 +328,33 @@ def test_a_lost_lease_ends_what_held_it_before_another_host_takes_it(world: Worl
     facts = {host.number: report(host) for host in (one, three)}
     joined = {number: fact.lockspaces[0] for number, fact in facts.items()}
 
-    one.freeze()
-    three.freeze()
-    other.outside("lockspace").write_bytes(b"")  # no host can renew in it any more
-    before = {number: shared.read(two, number) for number in (1, 3)}
-    until(lambda: not runs(two, lost) or None, "the VM whose lease was lost has ended", 120)
-    assert proven(before[1], 30.0, joined[1], facts[1].ability.watchdog) is ExpiredLease.NOTHING
+    with shared.being_written(one) as volume:
+        one.freeze()
+        left = shared.content(volume.key).read_bytes()[:8]
+        assert left != bytes(8)
+        three.freeze()
+        other.outside("lockspace").write_bytes(b"")  # no host can renew in it any more
+        before = {number: shared.read(two, number) for number in (1, 3)}
+        until(lambda: not runs(two, lost) or None, "the VM whose lease was lost has ended", 120)
+        assert proven(before[1], 30.0, joined[1], facts[1].ability.watchdog) is ExpiredLease.NOTHING
 
-    until(lambda: starts(two, frozen) or None, "the frozen host's VM could be started elsewhere", 200)
-    assert ended(boots[1])
-    until(lambda: starts(two, unwatched) or None, "the other frozen host's VM, too", 60)
-    assert not ended(boots[3])
-    assert three.pids("qemu-system-x86_64")  # what a second one may not join
-    until(lambda: ended(boots[4]) or None, "the host that must not outlive its lease was reset", 60)
-    assert not ended(boots[2])
+        taken = until(lambda: shared.takes(two, volume, "two"), "the volume could be written elsewhere", 200)
+        assert ended(boots[1]), "whoever wrote it ended first"
+        assert taken == left, "nothing was written since it stood still"
+        until(lambda: starts(two, frozen) or None, "the frozen host's VM could be started elsewhere", 60)
+        until(lambda: starts(two, unwatched) or None, "the other frozen host's VM, too", 60)
+        assert not ended(boots[3])
+        assert three.pids("qemu-system-x86_64")  # what a second one may not join
+        until(lambda: ended(boots[4]) or None, "the host that must not outlive its lease was reset", 60)
+        assert not ended(boots[2])
 
-    for number, proof in ((1, ExpiredLease.NO_HOLDERS), (3, ExpiredLease.NOTHING)):
-        now = until(
-            lambda number=number: expired(world, before[number], number), "its lease is long enough unchanged"
-        )
-        assert proven(*now, joined[number], facts[number].ability.watchdog) is proof
+        for number, proof in ((1, ExpiredLease.NO_HOLDERS), (3, ExpiredLease.NOTHING)):
+            now = until(
+                lambda number=number: expired(world, before[number], number),
+                "its lease is long enough unchanged",
+            )
+            assert proven(*now, joined[number], facts[number].ability.watchdog) is proof
+        assert shared.content(volume.key).read_bytes() == b"two     " * 512
 
 
 def expired(world: World, before: HostLeaseReading, number: int) -> tuple[HostLeaseReading, float] | None:

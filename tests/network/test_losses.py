@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from datetime import UTC, datetime
 
@@ -11,6 +10,8 @@ import pytest
 from services.network import model
 from services.network.store import HostRow, HostState
 from tests.network.scripted_network import NetworkHost, Plant, plant, refusing
+from tests.support import losses
+from volery.contracts.base import Owner
 from volery.contracts.errors import Kind, Refused
 from volery.contracts.host import HostStatus
 from volery.contracts.network import UPDATE_NETWORK, Network, UpdateNetwork
@@ -20,12 +21,7 @@ from volery.runtime.programs import Settings
 
 @pytest.fixture
 def hurried(configured: Settings) -> Settings:
-    quick = {
-        "VOLERY_NETWORK_LOST_AFTER_SECONDS": "1.5",
-        "VOLERY_NETWORK_BACK_AFTER_SECONDS": "1.5",
-        "VOLERY_NETWORK_AGAIN_SECONDS": "0",
-    }
-    return dataclasses.replace(configured, environ=quick)
+    return losses.hurried(configured, Owner.NETWORK, again_seconds=0)
 
 
 async def plug(host: NetworkHost, network: Network, *, connected: bool) -> None:

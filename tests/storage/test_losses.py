@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import pytest
 
 from tests.storage.scripted_storage import Site, StorageHost, site
+from tests.support import losses
 from volery.contracts.agent import STORAGE_CHECKED
+from volery.contracts.base import Owner
 from volery.contracts.host import HostStatus
 from volery.contracts.storage import DomainStatus, StorageDomain
 from volery.runtime.programs import Settings
@@ -16,12 +17,7 @@ from volery.runtime.programs import Settings
 
 @pytest.fixture
 def hurried(configured: Settings) -> Settings:
-    quick = {
-        "VOLERY_STORAGE_LOST_AFTER_SECONDS": "1.5",
-        "VOLERY_STORAGE_BACK_AFTER_SECONDS": "1.5",
-        "VOLERY_STORAGE_AGAIN_SECONDS": "600",
-    }
-    return dataclasses.replace(configured, environ=quick)
+    return losses.hurried(configured, Owner.STORAGE, again_seconds=600)
 
 
 async def fails(host: StorageHost, domain: StorageDomain) -> None:

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
 
 from tests.storage.scripted_storage import GIB, Site, site
 from tests.storage.test_dead_leases import FREE, began, party
 from tests.storage.test_lockspaces import able, joined_by
+from volery.contracts.base import Owner
 from volery.contracts.cluster import DeleteById
 from volery.contracts.domain import DomainLease
+from volery.contracts.errors import Refused
+from volery.contracts.health import GET_HEALTH, AskHealth
 from volery.contracts.storage import (
     CREATE_DISK,
     DELETE_DISK,
@@ -19,6 +28,8 @@ from volery.contracts.storage import (
     UpdateStorageDomain,
 )
 from volery.runtime.programs import Settings
+from volery.setup.embedded import Embedded, start_nats, stop
+from volery.setup.home import Home
 
 
 def leases_of(at: Site, number: int) -> list[DomainLease | None]:
@@ -86,3 +97,62 @@ async def test_disks_keep_nobody_from_switching_leases_off(configured: Settings)
         await at.bus.ask(UPDATE_STORAGE_DOMAIN, UpdateStorageDomain(id=domain.id, leases=False))
         await at.new_disk(domain, name="d2")
         assert [lease is None for lease in leases_of(at, 0)] == [False, True]
+
+
+@contextlib.contextmanager
+def cut(nats: Embedded) -> Iterator[None]:
+    """The bus is gone, with all that was on its way; then it is back at the same address."""
+    os.kill(nats.pid, signal.SIGKILL)
+    try:
+        yield
+    finally:
+        home = Home(nats.log.parent.parent)
+        stop(home, "nats")
+        assert start_nats(home).url == nats.url
+
+
+@pytest.mark.parametrize("written", ["meanwhile", "before"])
+async def test_a_volume_is_written_after_its_lease_is_free_though_the_bus_was_cut(
+    nats: Embedded, configured: Settings, written: str
+) -> None:
+    """The host that frees it can't say so, or its word got lost: nobody else is asked, and nobody writes until it is known."""
+    async with party(configured, hosts=3) as made:
+        at = made.at
+        gates = {number: asyncio.Event() for number in (1, 2)}
+        for number, gate in gates.items():
+            at.hosts[number].held[FREE] = gate
+            at.hosts[number].agent.drop = lambda subject: subject.endswith("order_finished")
+        await made.dies(0)
+
+        async def freer() -> int:
+            return next((number for number in gates if made.asked(number)), 0)
+
+        chosen = await at.until(freer)
+        op = await at.bus.ask(
+            CREATE_DISK, CreateDisk(name="d", storage_domain_id=made.domain.id, size_bytes=GIB)
+        )
+        if written == "before":
+            gates[chosen].set()
+            await made.freed(0)
+        with cut(nats):
+            gates[chosen].set()
+            await made.freed(0)
+            assert [*leases_of(at, 1), *leases_of(at, 2)] == []
+        await at.until(lambda: reached(at))
+        await at.done(op)
+        (lease,) = [*leases_of(at, 1), *leases_of(at, 2)]
+        assert lease is not None
+        assert lease.key == op.object_id
+        assert [len(made.asked(number)) for number in gates] == [int(number == chosen) for number in gates]
+        assert at.shelf.crowded == []
+
+
+async def reached(at: Site) -> bool:
+    """Whether the bus carries questions again."""
+    if not at.bus.client.is_connected:
+        return False
+    try:
+        await at.bus.ask(GET_HEALTH[Owner.STORAGE], AskHealth(), again=False)
+    except Refused:
+        return False
+    return True
