@@ -15,7 +15,9 @@ ROUTES = (
           note="Secrets are never shown."),
     Route("PUT", "/hosts/{id}/power-management", p.SET_POWER_MANAGEMENT, POWER, "Set a host's power management",
           note="Replaces all of it, and tests it in the background: see `identity`, `test_passed` and `test_words`. "
-               "`secrets` that are left out are kept for the same agent at the same address and port.",
+               "`secrets` that are left out are kept for the same agent at the same address and port. With `kdump_addresses` "
+               "power waits while the host's crash kernel tells from there that it writes a dump; with `kdump_proves` that "
+               "is the proof of its death: only where no guest can send by that network.",
           example={"devices": [{"agent": "fence_redfish", "address": "10.0.9.7", "username": "volery",
                                 "secrets": {"password": "…"}, "options": {"ssl_insecure": "1"}}]}),
     Route("DELETE", "/hosts/{id}/power-management", p.DELETE_POWER_MANAGEMENT, POWER, "Forget a host's power management",

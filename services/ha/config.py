@@ -72,6 +72,13 @@ class HaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     soft_fence_seconds: float = 15.0
     """To restart a silent host's agent over SSH: the connection, the login and the command. With `silence_seconds` it is
     over before power is touched. 0: never."""
+    kdump_port: int = 0
+    """The UDP port on which every ha hears `fence_kdump_send` of hosts that crashed (7410 is its own default); 0: none. Only
+    hosts whose power management names `kdump_addresses` are believed."""
+    kdump_finished_seconds: float = 60.0
+    """A dump has ended this long after the last message of it: senders say something every 10 s."""
+    kdump_longest_seconds: float = 1800.0
+    """Power waits for a dump at most this long."""
     witnesses: str = ""
     """HOST:PORT of machines outside the clusters, separated by commas: when most hosts of a cluster are silent and these
     can't be reached either, ha itself is cut off. Without any, a cluster most of which is silent is left to a person."""
@@ -90,6 +97,10 @@ class HaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """It is judged this often in any case: storage and networks may have changed."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.kdump_port <= 65535:
+            raise ValueError(
+                f"kdump_port is {self.kdump_port}, but a UDP port is 1 to 65535, and 0 hears nothing"
+            )
         if self.silence_before_fence_seconds < LEAST_SILENCE_SECONDS:
             raise ValueError(
                 f"silence_before_fence_seconds is {self.silence_before_fence_seconds:g}, but never below "

@@ -8,6 +8,7 @@ from datetime import timedelta
 from msgspec.structs import replace
 
 from services.ha import executors, pauses, power, soft_fencing, store
+from services.ha.policies import kdump
 from services.ha.policies.fencing import (
     Act,
     Decision,
@@ -125,6 +126,7 @@ async def gather(ha: Ha, watch: Watch, row: PowerRow | None, record: RecordRow |
         cluster_hosts=len(expected),
         peers_tried=len(watch.peers),
         peers_answered=answered(watch.peers.values(), now),
+        dump=kdump.words(watch.dump, watch.last_sign(ha.listening_since), now, ha.config),
         soft=state_of(await soft_fencing.gather(ha, watch, now), silence, ha.config),
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-from services.ha import listening, power, soft_fencing, store
+from services.ha import kdump, listening, power, soft_fencing, store
 from services.ha.listening import TICK_SECONDS, can_ask
 from services.ha.policies.evidence import (
     DEAD,
@@ -178,9 +178,10 @@ def _differs(watch: Watch, judgement: Judgement) -> bool:
     )
 
 
-def _news(seen: Observations) -> tuple[frozenset[tuple[str, Reach]], str]:
+def _news(seen: Observations) -> tuple[frozenset[tuple[str, Reach]], str, str]:
     """What is worth telling beside a judgement when it differs."""
-    return reached(seen.peers), seen.soft.words if seen.soft is not None else ""
+    soft = seen.soft.words if seen.soft is not None else ""
+    return reached(seen.peers), soft, seen.dump.address if seen.dump is not None else ""
 
 
 def _is_new(watch: Watch, judgement: Judgement) -> bool:
@@ -266,11 +267,11 @@ def _still_proven(ha: Ha, watch: Watch, judgement: Judgement) -> bool:
 
 
 async def _lied(ha: Ha, old: HostLiveness, judgement: Judgement) -> list[Change]:
-    """The end of trust in a BMC that said off while the host lived."""
-    if not judgement.voided or old.proof is None or old.proof.kind is not ProofKind.BMC_OFF:
-        return []
-    row = await store.POWER.find(ha.core.pool, old.id)
-    return [] if row is None else [power.lied(row)]
+    """The end of trust in a BMC that said off, or in a network that told of a dump, while the host lived."""
+    lies = {ProofKind.BMC_OFF: power.lied, ProofKind.KDUMP: kdump.lied}
+    lied = lies.get(old.proof.kind) if judgement.voided and old.proof is not None else None
+    row = await store.POWER.find(ha.core.pool, old.id) if lied is not None else None
+    return [] if lied is None or row is None else [lied(row)]
 
 
 def _proof(watch: Watch, old: HostLiveness, judgement: Judgement, at: datetime) -> Proof | None:

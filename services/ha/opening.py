@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nats.aio.client import Client
 
-from services.ha import listening
+from services.ha import kdump, listening
 from services.ha.config import HaConfig
 from services.ha.state import Ha
 from volery.contracts.metrics import BEAT_SUBJECT
@@ -41,6 +41,7 @@ async def open_ha(core: Core) -> AsyncIterator[Ha]:
         listening.anew(ha)
         following = asyncio.create_task(listening.follow(ha))
         stack.push_async_callback(end, [following])
+        await stack.enter_async_context(kdump.listening(ha))
         yield ha
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
-from services.ha import store
+from services.ha import kdump, store
 from services.ha.policies.fencing import brake_limit
 from services.ha.state import Ha
 from services.ha.store import PAUSES
@@ -159,6 +159,7 @@ async def get_fencing(ha: Ha, ask: AskFencing, caller: Caller) -> Fencing:
         pauses=tuple([row.public for row in await PAUSES.where(pool)]),
         brakes=tuple([await _brake(ha, each, since) for each in await store.braked_clusters(pool, since)]),
         held=tuple(await store.silent_hosts(pool)),
+        kdump=kdump.listener(ha),
     )
 
 

@@ -11,7 +11,8 @@ from typing import Any
 from msgspec import UNSET
 from msgspec.structs import replace
 
-from services.ha import executors, store
+from services.ha import executors, kdump, store
+from services.ha.policies import kdump as rules_of_kdump
 from services.ha.policies import power as rules
 from services.ha.policies.evidence import Reading
 from services.ha.state import Ha
@@ -94,6 +95,9 @@ async def _set_power(ha: Ha, ask: SetPowerManagement, caller: Caller) -> Any:
             for new, device in zip(ask.devices, devices, strict=True)
         ]
     )
+    addresses = rules_of_kdump.check_addresses(
+        ask.kdump_addresses, proves=ask.kdump_proves, taken=await kdump.taken(ha, ask.id)
+    )
     now = utc_now()
     made = PowerManagement(
         id=ask.id,
@@ -105,6 +109,8 @@ async def _set_power(ha: Ha, ask: SetPowerManagement, caller: Caller) -> Any:
         enabled=ask.enabled,
         together=ask.together,
         devices=devices,
+        kdump_addresses=addresses,
+        kdump_proves=ask.kdump_proves,
     )
     private = PowerPrivate(secrets=sealed)
     change = POWER.insert(made, private) if row is None else POWER.update(row, made, private)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -12,6 +12,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from services.ha.config import HaConfig
+from services.ha.policies.kdump import Ignored, Source
 from services.ha.policies.leases import Watched
 from services.ha.watch import Watch
 from volery.contracts.metrics import Beat
@@ -54,6 +55,18 @@ class LeaseWatch:
 
 
 @dataclass(slots=True)
+class Dumps:
+    """What this replica hears of crash kernels."""
+
+    sources: dict[str, Source | None] = field(default_factory=dict)
+    """By address; None: two hosts name it."""
+    heard: int = 0
+    """Messages that counted."""
+    ignored: Counter[Ignored] = field(default_factory=Counter)
+    last_ignored: str = ""
+
+
+@dataclass(slots=True)
 class Ha:
     core: Core
     vault: Vault
@@ -93,6 +106,7 @@ class Ha:
     """Silent host → what is read of its leases."""
     witnessed: tuple[float, bool] = (float("-inf"), True)
     """When witnesses were last asked, and whether they answered."""
+    dumps: Dumps = field(default_factory=Dumps)
 
     @property
     def config(self) -> HaConfig:

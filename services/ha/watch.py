@@ -14,6 +14,7 @@ from services.ha.policies.evidence import (
     Reading,
     Sign,
 )
+from services.ha.policies.kdump import Dump
 from services.ha.policies.peers import Peer
 from services.ha.policies.soft_fencing import Tried
 from volery.contracts.fencing import PowerState
@@ -74,8 +75,10 @@ class Watch:
     """What came of restarting its agent over SSH, since the last beat."""
     soft_begun: float | None = None
     soft_running: bool = False
-    announced: tuple[frozenset[tuple[str, Reach]], str] = (frozenset(), "")
-    """How far each peer got, and what came of soft fencing, as was last written."""
+    dump: Dump | None = None
+    """What its crash kernel said, since the last beat."""
+    announced: tuple[frozenset[tuple[str, Reach]], str, str] = (frozenset(), "", "")
+    """How far each peer got, what came of soft fencing, and from where a dump is told, as was last written."""
 
     def seen(self, listening_since: float, now: float, confirmed: Confirmed | None = None) -> Observations:
         """Everything in seconds before now, to the microsecond: as evidence is dated, so that judging it again later
@@ -118,6 +121,9 @@ class Watch:
             proof=Held(ago(proof.at), proof.boot_id, proof.kind, proof.details)
             if proof is not None
             else None,
+            dump=with_fields(self.dump, first_at=ago(self.dump.first_at), at=ago(self.dump.at))
+            if self.dump is not None
+            else None,
             soft=with_fields(self.soft, at=ago(self.soft.at)) if self.soft is not None else None,
             peers=tuple(with_fields(peer, at=ago(peer.at)) for _, peer in sorted(self.peers.items())),
         )
@@ -137,7 +143,7 @@ class Watch:
         self.beat, self.beat_at = beat, now
         self.off_first = None
         self.peers.clear()
-        self.soft = None
+        self.soft = self.dump = None
 
     def admit(self) -> None:
         """Of what was heard while every journal was believed, only the admitted one's beats are the host's own."""

@@ -195,6 +195,11 @@ ROWS = (
     ),
     Row(f"{SET} --keep-password --disabled", p.SET_POWER_MANAGEMENT, {"enabled": False}),
     Row(
+        f"{SET} --keep-password --kdump-address 10.0.8.7 --kdump-address fd00::7 --kdump-proves",
+        p.SET_POWER_MANAGEMENT,
+        {"kdump_addresses": ("10.0.8.7", "fd00::7"), "kdump_proves": True},
+    ),
+    Row(
         "host power-management set h1 --file -",
         p.SET_POWER_MANAGEMENT,
         {"together": True, "devices": (device(secrets={}), device(address="bmc2", secrets={}))},

@@ -24,6 +24,7 @@ from services.ha.policies.evidence import (
     is_storm,
     judge,
 )
+from services.ha.policies.kdump import Dump, Source, heard
 from services.ha.policies.peers import Peer
 from services.ha.policies.replay import evidence_of, replay
 from services.ha.watch import Watch
@@ -96,6 +97,10 @@ def silent(beat: float = -60, **more: Any) -> Observations:
     return dataclasses.replace(seen(NON_RESPONSIVE, NOW + beat), **more)
 
 
+def dump(first: float, last: float, *, trusted: bool = True) -> Dump:
+    return Dump(NOW + first, NOW + last, trusted, "10.0.8.7")
+
+
 HELD = Held(NOW - 5, B1, ProofKind.BMC_OFF)
 
 
@@ -136,6 +141,16 @@ HELD = Held(NOW - 5, B1, ProofKind.BMC_OFF)
         (silent(lease=Lease(NOW - 1, B1, True, False)), None, "", NON_RESPONSIVE),
         (silent(lease=Lease(NOW - 1, B1, False, True)), None, "", NON_RESPONSIVE),
         (silent(-0.5, lease=Lease(NOW - 1, B1, True, True)), None, "", UP),
+        # A dump that is told twice, by a network that no guest can send by
+        (silent(dump=dump(-9, -1)), ProofKind.KDUMP, B1, DEAD),
+        (silent(dump=dump(-3, -1.001)), None, "", NON_RESPONSIVE),
+        (silent(dump=dump(-9, -1, trusted=False)), None, "", NON_RESPONSIVE),
+        (silent(-9.5, dump=dump(-9, -1)), ProofKind.KDUMP, B1, DEAD),
+        (silent(-8, dump=dump(-9, -1)), None, "", NON_RESPONSIVE),
+        (silent(dump=dump(-9, -1), connected_at=NOW - 5), None, "", NON_RESPONSIVE),
+        (silent(dump=dump(-9, -1), listening_since=NOW - 5), None, "", NON_RESPONSIVE),
+        (silent(dump=dump(-9, -1), boot_id=""), None, "", NON_RESPONSIVE),
+        (silent(-1, proof=Held(NOW - 5, B1, ProofKind.KDUMP), state=DEAD), None, "", UP),
         # What was proven stays so until it shows signs of life
         (silent(proof=HELD, state=DEAD), ProofKind.BMC_OFF, B1, DEAD),
         (silent(proof=HELD, state=DEAD, connected_at=NOW - 0.1), ProofKind.BMC_OFF, B1, DEAD),
@@ -209,6 +224,7 @@ observations = st.builds(
     off_first=readings,
     reading=readings,
     person=st.none() | st.builds(Confirmed, st.floats(NOW - 30, NOW), boots),
+    dump=st.none() | st.builds(Dump, st.floats(NOW - 30, NOW), st.floats(NOW - 30, NOW), st.booleans()),
     lease=st.none() | st.builds(Lease, st.floats(NOW - 30, NOW), boots, st.booleans(), st.booleans()),
     proof=st.none() | st.builds(Held, st.floats(NOW - 30, NOW), boots, st.sampled_from(list(ProofKind))),
 )
@@ -251,6 +267,12 @@ def test_no_death_without_proof_and_none_against_a_sign_of_life(observed: Observ
         assert last.trusted
         assert last.at - first.at >= 2
         assert first.at > observed.listening_since
+    if proof.kind is ProofKind.KDUMP and proof != observed.proof:
+        told = observed.dump
+        assert told is not None
+        assert told.trusted
+        assert told.at - told.first_at >= 2
+        assert told.first_at > observed.listening_since
 
 
 def summary(found: Judgement) -> tuple[LivenessState, ProofKind | None, str]:
@@ -324,6 +346,7 @@ steps = st.lists(
                 "deaf",
                 "lease",
                 "tried",
+                "dumps",
             ]
         ),
         st.floats(0.01, 20.0),
@@ -355,6 +378,9 @@ def test_every_judgement_follows_from_what_was_announced(happened: list[tuple[st
             watch.person = Confirmed(history.now, watch.boot_id, "user:ann")
         elif what == "lease":
             watch.lease = Lease(history.now, watch.boot_id, expired=True, watchdog_passed=True)
+        elif what == "dumps":
+            source, since = Source("h", True), watch.last_sign(history.listening)
+            watch.dump = heard(watch.dump, history.now, "10.0.8.7", source, since, CONFIG)
         elif what == "tried":
             watch.hear_peer("p", Peer(history.now, "host p", Reach.ANSWERS))
         else:

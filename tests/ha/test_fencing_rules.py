@@ -86,6 +86,7 @@ HELD = [
     ("cut_off", replace(SILENT, cut_off=True)),
     ("storm", replace(SILENT, storm=True)),
     ("start", replace(SILENT, leading=299.0)),
+    ("dumping", replace(SILENT, dump="it crashed")),
     ("connectivity_broken", replace(SILENT, policy=BROKEN_50, broken_hosts=2, cluster_hosts=4)),
     ("lease_alive", replace(SILENT, policy=SPARE_LEASED, lease_alive=True)),
     ("peers_answer", replace(SILENT, policy=SPARE_ANSWERING, peers_tried=2, peers_answered=1)),

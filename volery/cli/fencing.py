@@ -68,6 +68,13 @@ def set_power(
         Path | None, typer.Option(help="JSON of the whole, for several devices; - is stdin.")
     ] = None,
     enabled: Annotated[bool, typer.Option("--enabled/--disabled")] = True,
+    kdump_address: Annotated[
+        list[str] | None, typer.Option(help="From which its crash kernel sends fence_kdump messages.")
+    ] = None,
+    kdump_proves: Annotated[
+        bool,
+        typer.Option("--kdump-proves", help="No guest can send by that network: a dump proves its death."),
+    ] = False,
     output_format: Output = Format.TABLE,
 ) -> None:
     """Set one device, or several from a file. It is tested at once."""
@@ -89,7 +96,13 @@ def set_power(
                 options=_options(option or []),
                 secrets=secrets,
             )
-            question = SetPowerManagement(id=host.id, devices=(device,), enabled=enabled)
+            question = SetPowerManagement(
+                id=host.id,
+                devices=(device,),
+                enabled=enabled,
+                kdump_addresses=tuple(kdump_address or ()),
+                kdump_proves=kdump_proves,
+            )
         request = Request("PUT", f"hosts/{host.id}/power-management", PowerManagement, body_of(question))
         output.show(client.send(request), output_format)
 
@@ -223,6 +236,8 @@ def show_fencing(output_format: Output = Format.TABLE) -> None:
         brakes = ("cluster_id", "hosts", "ordered_off", "limit", "window_seconds")
         output.show(list(found.brakes), output_format, brakes)
         output.show(list(found.held), output_format, ("host_name", "state", "fencing"))
+        if found.kdump is not None:
+            output.show([found.kdump], output_format, ("port", "heard", "ignored", "last_ignored"))
 
 
 @fencing.command()

@@ -28,7 +28,7 @@ class Evidence(Message):
     kind: str
     """beat, former_beat, stranger_beat, silence, disconnected, connected, new_boot, report, listening (since when ha
     hears everything), bmc_off_first, bmc, person, lease, peer (one of each host that tried it), soft_fence,
-    proof (held before)"""
+    kdump_first and kdump (the first and the newest message of its crash kernel), proof (held before)"""
     at: datetime
     """The observer's clock."""
     details: str = ""
@@ -37,9 +37,9 @@ class Evidence(Message):
     power: str = ""
     """What a BMC said: on, off, unknown."""
     trusted: bool = False
-    """Of a BMC's word: it was known to be this host's when it was asked."""
+    """Of a BMC's word: it was known to be this host's when it was asked. Of a crash kernel's: no guest can have sent it."""
     by: str = ""
-    """Who asked the BMC, who confirmed, or who tried it."""
+    """Who asked the BMC, who confirmed, or who tried it; from where a crash kernel spoke."""
     reached: str = ""
     """How far a peer got: nothing, taken (a connection without a word), answers. Of soft_fence: answers if the agent was
     restarted."""
@@ -54,6 +54,9 @@ class ProofKind(StrEnum):
     """Its storage lease expired and the time of its watchdog has passed."""
     NEW_BOOT = "new_boot"
     """Its authenticated agent reports another boot."""
+    KDUMP = "kdump"
+    """Its crash kernel said twice, at least 2 s apart and after the last sign of life, that it writes a dump, by a network
+    that is closed to guests."""
     PERSON = "person"
     """An administrator confirmed that it is off, or was rebooted."""
 

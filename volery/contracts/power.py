@@ -64,6 +64,10 @@ class PowerManagement(Entity):
     test_passed: bool = False
     test_words: str = ""
     """What the devices, or the agents that asked them, said."""
+    kdump_addresses: tuple[str, ...] = ()
+    """IP addresses from which its crash kernel sends `fence_kdump` messages: while they come power waits."""
+    kdump_proves: bool = False
+    """No guest can send from these addresses: a dump that is told twice proves that the boot has ended."""
 
 
 class SetPowerManagement(Message):
@@ -74,6 +78,9 @@ class SetPowerManagement(Message):
     if_revision: int = 0
     enabled: bool = True
     together: bool = False
+    kdump_addresses: tuple[str, ...] = ()
+    kdump_proves: bool = False
+    """Say so only of a network that no VM and no stranger can send by: whoever can fakes a death, and VMs run twice."""
 
 
 class TestPowerManagement(Message):
@@ -212,6 +219,18 @@ class Brake(Message):
     window_seconds: float
 
 
+class KdumpListener(Message):
+    """What the replica that answers heard of crash kernels, since it began."""
+
+    port: int
+    heard: int = 0
+    """Messages that counted."""
+    ignored: dict[str, int] = {}
+    """By reason: wrong_size, wrong_magic, unknown_version, unknown_address, address_of_two_hosts."""
+    last_ignored: str = ""
+    """From where, and why."""
+
+
 class AskFencing(Message):
     """How things are with fencing."""
 
@@ -222,6 +241,8 @@ class Fencing(Message):
     """Of clusters in which something was ordered off lately."""
     held: tuple[HostLiveness, ...] = ()
     """Silent hosts without proof of death; `fencing` says what is being done, or why nothing is."""
+    kdump: KdumpListener | None = None
+    """None where ha hears no crash kernels (VOLERY_HA_KDUMP_PORT)."""
 
 
 GET_POWER_MANAGEMENT = Call("ha.power.get", GetById, PowerManagement)

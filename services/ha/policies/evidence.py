@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from services.ha.config import HaConfig
+from services.ha.policies import kdump
+from services.ha.policies.kdump import Dump
 from services.ha.policies.peers import Peer
 from services.ha.policies.soft_fencing import Tried
 from volery.contracts.fencing import PowerState
@@ -48,6 +50,8 @@ class Kind(StrEnum):
     PEER = "peer"
     """One of each peer that tried it."""
     SOFT_FENCE = "soft_fence"
+    KDUMP_FIRST = "kdump_first"
+    KDUMP = "kdump"
     PROOF = "proof"
 
 
@@ -132,6 +136,8 @@ class Observations:
     """What other hosts found that tried it. Nothing is concluded from it."""
     soft: Tried | None = None
     """What came of restarting its agent over SSH. Nor from this."""
+    dump: Dump | None = None
+    """Its crash kernel writes a dump."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +159,7 @@ def judge(seen: Observations, config: HaConfig, now: float) -> Judgement:
     if booted is not None:
         held = booted
     elif held is None or held.boot_id != seen.boot_id:
-        held = _off(seen) or _confirmed(seen) or _expired(seen) or held
+        held = _off(seen) or _dumped(seen) or _confirmed(seen) or _expired(seen) or held
     boot = _boot(seen, held)
     if held is not None and held.boot_id == boot:
         return Judgement(DEAD, held, boot, voided)
@@ -211,6 +217,17 @@ def _off(seen: Observations) -> Held | None:
         return None
     details = f"its BMC said off twice, {last.at - first.at:.1f} s apart"
     return Held(last.at, seen.boot_id, ProofKind.BMC_OFF, f"{details}, to {last.by}" if last.by else details)
+
+
+def _dumped(seen: Observations) -> Held | None:
+    """A kernel that writes a dump runs no guests, and was started by the crash of the one that did."""
+    dump = seen.dump
+    if dump is None or not dump.trusted or not seen.boot_id:
+        return None
+    if dump.first_at <= _last_sign(seen) or dump.at - dump.first_at < kdump.APART_SECONDS:
+        return None
+    details = f"it crashed: its crash kernel said twice, {dump.at - dump.first_at:.1f} s apart, that it writes a dump"
+    return Held(dump.at, seen.boot_id, ProofKind.KDUMP, f"{details}, from {dump.address}")
 
 
 def _confirmed(seen: Observations) -> Held | None:

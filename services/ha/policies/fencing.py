@@ -117,6 +117,8 @@ class Silent:
     """Those of them that a program of it answered a short while ago."""
     soft: SoftState = SoftState.NONE
     """Of restarting its agent over SSH."""
+    dump: str = ""
+    """It crashed and writes its dump: until when power waits for that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +182,7 @@ HOLDS: tuple[Hold, ...] = (
     Hold("storm", lambda s, c: s.storm, "most hosts fell silent at once: ha waits before it believes it"),
     Hold("start", lambda s, c: s.leading < c.start_hold_seconds,
          "ha, or its leader, started a short while ago: hosts may be starting, too"),
+    Hold("dumping", lambda s, c: bool(s.dump), "{dump}"),
     Hold("connectivity_broken", _spares(lambda s, p: is_connectivity_broken(s.broken_hosts, s.cluster_hosts, p)),
          "{broken} of the {hosts} hosts of its cluster are silent, and its fencing policy switches nothing off from "
          "{percent} % on: look at the network, then confirm the hosts that are off"),
@@ -230,6 +233,7 @@ def _say(sentence: str, silent: Silent) -> str:
     text = sentence.format(
         paused=silent.paused,
         quarantine=silent.quarantine,
+        dump=silent.dump,
         words=words or "no reason given",
         broken=silent.broken_hosts,
         hosts=silent.cluster_hosts,

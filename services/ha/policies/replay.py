@@ -18,6 +18,7 @@ from services.ha.policies.evidence import (
     Sign,
     judge,
 )
+from services.ha.policies.kdump import Dump
 from services.ha.policies.peers import Peer
 from services.ha.policies.soft_fencing import Tried
 from volery.contracts.fencing import PowerState
@@ -68,6 +69,9 @@ def evidence_of(seen: Observations, judged_at: datetime, reason: str = "") -> tu
     if seen.soft is not None:
         worked = str(Reach.ANSWERS if seen.soft.worked else Reach.NOTHING)
         note(Kind.SOFT_FENCE, seen.soft.at, details=seen.soft.words, reached=worked)
+    if (dump := seen.dump) is not None:
+        for kind, moment in {Kind.KDUMP_FIRST: dump.first_at, Kind.KDUMP: dump.at}.items():
+            note(kind, moment, trusted=dump.trusted, by=dump.address)
     for peer in seen.peers:
         note(Kind.PEER, peer.at, details=peer.words, by=peer.name, reached=str(peer.reach))
     if seen.proof is not None:
@@ -111,6 +115,7 @@ def observed(before: HostLiveness | None, after: HostLiveness) -> Observations:
         lease=_lease(newest, at(Kind.LEASE)),
         proof=_held(before, at(Kind.PROOF)),
         soft=_tried(newest, at(Kind.SOFT_FENCE)),
+        dump=_dump(newest, at(Kind.KDUMP_FIRST), at(Kind.KDUMP)),
         peers=tuple(_peer(e, judged_at) for e in after.evidence if e.kind == Kind.PEER),
     )
 
@@ -120,6 +125,13 @@ def _tried(newest: dict[str, Evidence], at: float | None) -> Tried | None:
         return None
     said = newest[Kind.SOFT_FENCE]
     return Tried(at, said.reached == Reach.ANSWERS, said.details)
+
+
+def _dump(newest: dict[str, Evidence], first_at: float | None, at: float | None) -> Dump | None:
+    if first_at is None or at is None:
+        return None
+    said = newest[Kind.KDUMP]
+    return Dump(first_at, at, said.trusted, said.by)
 
 
 def _peer(said: Evidence, judged_at: datetime) -> Peer:

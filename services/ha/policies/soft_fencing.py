@@ -24,6 +24,7 @@ HOLDS = frozenset(
         "cut_off",
         "storm",
         "start",
+        "dumping",
     }
 )
 """Rules of `policies/fencing.py` that keep ha away altogether; the others are about power only."""

@@ -1,0 +1,47 @@
+"""What a host of the tier is started with, without starting one: that takes minutes, and `python -m vm_tier` does it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from host_agent.config import AgentConfig
+from vm_tier.image import Image
+from vm_tier.machine import Machine
+from vm_tier.site import AGENT
+from volery.setup.programs import REPOSITORY
+
+
+def machine(number: int, directory: Path) -> Machine:
+    return Machine(number, directory, Image(directory / "image"), "10.111.77", "vvt")
+
+
+def test_two_hosts_are_two_machines(tmp_path: Path) -> None:
+    """The same machine id on both would give their bridges one MAC, and no traffic."""
+    first, second = (machine(number, tmp_path).command(tmp_path / "disk") for number in (1, 2))
+    for option in ("-uuid", "-device", "-pidfile", "-append"):
+        assert first[first.index(option) + 1] != second[second.index(option) + 1]
+    kernel = first[first.index("-append") + 1].split()
+    assert "ip=10.111.77.1::10.111.77.254:255.255.255.0:hv1:eth0:none" in kernel
+    assert f"systemd.machine_id={first[first.index('-uuid') + 1].replace('-', '')}" in kernel
+
+
+def test_a_process_that_took_the_number_of_a_dead_host_is_not_killed(tmp_path: Path) -> None:
+    one = machine(1, tmp_path)
+    assert one.pid is None
+    one.pid_file.write_text(str(os.getpid()))
+    assert one.pid is None
+    one.kill()
+    one.pid_file.write_text("")
+    assert one.pid is None
+
+
+def test_the_unit_restarts_the_agent_and_leaves_virtual_machines_alone() -> None:
+    text = (REPOSITORY / "deploy" / AGENT).read_text()
+    keys = dict(line.split("=", 1) for line in text.splitlines() if "=" in line and not line.startswith("#"))
+    assert keys["KillMode"] == "mixed"
+    assert keys["Restart"] == "always"
+    assert keys["ExecStart"] == "/opt/volery/.venv/bin/python -m host_agent"
+    # A stop of the host gives guests their time: the stop time of a unit is 90 s.
+    assert "TimeoutStopSec" not in keys
+    assert AgentConfig().shutdown_guests_seconds < 90

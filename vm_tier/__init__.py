@@ -1,0 +1,1 @@
+"""Hosts that are whole machines: Debian under its own systemd, kernel, sanlock and NFS, in QEMU without KVM."""
