@@ -102,6 +102,7 @@ PROMISES: dict[str, Focus] = {
     "most cut": _promised(doubts.most_are_cut, harmless=True, hosts=4),
     "one after another": _promised(doubts.hang_one_after_another, hosts=6),
     "fact lost": _promised(losses.fact_is_lost),
+    "stream lost": _promised(losses.stream_is_lost),
     "dies in the middle": _promised(losses.dies_in_the_middle),
     "new disk": _promised(losses.comes_back_with_a_new_disk),
     "without libvirtd": _promised(losses.boots_without_libvirt),

@@ -12,7 +12,17 @@ from sim.hypervisor import FINISH_SECONDS
 from sim.letters import Letters
 from sim.machines import HostMachine
 from sim.oracle import Wish
-from sim.overtaken import another, booted, ended_in_time, runs_on, some_vm, started, stopped, succeeds
+from sim.overtaken import (
+    another,
+    booted,
+    domains_of,
+    ended_in_time,
+    run_on,
+    some_vm,
+    started,
+    stopped,
+    succeeds,
+)
 from sim.postgres import Snapshot
 from sim.promises import (
     CRASH_SECONDS,
@@ -42,6 +52,8 @@ from volery.runtime.relay import stream_name
 
 SENT_SECONDS = 0.3
 """After something happened on a host: its agent has told it."""
+SAID_SECONDS = 1.0
+"""After something happened on a host: inventory has written it, and said so."""
 SETTLED_SECONDS = 60.0
 """After a restore: hosts have reported, and whatever inventory concludes from it is done."""
 STREAM = stream_name(Owner.INVENTORY)
@@ -82,6 +94,30 @@ async def fact_is_lost(scene: Scene) -> None:
         world.reached.add("more was told at once")
         crash(world, host, vm_id)
     await run_again(world, vm_ids, CRASH_SECONDS, "it crashed, and the fact of it was lost once")
+
+
+async def stream_is_lost(scene: Scene) -> None:
+    """Inventory has said that a VM crashed, and NATS loses its store before ha, which stands still, has heard it."""
+    world, host = scene.world, busy_host(scene, scene.world.hosts.values())
+    if host is None:
+        return
+    vm_id = some_vm(scene, host)
+    heedless = [each for each in world.replicas.values() if each.name.startswith("ha")]
+    world.note("ha is paused")
+    world.trouble("", 1)
+    for replica in heedless:
+        replica.pause()
+    crash(world, host, vm_id)
+    await asyncio.sleep(SAID_SECONDS)
+    world.server.stop()
+    world.server.jetstream.lose()
+    await scene.last("", "NATS away, its store lost", scene.seconds(1, 5))
+    world.server.start()
+    for replica in heedless:
+        replica.go_on()
+    world.trouble("", -1)
+    world.note("ha goes on")
+    await run_again(world, [vm_id], CRASH_SECONDS, "it crashed, and inventory's stream was lost")
 
 
 async def _is_told(
@@ -201,14 +237,14 @@ async def moved_since_the_backup(scene: Scene) -> None:
         return
     vm_id = some_vm(scene, host)
     world.guests[vm_id].migration_seconds = 0.6
-    everything = [each for each in world.vms.values() if world.oracle.running.get(each)]
     backup = world.database.snapshot()
     for _ in range(scene.chance.choice((1, 2, 2, 3))):
         if not await succeeds(world, "migrate", MIGRATE_VM, MigrateVm(id=vm_id, timeout_seconds=60)):
             return
     there = next(world.hosts[name] for name in world.oracle.running[vm_id])
+    domains = domains_of(world, world.vms.values())
     await _restored(scene, backup, scene.chance.choice((there, None)))
-    await runs_on(world, everything, SETTLED_SECONDS, "an older database ends nothing that runs")
+    await run_on(world, domains, SETTLED_SECONDS, "an older database ends nothing that runs")
 
 
 async def started_since_the_backup(scene: Scene) -> None:
@@ -227,8 +263,9 @@ async def started_since_the_backup(scene: Scene) -> None:
     world.oracle.asked(vm_id, -1)
     if not await started(world, vm_id, scene.chance.choice((host, another(scene, host)))):
         return
+    domains = domains_of(world, [vm_id])
     await _restored(scene, backup)
-    await runs_on(world, [vm_id], SETTLED_SECONDS, "it was started since the backup")
+    await run_on(world, domains, SETTLED_SECONDS, "it was started since the backup")
     world.oracle.want(vm_id, Wish.ANY)
 
 
@@ -271,6 +308,7 @@ async def source_dies_after_the_move(scene: Scene) -> None:
     await finishes
     world.at_phase.remove(at)
     await asyncio.sleep(FINISHED_SECONDS)
+    domains = domains_of(world, [vm_id])
     world.note(f"{host.name}: no power")
     world.trouble(host.name, 1)
     host.lose_power()
@@ -278,7 +316,7 @@ async def source_dies_after_the_move(scene: Scene) -> None:
     await ended_in_time(world, begun, f"{host.name} died")
     if world.oracle.violations:
         return
-    await runs_on(world, [vm_id], STOP_SECONDS, f"it had left {host.name} when that died")
+    await run_on(world, domains, STOP_SECONDS, f"it had left {host.name} when that died")
     host.power_on()
     await booted(world, host)
 
@@ -301,12 +339,11 @@ async def destination_ends(scene: Scene) -> None:
     target = await copies
     world.at_phase.remove(at)
     await asyncio.sleep(scene.chance.uniform(0, 3))
+    domains = domains_of(world, [vm_id])
     world.note(f"{target.name}: what waits there for the migration ends")
     target.daemon.end(target.daemon.domains[vm_id], "failed")
     await ended_in_time(world, begun, "its destination ended it")
-    await runs_on(world, [vm_id], STOP_SECONDS, "a migration that fails leaves it where it was")
-    if world.oracle.running[vm_id] and host.name not in world.oracle.running[vm_id]:
-        world.oracle.broken(f"a migration failed, and its VM runs no longer on {host.name}")
+    await run_on(world, domains, STOP_SECONDS, "a migration that fails leaves it where it was")
 
 
 async def stop_of_a_silent_host(scene: Scene) -> None:
@@ -330,8 +367,10 @@ async def stop_of_a_silent_host(scene: Scene) -> None:
     world.server.mend(host.link)
     bmc.reachable = True
     world.trouble(host.name, -1)
-    await asyncio.sleep(SETTLED_SECONDS)
+    await asyncio.sleep(BACK_SECONDS)
+    vm = await world.ask(GET_VM, GetById(id=vm_id))
     if wanted is DesiredState.DOWN and world.oracle.running[vm_id]:
         world.oracle.broken(
-            f"a VM is wanted down, and runs {SETTLED_SECONDS:.0f} s after {host.name} came back"
+            f"{vm.name} is {vm.status} and wanted {vm.desired}, busy with {vm.busy_with or 'nothing'}, and runs"
+            f" {BACK_SECONDS:.0f} s after {host.name} came back"
         )

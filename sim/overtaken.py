@@ -6,6 +6,7 @@ Everything else is well meanwhile, so whatever people ask for must succeed.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from typing import Any
 
 from sim import letters
@@ -14,9 +15,11 @@ from sim.letters import Letters
 from sim.machines import HostMachine
 from sim.oracle import Wish
 from sim.promises import PROMISED_SECONDS, busy_host, managed, on_host
+from sim.qemu import Domain
 from sim.world import World
 from volery.contracts.base import Call, Owner
 from volery.contracts.cluster import GetById
+from volery.contracts.domain import DomainState
 from volery.contracts.domain_orders import MIGRATE_DOMAIN, RUN_DOMAIN, STOP_DOMAIN
 from volery.contracts.operation import (
     CANCEL_OPERATION,
@@ -82,15 +85,18 @@ async def cancelled(world: World, operation: Operation) -> Operation:
     return ended
 
 
-async def runs_on(world: World, vm_ids: list[str], seconds: float, why: str) -> None:
-    """Nobody had a reason to end it."""
+def domains_of(world: World, vm_ids: Iterable[str]) -> list[Domain]:
+    """That run now."""
+    return [domain for vm_id in vm_ids for domain in world.oracle.running.get(vm_id, {}).values()]
+
+
+async def run_on(world: World, domains: list[Domain], seconds: float, why: str) -> None:
+    """Nobody had a reason to end them."""
     for _ in range(int(seconds)):
         await asyncio.sleep(1.0)
-        gone = [
-            name for name, vm_id in world.vms.items() if vm_id in vm_ids and not world.oracle.running[vm_id]
-        ]
-        if gone:
-            world.oracle.broken(f"{', '.join(gone)} should have run on: {why}")
+        names = [domain.name() for domain in domains if domain.state is not DomainState.RUNNING]
+        if names:
+            world.oracle.broken(f"{', '.join(names)} should have run on: {why}")
             return
 
 
@@ -137,7 +143,9 @@ async def stop_overtaken(scene: Scene) -> None:
         world.oracle.broken("a stop was cancelled before its host heard of it, and the VM is wanted down")
         return
     await late.deliver()
-    await runs_on(world, [vm_id], LATE_SECONDS, "its stop was cancelled before its host heard of it")
+    await run_on(
+        world, domains_of(world, [vm_id]), LATE_SECONDS, "its stop was cancelled before its host heard of it"
+    )
 
 
 async def move_overtaken(scene: Scene) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from sim import people
 from sim.faults import PAUSE_SECONDS, Scene, brief_pauses
+from sim.letters import held_up
 from sim.machines import HostMachine
 from sim.oracle import Wish
 from sim.world import World
@@ -24,8 +25,8 @@ CRASH_SECONDS = 120.0
 NOTICED_SECONDS = 40.0
 """Nobody is asked to look at a host before it is known to be silent."""
 LOSSES = 3
-LOSS_SECONDS = (0.002, 0.004, 0.008, 0.016)
-"""After a request was sent: before it is decided, before it is written, before the answer left, after."""
+ANSWERS = "_INBOX.gateway."
+"""Where whoever asks hears them."""
 
 
 def on_host(world: World, host: HostMachine) -> list[str]:
@@ -160,7 +161,7 @@ async def _crashed(world: World, vm_id: str) -> None:
 
 
 async def answers_are_lost(scene: Scene) -> None:
-    """Inventory dies while it is asked to stop a VM: asked again, it must give the answer that got lost."""
+    """Inventory's answer to a stop gets lost, and inventory dies: asked again, it must give the answer that got lost."""
     world = scene.world
     for _ in range(LOSSES):
         asked = asyncio.Event()
@@ -170,10 +171,10 @@ async def answers_are_lost(scene: Scene) -> None:
                 asked.set()
 
         async def strike(asked: asyncio.Event = asked) -> None:
-            await asked.wait()
-            await asyncio.sleep(scene.chance.choice(LOSS_SECONDS))
-            world.replicas["inventory"].kill(1.0)
-            await scene.last("", "inventory killed", 1.0)
+            with held_up(world, lambda subject, data: asked.is_set() and subject.startswith(ANSWERS)) as lost:
+                await lost.came.wait()
+                world.replicas["inventory"].kill(1.0)
+            await scene.last("", "an answer of inventory's is lost, and it is killed", 1.0)
 
         world.server.overhears.append(overhear)
         await asyncio.gather(strike(), _stopped_once(scene))

@@ -14,7 +14,6 @@ from host_agent.clock import BootClock
 from host_agent.rules import BOOT_SHIFT, judge, too_old
 from services.ha import executors, fencing, listening, liveness, power, state
 from services.ha import store as ha_store
-from services.ha.policies.fencing import Decision, Silent, decide
 from services.inventory import reconcile, starting
 from services.inventory.store import Store
 from services.scheduler import reconcile as claims
@@ -45,7 +44,8 @@ def asks_for_power_are_good_for_hours() -> None:
 
 
 def silence_is_counted_by_wall_time() -> None:
-    for module in (executors, fencing, listening, liveness, power, state, owners_orders):
+    """By all but the part that notices when this process stood still: to that a jump looks like it."""
+    for module in (executors, fencing, liveness, power, state, owners_orders):
         put(module, "monotonic", lambda: utc_now().timestamp())
 
 
@@ -95,17 +95,8 @@ def what_nobody_heard_counts_as_silence() -> None:
 
 
 def everybody_is_the_majority() -> None:
+    """Whoever is cut off believes that all the others are."""
     put(executors, "has_majority", lambda ha, cluster_id, now: True)
-
-
-def storms_pass_at_once() -> None:
-    """Whoever is cut off believes that all the others are, and nobody waits."""
-
-    def bold(silent: Silent, config: Any) -> Decision:
-        return decide(replace(silent, storm=False), config)
-
-    everybody_is_the_majority()
-    put(fencing, "decide", bold)
 
 
 def epochs_do_not_rise_after_a_restore() -> None:
