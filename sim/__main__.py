@@ -105,9 +105,14 @@ def caught(at_once: int) -> int:
         first = outcome.violations[0] if outcome.violations else "NOT CAUGHT"
         missed += not outcome.violations
         print(f"{play.mutant} (seed {play.seed} {play.focus}): {first[:120]}", flush=True)
-    unknown = [name for name, mutant in mutants.MUTANTS.items() if not mutant.seed]
+    rest = {name: mutant for name, mutant in mutants.MUTANTS.items() if not mutant.seed}
+    for name, mutant in rest.items():
+        if mutant.guarded:
+            print(f"{name}: does no harm alone, for {mutant.guarded}")
+    unknown = [name for name, mutant in rest.items() if not mutant.guarded]
     print(f"{len(plays) - missed} of {len(mutants.MUTANTS)} mistakes are caught", end="")
-    print(f"; none is known to catch: {', '.join(unknown)}" if unknown else "")
+    print(f", {len(rest) - len(unknown)} do no harm alone", end="")
+    print(f"; of these nothing is known: {', '.join(unknown)}" if unknown else "")
     return 1 if missed else 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sim import faults, midway, people, promises
+from sim import doubts, faults, losses, midway, overtaken, people, promises
 from sim.faults import Fault
 
 Weighed = tuple[tuple[Fault, float], ...]
@@ -71,13 +71,13 @@ def _only(*chosen: Fault) -> Weighed:
     return tuple((each, 1.0) for each in chosen)
 
 
-def _promised(fault: Fault, *, harmless: bool = False) -> Focus:
+def _promised(fault: Fault, *, harmless: bool = False, hosts: int = 3) -> Focus:
     """One trouble, in calm."""
     return Focus(
         _only(fault),
         (),
         scenes=1,
-        hosts=3,
+        hosts=hosts,
         highly_available=1.0,
         faults_at_once=(1,),
         harmless=harmless,
@@ -92,6 +92,29 @@ PROMISES: dict[str, Focus] = {
     "silent": _promised(promises.is_silent),
     "set back": _promised(promises.clock_set_back),
     "answers": _promised(promises.answers_are_lost),
+    "start overtaken": _promised(overtaken.start_overtaken),
+    "stop overtaken": _promised(overtaken.stop_overtaken),
+    "move overtaken": _promised(overtaken.move_overtaken),
+    "former boot": _promised(overtaken.start_of_a_former_boot),
+    "former boot's journal": _promised(overtaken.start_of_a_former_boot_journaled),
+    "fence overtaken": _promised(overtaken.fence_overtaken),
+    "BMC reset": _promised(doubts.bmc_is_reset, harmless=True),
+    "most cut": _promised(doubts.most_are_cut, harmless=True, hosts=4),
+    "one after another": _promised(doubts.hang_one_after_another, hosts=6),
+    "fact lost": _promised(losses.fact_is_lost),
+    "stream lost": _promised(losses.stream_is_lost),
+    "dies in the middle": _promised(losses.dies_in_the_middle),
+    "new disk": _promised(losses.comes_back_with_a_new_disk),
+    "without libvirtd": _promised(losses.boots_without_libvirt),
+    "moved since": _promised(losses.moved_since_the_backup),
+    "started since": _promised(losses.started_since_the_backup),
+    "everywhere since": _promised(losses.everywhere_since_the_backup),
+    "clocks forward": _promised(doubts.clocks_go_forward, harmless=True),
+    "leader pauses": _promised(doubts.leader_stands_still, harmless=True),
+    "wrong machine": _promised(doubts.confirmed_by_mistake),
+    "has left": _promised(losses.source_dies_after_the_move),
+    "no arrival": _promised(losses.destination_ends),
+    "silent stop": _promised(losses.stop_of_a_silent_host),
     "moments": _promised(promises.stands_still_for_a_moment, harmless=True),
 }
 FOCUSES: dict[str, Focus] = {

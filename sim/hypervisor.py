@@ -102,7 +102,17 @@ class MemoryHypervisor(Hypervisor):
             await asyncio.sleep(0.1)
 
     async def _call(self, lane: Any, doing: str, work: Callable[[Any], T], seconds: float) -> T:
-        await asyncio.sleep(START_CALL_SECONDS if doing.startswith("start") else CALL_SECONDS)
+        if not doing.startswith("start"):
+            return await self._called(CALL_SECONDS, doing, work)
+        call = asyncio.ensure_future(self._called(START_CALL_SECONDS, doing, work))
+        try:
+            return await asyncio.shield(call)
+        except asyncio.CancelledError:  # as in the real one's thread, it can't be stopped, and is waited for
+            await asyncio.wait({call})
+            raise
+
+    async def _called(self, seconds: float, doing: str, work: Callable[[Any], T]) -> T:
+        await asyncio.sleep(seconds)
         if not self._daemon.up:
             raise Disconnected(doing, "the daemon is away")
         try:

@@ -24,7 +24,7 @@ from services.ha.store import RESTARTS
 from services.ha.watch import Watch
 from services.inventory import migration, reconcile, starting, stopping
 from services.inventory.store import Store
-from sim import alone, idle
+from sim import alone, idle, slips
 from sim.alone import Play
 from sim.put import no, nothing, put, put_value
 from volery.contracts.fencing import PowerState
@@ -48,6 +48,8 @@ class Mutant:
     focus: str = ""
     quick: bool = False
     """Tried by the test suite, too."""
+    guarded: str = ""
+    """Why it does no harm alone."""
 
     def play(self, name: str) -> Play:
         return Play(self.seed, self.focus, name)
@@ -266,11 +268,6 @@ def _deaths_are_not_believed_by_inventory() -> None:
     Deaths.has_ended = lambda self, host_id, boot_id: False  # type: ignore[method-assign]
 
 
-def _lost_hosts_are_not_buried() -> None:
-    put(reconcile, "bury", nothing)
-    reconcile.LOOKS["lost"] = nothing
-
-
 def _orders_of_the_dead_wait_for_ever() -> None:
     OwnersOrders.end_with_their_hosts = nothing  # type: ignore[method-assign]
 
@@ -330,45 +327,75 @@ def _ends_of_other_placements_count() -> None:
 
 MUTANTS: dict[str, Mutant] = {
     "operations are not resumed": Mutant(_operations_are_not_resumed, 1, "services"),
-    "strays are left": Mutant(_strays_are_left, 0, "steps"),
-    "claims are left": Mutant(_claims_are_left, 0, "steps"),
+    "strays are left": Mutant(
+        _strays_are_left,
+        0,
+        guarded="a domain runs where it may not only after a proof of death that was wrong, and that is a violation itself",
+    ),
+    "claims are left": Mutant(
+        _claims_are_left, 0, guarded="the scheduler settles claims by itself, from what is said of their VMs"
+    ),
     "stops are not asked again": Mutant(_stops_are_not_asked_again, 0, "steps"),
-    "lower epochs are obeyed": Mutant(_lower_epochs_are_obeyed, 0, "steps"),
-    "equal epochs reopen": Mutant(_equal_epochs_reopen, 0, "steps"),
+    "lower epochs are obeyed": Mutant(_lower_epochs_are_obeyed, 10, "start overtaken"),
+    "equal epochs reopen": Mutant(
+        _equal_epochs_reopen,
+        0,
+        guarded="what comes late has a lower number than the order that closed, or was taken back before",
+    ),
     "epochs stay as they are": Mutant(_epochs_stay_as_they_are, 0, "steps"),
-    "old orders are obeyed": Mutant(_old_orders_are_obeyed, 0, "late"),
-    "boot id is forgotten": Mutant(_boot_id_is_forgotten, 0, "steps"),
-    "failed hosts are not told to forget": Mutant(_failed_hosts_are_not_told_to_forget, 0, "steps"),
+    "old orders are obeyed": Mutant(_old_orders_are_obeyed, 10, "former boot"),
+    "boot id is forgotten": Mutant(_boot_id_is_forgotten, 10, "former boot's journal", quick=True),
+    "failed hosts are not told to forget": Mutant(
+        _failed_hosts_are_not_told_to_forget,
+        0,
+        guarded="an order that was taken back is refused, and an agent ends what it started for one that is cancelled meanwhile",
+    ),
     "failed migrations are believed": Mutant(_failed_migrations_are_believed, 0, "migrations"),
     "moves keep the source": Mutant(_moves_keep_the_source_running, 0, "migrations"),
     "arrivals are taken for granted": Mutant(_arrivals_are_taken_for_granted, 0, "migrations"),
-    "destinations are not told to forget": Mutant(_destinations_are_not_told_to_forget, 0, "migrations"),
-    "facts are said once": Mutant(_facts_are_said_once, 0, "bus"),
+    "destinations are not told to forget": Mutant(
+        _destinations_are_not_told_to_forget,
+        0,
+        guarded="libvirt ends what waits for a migration whose source is done with it",
+    ),
+    "facts are said once": Mutant(_facts_are_said_once, 10, "fact lost", quick=True),
     "lost streams are not noticed": Mutant(_lost_streams_are_not_noticed, 0, "bus"),
     "gaps are not noticed": Mutant(_gaps_are_not_noticed, 0, "bus"),
     "answers are not remembered": Mutant(_answers_are_not_remembered, 0, "answers"),
-    "deadlines pass by": Mutant(_deadlines_pass_by, 0, "steps"),
+    "deadlines pass by": Mutant(
+        _deadlines_pass_by,
+        0,
+        guarded="an order that comes late is too old by then, and what it would end is under a later epoch",
+    ),
     "crashes are not mended": Mutant(_crashes_are_not_mended, 2, "crashes", quick=True),
-    "restarts are forgotten once asked": Mutant(_restarts_are_forgotten_once_asked, 0, "services"),
+    "restarts are forgotten once asked": Mutant(
+        _restarts_are_forgotten_once_asked,
+        0,
+        guarded="a VM that is still down under the same epoch is looked at again, and asked for as the next attempt",
+    ),
     "restarts wait by wall time": Mutant(_restarts_wait_by_wall_time, 1, "set back", quick=True),
     "healthy hosts are shot": Mutant(_healthy_hosts_are_shot, 1, "fences", quick=True),
-    "one reading proves death": Mutant(_one_reading_proves_death, 0, "fences"),
+    "one reading proves death": Mutant(_one_reading_proves_death, 10, "BMC reset", quick=True),
     "silence proves death": Mutant(_silence_proves_death, 1, "fences", quick=True),
     "failed reads count as off": Mutant(_failed_reads_count_as_off, 1, "silent", quick=True),
-    "signs of life void nothing": Mutant(_signs_of_life_void_nothing, 0, "people"),
-    "signs of life don't count against off": Mutant(_signs_of_life_do_not_count_against_off, 0, "fences"),
+    "signs of life void nothing": Mutant(_signs_of_life_void_nothing, 10, "wrong machine"),
+    "signs of life don't count against off": Mutant(_signs_of_life_do_not_count_against_off, 10, "BMC reset"),
     "suspects are fenced at once": Mutant(_suspects_are_fenced_at_once, 1, "moments", quick=True),
-    "cut off leaders fence": Mutant(_cut_off_leaders_fence, 0, "many"),
+    "cut off leaders fence": Mutant(
+        _cut_off_leaders_fence,
+        0,
+        guarded="whoever is cut off finds nobody to run a fence agent either: an executor needs the same majority",
+    ),
     "fenced hosts stay off": Mutant(_fenced_hosts_stay_off, 1, "hung", quick=True),
-    "deaths are not believed": Mutant(_deaths_are_not_believed_by_inventory, 0, "dead"),
-    "lost hosts are not buried": Mutant(_lost_hosts_are_not_buried, 0, "dead"),
-    "orders of the dead wait for ever": Mutant(_orders_of_the_dead_wait_for_ever, 0, "steps"),
+    "deaths are not believed": Mutant(_deaths_are_not_believed_by_inventory, 10, "dies in the middle"),
+    "lost hosts are not buried": Mutant(slips.lost_hosts_are_not_buried, 10, "dead"),
+    "orders of the dead wait for ever": Mutant(_orders_of_the_dead_wait_for_ever, 10, "dies in the middle"),
     "readings are not heard": Mutant(idle.readings_are_not_heard, 1, "dead"),
     "two readings are never far enough apart": Mutant(
         idle.two_readings_are_never_far_enough_apart, 1, "dead"
     ),
     "people prove nothing": Mutant(idle.people_prove_nothing, 1, "looked at"),
-    "new boots prove nothing": Mutant(idle.new_boots_prove_nothing, 0, "booted"),
+    "new boots prove nothing": Mutant(idle.new_boots_prove_nothing, 10, "without libvirtd"),
     "silence is never long enough": Mutant(idle.silence_is_never_long_enough, 1, "hung"),
     "nobody asks BMCs": Mutant(idle.nobody_asks_bmcs, 1, "dead"),
     "on is taken for off": Mutant(idle.on_is_taken_for_off, 1, "hung"),
@@ -383,12 +410,33 @@ MUTANTS: dict[str, Mutant] = {
     "on is not understood": Mutant(idle.on_is_not_understood, 1, "hung"),
     "restarts are not asked for": Mutant(idle.restarts_are_not_asked_for, 1, "set back"),
     "the brake always holds": Mutant(idle.the_brake_always_holds, 1, "hung"),
-    "nothing brakes": Mutant(_nothing_brakes, 0, "many"),
-    "the brake is in memory": Mutant(_the_brake_is_in_memory, 0, "many"),
+    "nothing brakes": Mutant(_nothing_brakes, 10, "one after another"),
+    "the brake is in memory": Mutant(_the_brake_is_in_memory, 10, "one after another"),
     "ends of other placements count": Mutant(_ends_of_other_placements_count, 0, "restores"),
+    "cancels are forgotten": Mutant(slips.cancels_are_forgotten, 10, "stop overtaken", quick=True),
+    "boots don't count in ages": Mutant(slips.boots_do_not_count_in_ages, 11, "former boot"),
+    "old asks for power are obeyed": Mutant(slips.old_asks_for_power_are_obeyed, 10, "fence overtaken"),
+    "asks for power are good for hours": Mutant(
+        slips.asks_for_power_are_good_for_hours, 10, "fence overtaken"
+    ),
+    "silence is counted by wall time": Mutant(slips.silence_is_counted_by_wall_time, 0, "clocks forward"),
+    "claims are left by both": Mutant(slips.claims_are_left_by_both, 10, "has left"),
+    "late starts meet nothing": Mutant(slips.late_starts_meet_nothing, 10, "start overtaken"),
+    "what nobody heard counts as silence": Mutant(
+        slips.what_nobody_heard_counts_as_silence, 0, "leader pauses"
+    ),
+    "everybody is the majority": Mutant(slips.everybody_is_the_majority, 11, "most cut"),
+    "the brake forgets in seconds": Mutant(slips.the_brake_forgets_in_seconds, 10, "one after another"),
+    "the brake lets one more": Mutant(slips.the_brake_lets_one_more, 10, "one after another"),
+    "epochs don't rise after a restore": Mutant(
+        slips.epochs_do_not_rise_after_a_restore, 0, "everywhere since"
+    ),
+    "numbers don't rise after a restore": Mutant(
+        slips.numbers_do_not_rise_after_a_restore, 0, "everywhere since"
+    ),
     "quarantine never begins": Mutant(_quarantine_never_begins, 0, "restores"),
-    "quarantine holds no looks": Mutant(_quarantine_holds_no_looks, 0, "restores"),
-    "restored databases are noticed late": Mutant(_restored_databases_are_noticed_late, 0, "restores"),
+    "quarantine holds no looks": Mutant(_quarantine_holds_no_looks, 10, "moved since", quick=True),
+    "restored databases are noticed late": Mutant(_restored_databases_are_noticed_late, 10, "moved since"),
 }
 
 

@@ -8,10 +8,14 @@ from typing import Any
 
 from sim import people
 from sim.faults import PAUSE_SECONDS, Scene, brief_pauses
+from sim.letters import held_up
 from sim.machines import HostMachine
 from sim.oracle import Wish
 from sim.world import World
-from volery.contracts.vm import STOP_VM
+from volery.contracts.base import Owner
+from volery.contracts.errors import Refused
+from volery.contracts.operation import LIST_OPERATIONS, Operation
+from volery.contracts.vm import STOP_VM, StopVm
 
 PROMISED_SECONDS = 480.0
 """From a host's end until its VMs run elsewhere, with all that may come before: ha's hold after it started, the longest
@@ -21,11 +25,11 @@ CRASH_SECONDS = 120.0
 NOTICED_SECONDS = 40.0
 """Nobody is asked to look at a host before it is known to be silent."""
 LOSSES = 3
-LOSS_SECONDS = (0.002, 0.004, 0.008, 0.016)
-"""After a request was sent: before it is decided, before it is written, before the answer left, after."""
+ANSWERS = "_INBOX.gateway."
+"""Where whoever asks hears them."""
 
 
-def _on(world: World, host: HostMachine) -> list[str]:
+def on_host(world: World, host: HostMachine) -> list[str]:
     """VMs that run there and are to run."""
     return [
         vm_id
@@ -34,16 +38,16 @@ def _on(world: World, host: HostMachine) -> list[str]:
     ]
 
 
-def _busy_host(scene: Scene, hosts: Iterable[HostMachine]) -> HostMachine | None:
-    found = [host for host in hosts if _on(scene.world, host)]
+def busy_host(scene: Scene, hosts: Iterable[HostMachine]) -> HostMachine | None:
+    found = [host for host in hosts if on_host(scene.world, host)]
     return scene.chance.choice(found) if found else None
 
 
-def _managed(world: World) -> list[HostMachine]:
+def managed(world: World) -> list[HostMachine]:
     return [host for host in world.hosts.values() if host.name in world.managed]
 
 
-async def _run_again(world: World, vm_ids: list[str], seconds: float, why: str) -> None:
+async def run_again(world: World, vm_ids: list[str], seconds: float, why: str) -> None:
     end = world.loop.time() + seconds
     missing = vm_ids
     while missing and world.loop.time() < end:
@@ -56,28 +60,28 @@ async def _run_again(world: World, vm_ids: list[str], seconds: float, why: str) 
 
 async def dies_for_good(scene: Scene) -> None:
     """No power until its VMs run elsewhere: its BMC proves it."""
-    world, host = scene.world, _busy_host(scene, _managed(scene.world))
+    world, host = scene.world, busy_host(scene, managed(scene.world))
     if host is None:
         return
-    vm_ids = _on(world, host)
+    vm_ids = on_host(world, host)
     world.note(f"{host.name}: no power")
     world.trouble(host.name, 1)
     host.lose_power()
-    await _run_again(world, vm_ids, PROMISED_SECONDS, f"the BMC of {host.name} says off")
+    await run_again(world, vm_ids, PROMISED_SECONDS, f"the BMC of {host.name} says off")
     world.trouble(host.name, -1)
     host.power_on()
 
 
 async def hangs_for_good(scene: Scene) -> None:
     """It stands still until it is fenced; nobody but ha switches it on again."""
-    world, host = scene.world, _busy_host(scene, _managed(scene.world))
+    world, host = scene.world, busy_host(scene, managed(scene.world))
     if host is None:
         return
-    vm_ids, boots = _on(world, host), host.boots
+    vm_ids, boots = on_host(world, host), host.boots
     world.note(f"{host.name}: frozen")
     world.trouble(host.name, 1)
     host.freeze()
-    await _run_again(world, vm_ids, PROMISED_SECONDS, f"{host.name} is frozen and can be fenced")
+    await run_again(world, vm_ids, PROMISED_SECONDS, f"{host.name} is frozen and can be fenced")
     await asyncio.sleep(2 * host.boot_seconds)
     if host.frozen:
         host.thaw()
@@ -89,17 +93,17 @@ async def hangs_for_good(scene: Scene) -> None:
 
 async def is_looked_at(scene: Scene) -> None:
     """Neither power nor BMC: its VMs run elsewhere once a person has said so."""
-    world, host = scene.world, _busy_host(scene, scene.world.hosts.values())
+    world, host = scene.world, busy_host(scene, scene.world.hosts.values())
     if host is None:
         return
-    vm_ids, bmc = _on(world, host), world.bmcs[host.name]
+    vm_ids, bmc = on_host(world, host), world.bmcs[host.name]
     world.note(f"{host.name}: no power, and nobody can ask its BMC")
     world.trouble(host.name, 1)
     bmc.reachable = False
     host.lose_power()
     await asyncio.sleep(NOTICED_SECONDS)
     await people.confirmed(world, host)
-    await _run_again(world, vm_ids, PROMISED_SECONDS, f"somebody said that {host.name} is off")
+    await run_again(world, vm_ids, PROMISED_SECONDS, f"somebody said that {host.name} is off")
     bmc.reachable = True
     world.trouble(host.name, -1)
     host.power_on()
@@ -107,15 +111,15 @@ async def is_looked_at(scene: Scene) -> None:
 
 async def boots_again(scene: Scene) -> None:
     """Nobody can ask its BMC: that it beats under another boot is the proof."""
-    world, host = scene.world, _busy_host(scene, scene.world.hosts.values())
+    world, host = scene.world, busy_host(scene, scene.world.hosts.values())
     if host is None:
         return
-    vm_ids, bmc = _on(world, host), world.bmcs[host.name]
+    vm_ids, bmc = on_host(world, host), world.bmcs[host.name]
     bmc.reachable = False
     host.lose_power()
     await scene.last(host.name, "no power, and nobody can ask its BMC", scene.seconds(1, 30))
     host.power_on()
-    await _run_again(world, vm_ids, PROMISED_SECONDS, f"{host.name} has booted again")
+    await run_again(world, vm_ids, PROMISED_SECONDS, f"{host.name} has booted again")
     bmc.reachable = True
 
 
@@ -133,10 +137,10 @@ async def is_silent(scene: Scene) -> None:
 async def clock_set_back(scene: Scene) -> None:
     """A VM crashes twice, the control plane's clocks go back by an hour, and it crashes again."""
     world = scene.world
-    host = _busy_host(scene, world.hosts.values())
+    host = busy_host(scene, world.hosts.values())
     if host is None:
         return
-    vm_id = _on(world, host)[0]
+    vm_id = on_host(world, host)[0]
     await _crashed(world, vm_id)
     await _crashed(world, vm_id)
     for machine in world.control:
@@ -153,11 +157,11 @@ async def _crashed(world: World, vm_id: str) -> None:
         world.note(f"{name}: {domain.name()} crashes")
         world.oracle.ended_by_itself(vm_id, asked=False)
         world.hosts[name].daemon.crash(domain, panic=False)
-    await _run_again(world, [vm_id], CRASH_SECONDS, "it crashed")
+    await run_again(world, [vm_id], CRASH_SECONDS, "it crashed")
 
 
 async def answers_are_lost(scene: Scene) -> None:
-    """Inventory dies while it is asked to stop a VM: asked again, it must give the answer that got lost."""
+    """Inventory's answer to a stop gets lost, and inventory dies: asked again, it must give the answer that got lost."""
     world = scene.world
     for _ in range(LOSSES):
         asked = asyncio.Event()
@@ -167,14 +171,42 @@ async def answers_are_lost(scene: Scene) -> None:
                 asked.set()
 
         async def strike(asked: asyncio.Event = asked) -> None:
-            await asked.wait()
-            await asyncio.sleep(scene.chance.choice(LOSS_SECONDS))
-            world.replicas["inventory"].kill(1.0)
-            await scene.last("", "inventory killed", 1.0)
+            with held_up(world, lambda subject, data: asked.is_set() and subject.startswith(ANSWERS)) as lost:
+                await lost.came.wait()
+                world.replicas["inventory"].kill(1.0)
+            await scene.last("", "an answer of inventory's is lost, and it is killed", 1.0)
 
         world.server.overhears.append(overhear)
-        await asyncio.gather(strike(), people.stop(scene))
+        await asyncio.gather(strike(), _stopped_once(scene))
         world.server.overhears.remove(overhear)
+
+
+async def _stopped_once(scene: Scene) -> None:
+    """What was begun is never refused to whoever asked for it, and what was asked for once is begun once."""
+    world = scene.world
+    name, vm_id = scene.chance.choice(list(world.vms.items()))
+    before = await _stops(world, vm_id)
+    world.oracle.asked(vm_id, 1)
+    refusal = ""
+    try:
+        ended = await world.ended(await world.ask(STOP_VM, StopVm(id=vm_id, force=True, timeout_seconds=40)))
+    except Refused as refused:
+        refusal = refused.message
+    else:
+        world.note(f"people: stop {name} {ended.state}")
+    world.oracle.asked(vm_id, -1)
+    begun = len(await _stops(world, vm_id) - before)
+    if begun > 1:
+        world.oracle.broken(f"the stop of {name} was asked for once and begun {begun} times")
+    if begun and refusal:
+        world.oracle.broken(f"the stop of {name} was begun, and refused to whoever asked: {refusal}")
+    if not refusal:
+        world.oracle.has_stopped(vm_id)
+
+
+async def _stops(world: World, vm_id: str) -> set[str]:
+    found = await world.listed(LIST_OPERATIONS[Owner.INVENTORY], Operation)
+    return {each.id for each in found if (each.object_id, each.kind) == (vm_id, "vm.stop")}
 
 
 async def stands_still_for_a_moment(scene: Scene) -> None:

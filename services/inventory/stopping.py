@@ -100,7 +100,7 @@ async def stop(inv: Inventory, run: Run) -> None:
         return
 
     async def still_up() -> None:
-        await _still_up(inv, ask.id)
+        await _still_up(inv, run, ask.id)
 
     run.undo("state", still_up)
     await _is_the_same(inv, run, "stop", placement)
@@ -168,19 +168,30 @@ async def mark_down(inv: Inventory, vm_id: str, epoch: int, reason: str) -> None
         return
 
 
-async def _still_up(inv: Inventory, vm_id: str) -> None:
-    """The guest did not stop: it runs on as it was, and is wanted to. A stop on a silent host stays asked for, and is
-    asked again when the host is back."""
+async def _still_up(inv: Inventory, run: Run, vm_id: str) -> None:
+    """The guest did not stop: it runs on as it was, and is wanted to. A stop that a silent host never answered stays asked
+    for, also when it is heard again before this is written, and is asked again; unless a person took it back."""
+    by_person = run.row.private.cancelled
     while True:
         row = await VMS.find(inv.core.pool, vm_id)
         placement = await inv.store.placement(vm_id)
-        if row is None or placement.state != "running" or row.public.status not in STOPPABLE:
+        if row is None or placement.state != "running":
             return
-        status = inv.running_status(placement.host_id, vm_id)
+        shown, private = row.public.status, row.private
+        if shown not in STOPPABLE and shown is not VmStatus.UNKNOWN:
+            return
+        unknown = shown is VmStatus.UNKNOWN
+        status = shown if unknown else inv.running_status(placement.host_id, vm_id)
         desired = DesiredState.PAUSED if status is VmStatus.PAUSED else DesiredState.UP
+        if not by_person and (unknown or run.operation.outcome_pending):
+            desired = row.public.desired
+        else:
+            private = replace(private, stop_asked=False)
         new = replace(row.public, status=status, desired=desired)
+        if (new, private) == (row.public, row.private):
+            return
         try:
-            await inv.core.commit(VMS.update(row, new, replace(row.private, stop_asked=False)))
+            await inv.core.commit(VMS.update(row, new, private))
         except Stale:
             continue
         await inv.core.hosts.ask_report(placement.host_id)

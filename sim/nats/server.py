@@ -82,6 +82,8 @@ class NatsServer:
         self.jetstream = JetStream(self._push, loop.time)
         self.overhears: list[Callable[[str, bytes, Any], None]] = []
         """Called with subject, body and headers of each message that a client publishes."""
+        self.withholds: list[Callable[[str, bytes, Any], bool]] = []
+        """Likewise; a message that one of them wants for itself reaches nobody."""
         self.accepted = 0
         self.messages = 0
         self._tick()
@@ -214,6 +216,8 @@ class NatsServer:
             hear(subject, data, headers)
         if patient is not None:
             self.requests[reply] = (connection, patient)
+        if any(withhold(subject, data, headers) for withhold in self.withholds):
+            return
         if subject.startswith(API):
             answer = msgspec.json.encode(self.jetstream.answer(subject, data))
             self._reply(reply, answer, None, DISK_SECONDS)

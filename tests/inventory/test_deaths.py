@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from datetime import UTC, datetime
 
+import msgspec
 import pytest
 
 from tests.inventory.world import Machine, World, found_cluster, inventory_of, surroundings, until, world_of
@@ -19,11 +20,11 @@ from volery.contracts.domain_orders import (
     RUN_DOMAIN,
     STOP_DOMAIN,
 )
-from volery.contracts.errors import Kind, Refused
+from volery.contracts.errors import Kind, Problem, Refused
 from volery.contracts.host import HostStatus
 from volery.contracts.ids import new_id
 from volery.contracts.liveness import LivenessState, Proof, ProofKind
-from volery.contracts.operation import OperationState
+from volery.contracts.operation import CANCEL_OPERATION, CancelOperation, Operation, OperationState
 from volery.contracts.vm import (
     ACT_ON_VM,
     MIGRATE_VM,
@@ -41,6 +42,7 @@ from volery.contracts.vm import (
     VmStatus,
 )
 from volery.runtime.bus import Caller
+from volery.runtime.database import open_pool
 from volery.runtime.programs import Settings
 
 
@@ -179,6 +181,57 @@ async def test_a_stop_asked_of_a_silent_host_stays_asked_for(configured: Setting
         assert (await world.ended(op)).state is OperationState.SUCCEEDED
         down = await world.vm_is(vm.id, VmStatus.DOWN)
         assert (down.desired, down.status_reason) == (DesiredState.DOWN, "user")
+
+
+async def test_a_stop_that_a_silent_host_never_answered_stays_asked_for_when_it_is_heard_again_first(
+    configured: Settings,
+) -> None:
+    async with surroundings(configured) as world:
+        async with inventory_of(world):
+            await found_cluster(world)
+            host = await world.machine("h1")
+            vm = await world.vm(ha=True)
+            await host.agent.kill()
+            await silent(world, host)
+            await world.vm_is(vm.id, VmStatus.UNKNOWN)
+            op = await world.bus.ask(STOP_VM, StopVm(id=vm.id))
+        await pass_the_deadline(world, op)
+        await world.liveness(host, LivenessState.UP)
+        async with inventory_of(world):
+            await world.host_is(host, HostStatus.UP)
+            await host.agent.start()
+            assert (await world.ended(op)).state is OperationState.FAILED
+            assert (await world.get(vm.id)).desired is DesiredState.DOWN
+
+
+async def pass_the_deadline(world: World, op: Operation) -> None:
+    """As an operation is left when its deadline and the grace are over, and its host has not answered."""
+    async with open_pool(world.settings.database, "inventory") as pool:
+        doc = await pool.fetchval("select doc from operation where id = $1", op.id)
+        was = msgspec.json.decode(doc, type=Operation)
+        left = msgspec.structs.replace(
+            was,
+            state=OperationState.FAILED,
+            outcome_pending=True,
+            problem=Problem(kind=Kind.TIMEOUT, message="it did not finish by its deadline"),
+        )
+        sql = "update operation set state = 'failed', doc = $2 where id = $1"
+        await pool.execute(sql, op.id, msgspec.json.encode(left).decode())
+
+
+async def test_a_stop_of_a_silent_host_that_a_person_took_back_is_no_longer_asked_for(
+    configured: Settings,
+) -> None:
+    async with world_of(configured, hosts=1) as (world, (host,)):
+        vm = await world.vm(ha=True)
+        await host.agent.kill()
+        await silent(world, host)
+        await world.vm_is(vm.id, VmStatus.UNKNOWN)
+        op = await world.bus.ask(STOP_VM, StopVm(id=vm.id))
+        await world.bus.ask(CANCEL_OPERATION[Owner.INVENTORY], CancelOperation(id=op.id))
+        await host.agent.start()
+        assert (await world.ended(op)).state is OperationState.CANCELLED
+        assert (await world.get(vm.id)).desired is DesiredState.UP
 
 
 async def test_a_reset_fails_with_the_death_and_its_proof(configured: Settings) -> None:
