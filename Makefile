@@ -5,6 +5,7 @@ VOLERY_HOME ?= /var/lib/volery
 HOSTS ?= 3
 YES ?=
 TESTS ?=
+WORKERS ?= 2
 SEEDS ?= 200
 SEED ?=
 N ?= 30
@@ -31,9 +32,11 @@ status: ## what of this installation is running
 	@test -x $(PYTHON) || { echo "Nothing is set up here: run make up."; exit 1; }
 	@$(PYTHON) -m volery.setup status
 
-test: ## every test (TESTS=tests/setup runs some)
+# Hundreds of its processes are Python: none compiles again what another one has.
+test: export PYTHONDONTWRITEBYTECODE :=
+test: ## every test, WORKERS=2 at a time (TESTS=tests/setup runs some)
 	@VOLERY_TARGET=test deploy/bootstrap.sh test
-	@$(PYTHON) -m pytest --durations=40 --durations-min=8 $(TESTS)
+	@$(PYTHON) -m pytest -n $(WORKERS) --dist loadgroup --durations=40 --durations-min=8 $(TESTS)
 
 check: ## types, style, layering
 	@deploy/bootstrap.sh venv

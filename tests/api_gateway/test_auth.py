@@ -15,10 +15,11 @@ from tests.api_gateway.scripted import SECRET, Deployed, Script, decoded, deploy
 from tests.api_gateway.sse_client import Ended, Follower
 from volery.contracts.account import CHECK_TOKEN, DELETE_TOKEN, LIST_USERS, LOGIN, Scope
 from volery.contracts.base import Done, Owner
-from volery.contracts.ids import new_id
 from volery.contracts.operation import Page
 from volery.contracts.vm import GET_VM, START_VM
 from volery.setup.embedded import Embedded
+
+NOBODY = "01a22853-4c25-799d-b69d-26b96db2f63d"
 
 
 def bearer(text: str) -> dict[str, str]:
@@ -34,9 +35,9 @@ def bearer(text: str) -> dict[str, str]:
         "Bearer x",
         "Bearer vol_",
         "Bearer vol_x_y",
-        f"Bearer vol_{new_id()}_",
-        f"Bearer vol_{new_id()}_{'x' * 5000}",
-        f"Bearer vol_{new_id()}_unknown",
+        f"Bearer vol_{NOBODY}_",
+        f"Bearer vol_{NOBODY}_{'x' * 5000}",
+        f"Bearer vol_{NOBODY}_unknown",
         "Bearer vol_\xff_\xff",
     ],
 )

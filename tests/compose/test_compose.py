@@ -9,11 +9,10 @@ import asyncio
 import json
 import re
 import secrets
-import socket
 import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TypeVar
@@ -23,6 +22,7 @@ import pytest
 
 from tests.api_gateway.sse_client import Follower, Received
 from tests.compose.containers import IMAGE, POSTGRES, ROOT, Stack, build, podman
+from tests.support.ports import free_ports
 from volery.client import api
 from volery.client.request import Request, body_of
 from volery.client.session import Session
@@ -45,15 +45,6 @@ PORTS = ("VOLERY_GATEWAY_PORT", "VOLERY_NATS_1_PORT", "VOLERY_NATS_2_PORT", "VOL
 OWNERS = ("inventory", "scheduler", "storage", "network", "ha", "dwh")
 
 
-def free_ports(count: int) -> list[int]:
-    """Published ports must be known before the containers exist."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-
-
 @pytest.fixture(scope="module")
 def stack() -> Iterator[Stack]:
     """Everything up, inventory twice. Whatever a test left is gone afterwards."""
@@ -62,6 +53,7 @@ def stack() -> Iterator[Stack]:
         "VOLERY_POSTGRES_IMAGE": POSTGRES,
         "VOLERY_PUBLIC_ADDRESS": "127.0.0.1",
         "VOLERY_INVENTORY_REPLICAS": "2",
+        # Published ports must be known before the containers exist.
         **{name: str(port) for name, port in zip(PORTS, free_ports(len(PORTS)), strict=True)},
     }
     with TemporaryDirectory(prefix="volery-compose-") as directory, podman(Path(directory)) as engine:

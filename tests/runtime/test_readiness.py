@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.support.nats_realm import Server
+from tests.support.ports import free_ports
 from volery.runtime import readiness
 from volery.runtime.bus import connect
 from volery.runtime.config import BusConfig, DatabaseConfig, TelemetryConfig
@@ -63,20 +63,12 @@ def test_a_server_without_jetstream_is_seen_as_one() -> None:
     assert read_state(answer.encode()) == changed(ALONE, jetstream=False, sync_always=False)
 
 
-def free_ports(count: int) -> list[int]:
-    """A JetStream cluster must know its routes beforehand, so the servers can't choose their own ports."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-
-
 @contextmanager
 def servers(directory: Path, sync_always: list[bool]) -> Iterator[tuple[list[Server], BusConfig]]:
     """Real servers of one realm, a cluster if they are several, each with or without `sync_interval: always`."""
     realm = Realm.create(directory / "bus")
     started: list[Server] = []
+    # A JetStream cluster must know its routes beforehand, so the servers can't choose their own ports.
     ports = free_ports(len(sync_always))
     routes = ", ".join(f'"nats-route://127.0.0.1:{port}"' for port in ports)
     try:

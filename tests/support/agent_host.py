@@ -17,6 +17,7 @@ from host_agent.action import Host, Running
 from host_agent.config import AgentConfig
 from host_agent.tickets import Tickets
 from volery.contracts.ids import new_id
+from volery.setup.processes import free_port
 
 
 def make_host(
@@ -48,12 +49,6 @@ def running(object_id: str = "", *, resumed: bool = False, told: list[float] | N
         resumed=resumed,
         progress=progress,
     )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass

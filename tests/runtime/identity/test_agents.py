@@ -134,7 +134,18 @@ async def test_two_agents_stand_side_by_side(realm: Realm, connect: Connect, tmp
 
 
 @pytest.mark.parametrize(
-    "host_id", ["", "*", ">", "a.b", "inventory", "gateway", "{{name()}}", "h 1", new_id().upper()]
+    "host_id",
+    [
+        "",
+        "*",
+        ">",
+        "a.b",
+        "inventory",
+        "gateway",
+        "{{name()}}",
+        "h 1",
+        "01A22853-7FD2-76F8-822C-510507289FBF",
+    ],
 )
 def test_a_host_id_that_could_widen_permissions_is_refused(host_id: str, realm: Realm) -> None:
     with pytest.raises(Refused, match="not a host id"):
