@@ -335,14 +335,14 @@ MUTANTS: dict[str, Mutant] = {
     "claims are left": Mutant(
         _claims_are_left, 0, guarded="the scheduler settles claims by itself, from what is said of their VMs"
     ),
-    "stops are not asked again": Mutant(_stops_are_not_asked_again, 0, "steps"),
+    "stops are not asked again": Mutant(_stops_are_not_asked_again, 10, "silent stop"),
     "lower epochs are obeyed": Mutant(_lower_epochs_are_obeyed, 10, "start overtaken"),
     "equal epochs reopen": Mutant(
         _equal_epochs_reopen,
         0,
         guarded="what comes late has a lower number than the order that closed, or was taken back before",
     ),
-    "epochs stay as they are": Mutant(_epochs_stay_as_they_are, 0, "steps"),
+    "epochs stay as they are": Mutant(_epochs_stay_as_they_are, 10, "everywhere since"),
     "old orders are obeyed": Mutant(_old_orders_are_obeyed, 10, "former boot"),
     "boot id is forgotten": Mutant(_boot_id_is_forgotten, 10, "former boot's journal", quick=True),
     "failed hosts are not told to forget": Mutant(
@@ -350,18 +350,22 @@ MUTANTS: dict[str, Mutant] = {
         0,
         guarded="an order that was taken back is refused, and an agent ends what it started for one that is cancelled meanwhile",
     ),
-    "failed migrations are believed": Mutant(_failed_migrations_are_believed, 0, "migrations"),
-    "moves keep the source": Mutant(_moves_keep_the_source_running, 0, "migrations"),
-    "arrivals are taken for granted": Mutant(_arrivals_are_taken_for_granted, 0, "migrations"),
+    "failed migrations are believed": Mutant(_failed_migrations_are_believed, 10, "has left"),
+    "moves keep the source": Mutant(_moves_keep_the_source_running, 10, "has left"),
+    "arrivals are taken for granted": Mutant(
+        _arrivals_are_taken_for_granted,
+        0,
+        guarded="a source that still runs it is heard first, and the destination says right after what it has",
+    ),
     "destinations are not told to forget": Mutant(
         _destinations_are_not_told_to_forget,
         0,
         guarded="libvirt ends what waits for a migration whose source is done with it",
     ),
     "facts are said once": Mutant(_facts_are_said_once, 10, "fact lost", quick=True),
-    "lost streams are not noticed": Mutant(_lost_streams_are_not_noticed, 0, "bus"),
-    "gaps are not noticed": Mutant(_gaps_are_not_noticed, 0, "bus"),
-    "answers are not remembered": Mutant(_answers_are_not_remembered, 0, "answers"),
+    "lost streams are not noticed": Mutant(_lost_streams_are_not_noticed, 10, "stream lost"),
+    "gaps are not noticed": Mutant(_gaps_are_not_noticed, 11, "fact lost"),
+    "answers are not remembered": Mutant(_answers_are_not_remembered, 10, "answers", quick=True),
     "deadlines pass by": Mutant(
         _deadlines_pass_by,
         0,
@@ -419,7 +423,7 @@ MUTANTS: dict[str, Mutant] = {
     "asks for power are good for hours": Mutant(
         slips.asks_for_power_are_good_for_hours, 10, "fence overtaken"
     ),
-    "silence is counted by wall time": Mutant(slips.silence_is_counted_by_wall_time, 0, "clocks forward"),
+    "silence is counted by wall time": Mutant(slips.silence_is_counted_by_wall_time, 10, "clocks forward"),
     "claims are left by both": Mutant(slips.claims_are_left_by_both, 10, "has left"),
     "late starts meet nothing": Mutant(slips.late_starts_meet_nothing, 10, "start overtaken"),
     "what nobody heard counts as silence": Mutant(
@@ -429,12 +433,14 @@ MUTANTS: dict[str, Mutant] = {
     "the brake forgets in seconds": Mutant(slips.the_brake_forgets_in_seconds, 10, "one after another"),
     "the brake lets one more": Mutant(slips.the_brake_lets_one_more, 10, "one after another"),
     "epochs don't rise after a restore": Mutant(
-        slips.epochs_do_not_rise_after_a_restore, 0, "everywhere since"
+        slips.epochs_do_not_rise_after_a_restore,
+        0,
+        guarded="what hosts said since the backup is heard again from their stream, and its epochs are taken over",
     ),
     "numbers don't rise after a restore": Mutant(
-        slips.numbers_do_not_rise_after_a_restore, 0, "everywhere since"
+        slips.numbers_do_not_rise_after_a_restore, 12, "everywhere since"
     ),
-    "quarantine never begins": Mutant(_quarantine_never_begins, 0, "restores"),
+    "quarantine never begins": Mutant(_quarantine_never_begins, 10, "moved since"),
     "quarantine holds no looks": Mutant(_quarantine_holds_no_looks, 10, "moved since", quick=True),
     "restored databases are noticed late": Mutant(_restored_databases_are_noticed_late, 10, "moved since"),
 }

@@ -91,7 +91,13 @@ def late_starts_meet_nothing() -> None:
 
 def what_nobody_heard_counts_as_silence() -> None:
     """A leader that stood still believes that the others did."""
-    put(listening, "goes_on", lambda ha: ha.core.bus.client.is_connected)
+    anew = listening.anew
+
+    def only_once(ha: Any) -> None:
+        if not ha.listening_since:
+            anew(ha)
+
+    put(listening, "anew", only_once)
 
 
 def everybody_is_the_majority() -> None:
