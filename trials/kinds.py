@@ -13,11 +13,12 @@ from volery.contracts.liveness import ProofKind
 
 SILENCE_SECONDS = 35.0
 """`VOLERY_HA_SILENCE_BEFORE_FENCE_SECONDS` in trials: the least that ha accepts."""
+START_HOLD = "VOLERY_HA_START_HOLD_SECONDS"
 BRAKE_WINDOW = "VOLERY_HA_BRAKE_WINDOW_SECONDS"
 SETTINGS = {
     "VOLERY_HA_SILENCE_BEFORE_FENCE_SECONDS": f"{SILENCE_SECONDS:.0f}",
     # Trials follow each other within minutes: the holds that they would run into have tests of their own.
-    "VOLERY_HA_START_HOLD_SECONDS": "5",
+    START_HOLD: "5",
     "VOLERY_HA_SWITCH_QUIET_SECONDS": "1",
     BRAKE_WINDOW: "10",
     # Longer than `storage-cut` lasts, and short enough to be waited for.
@@ -107,9 +108,13 @@ Kind = Elsewhere | Nothing | Blackout | Rack
 
 
 def settings_for(kind: Kind) -> dict[str, str]:
+    """What a kind is about is as in an installation that nobody has changed."""
+    own = ""
     if isinstance(kind, Rack) and kind.frozen:
-        return {name: value for name, value in SETTINGS.items() if name != BRAKE_WINDOW}
-    return SETTINGS
+        own = BRAKE_WINDOW
+    if isinstance(kind, Blackout):
+        own = START_HOLD
+    return {name: value for name, value in SETTINGS.items() if name != own}
 
 
 BMC_OFF, LEASE = ProofKind.BMC_OFF, ProofKind.LEASE_EXPIRED
