@@ -382,6 +382,12 @@ def test_throw_away_servers_are_quick_and_leave_nothing() -> None:
     assert took < 10
 
 
+def test_throw_away_servers_are_in_memory_only_where_it_has_room(tmp_path: Path) -> None:
+    assert embedded.throw_away_place(tmp_path, least_bytes=1) == tmp_path
+    assert embedded.throw_away_place(tmp_path, least_bytes=2**62) == Path("/tmp")
+    assert embedded.throw_away_place(tmp_path / "none") == Path("/tmp")
+
+
 ABANDON = """
 import os, signal
 from volery.setup.embedded import temporary_nats, temporary_postgres

@@ -7,6 +7,7 @@ started them may end, and the next one finds them.
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -45,6 +46,7 @@ Name = Literal["nats", "postgres"]
 
 _START_SECONDS = 60.0  # a PostgreSQL that recovers from a crash may replay a gigabyte
 _POLL_SECONDS = 0.005
+_DISK = Path("/tmp")  # noqa: S108 - mkdtemp makes a place of our own in it
 
 
 @dataclass(frozen=True)
@@ -280,10 +282,24 @@ def _comes_up(ready: Callable[[ProcessId], bool], process: ProcessId, program: s
     return False
 
 
+def throw_away_place(memory: Path = Path("/dev/shm"), least_bytes: int = 4 * 2**30) -> Path:  # noqa: S108
+    """Where throw-away servers keep their files: in memory if it has room for them, else on disk.
+
+    They sync as ever, but on a disk that many tests write to each sync takes long. A PostgreSQL writes
+    up to max_wal_size, and each worker of a test run has one.
+    """
+    try:
+        space = os.statvfs(memory)
+    except OSError:
+        return _DISK
+    roomy = space.f_bavail * space.f_frsize >= least_bytes and os.access(memory, os.W_OK)
+    return memory if roomy else _DISK
+
+
 @contextmanager
-def temporary_home(prefix: str = "volery-test-") -> Iterator[Home]:
-    """A throw-away state directory that PostgreSQL's unprivileged user can reach."""
-    home = Home(Path(mkdtemp(prefix=prefix, dir="/tmp")))
+def temporary_home(prefix: str = "volery-test-", parent: Path = _DISK) -> Iterator[Home]:
+    """A throw-away state directory, in /tmp unless told where, that PostgreSQL's unprivileged user can reach."""
+    home = Home(Path(mkdtemp(prefix=prefix, dir=parent)))
     try:
         home.create()
         yield home
@@ -315,7 +331,7 @@ def temporary_nats(options: NatsOptions | None = None) -> Iterator[Embedded]:
 
     Without options it asks for no credentials and speaks no TLS.
     """
-    with temporary_home("volery-nats-") as home:
+    with temporary_home("volery-nats-", throw_away_place()) as home:
         try:
             server = start_nats(home, options or NatsOptions(preferred_port=None))
             with _buried(server, home):
@@ -326,8 +342,8 @@ def temporary_nats(options: NatsOptions | None = None) -> Iterator[Embedded]:
 
 @contextmanager
 def temporary_postgres(options: PostgresOptions | None = None) -> Iterator[Embedded]:
-    """An empty PostgreSQL (fsync on) on a Unix socket, then gone."""
-    with temporary_home("volery-pg-") as home:
+    """An empty PostgreSQL (fsync on) on a Unix socket, in memory if there is room, then gone."""
+    with temporary_home("volery-pg-", throw_away_place()) as home:
         try:
             server = start_postgres(home, options or PostgresOptions(sync_after_creation=False))
             with _buried(server, home):
