@@ -74,7 +74,7 @@ async def prepared_disks(
     question = PrepareDisks(vm_id=vm_id, host_id=host_id, disk_ids=disk_ids)
     answer = await inv.core.bus.ask(PREPARE_DISKS, question, caller)
     own = {disk.disk_id for disk in answer.disks if not (disk.shareable or disk.read_only)}
-    restored.refuse_open_elsewhere(inv, vm_id, own, "used")
+    await restored.refuse_open_elsewhere(inv, vm_id, own, "used")
     return {disk.disk_id: disk for disk in answer.disks}
 
 

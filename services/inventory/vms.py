@@ -400,7 +400,7 @@ async def delete(inv: Inventory, run: Run) -> None:
 
     run.undo("deleting", back)
     going = {disk.disk_id for disk in vm.disks if ask.delete_disks and not disk.shareable}
-    restored.refuse_open_elsewhere(inv, vm.id, going, "deleted")
+    await restored.refuse_open_elsewhere(inv, vm.id, going, "deleted")
     for disk in vm.disks:
         ident = disk.disk_id
         await run.step(
