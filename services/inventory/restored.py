@@ -16,11 +16,12 @@ from services.inventory.store import VMS
 from volery.contracts.agent import DomainReport
 from volery.contracts.domain import DomainState
 from volery.contracts.errors import conflict
+from volery.runtime.clock import monotonic
 from volery.runtime.run import Run
 
-SILENT_SECONDS = 3.0
-"""Six beats: as long as ha takes to suspect a host. What it said last must do then."""
 HAS_DISKS_OPEN = ALIVE_STATES | {DomainState.INCOMING}
+HEARD_SECONDS = 5.0
+"""A host that doesn't report for so long is believed what it said last."""
 
 
 async def refuse_running(inv: Inventory, run: Run, vm_id: str) -> None:
@@ -57,32 +58,36 @@ def order_name(run: Run, name: str) -> str:
 
 
 async def refuse_open_elsewhere(inv: Inventory, vm_id: str, disk_ids: Collection[str], what: str) -> None:
-    """Raises Refused(conflict) when another VM has one of these disks open. A restored database may know neither that VM nor
-    that it was given the disk. A host is asked first: it may have let go of the disk since it last said what it has."""
-    for host_id in {host_id for host_id, _, _ in _open_elsewhere(inv, vm_id, disk_ids)}:
-        await inv.fresh_report(host_id, partial(_is_silent, inv, host_id))
-    for host_id, other, disk_id in _open_elsewhere(inv, vm_id, disk_ids):
-        raise conflict(
-            f"disk {disk_id} can't be {what}: VM {other.name or other.vm_id} on host {host_id} has it open, as that host "
-            "reports. Stop that VM, or detach the disk there, first",
-            disk_id=disk_id,
-            vm_id=other.vm_id,
-            host_id=host_id,
-        )
+    """Raises Refused(conflict) when a host reports that another VM has one of these disks open. A restored database may
+    know neither that VM nor that it was given the disk. A host is asked once more first: what it said last may be old."""
+    asked: set[str] = set()
+    while (found := _open_elsewhere(inv, vm_id, disk_ids)) is not None:
+        host_id, disk_id, report = found
+        if host_id in asked or not await _heard(inv, host_id, report.vm_id):
+            raise conflict(
+                f"disk {disk_id} can't be {what}: VM {report.name or report.vm_id} on host {host_id} has it open, as that "
+                "host reports. Stop that VM, or detach the disk there, first",
+                disk_id=disk_id,
+                vm_id=report.vm_id,
+                host_id=host_id,
+            )
+        asked.add(host_id)
 
 
 def _open_elsewhere(
     inv: Inventory, vm_id: str, disk_ids: Collection[str]
-) -> list[tuple[str, DomainReport, str]]:
-    """Host, VM and disk, as hosts said last under boots that haven't ended."""
-    return [
-        (host_id, report, disk_id)
-        for (host_id, other_id), report in inv.seen.items()
-        if other_id != vm_id and report.state in HAS_DISKS_OPEN
-        for disk_id in report.disk_ids
-        if disk_id in disk_ids and not inv.has_ended(host_id, inv.boots.get((host_id, other_id), ""))
-    ]
+) -> tuple[str, str, DomainReport] | None:
+    for (host_id, other_id), report in inv.seen.items():
+        if other_id == vm_id or report.state not in HAS_DISKS_OPEN:
+            continue
+        open_there = next((disk_id for disk_id in report.disk_ids if disk_id in disk_ids), "")
+        if open_there and not inv.has_ended(host_id, inv.boots.get((host_id, other_id), "")):
+            return host_id, open_there, report
+    return None
 
 
-def _is_silent(inv: Inventory, host_id: str) -> bool:
-    return inv.core.beats.silent_seconds(host_id) >= SILENT_SECONDS
+async def _heard(inv: Inventory, host_id: str, vm_id: str) -> bool:
+    """Whether the host has reported anew, or can't any more."""
+    boot_id, until = inv.boots.get((host_id, vm_id), ""), monotonic() + HEARD_SECONDS
+    ended = partial(inv.has_ended, host_id, boot_id)
+    return await inv.fresh_report(host_id, lambda: ended() or monotonic() > until) or ended()

@@ -16,7 +16,16 @@ from volery.contracts.domain_orders import DETACH_DISK, DETACH_NIC
 from volery.contracts.errors import Kind, Refused
 from volery.contracts.network import RELEASE_NIC, ReleaseNic
 from volery.contracts.operation import CANCEL_OPERATION, CancelOperation, OperationState
-from volery.contracts.vm import DETACH_VM_DISK, DETACH_VM_NIC, DetachVmDisk, DetachVmNic, NewDisk, NewNic
+from volery.contracts.vm import (
+    ATTACH_VM_DISK,
+    DETACH_VM_DISK,
+    DETACH_VM_NIC,
+    AttachVmDisk,
+    DetachVmDisk,
+    DetachVmNic,
+    NewDisk,
+    NewNic,
+)
 from volery.runtime.bus import Caller
 from volery.runtime.programs import Settings
 
@@ -107,3 +116,23 @@ async def test_a_disk_that_its_guest_lets_go_of_too_late_is_the_vms_no_more(conf
 
         await until(without)
         assert storage.detached == [disk.id]
+
+
+async def test_a_disk_goes_from_one_vm_to_another_though_its_host_has_not_reported_since(
+    configured: Settings,
+) -> None:
+    storage = Storage()
+    async with world_of(configured, storage.service(), hosts=1) as (world, (host,)):
+        assert world.cluster is not None
+        disk = storage.disk(storage.domain(world.cluster.data_center_id, leases=False))
+        vm, other = await world.vm(disks=(NewDisk(disk_id=disk.id),)), await world.vm()
+        host.domains[vm.id] = replace(host.domains[vm.id], disk_ids=(disk.id,))
+        await host.agent.report("inventory")
+        await host.agent.until_committed("inventory")
+        for call, ask in (
+            (DETACH_VM_DISK, DetachVmDisk(id=vm.id, disk_id=disk.id)),
+            (ATTACH_VM_DISK, AttachVmDisk(id=other.id, disk_id=disk.id)),
+        ):
+            ended = await world.ended(await world.bus.ask(call, ask))
+            assert ended.state is OperationState.SUCCEEDED, ended.problem
+        assert host.domains[other.id].disk_ids == (disk.id,)

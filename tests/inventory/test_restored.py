@@ -348,23 +348,6 @@ async def test_a_vm_whose_disk_another_has_open_is_not_started(configured: Setti
             await story.start(vm.id, first)
 
 
-async def test_a_disk_that_was_just_let_go_of_is_used_at_once(configured: Settings) -> None:
-    """Its host is asked before anybody is refused what its last report says."""
-    async with story_of(configured) as story:
-        world = story.world
-        async with before_the_restore(story):
-            first, second = story.hosts
-            disk = story.disk()
-            vm = await world.vm(start=False, disks=(NewDisk(disk_id=disk.id),))
-            other = new_id()
-            await second.tell(other, DomainState.RUNNING, 3)
-            second.domains[other] = replace(second.domains[other], disk_ids=(disk.id,))
-            await second.agent.report("inventory")
-            await second.agent.until_committed("inventory")
-            second.domains[other] = replace(second.domains[other], disk_ids=())
-            await story.start(vm.id, first)
-
-
 @pytest.mark.parametrize("restores", [1, 2])
 async def test_a_disk_is_not_free_before_its_guest_let_go_of_it_again(
     configured: Settings, restores: int

@@ -136,9 +136,10 @@ class Domain:
         return [*program, encode(lease).decode(), str(path), *how]
 
     def takes(self, host: Host, lease: DomainLease, word: str) -> bytes:
-        """What was in the volume when the host began to write it; nothing while its lease is another host's."""
+        """What was in the volume when the host began to write it; nothing while its lease is another host's. sanlock waits for
+        one that stands still until it is over."""
         how = self.writer(host, lease, "once", word)
-        said = host.exec(how, environment={"PYTHONPATH": str(ROOT)}).stdout.strip()
+        said = host.exec(how, timeout_seconds=180, environment={"PYTHONPATH": str(ROOT)}).stdout.strip()
         if said.startswith("refused: "):
             assert "another host holds it" in said, said
             return b""
