@@ -25,6 +25,9 @@ def parser() -> argparse.ArgumentParser:
     verbs = root.add_subparsers(dest="verb", required=True, metavar="VERB")
     verbs.add_parser("image", help="build the disk that hosts start from")
     verbs.add_parser("up", help="hosts and a control plane, or what is missing of them")
+    root.add_argument(
+        "--containers", action="store_true", help="hosts share this machine's kernel: quick, without NFS"
+    )
     root.add_argument("--hosts", type=int, choices=(1, 2), default=2, help="`nfs` needs two")
     show = verbs.add_parser("show", help="show one thing, with figures")
     show.add_argument("what", choices=SHOWS)
@@ -39,7 +42,12 @@ def main(arguments: list[str]) -> int:
     options = parser().parse_args(arguments)
     output = Output()
     site = Site(
-        options.directory / "site", options.subnet, Image(options.directory / "image"), output, options.hosts
+        options.directory / ("containers" if options.containers else "site"),
+        options.subnet,
+        Image(options.directory / "image"),
+        output,
+        options.hosts,
+        options.containers,
     )
     try:
         act(site, options)
