@@ -21,7 +21,9 @@ DIRECTORY = Path("/srv/volery-vmtier")
 def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(prog="python -m vm_tier", description=__doc__)
     root.add_argument("--directory", type=Path, default=DIRECTORY, help="of everything; 5 GB")
-    root.add_argument("--subnet", default="10.111.77", help="its first three bytes")
+    root.add_argument(
+        "--subnet", default="", help="its first three bytes; by default 10.111.77, of containers 10.111.78"
+    )
     verbs = root.add_subparsers(dest="verb", required=True, metavar="VERB")
     verbs.add_parser("image", help="build the disk that hosts start from")
     verbs.add_parser("up", help="hosts and a control plane, or what is missing of them")
@@ -43,7 +45,7 @@ def main(arguments: list[str]) -> int:
     output = Output()
     site = Site(
         options.directory / ("containers" if options.containers else "site"),
-        options.subnet,
+        options.subnet or ("10.111.78" if options.containers else "10.111.77"),
         Image(options.directory / "image"),
         output,
         options.hosts,

@@ -49,7 +49,7 @@ class Site:
 
     @property
     def bridge(self) -> str:
-        return "vvt"
+        return "vvc" if self.containers else "vvt"
 
     @property
     def home(self) -> Home:
