@@ -21,10 +21,15 @@ DIRECTORY = Path("/srv/volery-vmtier")
 def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(prog="python -m vm_tier", description=__doc__)
     root.add_argument("--directory", type=Path, default=DIRECTORY, help="of everything; 5 GB")
-    root.add_argument("--subnet", default="10.111.77", help="its first three bytes")
+    root.add_argument(
+        "--subnet", default="", help="its first three bytes; by default 10.111.77, of containers 10.111.78"
+    )
     verbs = root.add_subparsers(dest="verb", required=True, metavar="VERB")
     verbs.add_parser("image", help="build the disk that hosts start from")
     verbs.add_parser("up", help="hosts and a control plane, or what is missing of them")
+    root.add_argument(
+        "--containers", action="store_true", help="hosts share this machine's kernel: quick, without NFS"
+    )
     root.add_argument("--hosts", type=int, choices=(1, 2), default=2, help="`nfs` needs two")
     show = verbs.add_parser("show", help="show one thing, with figures")
     show.add_argument("what", choices=SHOWS)
@@ -39,7 +44,12 @@ def main(arguments: list[str]) -> int:
     options = parser().parse_args(arguments)
     output = Output()
     site = Site(
-        options.directory / "site", options.subnet, Image(options.directory / "image"), output, options.hosts
+        options.directory / ("containers" if options.containers else "site"),
+        options.subnet or ("10.111.78" if options.containers else "10.111.77"),
+        Image(options.directory / "image"),
+        output,
+        options.hosts,
+        options.containers,
     )
     try:
         act(site, options)

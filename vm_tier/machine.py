@@ -41,6 +41,11 @@ class Machine:
         return f"{self.subnet}.{self.number}"
 
     @property
+    def ident(self) -> uuid.UUID:
+        """The machine's own: the same id on two would give their bridges one MAC."""
+        return uuid.uuid5(NAMESPACE, f"{self.directory} {self.number}")
+
+    @property
     def console(self) -> Path:
         return self.directory / f"{self.name}.log"
 
@@ -90,7 +95,7 @@ class Machine:
         return f"{self.bridge}-{self.number}"
 
     def command(self, disk: Path) -> list[str]:
-        ident = uuid.uuid5(NAMESPACE, f"{self.directory} {self.number}")
+        ident = self.ident
         mac = f"52:54:00:{ident.bytes[:2].hex(':')}:{self.number:02x}"
         address = f"ip={self.ip}::{self.subnet}.254:255.255.255.0:{self.name}:eth0:none"
         kernel = (
@@ -118,6 +123,10 @@ class Machine:
         os.kill(pid, signal.SIGKILL)
         while self.pid is not None:
             time.sleep(0.01)
+
+    def forget(self) -> None:
+        """What is left of it on this machine when it is off."""
+        run(["sh", "-c", f"ip link delete {self.link} 2>/dev/null || :"])
 
     def ssh(self, command: str, *, given: str | None = None, seconds: float = SSH_SECONDS) -> str:
         """What a shell of root's prints there. Raises LabError."""

@@ -11,6 +11,7 @@ from typing import Any
 from lab import plane
 from lab.commands import run
 from lab.errors import LabError
+from vm_tier.container import Container
 from vm_tier.image import Image
 from vm_tier.machine import Machine
 from volery.client import api
@@ -43,10 +44,12 @@ class Site:
     image: Image
     output: Output
     hosts: int = 2
+    containers: bool = False
+    """Hosts are containers (`vm_tier/container.py`), not machines."""
 
     @property
     def bridge(self) -> str:
-        return "vvt"
+        return "vvc" if self.containers else "vvt"
 
     @property
     def home(self) -> Home:
@@ -54,6 +57,12 @@ class Site:
 
     @property
     def machines(self) -> list[Machine]:
+        if self.containers:
+            shared = self.directory / "shared"
+            return [
+                Container(10 + number, self.directory, self.image, self.subnet, self.bridge, shared)
+                for number in range(1, self.hosts + 1)
+            ]
         return [
             Machine(number, self.directory, self.image, self.subnet, self.bridge)
             for number in range(1, self.hosts + 1)
@@ -62,8 +71,8 @@ class Site:
     @property
     def both(self) -> tuple[Machine, Machine]:
         """The NFS server and its client. Raises LabError."""
-        if self.hosts != 2:
-            raise LabError("this needs two hosts: leave --hosts out")
+        if self.hosts != 2 or self.containers:
+            raise LabError("this needs two hosts that are machines: leave --hosts and --containers out")
         return self.machines[0], self.machines[1]
 
     @property
@@ -81,8 +90,9 @@ class Site:
         for machine in self.machines:
             with self.output.step(f"{machine.name} answers") as step:
                 step.result = f"after {machine.answers():.0f} s"
-        with self.output.step("NFS"):
-            self._nfs()
+        if not self.containers:
+            with self.output.step("NFS"):
+                self._nfs()
         cluster = plane.make_cluster(client)
         for machine in self.machines:
             with self.output.step(f"{machine.name} is enrolled, its agent a unit of systemd"):
@@ -131,7 +141,7 @@ class Site:
             settings = {
                 "VOLERY_AGENT_ENROLMENT_TOKEN": made.enrolment_token,
                 "VOLERY_AGENT_DATA_ADDRESS": f"{machine.ip}:0",
-                "VOLERY_AGENT_HYPERVISOR": "kvm",
+                "VOLERY_AGENT_HYPERVISOR": "qemu" if self.containers else "kvm",
                 "VOLERY_AGENT_INSTALLATION": self.home.installation,
             }
             text = "".join(f"{name}={value}\n" for name, value in settings.items())
@@ -200,7 +210,7 @@ class Site:
         """Ends it all; the image stays."""
         for machine in self.machines:
             machine.kill()
-            run(["sh", "-c", f"ip link delete {machine.link} 2>/dev/null || :"])
+            machine.forget()
         if self.home.path.exists():
             down(self.home, self.output)
         run(["sh", "-c", f"ip link delete {self.bridge} 2>/dev/null || :"])

@@ -36,21 +36,15 @@ class _Ear(asyncio.DatagramProtocol):
 
 @asynccontextmanager
 async def listening(ha: Ha) -> AsyncIterator[None]:
-    """Raises OSError for a port that is taken: an administrator who waits for dumps must hear that nobody does."""
+    """A port that is taken stops nothing else that ha does: it is said, and tried again."""
     if not ha.config.kdump_port:
         yield
         return
     await learn(ha)
-    loop = asyncio.get_running_loop()
-    transport, _ = await loop.create_datagram_endpoint(
-        lambda: _Ear(ha), sock=open_socket(ha.config.kdump_port)
-    )
     following = asyncio.create_task(_follow(ha))
-    log.info("crash kernels of hosts are heard on UDP port %d", ha.config.kdump_port)
     try:
         yield
     finally:
-        transport.close()
         await end([following])
 
 
@@ -72,12 +66,34 @@ def open_socket(port: int) -> socket.socket:
 
 
 async def _follow(ha: Ha) -> None:
-    while True:
-        await asyncio.sleep(LOOK_SECONDS)
-        try:
-            await learn(ha)
-        except AWAY:
-            log.warning("which addresses crash kernels send from can't be read; those known so far count")
+    transport: asyncio.BaseTransport | None = None
+    try:
+        while True:
+            transport = transport or await _open(ha)
+            await asyncio.sleep(LOOK_SECONDS)
+            try:
+                await learn(ha)
+            except AWAY:
+                log.warning("which addresses crash kernels send from can't be read; those known so far count")
+    finally:
+        if transport is not None:
+            transport.close()
+
+
+async def _open(ha: Ha) -> asyncio.BaseTransport | None:
+    port = ha.config.kdump_port
+    try:
+        made = open_socket(port)
+    except OSError as error:
+        if ha.dumps.problem != error.strerror:
+            log.error("no crash kernel is heard, and power waits for no dump: %s", error.strerror)
+        ha.dumps.problem = str(error.strerror)
+        return None
+    loop = asyncio.get_running_loop()
+    transport, _ = await loop.create_datagram_endpoint(lambda: _Ear(ha), sock=made)
+    ha.dumps.problem = ""
+    log.info("crash kernels of hosts are heard on UDP port %d", port)
+    return transport
 
 
 async def learn(ha: Ha) -> None:
@@ -126,7 +142,11 @@ def listener(ha: Ha) -> KdumpListener | None:
     dumps = ha.dumps
     ignored = {str(why): count for why, count in sorted(dumps.ignored.items())}
     return KdumpListener(
-        port=ha.config.kdump_port, heard=dumps.heard, ignored=ignored, last_ignored=dumps.last_ignored
+        port=ha.config.kdump_port,
+        heard=dumps.heard,
+        ignored=ignored,
+        last_ignored=dumps.last_ignored,
+        problem=dumps.problem,
     )
 
 

@@ -64,6 +64,8 @@ class Dumps:
     """Messages that counted."""
     ignored: Counter[Ignored] = field(default_factory=Counter)
     last_ignored: str = ""
+    problem: str = ""
+    """Why none is heard."""
 
 
 @dataclass(slots=True)

@@ -263,3 +263,21 @@ def test_a_port_that_is_taken_is_said() -> None:
             OSError, match=rf"UDP port {port} for crash kernels \(VOLERY_HA_KDUMP_PORT\): Address"
         ):
             open_socket(port)
+
+
+async def test_a_port_that_is_taken_stops_nothing_else_and_is_taken_once_it_is_free(
+    configured: Settings, tmp_path: Path
+) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
+        other.bind(("0.0.0.0", 0))
+        port = other.getsockname()[1]
+        async with site(configured, tmp_path, 1, powered=False, VOLERY_HA_KDUMP_PORT=str(port)) as at:
+            assert f"UDP port {port} for crash kernels" in (await listener(at)).problem
+            other.close()
+
+            async def heard() -> bool:
+                send(port, MESSAGE, "127.0.0.9")
+                found = await listener(at)
+                return not found.problem and found.ignored.get("unknown_address", 0) > 0
+
+            await until(heard)

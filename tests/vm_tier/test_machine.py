@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 
 from host_agent.config import AgentConfig
+from vm_tier.container import Container
 from vm_tier.image import Image
 from vm_tier.machine import Machine
 from vm_tier.site import AGENT
@@ -33,6 +35,16 @@ def test_a_process_that_took_the_number_of_a_dead_host_is_not_killed(tmp_path: P
     assert one.pid is None
     one.kill()
     one.pid_file.write_text("")
+    assert one.pid is None
+
+
+def test_a_container_is_started_by_scripts_that_a_shell_can_read(tmp_path: Path) -> None:
+    one = Container(11, tmp_path, Image(tmp_path / "image"), "10.111.77", "vvt", tmp_path / "shared")
+    for script in one.scripts():
+        subprocess.run(["sh", "-n", "-c", script], check=True)
+        assert "{" not in script
+    assert f"{tmp_path}/hc11/root" in one.scripts()[1]
+    one.pid_file.write_text(str(os.getpid()))
     assert one.pid is None
 
 

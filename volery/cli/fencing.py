@@ -237,7 +237,7 @@ def show_fencing(output_format: Output = Format.TABLE) -> None:
         output.show(list(found.brakes), output_format, brakes)
         output.show(list(found.held), output_format, ("host_name", "state", "fencing"))
         if found.kdump is not None:
-            output.show([found.kdump], output_format, ("port", "heard", "ignored", "last_ignored"))
+            output.show([found.kdump], output_format, ("port", "heard", "ignored", "last_ignored", "problem"))
 
 
 @fencing.command()

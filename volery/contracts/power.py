@@ -229,6 +229,8 @@ class KdumpListener(Message):
     """By reason: wrong_size, wrong_magic, unknown_version, unknown_address, address_of_two_hosts."""
     last_ignored: str = ""
     """From where, and why."""
+    problem: str = ""
+    """Why none is heard: the port is taken, …; tried again every 2 s."""
 
 
 class AskFencing(Message):
