@@ -47,6 +47,7 @@ from volery.contracts.vm import (
     MigrateVm,
     StartVm,
     StopVm,
+    VmStatus,
 )
 from volery.runtime.relay import stream_name
 
@@ -266,6 +267,9 @@ async def started_since_the_backup(scene: Scene) -> None:
     domains = domains_of(world, [vm_id])
     await _restored(scene, backup)
     await run_on(world, domains, SETTLED_SECONDS, "it was started since the backup")
+    vm = await world.ask(GET_VM, GetById(id=vm_id))
+    if vm.status is not VmStatus.UP:
+        world.oracle.broken(f"{vm.name} runs, and is shown as {vm.status}")
     world.oracle.want(vm_id, Wish.ANY)
 
 

@@ -80,7 +80,7 @@ async def _vm(inv: Inventory, vm_id: str) -> None:
     elif (
         vm.desired is DesiredState.DOWN and placement.state == "running" and vm.status is not VmStatus.UNKNOWN
     ):
-        await _again(inv, STOP_VM, StopVm(id=vm_id), vm_id)
+        await _again(inv, STOP_VM, StopVm(id=vm_id, force=row.private.stop_forced), vm_id)
 
 
 async def _again(inv: Inventory, call: Call[Any, Operation], question: Message, vm_id: str) -> None:

@@ -33,6 +33,7 @@ from services.inventory.store import HOSTS, VMS, Store
 from volery.contracts.agent import HOST_REPORTED, INVENTORY_ORDER_FINISHED, INVENTORY_ORDER_PROGRESSED
 from volery.contracts.base import Owner
 from volery.contracts.operation import Operation
+from volery.contracts.vm import DesiredState
 from volery.runtime.core import Core
 from volery.runtime.service import Service
 from volery.runtime.tables import Change
@@ -56,7 +57,12 @@ async def release(inv: Inventory, operation: Operation) -> Sequence[Change]:
         vm = await VMS.find(inv.core.pool, operation.object_id)
         if vm is None or vm.public.busy_with != operation.id:
             return ()
-        return [VMS.update(vm, model.with_actions(replace(vm.public, busy_with="")))]
+        freed = VMS.update(vm, model.with_actions(replace(vm.public, busy_with="")))
+        if operation.kind == "vm.stop" and vm.public.desired is DesiredState.DOWN:
+            freed = freed.and_then(
+                lambda: inv.core.wake(f"vm/{operation.object_id}")
+            )  # if it runs, it is asked again
+        return [freed]
     host = await HOSTS.find(inv.core.pool, operation.object_id)
     if host is None:
         return ()

@@ -82,7 +82,8 @@ async def stop_vm(inv: Inventory, ask: StopVm, caller: Caller) -> Operation:
             busy_with=op.id,
             allowed_actions=(),
         )
-        private = replace(row.private, stop_asked=True)
+        forced = ask.force or ask.force_after_seconds > 0
+        private = replace(row.private, stop_asked=True, stop_forced=forced)
         try:
             await inv.core.commit(VMS.update(row, new, private), begun, caller=caller, answer=op)
         except Stale:

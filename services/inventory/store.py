@@ -58,6 +58,8 @@ class VmPrivate(Message):
     """Hosts that failed to start it, for the current attempt."""
     stop_asked: bool = False
     """A stop is under way: its ending is no crash."""
+    stop_forced: bool = False
+    """Whoever asked for it wanted it forced off if need be: so it is when it is asked again."""
     killing: bool = False
     """It is being ended since an I/O error has kept it paused for too long."""
     run_once: RunOnce | None = None

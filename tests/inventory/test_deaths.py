@@ -19,6 +19,9 @@ from volery.contracts.domain_orders import (
     MIGRATE_DOMAIN,
     RUN_DOMAIN,
     STOP_DOMAIN,
+    DomainStopped,
+    StopDomain,
+    StopMethod,
 )
 from volery.contracts.errors import Kind, Problem, Refused
 from volery.contracts.host import HostStatus
@@ -194,14 +197,24 @@ async def test_a_stop_that_a_silent_host_never_answered_stays_asked_for_when_it_
             await host.agent.kill()
             await silent(world, host)
             await world.vm_is(vm.id, VmStatus.UNKNOWN)
-            op = await world.bus.ask(STOP_VM, StopVm(id=vm.id))
+            op = await world.bus.ask(STOP_VM, StopVm(id=vm.id, force=True))
+        told = list[StopDomain]()
+
+        async def stop(ask: StopDomain) -> DomainStopped:
+            told.append(ask)
+            await host.tell(ask.vm_id, DomainState.SHUTOFF, vm.epoch, "destroyed")
+            return DomainStopped(vm_id=ask.vm_id)
+
+        host.agent.does(STOP_DOMAIN, stop)
         await pass_the_deadline(world, op)
         await world.liveness(host, LivenessState.UP)
         async with inventory_of(world):
             await world.host_is(host, HostStatus.UP)
             await host.agent.start()
             assert (await world.ended(op)).state is OperationState.FAILED
-            assert (await world.get(vm.id)).desired is DesiredState.DOWN
+            down = await world.vm_is(vm.id, VmStatus.DOWN)
+            assert down.desired is DesiredState.DOWN
+            assert [ask.methods for ask in told] == [(StopMethod.DESTROY,)]  # as it was asked for
 
 
 async def pass_the_deadline(world: World, op: Operation) -> None:
