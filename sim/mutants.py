@@ -416,7 +416,7 @@ MUTANTS: dict[str, Mutant] = {
     "the brake always holds": Mutant(idle.the_brake_always_holds, 1, "hung"),
     "nothing brakes": Mutant(_nothing_brakes, 10, "one after another"),
     "the brake is in memory": Mutant(_the_brake_is_in_memory, 10, "one after another"),
-    "ends of other placements count": Mutant(_ends_of_other_placements_count, 0, "restores"),
+    "ends of other placements count": Mutant(_ends_of_other_placements_count, 10, "started since"),
     "cancels are forgotten": Mutant(slips.cancels_are_forgotten, 10, "stop overtaken", quick=True),
     "boots don't count in ages": Mutant(slips.boots_do_not_count_in_ages, 11, "former boot"),
     "old asks for power are obeyed": Mutant(slips.old_asks_for_power_are_obeyed, 10, "fence overtaken"),

@@ -146,7 +146,7 @@ def test_what_would_be_wrong_is_noticed(name: str) -> None:
 
 def test_a_mistake_that_is_caught_needs_no_excuse() -> None:
     assert [name for name, mutant in MUTANTS.items() if mutant.seed and mutant.guarded] == []
-    assert sum(bool(mutant.seed) for mutant in MUTANTS.values()) >= 59
+    assert sum(bool(mutant.seed) for mutant in MUTANTS.values()) >= 60
 
 
 def test_nothing_left_to_do_is_told_at_once() -> None:
