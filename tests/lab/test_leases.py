@@ -5,9 +5,6 @@ The waits are sanlock's own arithmetic, so one trial has everything in it that t
 
 from __future__ import annotations
 
-import contextlib
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -145,24 +142,22 @@ class Domain:
             return b""
         return bytes.fromhex(said)
 
-    @contextlib.contextmanager
-    def being_written(self, host: Host) -> Iterator[DomainLease]:
-        """A volume that a tool of this host's agent is in the middle of."""
+    def begin_writing(self, host: Host) -> DomainLease:
+        """A volume that a tool of this host's agent writes until the host ends. A child of the host's own process 1: the
+        machine's nsenter would stand still with it, and keep the dead host from being gone."""
         lease = self.volume()
-        program = subprocess.Popen(
-            host.enter(self.writer(host, lease, "on")),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            start_new_session=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-        )
-        assert program.stdout is not None
-        try:
-            assert program.stdout.readline() == b"begun\n"
-            yield lease
-        finally:
-            program.kill()
-            program.communicate()
+        on = [
+            "setsid",
+            "--fork",
+            "sh",
+            "-c",
+            'exec "$@" > /dev/null 2>&1',
+            "sh",
+            *self.writer(host, lease, "on"),
+        ]
+        host.exec(on, environment={"PYTHONPATH": str(ROOT)})
+        until(lambda: any(self.content(lease.key).read_bytes()) or None, "the tool writes")
+        return lease
 
     def read(self, reader: Host, number: int) -> HostLeaseReading:
         order = ReadHostLease(
@@ -329,33 +324,31 @@ def test_a_lost_lease_ends_what_held_it_before_another_host_takes_it(world: Worl
     facts = {host.number: report(host) for host in (one, three)}
     joined = {number: fact.lockspaces[0] for number, fact in facts.items()}
 
-    with shared.being_written(one) as volume:
-        one.freeze()
-        left = shared.content(volume.key).read_bytes()[:8]
-        assert left != bytes(8)
-        three.freeze()
-        other.outside("lockspace").write_bytes(b"")  # no host can renew in it any more
-        before = {number: shared.read(two, number) for number in (1, 3)}
-        until(lambda: not runs(two, lost) or None, "the VM whose lease was lost has ended", 120)
-        assert proven(before[1], 30.0, joined[1], facts[1].ability.watchdog) is ExpiredLease.NOTHING
+    volume = shared.begin_writing(one)
+    one.freeze()
+    left = shared.content(volume.key).read_bytes()[:8]
+    three.freeze()
+    other.outside("lockspace").write_bytes(b"")  # no host can renew in it any more
+    before = {number: shared.read(two, number) for number in (1, 3)}
+    until(lambda: not runs(two, lost) or None, "the VM whose lease was lost has ended", 120)
+    assert proven(before[1], 30.0, joined[1], facts[1].ability.watchdog) is ExpiredLease.NOTHING
 
-        taken = until(lambda: shared.takes(two, volume, "two"), "the volume could be written elsewhere", 200)
-        assert ended(boots[1]), "whoever wrote it ended first"
-        assert taken == left, "nothing was written since it stood still"
-        until(lambda: starts(two, frozen) or None, "the frozen host's VM could be started elsewhere", 60)
-        until(lambda: starts(two, unwatched) or None, "the other frozen host's VM, too", 60)
-        assert not ended(boots[3])
-        assert three.pids("qemu-system-x86_64")  # what a second one may not join
-        until(lambda: ended(boots[4]) or None, "the host that must not outlive its lease was reset", 60)
-        assert not ended(boots[2])
+    taken = until(lambda: shared.takes(two, volume, "two"), "the volume could be written elsewhere", 200)
+    assert ended(boots[1]), "whoever wrote it ended first"
+    assert taken == left, "nothing was written since it stood still"
+    until(lambda: starts(two, frozen) or None, "the frozen host's VM could be started elsewhere", 60)
+    until(lambda: starts(two, unwatched) or None, "the other frozen host's VM, too", 60)
+    assert not ended(boots[3])
+    assert three.pids("qemu-system-x86_64")  # what a second one may not join
+    until(lambda: ended(boots[4]) or None, "the host that must not outlive its lease was reset", 60)
+    assert not ended(boots[2])
 
-        for number, proof in ((1, ExpiredLease.NO_HOLDERS), (3, ExpiredLease.NOTHING)):
-            now = until(
-                lambda number=number: expired(world, before[number], number),
-                "its lease is long enough unchanged",
-            )
-            assert proven(*now, joined[number], facts[number].ability.watchdog) is proof
-        assert shared.content(volume.key).read_bytes() == b"two     " * 512
+    for number, proof in ((1, ExpiredLease.NO_HOLDERS), (3, ExpiredLease.NOTHING)):
+        now = until(
+            lambda number=number: expired(world, before[number], number), "its lease is long enough unchanged"
+        )
+        assert proven(*now, joined[number], facts[number].ability.watchdog) is proof
+    assert shared.content(volume.key).read_bytes() == b"two     " * 512
 
 
 def expired(world: World, before: HostLeaseReading, number: int) -> tuple[HostLeaseReading, float] | None:
