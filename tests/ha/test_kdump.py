@@ -165,7 +165,7 @@ async def listening_site(
     configured: Settings, tmp_path: Path, **more: str
 ) -> AsyncIterator[tuple[Site, int]]:
     port = free_port()
-    settings = {"VOLERY_HA_KDUMP_PORT": str(port), "VOLERY_HA_KDUMP_FINISHED_SECONDS": "3"} | more
+    settings = {"VOLERY_HA_KDUMP_PORT": str(port), "VOLERY_HA_KDUMP_FINISHED_SECONDS": "6"} | more
     async with site(configured, tmp_path, **settings) as at:
         yield at, port
 
