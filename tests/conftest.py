@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from volery.runtime.config import DatabaseConfig
 from volery.runtime.programs import Settings
 from volery.setup.embedded import Embedded, temporary_nats, temporary_postgres
 
+os.environ.pop("COLUMNS", None)  # a worker has 80 there, and tables would be as narrow
 HERE = Path(__file__).parent
 WHOLE_MACHINE = (
     "compose",  # its engine, images and cache
