@@ -191,6 +191,7 @@ class Agent:
             self.config.spool_max_bytes,
             self.config.max_waiting_orders,
             ground.database,
+            self.identity.host_id,
         )
         hypervisor = ground.hypervisor(self.config)
         host = Host(self.config, hypervisor, Tickets(), self.identity.host_id, self._reachable)

@@ -89,10 +89,10 @@ class Position:
 _raw_object = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
-def stamp(body: bytes, generation: str, seq: int, after_seq: int) -> bytes:
+def stamp(body: bytes, generation: str, seq: int, after_seq: int, confirmed: int) -> bytes:
     """The fact with its numbers filled in, which are settled only when it is published."""
     fields = _raw_object.decode(body)
-    numbers = {"generation": generation, "seq": seq, "after_seq": after_seq}
+    numbers = {"generation": generation, "seq": seq, "after_seq": after_seq, "confirmed": confirmed}
     fields |= {name: msgspec.Raw(encode(value)) for name, value in numbers.items()}
     return encode(fields)
 
@@ -126,6 +126,11 @@ def after(db: sqlite3.Connection, owner: str, seq: int) -> int:
              from owners o where owner = ?"""
     after_seq, base = db.execute(sql, (seq, seq, owner)).fetchone()
     return 0 if seq == base else int(after_seq)
+
+
+def confirmed(db: sqlite3.Connection, owner: str) -> int:
+    """The highest number that the owner said it has committed; it outlives the owner's database."""
+    return int(db.execute("select committed from owners where owner = ?", (owner,)).fetchone()[0])
 
 
 def total_bytes(db: sqlite3.Connection) -> int:

@@ -130,11 +130,13 @@ class Journal:
         spool_max_bytes: int = 256 * 1024 * 1024,
         max_waiting_orders: int = 2000,
         open_database: Callable[[Path, str], Database] = Database,
+        host_id: str = "",
     ) -> Journal:
-        """Opens or makes it. Raises sqlite3.Error for a file that is damaged."""
+        """Opens or makes it. A journal that another host wrote (this one was enrolled anew) gets a new generation: what
+        owners confirmed to that host is no word to this one. Raises sqlite3.Error for a file that is damaged."""
         database = open_database(path, SCHEMA + facts.SCHEMA)
         journal = cls(database, boot_id, spool_max_bytes, max_waiting_orders)
-        await journal._database.do(journal._begin)
+        await journal._database.do(lambda db: journal._begin(db, host_id))
         return journal
 
     async def close(self) -> None:
@@ -149,12 +151,17 @@ class Journal:
 
         self._database.after_commit = after_commit
 
-    def _begin(self, db: sqlite3.Connection) -> None:
+    def _begin(self, db: sqlite3.Connection, host_id: str) -> None:
         db.execute(
             "insert into meta (name, value) values ('generation', ?) on conflict do nothing",
             (random_id(),),
         )
         (self.generation,) = db.execute("select value from meta where name = 'generation'").fetchone()
+        wrote = db.execute("select value from meta where name = 'host_id'").fetchone()
+        if host_id and wrote is not None and wrote[0] != host_id:
+            self._renew(db)
+        if host_id:
+            db.execute("insert or replace into meta (name, value) values ('host_id', ?)", (host_id,))
         sql = """insert into boots (boot_id, ordinal) select ?, coalesce(max(ordinal), 0) + 1 from boots
                  where true on conflict do nothing"""
         db.execute(sql, (self.boot_id,))
@@ -355,7 +362,8 @@ class Journal:
 
     def _stamped(self, db: sqlite3.Connection, owner: str, seq: int, subject: str, body: bytes) -> Spooled:
         after_seq = facts.after(db, owner, seq)
-        return Spooled(owner, seq, after_seq, subject, facts.stamp(body, self.generation, seq, after_seq))
+        stamped = facts.stamp(body, self.generation, seq, after_seq, facts.confirmed(db, owner))
+        return Spooled(owner, seq, after_seq, subject, stamped)
 
     async def pending(
         self, owner: str, above: int, limit: int, limit_bytes: int = 16 * 1024 * 1024
@@ -394,14 +402,14 @@ class Journal:
     async def renew_generation(self) -> str:
         """A new identity for a journal that turned out to be an old copy of itself."""
 
-        def work(db: sqlite3.Connection) -> str:
-            generation = random_id()
-            db.execute("update meta set value = ? where name = 'generation'", (generation,))
-            facts.begin_anew(db)
-            self.generation = generation
-            return generation
+        return await self._database.do(self._renew)
 
-        return await self._database.do(work)
+    def _renew(self, db: sqlite3.Connection) -> str:
+        generation = random_id()
+        db.execute("update meta set value = ? where name = 'generation'", (generation,))
+        facts.begin_anew(db)
+        self.generation = generation
+        return generation
 
     async def begin_report(self, owner: str, rebase: bool) -> Reservation:
         """Keeps a number for a report, before anything is looked at. With `rebase`, or after facts were dropped,

@@ -47,7 +47,7 @@ HELD_IN_QUARANTINE = frozenset({"vm", "claims", "stray", "order", "paused", "unp
 
 async def reconcile(inv: Inventory, key: str) -> None:
     noun, _, rest = key.partition("/")
-    if noun in HELD_IN_QUARANTINE and inv.core.quarantine.reason:
+    if noun in HELD_IN_QUARANTINE and inv.core.quarantine.holds:
         return  # seen again when it has ended, by what every host reports then
     await LOOKS[noun](inv, rest)
 

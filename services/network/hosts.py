@@ -59,7 +59,7 @@ async def reconcile_host(svc: Fabric, host_id: str, *, again: bool = False) -> N
     """Order the host's set when it differs from what was tried last, or the host says that it isn't so any more."""
     async with svc.lock(host_id):
         host = await svc.store.host(host_id)
-        if host is None or host.status not in model.CAN_APPLY or svc.core.quarantine.reason:
+        if host is None or host.status not in model.CAN_APPLY or svc.core.quarantine.holds:
             return
         rows = await svc.store.attachments_of(host_id)
         wanted = await desired(svc, host, [row.public for row in rows])

@@ -67,7 +67,7 @@ def begin(svc: Storage, member: Member) -> asyncio.Task[None] | None:
     key = (member.domain_id, member.host_id)
     if (under_way := svc.freeing.get(key)) is not None:
         return under_way
-    if key in svc.joining or svc.core.quarantine.reason:
+    if key in svc.joining or svc.core.quarantine.holds:
         return None
     svc.joining.add(key)
 

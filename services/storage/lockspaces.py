@@ -48,7 +48,7 @@ async def settle(svc: Storage, rest: str) -> None:
     """Have one host join or leave one lockspace, unless that is under way or has just failed."""
     domain_id, host_id = rest.split(":")
     key = (domain_id, host_id)
-    if key in svc.joining or svc.core.quarantine.reason:
+    if key in svc.joining or svc.core.quarantine.holds:
         return
     if monotonic() - svc.joining_failed.get(key, float("-inf")) < svc.config.again_seconds:
         return

@@ -112,7 +112,7 @@ async def _host(svc: Storage, host_id: str) -> None:
 async def _disk(svc: Storage, disk_id: str) -> None:
     """Remove what a failed operation left, as soon as its host can."""
     row = await DISKS.find(svc.core.pool, disk_id)
-    if row is None or not row.private.doomed or svc.core.quarantine.reason:
+    if row is None or not row.private.doomed or svc.core.quarantine.holds:
         return
     if await _held(svc, row.public.busy_with):
         return
@@ -135,7 +135,7 @@ async def _held(svc: Storage, operation_id: str) -> bool:
 async def _leftover(svc: Storage, domain_id: str) -> None:
     """Have a host remove the directory of a deleted domain, if nothing else is in it. Found nowhere, it is gone."""
     left = next((one for one in await svc.store.leftovers() if one.domain_id == domain_id), None)
-    if left is None or svc.core.quarantine.reason:
+    if left is None or svc.core.quarantine.holds:
         return
     nowhere = True
     for host in await svc.store.hosts():

@@ -85,7 +85,7 @@ async def remove(svc: Storage, rest: str) -> None:
     domain_id, vm_id = rest.split(":")
     async with _lock(svc, vm_id):
         lease = await svc.leases.lease(domain_id, vm_id)
-        if lease is None or not lease.doomed or svc.core.quarantine.reason:
+        if lease is None or not lease.doomed or svc.core.quarantine.holds:
             return
         row = await DOMAINS.find(svc.core.pool, domain_id)
         if row is None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+import nats.js.errors
 import pytest
 from msgspec.structs import replace
 
@@ -18,7 +20,7 @@ from volery.contracts.base import Entity, Owner
 from volery.contracts.cluster import DeleteById
 from volery.contracts.domain import DomainState
 from volery.contracts.domain_orders import DETACH_DISK, FORGET_DOMAIN, RUN_DOMAIN
-from volery.contracts.errors import conflict, not_found
+from volery.contracts.errors import Kind, Refused, conflict, not_found
 from volery.contracts.health import GET_HEALTH, AskHealth
 from volery.contracts.ids import new_id
 from volery.contracts.operation import Operation, OperationState
@@ -43,7 +45,10 @@ from volery.contracts.vm import (
     VmStatus,
 )
 from volery.runtime.bus import Caller
+from volery.runtime.database import open_pool
+from volery.runtime.hear import HOST_STREAM
 from volery.runtime.programs import Settings
+from volery.runtime.relay import stream_name
 
 
 @dataclass
@@ -115,6 +120,39 @@ class Story:
         health = await self.world.bus.ask(GET_HEALTH[Owner.INVENTORY], AskHealth())
         return not health.quarantine and health.log_history != self._history
 
+    async def bus_lost(self) -> None:
+        """What NATS kept of inventory and of the hosts is gone."""
+        for name in (stream_name(Owner.INVENTORY), HOST_STREAM):
+            await self.world.bus.client.jetstream().delete_stream(name)
+
+    async def leads(self) -> bool:
+        """Whether inventory has made its stream anew."""
+        with contextlib.suppress(nats.js.errors.NotFoundError):
+            await self.world.bus.client.jetstream().stream_info(stream_name(Owner.INVENTORY))
+            return True
+        return False
+
+    async def out_of_quarantine(self) -> bool:
+        return not (await self.world.bus.ask(GET_HEALTH[Owner.INVENTORY], AskHealth())).quarantine
+
+    async def was_quarantined(self) -> bool:
+        async with open_pool(self.world.settings.database, "inventory") as pool:
+            return bool(await pool.fetchval("select base > 0 from restore_base"))
+
+    async def started(self, vm_id: str) -> Operation:
+        """A start that is asked for until it isn't put off any more."""
+
+        async def asked() -> Operation | None:
+            try:
+                return await self.world.bus.ask(START_VM, StartVm(id=vm_id))
+            except Refused as refused:
+                if refused.kind is not Kind.UNAVAILABLE:
+                    raise
+                return None
+
+        op: Operation = await until(asked)
+        return op
+
     _history: str = ""
 
     async def known_history(self) -> None:
@@ -168,6 +206,57 @@ async def test_a_start_makes_no_second_copy_of_what_came_to_run_elsewhere(config
         assert story.homes(vm.id) == [second.id]
         assert not second.agent.begun(FORGET_DOMAIN.kind)
         assert len(first.agent.begun(RUN_DOMAIN.kind)) == 1
+
+
+async def test_a_backup_beside_an_empty_bus_makes_no_second_copy(configured: Settings) -> None:
+    """The control plane's machine was lost: no stream tells that the database is older, only the hosts do."""
+    async with story_of(configured) as story:
+        world = story.world
+        async with before_the_restore(story):
+            _, second = story.hosts
+            vm = await world.vm(start=False)
+            await story.backed_up()
+            now = await story.start(vm.id, second)
+            await second.agent.until_committed("inventory")
+        await second.agent.kill()
+        await restored(world.settings.database, Owner.INVENTORY, story.backup)
+        await story.bus_lost()
+        async with inventory_of(world):
+            await until(story.leads, "inventory leads, and has found its stream lost")
+            with pytest.raises(Refused) as put_off:
+                await world.bus.ask(START_VM, StartVm(id=vm.id))
+            assert put_off.value.kind is Kind.UNAVAILABLE
+            assert second.id in put_off.value.details["waits_for_hosts"]
+            await second.agent.start()
+            shown = await world.vm_is(vm.id, VmStatus.UP)
+            assert (shown.host_id, shown.epoch) == (second.id, now.epoch)
+            assert shown.status_reason == "restored"
+            assert await story.was_quarantined()
+            await until(story.out_of_quarantine, "every host has reported")
+            await story.stop(vm.id)
+        assert story.homes(vm.id) == []
+        assert len(second.agent.begun(RUN_DOMAIN.kind)) == 1
+        assert not second.agent.begun(FORGET_DOMAIN.kind)
+
+
+@pytest.mark.parametrize("silent", [False, True])
+async def test_a_lost_bus_alone_begins_no_quarantine(configured: Settings, silent: bool) -> None:
+    """Operations go on when every host has reported, or at the latest after some seconds."""
+    async with story_of(configured) as story:
+        world = story.world
+        async with before_the_restore(story):
+            first, second = story.hosts
+            vm = await world.vm(start=False)
+            for host in story.hosts:
+                await host.agent.until_committed("inventory")
+        if silent:
+            await second.agent.kill()
+        await story.bus_lost()
+        async with inventory_of(world):
+            await until(story.leads, "inventory leads, and has found its stream lost")
+            await story.done(await story.started(vm.id))
+            assert (await world.get(vm.id)).host_id == first.id
+        assert not await story.was_quarantined()
 
 
 @pytest.mark.parametrize("moment", ["placing", "running"])

@@ -22,7 +22,7 @@ from volery.contracts.agent import (
 from volery.contracts.ids import new_id
 from volery.runtime.bus import Bus
 from volery.runtime.database import migrate, open_pool
-from volery.runtime.hear import HostHearing, make_host_stream, table_of
+from volery.runtime.hear import HOST_STREAM, HostHearing, make_host_stream, table_of
 from volery.runtime.programs import Settings
 from volery.runtime.tables import Change
 from volery.runtime.tasks import end
@@ -37,6 +37,8 @@ class Listener:
     """The journal of every report, each once in a row."""
     heard: list[str] = field(default_factory=list)
     """Other facts' names."""
+    contradictions: list[str] = field(default_factory=list)
+    """Hosts that were told more than the tables know, each as often as that was noticed."""
 
     async def reported(self, fact: HostReported) -> Sequence[Change]:
         if self.admitted[-1:] != [fact.generation]:
@@ -46,6 +48,9 @@ class Listener:
     async def happened(self, fact: DomainEventHappened) -> Sequence[Change]:
         self.heard.append(fact.event)
         return ()
+
+    async def contradicted(self, host_id: str, reason: str) -> None:
+        self.contradictions.append(host_id)
 
     @property
     def generation(self) -> str:
@@ -60,12 +65,14 @@ class Hall:
     settings: Settings
     admitted: list[str] = field(default_factory=list)
     heard: list[str] = field(default_factory=list)
+    contradictions: list[str] = field(default_factory=list)
 
     @asynccontextmanager
     async def listening(self) -> AsyncIterator[Listener]:
         async with open_pool(self.settings.database, "inventory") as pool:
             hearing = HostHearing(self.bus, pool, "inventory", {}, HOST_REPORTED)
-            listener = Listener(hearing, self.admitted, self.heard)
+            listener = Listener(hearing, self.admitted, self.heard, self.contradictions)
+            hearing.contradicted = listener.contradicted
             facts = [(HOST_REPORTED, listener.reported), (DOMAIN_EVENT_HAPPENED, listener.happened)]
             hearing.handlers = table_of(facts)
             task = asyncio.create_task(hearing.run())
@@ -127,6 +134,80 @@ async def test_an_agent_with_an_old_copy_of_its_journal_makes_a_new_one(configur
                         await asyncio.sleep(0.01)
                 await until_current(listener, agent)
             assert at.admitted == [backup, second, agent.generation]
+
+
+async def say_one(agent: ScriptedAgent) -> None:
+    await agent.say("inventory", DOMAIN_EVENT_HAPPENED, vm_id=new_id(), epoch=1, event="x")
+
+
+async def until_confirmed(agent: ScriptedAgent) -> None:
+    async with asyncio.timeout(20):
+        while agent.spools["inventory"].confirmed < agent.spools["inventory"].head:
+            await asyncio.sleep(0.01)
+
+
+OLDER = {
+    "less of its journal": "update heard_host set seq = seq - 1",
+    "another journal": "update heard_host set generation = 'before', seq = 1000",
+    "no host": "delete from heard_host",
+}
+
+
+@pytest.mark.parametrize("older", OLDER)
+@pytest.mark.parametrize("agents_know", [True, False])
+async def test_tables_that_know_less_than_they_confirmed_are_an_older_copy(
+    configured: Settings, older: str, agents_know: bool
+) -> None:
+    """Noticed before the fact has an effect, not again after the host's report, and not by agents of before the field."""
+    async with hall(configured) as at:
+        async with scripted(ScriptedAgent(configured.bus.servers, owners=("inventory",))) as agent:
+            async with at.listening() as listener:
+                await until_current(listener, agent)
+                for _ in range(2):
+                    await say_one(agent)
+                await until_confirmed(agent)
+            assert at.contradictions == []
+            async with open_pool(configured.database, "inventory") as pool:
+                await pool.execute(OLDER[older])
+            await at.bus.client.jetstream().purge_stream(HOST_STREAM)
+            if not agents_know:
+                agent.spools["inventory"].confirmed = 0
+            async with at.listening():
+                await say_one(agent)
+                await until_confirmed(agent)
+                found = len(at.contradictions)
+                assert (found > 0) is agents_know
+                await say_one(agent)
+                await until_confirmed(agent)
+            async with at.listening():  # reads the stream anew
+                await say_one(agent)
+                await until_confirmed(agent)
+            assert len(at.contradictions) == found
+
+
+async def test_a_journal_that_only_a_lost_database_admitted_is_evidence_once(configured: Settings) -> None:
+    """The stream has it for a day yet when its host has already gone over to another one."""
+    async with hall(configured) as at:
+        async with scripted(ScriptedAgent(configured.bus.servers, owners=("inventory",))) as agent:
+            async with at.listening() as listener:
+                await until_current(listener, agent)
+                await until_confirmed(agent)
+                await at.bus.client.jetstream().purge_stream(HOST_STREAM)
+                await say_one(agent)
+                await until_confirmed(agent)
+                await agent.kill()
+                agent.lose_journal()
+            async with open_pool(configured.database, "inventory") as pool:
+                await pool.execute("delete from heard_host")
+            await agent.start()
+            async with at.listening() as listener:
+                await until_current(listener, agent)
+            assert at.contradictions
+            found = len(at.contradictions)
+            async with at.listening():
+                await say_one(agent)
+                await until_confirmed(agent)
+            assert len(at.contradictions) == found
 
 
 DEEDS = ("say", "say", "say", "lose", "back up", "restore", "listen anew", "report", "repeat")

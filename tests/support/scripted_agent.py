@@ -92,6 +92,7 @@ class Spool:
     """One owner's facts that it has not committed."""
 
     head: int = 0
+    confirmed: int = 0
     waiting: dict[int, tuple[str, bytes]] = field(default_factory=dict)
 
 
@@ -210,6 +211,7 @@ class ScriptedAgent:
             boot_id=self.boot_id,
             at=datetime.now(UTC),
             after_seq=after,
+            confirmed=spool.confirmed,
             **fields,
         )
         subject = fact.subject_for(payload)
@@ -239,6 +241,7 @@ class ScriptedAgent:
         if word.seq > spool.head:
             await self.renew_journal()
         else:
+            spool.confirmed = max(spool.confirmed, word.seq)
             spool.waiting = {seq: said for seq, said in spool.waiting.items() if seq > word.seq}
 
     async def _report(self, message: Msg) -> None:

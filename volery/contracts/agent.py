@@ -106,7 +106,7 @@ class CommittedWord(Message):
     seq: int
 
 
-class FromHost(Message):
+class FromHost(Message, kw_only=True):
     """Numbered by the agent, per owner, within a generation.
 
     Its owner, having committed up to `position`: a fact with `seq <= position` is a repeat; one with
@@ -122,6 +122,10 @@ class FromHost(Message):
     """The host's clock: shown to people, never compared."""
     after_seq: int
     """The fact before this one in the spool; 0 in the first fact after a report was asked for."""
+    confirmed: int = 0
+    """The highest number of this generation that the owner has ever said to have committed, as the agent's disk has it
+    when the fact is published: a database that has heard less is older than its own word. 0: none, or an agent of
+    before this field."""
 
 
 class OrderFinished(FromHost):

@@ -3,7 +3,8 @@
 Owners' facts are followed by position. Hosts' facts are numbered by their agent's journal: what was heard is
 told to the agent, which then forgets it; a new journal is admitted only with its full report. A journal that a host
 has left is never admitted again: what the stream still holds of it is history, and an agent that really goes back to
-it (an old backup of its disk) is told that it is an old copy, whereupon it makes itself a new one.
+it (an old backup of its disk) is told that it is an old copy, whereupon it makes itself a new one. A host that was told
+more to be committed than the tables have heard of it proves that they were restored from a backup.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -195,9 +197,13 @@ class HostHearing:
     committed: Callable[[], None] = lambda: None
     reported: Callable[[str], Awaitable[None]] | None = None
     """Told after a host's full report was committed."""
+    contradicted: Callable[[str, str], Awaitable[None]] | None = None
+    """(host, why): told, before its fact has any effect, of a host that was told more than the tables know."""
     positions: dict[str, HostPosition] = field(default_factory=dict)
     left: set[tuple[str, str]] = field(default_factory=set)
     """(host, generation) of journals that were admitted once, and another one since."""
+    unknown: set[tuple[str, str]] = field(default_factory=set)
+    """(host, generation) of journals that were admitted by what the database was before it was restored."""
     asked: dict[str, float] = field(default_factory=dict)
     """Host, or host and the journal it left → when it was last asked or told."""
 
@@ -244,6 +250,7 @@ class HostHearing:
         if heard.subject.split(".")[2] != payload.host_id:
             log.warning("a fact on %s claims to be from host %s", heard.subject, payload.host_id)
             return
+        await self._doubt(payload)
         if not await self._due(fact, payload):
             return
         telemetry.facts_heard.add(1, {"service": self.bus.name, "fact": fact.name})
@@ -260,10 +267,36 @@ class HostHearing:
             except Stale:
                 continue
         self.committed()
-        before = self.positions.get(payload.host_id, HostPosition(payload.generation, 0))
-        if before.generation != payload.generation:
-            self.left.add((payload.host_id, before.generation))
+        left = self._leaves(payload)
+        self.left.update((payload.host_id, generation) for generation in left)
+        self.unknown -= {(payload.host_id, generation) for generation in (*left, payload.generation)}
         self.positions[payload.host_id] = HostPosition(payload.generation, payload.seq)
+
+    async def _doubt(self, payload: FromHost) -> None:
+        """Owners confirm what is durable. A host that was confirmed more of its journal than is known here was told so by a
+        database that this one is an older copy of."""
+        if self.contradicted is None or payload.confirmed <= self._known(payload):
+            return
+        await self._load()  # another leader may have confirmed it a moment ago
+        if payload.confirmed <= (known := self._known(payload)):
+            return
+        host_id, generation = payload.host_id, payload.generation
+        at = self.positions.get(host_id)
+        if at is None or at.generation != generation:
+            self.unknown.add((host_id, generation))
+        await self.contradicted(
+            host_id,
+            f"host {host_id} was told that {self.owner} had committed its facts up to {payload.confirmed} of journal "
+            f"{generation}, of which the database knows {known or 'none'}, so PostgreSQL was restored from an older state",
+        )
+
+    def _known(self, payload: FromHost) -> float:
+        """How much was heard of this journal; of one that was left, everything."""
+        host_id, generation = payload.host_id, payload.generation
+        if (host_id, generation) in self.left:
+            return math.inf
+        at = self.positions.get(host_id)
+        return at.seq if at is not None and at.generation == generation else 0
 
     async def _due(self, fact: Fact[Any], payload: FromHost) -> bool:
         """Whether this fact is the next one of its journal."""
@@ -314,15 +347,26 @@ class HostHearing:
             (payload.host_id, payload.generation, payload.seq),
             guarded=False,
         )
+        left = [
+            Change(
+                "insert into left_journal (host_id, generation) values ({0}, {1}) on conflict do nothing",
+                (payload.host_id, generation),
+                guarded=False,
+            )
+            for generation in self._leaves(payload)
+        ]
+        return [admitted, *left]
+
+    def _leaves(self, payload: FromHost) -> list[str]:
+        """The journals that its host is known to have left when this fact is admitted: the one before, and those between
+        that only a lost database had admitted, which the stream may hold for a day yet."""
         at = self.positions.get(payload.host_id)
-        if at is None or at.generation == payload.generation:
-            return [admitted]
-        left = Change(
-            "insert into left_journal (host_id, generation) values ({0}, {1}) on conflict do nothing",
-            (payload.host_id, at.generation),
-            guarded=False,
-        )
-        return [admitted, left]
+        if at is not None and at.generation == payload.generation:
+            return []
+        known = {generation for host_id, generation in self.unknown if host_id == payload.host_id}
+        if at is not None:
+            known.add(at.generation)
+        return sorted(known - {payload.generation})
 
     async def _tell(self) -> None:
         """Tell each host what was committed, at most once a second."""

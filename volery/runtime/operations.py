@@ -166,7 +166,7 @@ class Operations:
 
     async def resume(self) -> None:
         """Take up every operation that has not ended: after a crash, a change of leader, a lost hint."""
-        if self.quarantine.reason:
+        if self.quarantine.holds:
             return
         open_states = ("pending", "running", "cancelling")
         for row in await self.table.where(self.pool, "state = any($1::text[])", list(open_states)):

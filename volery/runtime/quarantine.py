@@ -1,7 +1,9 @@
 """After a restore of an older PostgreSQL: no operation begins or goes on until every host has reported.
 
 What the hosts say is newer than what the tables say. Each owner that hears hosts waits for all of them, or for a
-person who says that a host is dead.
+person who says that a host is dead. That PostgreSQL is older is known from a stream that is ahead of the log, or from a
+host that was told more to be committed than the tables know; an owner whose stream is lost has no such proof and no
+proof of the contrary, and is in doubt for some seconds: it begins nothing until the hosts could say what they know.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import asyncpg
 import nats.errors
 
 from volery.contracts.errors import Kind, Refused, invalid
+from volery.runtime.clock import monotonic
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +27,9 @@ RAISE = 1_000_000
 
 ASK_SECONDS = 5.0
 """Between two times that hosts are asked for the report that a quarantine waits for."""
+DOUBT_SECONDS = 10.0
+"""The longest doubt: hosts that are well have come back to the bus and have reported by then; one that is off never does."""
+DOUBT_ASK_SECONDS = 1.0
 RAISE_PER_FACT = 1000
 """More of them than there are for each fact that was said since an earlier restore of the same backup."""
 
@@ -39,6 +45,19 @@ class Quarantine:
     base: int = 0
     """Grows with every restore."""
     on_end: list[Callable[[], None]] = field(default_factory=list)
+    unheard: set[str] = field(default_factory=set)
+    """Hosts whose report would end the doubt."""
+    doubt_ends: float = 0.0
+    """On the monotonic clock; in memory only, since what begins it is a leader's first look at its stream."""
+
+    @property
+    def in_doubt(self) -> bool:
+        return bool(self.unheard) and not self.reason and monotonic() < self.doubt_ends
+
+    @property
+    def holds(self) -> str:
+        """Why nothing is begun, ended or moved now: "" when there is no reason."""
+        return self.reason or ("its stream was lost, and hosts are asked first" if self.in_doubt else "")
 
     async def load(self) -> None:
         """What a former leader began."""
@@ -49,9 +68,10 @@ class Quarantine:
         rows = await self.pool.fetch("select operation_id from restored_operation")
         self.restored = {row["operation_id"] for row in rows}
 
-    async def begin(self, reason: str, position: int = 0) -> None:
-        """Durable before anything else happens. Waits for every host that was ever heard. `position` is where the stream
-        stands: it grows from restore to restore, also when the same backup is restored twice."""
+    async def begin(self, reason: str, position: int = 0, host_id: str = "") -> None:
+        """Durable before anything else happens. Waits for every host that was ever heard, and for `host_id`, which the
+        tables may not know. `position` is where the stream, or a host's journal, stands: it grows from restore to restore,
+        also when the same backup is restored twice."""
         await self.pool.execute(
             """with begun as (
                    insert into quarantine (reason) values ($1) on conflict (single) do nothing returning 1
@@ -62,25 +82,59 @@ class Quarantine:
                    where state in ('pending', 'running', 'cancelling')
                       or (state = 'failed' and position('"outcome_pending":true' in doc) > 0)
                    on conflict do nothing
-               ) insert into quarantine_host select host_id from heard_host on conflict do nothing""",
+               ) insert into quarantine_host select host_id from heard_host union select $4 where $4 <> ''
+                 on conflict do nothing""",
             reason,
             RAISE,
             position * RAISE_PER_FACT,
+            host_id,
         )
         await self.load()
+        self.unheard.clear()
         log.error("%s is in quarantine: %s; waits for %d hosts", self.owner, reason, len(self.pending))
         await self._end_if_done()
+
+    async def contradicted(self, host_id: str, reason: str) -> None:
+        """A host was told more than the tables know."""
+        if not self.reason:
+            await self.begin(reason, host_id=host_id)
+        elif host_id not in self.pending:
+            sql = "insert into quarantine_host (host_id) values ($1) on conflict do nothing"
+            await self.pool.execute(sql, host_id)
+            self.pending.add(host_id)
+
+    async def begin_doubt(self) -> None:
+        """The owner's stream is lost: any host that was ever heard may know better than the tables."""
+        rows = await self.pool.fetch("select host_id from heard_host")
+        self.unheard = {row["host_id"] for row in rows}
+        self.doubt_ends = monotonic() + DOUBT_SECONDS
+        if self.in_doubt:
+            log.warning("%s has lost its stream: asks %d hosts for a report first", self.owner, len(rows))
+
+    def _end_doubt(self) -> None:
+        if self.unheard:
+            log.warning("%s goes on without having heard %s", self.owner, ", ".join(sorted(self.unheard)))
+            self.unheard.clear()
+        if not self.reason:
+            for tell in self.on_end:
+                tell()
 
     async def ask(self, for_report: Callable[[str], Awaitable[None]]) -> None:
         """For ever. Hosts report by themselves only now and then: those that are waited for are asked."""
         while True:
-            for host_id in sorted(self.pending) if self.reason else ():
+            for host_id in sorted(self.pending if self.reason else self.unheard):
                 with contextlib.suppress(nats.errors.Error):
                     await for_report(host_id)
-            await asyncio.sleep(ASK_SECONDS)
+            await asyncio.sleep(DOUBT_ASK_SECONDS if self.unheard else ASK_SECONDS)
+            if self.unheard and not self.in_doubt:
+                self._end_doubt()
 
     async def reported(self, host_id: str) -> None:
         """A host's full report was committed."""
+        if host_id in self.unheard:
+            self.unheard.discard(host_id)
+            if not self.unheard:
+                self._end_doubt()
         if host_id not in self.pending:
             return
         await self.pool.execute("delete from quarantine_host where host_id = $1", host_id)
@@ -104,6 +158,14 @@ class Quarantine:
 
     def check(self) -> None:
         """Raises Refused(unavailable) while it lasts."""
+        if self.in_doubt:
+            raise Refused(
+                Kind.UNAVAILABLE,
+                f"{self.owner} has found its stream lost, and asks its hosts whether PostgreSQL was restored from a backup, too: "
+                f"nothing is started, moved or deleted until {len(self.unheard)} hosts have reported "
+                f"({', '.join(sorted(self.unheard)[:5])}), or {DOUBT_SECONDS:.0f} s have passed; ask again then",
+                waits_for_hosts=sorted(self.unheard),
+            )
         if self.reason:
             raise Refused(
                 Kind.UNAVAILABLE,

@@ -2,7 +2,8 @@
 
 PostgreSQL is the truth. The stream's sequence is the log's position, so each publish expects its predecessor:
 that fences an older relay, replays nothing twice, and heals a stream that lost its tail. A stream ahead of the
-log means that PostgreSQL was restored from a backup: the history id changes and the stream is made anew.
+log means that PostgreSQL was restored from a backup: the history id changes and the stream is made anew. No stream at
+all says nothing: NATS lost its store, or the whole control plane was made anew from a backup.
 """
 
 from __future__ import annotations
@@ -150,6 +151,9 @@ class Relay:
     on_restored: Callable[[str, int], Awaitable[None]]
     """Awaited, before anything is rewritten, when the stream proves that PostgreSQL is older than the bus."""
     answer_seconds: float = ANSWER_SECONDS
+    on_lost: Callable[[], Awaitable[None]] | None = None
+    """Awaited, before it is made anew, when there is no stream though the log isn't empty: a new leader can't know then
+    whether its database is older than the bus was."""
     js: JetStreamContext = field(init=False)
     history: str = ""
     published: int = 0
@@ -211,6 +215,8 @@ class Relay:
         try:
             return await self.js.stream_info(stream_name(self.facts.owner))
         except nats.js.errors.NotFoundError:
+            if head.position and self.on_lost is not None and not self.aligned.is_set():
+                await self.on_lost()
             return await self.js.add_stream(self._config(head))
 
     def _config(self, head: Head) -> StreamConfig:

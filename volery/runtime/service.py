@@ -295,6 +295,7 @@ class Service:
             settings.bus.replicas,
             core.relay_wake,
             core.quarantine.begin,
+            on_lost=None if self.report is None else core.quarantine.begin_doubt,
         )
         core.relay_wake.set()
         hints = await core.bus.client.subscribe(f"relay.{self.name}.wake", cb=self._hinted(core))
@@ -353,7 +354,7 @@ class Service:
     async def _operations(self, core: Core) -> None:
         pending = True
         while True:
-            if pending and not core.quarantine.reason:
+            if pending and not core.quarantine.holds:
                 await core.operations.resume_pending()
                 pending = False
             await core.operations.resume()
@@ -394,6 +395,7 @@ class Service:
         core.hosts.handlers = table_of(facts)
         core.hosts.committed = core.relay_wake.set
         core.hosts.reported = core.quarantine.reported
+        core.hosts.contradicted = core.quarantine.contradicted
         return core.hosts.run()
 
     async def _reconcile(self, core: Core, made: Any) -> None:
