@@ -74,6 +74,24 @@ async def test_facts_are_numbered_per_owner_and_go_on_after_a_restart(
     await again.close()
 
 
+async def test_facts_say_what_was_confirmed_to_this_host_and_to_no_other(tmp_path: Path) -> None:
+    """A host that was enrolled anew keeps its disk, but what was confirmed to the former one proves nothing."""
+
+    async def confirmed(host_id: str, seq: int = 0) -> tuple[int, str]:
+        journal = await Journal.open(tmp_path / "journal.sqlite", "boot-1", host_id=host_id)
+        said = msgspec.json.decode((await put(journal)).body, type=FromHost)
+        assert await journal.trim(word(journal, seq))
+        await journal.close()
+        return said.confirmed, journal.generation
+
+    _, first = await confirmed("h1", 1)
+    assert await confirmed("h1") == (1, first)
+    number, second = await confirmed("h2")
+    assert number == 0
+    assert second != first
+    assert await confirmed("h2") == (0, second)
+
+
 async def test_a_newer_state_takes_the_older_one_out_without_a_gap(journal: Journal) -> None:
     await put(journal, FactClass.STATE, "domain:a")
     await put(journal, FactClass.STATE, "domain:b")
