@@ -82,14 +82,14 @@ class Quarantine:
                    where state in ('pending', 'running', 'cancelling')
                       or (state = 'failed' and position('"outcome_pending":true' in doc) > 0)
                    on conflict do nothing
-               ) insert into quarantine_host select host_id from heard_host union select $4 where $4 <> ''
-                 on conflict do nothing""",
+               ) insert into quarantine_host select host_id from heard_host on conflict do nothing""",
             reason,
             RAISE,
             position * RAISE_PER_FACT,
-            host_id,
         )
         await self.load()
+        if host_id:
+            await self._wait_for(host_id)
         self.unheard.clear()
         log.error("%s is in quarantine: %s; waits for %d hosts", self.owner, reason, len(self.pending))
         await self._end_if_done()
@@ -98,7 +98,11 @@ class Quarantine:
         """A host was told more than the tables know."""
         if not self.reason:
             await self.begin(reason, host_id=host_id)
-        elif host_id not in self.pending:
+        else:
+            await self._wait_for(host_id)
+
+    async def _wait_for(self, host_id: str) -> None:
+        if host_id not in self.pending:
             sql = "insert into quarantine_host (host_id) values ($1) on conflict do nothing"
             await self.pool.execute(sql, host_id)
             self.pending.add(host_id)
