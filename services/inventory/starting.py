@@ -64,6 +64,8 @@ HOPELESS = {Kind.INVALID, Kind.FORBIDDEN, Kind.INTERNAL}
 
 SILENT_SECONDS = 3.0
 """Six beats: as long as ha takes to suspect a host."""
+EARLY_SECONDS = 0.1
+"""A timer may be a moment early, and whoever was never heard would just not count as silent."""
 
 
 class Starting(Message):
@@ -285,7 +287,8 @@ async def _silent_hosts(inv: Inventory, ask: Starting, cluster_id: str) -> tuple
     if ask.purpose is not Purpose.RESTART:
         return ()
     beats = inv.core.beats
-    await asyncio.sleep(max(0.0, beats.since + SILENT_SECONDS - monotonic()))
+    while (left := beats.since + SILENT_SECONDS + EARLY_SECONDS - monotonic()) > 0:
+        await asyncio.sleep(left)
     ids = await inv.store.host_ids_in_cluster(cluster_id)
     return tuple(host_id for host_id in ids if beats.silent_seconds(host_id) >= SILENT_SECONDS)
 
