@@ -287,8 +287,7 @@ async def _silent_hosts(inv: Inventory, ask: Starting, cluster_id: str) -> tuple
     if ask.purpose is not Purpose.RESTART:
         return ()
     beats = inv.core.beats
-    while (left := beats.since + SILENT_SECONDS + EARLY_SECONDS - monotonic()) > 0:
-        await asyncio.sleep(left)
+    await asyncio.sleep(max(0.0, beats.since + SILENT_SECONDS + EARLY_SECONDS - monotonic()))
     ids = await inv.store.host_ids_in_cluster(cluster_id)
     return tuple(host_id for host_id in ids if beats.silent_seconds(host_id) >= SILENT_SECONDS)
 
