@@ -122,7 +122,7 @@ class Machine:
             return
         os.kill(pid, signal.SIGKILL)
         while self.pid is not None:
-            time.sleep(0.01)
+            time.sleep(0.01)  # no child of ours, so there is no end to wait for
 
     def forget(self) -> None:
         """What is left of it on this machine when it is off."""

@@ -26,7 +26,7 @@ while True:
     number += 1
     if number == 1:
         print("begun", flush=True)
-    time.sleep(0.001)
+    time.sleep(0.001)  # many writes a second, and a processor left for the others
 """,
     "once": """
 import os, sys
