@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import nats.js.errors
 import pytest
@@ -16,7 +17,7 @@ from tests.inventory import test_leases
 from tests.inventory.world import Machine, World, found_cluster, inventory_of, surroundings, until
 from tests.support.backup import Backup, backed_up, restored
 from tests.support.speaker import Speaker
-from volery.contracts.base import Entity, Owner
+from volery.contracts.base import Call, Entity, Order, Owner
 from volery.contracts.cluster import DeleteById
 from volery.contracts.domain import DomainState
 from volery.contracts.domain_orders import DETACH_DISK, FORGET_DOMAIN, RUN_DOMAIN
@@ -175,6 +176,20 @@ async def before_the_restore(story: Story, hosts: int = 2) -> AsyncIterator[None
         yield
 
 
+async def backed_up_during(
+    story: Story, host: Machine, order: Order[Any, Any], call: Call[Any, Operation], ask: Any
+) -> Operation:
+    """A backup is taken while the host carries out this order; then the operation goes on, and ends."""
+    host.held[order.kind] = asyncio.Event()
+    host.begun.clear()
+    op = await story.world.bus.ask(call, ask)
+    await host.begun.wait()
+    await story.backed_up()
+    host.held.pop(order.kind).set()
+    await story.done(op)
+    return op
+
+
 async def refused(story: Story, op: Operation) -> str:
     """The sentence of an operation that was under way in the backup."""
     ended = await story.world.ended(op)
@@ -190,13 +205,7 @@ async def test_a_start_makes_no_second_copy_of_what_came_to_run_elsewhere(config
         async with before_the_restore(story):
             first, second = story.hosts
             vm = await world.vm(start=False)
-            first.held[RUN_DOMAIN.kind] = asyncio.Event()
-            first.begun.clear()
-            op = await world.bus.ask(START_VM, StartVm(id=vm.id))
-            await first.begun.wait()
-            await story.backed_up()
-            first.held.pop(RUN_DOMAIN.kind).set()
-            await story.done(op)
+            op = await backed_up_during(story, first, RUN_DOMAIN, START_VM, StartVm(id=vm.id))
             await story.stop(vm.id)
             now = await story.start(vm.id, second)
         async with story.restored():
@@ -302,13 +311,7 @@ async def test_a_start_that_no_host_knows_of_any_more_is_not_taken_for_done(conf
         async with before_the_restore(story):
             first, _ = story.hosts
             vm = await world.vm(start=False)
-            first.held[RUN_DOMAIN.kind] = asyncio.Event()
-            first.begun.clear()
-            op = await world.bus.ask(START_VM, StartVm(id=vm.id))
-            await first.begun.wait()
-            await story.backed_up()
-            first.held.pop(RUN_DOMAIN.kind).set()
-            await story.done(op)
+            op = await backed_up_during(story, first, RUN_DOMAIN, START_VM, StartVm(id=vm.id))
             await story.stop(vm.id)
         async with story.restored():
             assert "start it again" in await refused(story, op)
@@ -449,13 +452,9 @@ async def test_a_disk_is_not_free_before_its_guest_let_go_of_it_again(
             disk = story.disk()
             vm = await world.vm(disks=(NewDisk(disk_id=disk.id),))
             first.domains[vm.id] = replace(first.domains[vm.id], disk_ids=(disk.id,))
-            first.held[DETACH_DISK.kind] = asyncio.Event()
-            first.begun.clear()
-            op = await world.bus.ask(DETACH_VM_DISK, DetachVmDisk(id=vm.id, disk_id=disk.id))
-            await first.begun.wait()
-            await story.backed_up()
-            first.held.pop(DETACH_DISK.kind).set()
-            await story.done(op)
+            op = await backed_up_during(
+                story, first, DETACH_DISK, DETACH_VM_DISK, DetachVmDisk(id=vm.id, disk_id=disk.id)
+            )
         for _ in range(restores):
             first.domains[vm.id] = replace(first.domains[vm.id], disk_ids=(disk.id,))
             storage.detached.clear()
