@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Iterator
 from datetime import datetime
 from typing import Any, TypeAlias
 
@@ -64,20 +63,16 @@ async def look(ha: Ha, key: str) -> None:
     waiting = [vm for vm in await watched_vms.crashed(ha.core.pool) if ended(vm)]
     for _, equals in itertools.groupby(waiting, key=lambda vm: vm.priority):
         order = await turns.now(ha)
-        for some in _chunks(list(equals)):
-            await asyncio.gather(*(_look_at(ha, vm, order) for vm in some))
+        places = asyncio.Semaphore(TOGETHER)
+        await asyncio.gather(*(_look_at(ha, vm, order, places) for vm in equals))
 
 
-def _chunks(vms: list[WatchedVm]) -> Iterator[list[WatchedVm]]:
-    for start in range(0, len(vms), TOGETHER):
-        yield vms[start : start + TOGETHER]
-
-
-async def _look_at(ha: Ha, vm: WatchedVm, order: turns.Order) -> None:
-    try:
-        await _treat(ha, vm, order)
-    except Stale:
-        ha.core.wake(KEY)
+async def _look_at(ha: Ha, vm: WatchedVm, order: turns.Order, places: asyncio.Semaphore) -> None:
+    async with places:
+        try:
+            await _treat(ha, vm, order)
+        except Stale:
+            ha.core.wake(KEY)
 
 
 @part.every(LOOK_SECONDS)

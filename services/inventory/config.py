@@ -30,13 +30,20 @@ class InventoryConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     evacuate_again_seconds: float = 300.0
     """Between attempts to move highly available VMs away from a host that has lost storage or a network; also oVirt's time
     between attempts to recover such a host."""
+    restarts_placed_at_once: int = 4
+    """Highly available VMs for which a host is chosen at the same time: the first of many run no later for it, and all are
+    asked for sooner, as they share what carries this out."""
     restarts_at_once_on_host: int = 8
     """Highly available VMs that are brought back on one host at the same time; the others wait their turn."""
     restarts_at_once_from_storage_domain: int = 32
     """The same for VMs with disks on one storage domain."""
 
     def __post_init__(self) -> None:
-        for name in ("restarts_at_once_on_host", "restarts_at_once_from_storage_domain"):
+        for name in (
+            "restarts_placed_at_once",
+            "restarts_at_once_on_host",
+            "restarts_at_once_from_storage_domain",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(
                     f"{name} is {getattr(self, name)}, but at least 1: nothing would be brought back"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from msgspec.structs import replace
@@ -202,8 +202,11 @@ async def bring_up(inv: Inventory, run: Run, ask: Starting) -> None:
     excluded: list[str] = []
     reasons: list[str] = []
     for attempt in range(MAX_HOSTS):
-        epoch = await run.write(f"epoch-{attempt}", "Deciding", lambda: _raised_epoch(inv, ask.vm_id), int)
-        placed = await _place(inv, run, ask, attempt, epoch, tuple(excluded))
+        async with _turn(inv, ask, [Spot("scheduler", "")]):
+            epoch = await run.write(
+                f"epoch-{attempt}", "Deciding", lambda: _raised_epoch(inv, ask.vm_id), int
+            )
+            placed = await _place(inv, run, ask, attempt, epoch, tuple(excluded))
         if not placed.host_id:
             await release_claim(inv, run, ask.vm_id, epoch)
             await _say_why(inv, ask.vm_id, placed.message)
@@ -322,7 +325,7 @@ async def _run_on(inv: Inventory, run: Run, ask: Starting, attempt: int, epoch: 
             restore_path=row.private.saved_path,
         )
 
-    async with _turn(inv, run, ask, row.public, host_id):
+    async with _turn(inv, ask, await _places(inv, run, ask, row.public, host_id)):
         await run.order(f"run-{attempt}", "Starting QEMU", RUN_DOMAIN, question, host_id=host_id, epoch=epoch)
     boot_id = await inv.core.orders.ended_under(run.order_id(f"run-{attempt}"))
     await _settle_running(inv, run, ask, epoch, host_id, boot_id)
@@ -331,17 +334,23 @@ async def _run_on(inv: Inventory, run: Run, ask: Starting, attempt: int, epoch: 
 
 
 @asynccontextmanager
-async def _turn(inv: Inventory, run: Run, ask: Starting, vm: Vm, host_id: str) -> AsyncIterator[None]:
-    """What is brought back by itself waits its turn on the host and its storage; what a person starts doesn't."""
+async def _turn(inv: Inventory, ask: Starting, places: Sequence[Spot]) -> AsyncIterator[None]:
+    """What is brought back by itself waits its turn; what a person starts doesn't."""
     if ask.purpose is not Purpose.RESTART:
         yield
         return
+    priority = (await VMS.get(inv.core.pool, ask.vm_id)).public.high_availability.priority
+    async with inv.turns.turn(places, priority, inv.config):
+        yield
+
+
+async def _places(inv: Inventory, run: Run, ask: Starting, vm: Vm, host_id: str) -> list[Spot]:
+    """Of whom a restart on this host takes something: the host and its storage."""
     places = [Spot("host", host_id)]
-    if ids := disk_ids(vm):
+    if ask.purpose is Purpose.RESTART and (ids := disk_ids(vm)):
         reach = await inv.core.bus.ask(REACH_DISKS, ReachDisks(disk_ids=ids), run.caller)
         places += [Spot("storage_domain", domain_id) for domain_id in reach.domain_ids]
-    async with inv.turns.turn(places, vm.high_availability.priority, inv.config):
-        yield
+    return places
 
 
 async def _settle_running(

@@ -18,7 +18,7 @@ from services.inventory.config import InventoryConfig
 
 
 class Spot(NamedTuple):
-    """A host or a storage domain."""
+    """A host, a storage domain, or the scheduler."""
 
     kind: str
     id: str
@@ -26,6 +26,7 @@ class Spot(NamedTuple):
 
 def limits(config: InventoryConfig) -> Mapping[str, int]:
     return {
+        "scheduler": config.restarts_placed_at_once,
         "host": config.restarts_at_once_on_host,
         "storage_domain": config.restarts_at_once_from_storage_domain,
     }

@@ -99,7 +99,7 @@ async def test_the_most_important_that_waits_is_next() -> None:
 
 
 def test_a_limit_of_none_at_all_is_refused() -> None:
-    assert limits(InventoryConfig()) == {"host": 8, "storage_domain": 32}
+    assert limits(InventoryConfig()) == {"scheduler": 4, "host": 8, "storage_domain": 32}
     with pytest.raises(ValueError, match="nothing would be brought back"):
         InventoryConfig(restarts_at_once_on_host=0)
 
