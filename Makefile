@@ -36,7 +36,7 @@ status: ## what of this installation is running
 test: export PYTHONDONTWRITEBYTECODE :=
 test: ## every test, one after the other (TESTS=tests/setup runs some; WORKERS=2: two at a time)
 	@VOLERY_TARGET=test deploy/bootstrap.sh test
-	@$(PYTHON) -m pytest -n $(WORKERS) --dist loadgroup --durations=40 --durations-min=8 $(TESTS)
+	@$(PYTHON) -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder --durations=40 --durations-min=8 $(TESTS)
 
 check: ## types, style, layering
 	@deploy/bootstrap.sh venv

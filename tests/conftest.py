@@ -4,38 +4,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.support.runtime import Databases, settings
+from tests.support.workers import ByRoom, longest_first
 from volery.runtime.config import DatabaseConfig
 from volery.runtime.programs import Settings
 from volery.setup.embedded import Embedded, temporary_nats, temporary_postgres
 
 os.environ.pop("COLUMNS", None)  # a worker has 80 there, and tables would be as narrow
-HERE = Path(__file__).parent
-WHOLE_MACHINE = (
-    "compose",  # its engine, images and cache
-    "docs",  # an installation
-    "faults",  # storms over control planes and labs
-    "lab",  # a lab, its watchdogs against the clock
-    "setup/test_clean.py",  # the machine's libvirtd and packet filter
-    "setup/test_guest_image.py",  # build/guest
-    "setup/test_up.py",  # an installation; build/guest
-    "sim/test_simulation.py",  # two processes of its own
-    "system",  # labs
-)
-"""What wants the machine for itself, or shares what there is once in it: never two of these at the same time."""
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What a worker of `-n 2 --dist loadgroup` runs in a row: the tests of a file, or all that want the machine."""
-    for item in items:
-        file = item.path.relative_to(HERE)
-        whole = any(file.is_relative_to(place) for place in WHOLE_MACHINE)
-        item.add_marker(pytest.mark.xdist_group("machine" if whole else str(file)))
+    items.sort(key=lambda item: longest_first(item.nodeid))
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByRoom:
+    return ByRoom(config, log)
 
 
 @pytest.fixture

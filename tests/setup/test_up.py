@@ -99,7 +99,7 @@ def test_a_vm_runs_and_its_guest_tells_its_name_and_address(installation: Home) 
     with client(installation) as volery:
         (host,) = volery.list(api.HOSTS)
     assert host.status is HostStatus.UP
-    assert host.vm_count == 1
+    assert host.vm_count >= 1  # and what other tests run on the libvirtd of this machine
 
 
 def test_the_password_is_shown_once_and_is_root_s_alone(installation: Home) -> None:
