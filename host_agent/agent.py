@@ -375,7 +375,7 @@ class Agent:
 
         async def hear_report(message: Msg) -> None:
             if (word := _read_word(message, host.host_id)) is not None:
-                core.reporter.ask(word.owner, rebase=True)
+                core.reporter.ask(word.owner, rebase=True, ask=word.ask)
 
         async def describe(*_: object) -> HostCapabilities:
             return await self.parts.senses.describe(host)

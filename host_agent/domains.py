@@ -90,8 +90,15 @@ async def run_domain(host: Host, order: RunDomain, running: Running) -> DomainRu
             if order.restore_path:
                 await remove_file(order.restore_path)  # its memory is older than what the guest did since
             return await _running(host, order.vm_id, spec, placement)
-        await hypervisor.destroy(order.vm_id)
-        await wait_gone(hypervisor, order.vm_id, DESTROY_SECONDS)
+    if order.goes_on:
+        raise conflict(
+            f"VM {order.vm_id} doesn't run on this host any more ({now.state.value}), so it can't go on there: nothing was "
+            "started",
+            vm_id=order.vm_id,
+            state=now.state,
+        )
+    if now.state not in ENDED:
+        await _end(host, order.vm_id)
     await leases.check_lease(spec.lease)
     await devices.prepare_secrets(host, spec.disks, spec.installation)
     if order.restore_path:
@@ -147,8 +154,7 @@ async def _check_held(host: Host, order: RunDomain) -> None:
     try:
         await leases.check_held(order.spec.lease)
     except Refused:
-        await host.hypervisor.destroy(order.vm_id)
-        await wait_gone(host.hypervisor, order.vm_id, DESTROY_SECONDS)
+        await _end(host, order.vm_id)
         raise
 
 
@@ -239,9 +245,20 @@ async def forget_domain(host: Host, order: ForgetDomain, running: Running) -> Do
     if now.state not in ENDED:
         check_ours(now)
         check_epoch(now, running)
-        await host.hypervisor.destroy(order.vm_id)
-        await wait_gone(host.hypervisor, order.vm_id, DESTROY_SECONDS)
+        await _end(host, order.vm_id)
     return Done()
+
+
+async def _end(host: Host, vm_id: str) -> None:
+    """Ends QEMU. Raises Refused(timeout) when it is still there: nobody may take it for ended then."""
+    await host.hypervisor.destroy(vm_id)
+    if not await wait_gone(host.hypervisor, vm_id, DESTROY_SECONDS):
+        raise Refused(
+            Kind.TIMEOUT,
+            f"QEMU of VM {vm_id} was killed and has not ended within {DESTROY_SECONDS:g} s: it may hang in its storage, and "
+            "may still write. Look at the host's storage, or reset the host",
+            vm_id=vm_id,
+        )
 
 
 ACTIONS: tuple[Action[Any, Any], ...] = (

@@ -103,10 +103,13 @@ def _ack(row: sqlite3.Row) -> OrderAck:
         problem=_problem.decode(row["problem"]) if row["problem"] is not None else None,
         outcome=Outcome(row["outcome"]) if row["outcome"] is not None else None,
         result=NO_RESULT if row["result"] is None else msgspec.Raw(row["result"]),
+        result_seq=row["fact_seq"] or 0,
     )
 
 
-ANSWER_SQL = "select order_id, owner, state, problem, outcome, result from orders where order_id = ?"
+ANSWER_SQL = (
+    "select order_id, owner, state, problem, outcome, result, fact_seq from orders where order_id = ?"
+)
 
 
 class Journal:

@@ -55,6 +55,8 @@ from volery.runtime.clock import utc_now
 log = logging.getLogger(__name__)
 
 REPORT_RETRY_SECONDS: Final = 2.0
+ASKS: Final = 64
+"""The newest of those that wait for one report; whoever isn't answered asks again."""
 SETTLE_SECONDS: Final = 5.0
 """How long libvirt's event may stay away for a domain that has ended."""
 ASK_LIBVIRT: Final = (Owner.INVENTORY.value, Owner.STORAGE.value)
@@ -96,6 +98,10 @@ class Reporter:
         self._senses = senses
         self._going_down = going_down
         self._wanted: dict[str, bool] = {}
+        self._asked: dict[str, list[str]] = {}
+        """Owner → what its next report answers."""
+        self._answering: dict[str, tuple[str, ...]] = {}
+        """Owner → what the report that is being put together answers."""
         self._wake = {owner: asyncio.Event() for owner in REPORTED_TO}
         self._dirty: dict[str, HypervisorEvent] = {}
         self._unread: set[str] = set()
@@ -119,10 +125,13 @@ class Reporter:
             Owner.NETWORK: NETWORKS_REPORTED,
         }
 
-    def ask(self, owner: str, rebase: bool = False) -> None:
-        """A full report to this owner is wanted; asking twice before it is made gives one."""
+    def ask(self, owner: str, rebase: bool = False, ask: str = "") -> None:
+        """A full report to this owner is wanted; asking twice before it is made gives one, which names both (`ask`)."""
         if owner in self._wake:
             self._wanted[owner] = self._wanted.get(owner, False) or rebase
+            asked = self._asked.setdefault(owner, [])
+            if ask and ask not in asked:
+                self._asked[owner] = [*asked, ask][-ASKS:]
             self._wake[owner].set()
 
     def hear(self, event: HypervisorEvent) -> None:
@@ -158,11 +167,13 @@ class Reporter:
                     await self._wake[owner].wait()
             self._wake[owner].clear()
             rebase = self._wanted.pop(owner, False)
+            self._answering[owner] = tuple(self._asked.pop(owner, ()))
             try:
                 await self._report(owner, rebase)
             except (Refused, sqlite3.Error) as problem:
                 log.warning("the report to %s waits: %s", owner, problem)
                 await asyncio.sleep(REPORT_RETRY_SECONDS)
+                self._asked[owner] = [*self._answering[owner], *self._asked.get(owner, ())][-ASKS:]
                 self.ask(owner, rebase)
 
     async def _report(self, owner: str, rebase: bool) -> None:
@@ -192,6 +203,7 @@ class Reporter:
             domains=tuple(domains),
             orders=await self._journal.orders_of(Owner.INVENTORY),
             gap=reservation.gap,
+            asked=self._answering.get(Owner.INVENTORY, ()),
         )
 
     def _report_seen(self, domains: Collection[DomainReport], seq: int) -> None:
@@ -209,6 +221,7 @@ class Reporter:
             lun_claims=await self._senses.lun_claims(self._host),
             orders=await self._journal.orders_of(Owner.STORAGE),
             gap=reservation.gap,
+            asked=self._answering.get(Owner.STORAGE, ()),
         )
 
     async def _network_report(self, reservation: Reservation) -> NetworksReported:
@@ -219,6 +232,7 @@ class Reporter:
             nics=capabilities.nics,
             orders=await self._journal.orders_of(Owner.NETWORK),
             gap=reservation.gap,
+            asked=self._answering.get(Owner.NETWORK, ()),
         )
 
     async def _look(self, vm_id: str) -> None:

@@ -36,7 +36,9 @@ ROUTES = (
     _act("reset", v.VmAction.RESET, "Reset, as by the button"),
     _act("pause", v.VmAction.PAUSE, "Pause the vCPUs"),
     _act("unpause", v.VmAction.UNPAUSE, "Let the vCPUs go on"),
-    Route("POST", "/vms/{id}/suspend", v.SUSPEND_VM, VMS, "Suspend to disk; starting it resumes"),
+    Route("POST", "/vms/{id}/suspend", v.SUSPEND_VM, VMS, "Suspend to disk; starting it resumes",
+          note="Its memory is a file on its host, where alone it can start again, until it is stopped: that gives the memory "
+               "up, and it starts anywhere."),
     Route("POST", "/vms/{id}/migrate", v.MIGRATE_VM, VMS, "Migrate live, to a host of choice or the scheduler's"),
     Route("POST", "/vms/{id}/explain", v.START_VM, VMS, "Explain where it could run, and why not elsewhere",
           fixed={"dry_run": True}, hidden=("run_once",), body_name="ExplainVm", scope=Scope.READ,

@@ -40,6 +40,9 @@ part = Part()
 
 LOOK_SECONDS = 0.5
 FORGET_SECONDS = 600.0
+DECIDED_SECONDS = 5.0
+"""What was decided longer ago is decided anew: the database, or this very process, stood still meanwhile, and beats may
+wait to be heard."""
 KEEP_DAYS = 90
 NEVER = float("inf")
 
@@ -154,7 +157,7 @@ def _record(watch: Watch, row: RecordRow | None, now: float) -> Record | None:
     return Record(
         state=found.state,
         boot_id=found.boot_id,
-        offs=len(offs),
+        offs=len(offs) - len(_ages(row, "held_back")),
         last_off_age=min(offs, default=NEVER),
         last_on_age=min(ons, default=NEVER),
         proven_age=now - proof.at if proof is not None and proof.boot_id == found.boot_id else NEVER,
@@ -179,24 +182,42 @@ async def _read(ha: Ha, watch: Watch, row: PowerRow, record: RecordRow | None) -
 
 
 async def _power_off(ha: Ha, watch: Watch, row: PowerRow, record: RecordRow | None) -> Decision:
-    """Past the brake, with one more look at the evidence, the order; a reading follows, whatever was answered."""
+    """Past the brake and once nobody else is at its power, which may take a minute, the order."""
     config, facts = ha.config, watch.facts
     hosts = len(executors.in_cluster(ha, facts.cluster_id))
     limit = brake_limit(hosts, config)
     if not await _past_brake(ha, watch, limit):
         return Decision(Act.HOLD, "brake", brake_sentence(facts.name, limit, hosts, config))
-    again = decide(await gather(ha, watch, row, record), config)
-    if again.act is not Act.POWER_OFF:
+    async with ha.at_power[row.id]:
+        return await _order_off(ha, watch, record)
+
+
+async def _order_off(ha: Ha, watch: Watch, record: RecordRow | None) -> Decision:
+    """With one more look at the evidence; a reading follows, whatever was answered."""
+    facts, looked_at = watch.facts, monotonic()
+    row = await POWER.find(ha.core.pool, facts.id)
+    again = decide(await gather(ha, watch, row, record), ha.config)
+    if again.act is not Act.POWER_OFF or row is None:
         return again
+
+    def is_silent() -> bool:
+        return watch.last_sign(float("-inf")) < looked_at
+
     if record is None:
         made = power.new_record(watch, "service:ha", f"silent, and its BMC says {PowerState.ON}")
         await ha.core.commit(RECORDS.insert(made, Nothing()))
         record = Row(made, Nothing())
     record = await _keep(ha, record, "peers", sentence(list(watch.peers.values())), FenceState.RUNNING)
     record = await _keep(ha, record, "ordered_off", f"boot {watch.boot_id}", FenceState.RUNNING)
+    if not is_silent() or monotonic() - looked_at > DECIDED_SECONDS:
+        words = "writing that took too long, or it was heard of meanwhile: nothing was asked of its BMC"
+        await _keep(ha, record, "held_back", words, FenceState.RUNNING)
+        return Decision(
+            Act.WAIT, "held_back", f"host {facts.name}: it is looked at anew before it is ordered off"
+        )
     log.warning("host %s is ordered off: boot %s", facts.name, watch.boot_id)
     watch.distrust_power()
-    answer = await power.switch(ha, watch, row, PowerAction.OFF)
+    answer = await power.switch_now(ha, watch, row, PowerAction.OFF, is_silent)
     await _keep(ha, record, f"answered_{answer.state}", answer.words, FenceState.RUNNING)
     return again
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -58,6 +58,7 @@ TEST_LOOK_SECONDS = 1.0
 IDENTITY_SECONDS = 60.0
 """A reading is trusted when its BMC said whose it is within this: a cable can be swapped any day."""
 FAILED_SHARE = 0.1
+NOT_ASKED = "nothing was asked of its BMC: what had been decided no longer held"
 
 PowerRow = Row[PowerManagement, PowerPrivate]
 
@@ -295,16 +296,31 @@ async def _identified(ha: Ha, watch: Watch, row: PowerRow) -> bool | None:
 
 async def switch(ha: Ha, watch: Watch, row: PowerRow, action: PowerAction) -> PowerAnswer:
     """Off or on, once, by every device (together) or the first that can. Whoever gets no clear answer reads the state."""
-    assert action in (PowerAction.ON, PowerAction.OFF)
     async with ha.at_power[row.id]:
-        ha.identified_at.pop(row.id, None)
-        answers = []
-        for device, secrets in zip(row.public.devices, secrets_of(ha, row), strict=True):
-            answer, by = await executors.run(ha, watch, action, device, secrets)
-            answers.append(answer)
-            if not row.public.together and by and answer.exit_code == 0:
-                break
-        ha.read_at.pop(row.id, None)
+        return await switch_now(ha, watch, row, action)
+
+
+async def switch_now(
+    ha: Ha,
+    watch: Watch,
+    row: PowerRow,
+    action: PowerAction,
+    may: Callable[[], bool] = lambda: True,
+) -> PowerAnswer:
+    """The same, by whoever holds the host's power already. `may` is asked before each device that is only a way round the
+    one before: a device can take a minute to fail, and what was decided then may be wrong by now."""
+    assert action in (PowerAction.ON, PowerAction.OFF)
+    ha.identified_at.pop(row.id, None)
+    answers: list[PowerAnswer] = []
+    for device, secrets in zip(row.public.devices, secrets_of(ha, row), strict=True):
+        if not (row.public.together and answers) and not may():
+            answers.append(PowerAnswer(ask_id="", action=action, words=NOT_ASKED))
+            break
+        answer, by = await executors.run(ha, watch, action, device, secrets)
+        answers.append(answer)
+        if not row.public.together and by and answer.exit_code == 0:
+            break
+    ha.read_at.pop(row.id, None)
     state = rules.state_of([a.state for a in answers], together=row.public.together)
     words = "; ".join(dict.fromkeys(a.words for a in answers if a.words))
     return PowerAnswer(ask_id="", action=action, state=state, words=words)

@@ -53,8 +53,10 @@ class Inventory:
     foreign: dict[str, asyncio.Event] = field(default_factory=dict)
     """Another service's operation → set when it says that it ended."""
     turns: Turns = field(default_factory=Turns)
-    reports: dict[str, asyncio.Event] = field(default_factory=dict)
-    """Host → set by its next full report."""
+    reports: dict[str, dict[str, asyncio.Event]] = field(default_factory=dict)
+    """Host → what it was asked → set by the report that answers it."""
+    missing: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """VM that its host didn't name, and nobody has seen there yet → its epoch, and what the host was asked then."""
 
     evacuated: dict[str, float] = field(default_factory=dict)
     """Host → when the last evacuation of it began, on the monotonic clock."""
@@ -153,13 +155,23 @@ class Inventory:
         return bool(boot_id) and self.core.orders.deaths.has_ended(host_id, boot_id)
 
     async def fresh_report(self, host_id: str, ended: Callable[[], bool] = lambda: False) -> bool:
-        """Ask the host for its full state and wait until that was committed. False: `ended` became true instead, so
-        that there is nothing any more that the host could say."""
-        event = self.reports.setdefault(host_id, asyncio.Event())
-        event.clear()
-        while not event.is_set():
-            if ended():
-                return False
-            await self.core.hosts.ask_report(host_id)
-            await self._wait(event, REPORT_SECONDS)
+        """Ask the host for its full state and wait until a report that it began after that was committed: an older one may
+        be on its way. False: `ended` became true instead, so that there is nothing any more that the host could say."""
+        ask, event = new_id(), asyncio.Event()
+        waiting = self.reports.setdefault(host_id, {})
+        waiting[ask] = event
+        try:
+            while not event.is_set():
+                if ended():
+                    return False
+                await self.core.hosts.ask_report(host_id, ask)
+                await self._wait(event, REPORT_SECONDS)
+        finally:
+            del waiting[ask]
         return True
+
+    def reported(self, host_id: str, asked: Sequence[str] | None) -> None:
+        """A report was committed that answers these; one of a former release may be any."""
+        for ask, event in self.reports.get(host_id, {}).items():
+            if asked is None or ask in asked:
+                event.set()

@@ -25,6 +25,7 @@ from volery.contracts.agent import (
 from volery.contracts.base import Owner
 from volery.contracts.domain import DomainState
 from volery.contracts.host import Host
+from volery.contracts.ids import new_id
 from volery.contracts.liveness import LIVENESS_CHANGED, HostLiveness
 from volery.contracts.operation import ENDED, OPERATION_CHANGED, Operation
 from volery.contracts.vm import DesiredState, GuestInfo, Vm, VmStatus
@@ -66,12 +67,30 @@ async def host_reported(inv: Inventory, fact: HostReported) -> Sequence[Change]:
             state=DomainState.GONE,
             reason="host_died" if new_boot else "",
         )
+        if vm_id not in named and not await _is_missing(inv, fact, vm_id):
+            continue
         changes += await _domain(inv, fact, named.get(vm_id, gone), full=True)
-    event = inv.reports.get(fact.host_id)
-    if event is not None:
-        changes[0] = changes[0].and_then(event.set)
+    changes[0] = changes[0].and_then(lambda: inv.reported(fact.host_id, fact.asked))
     inv.core.wake(f"host/{fact.host_id}")
     return changes
+
+
+async def _is_missing(inv: Inventory, fact: HostReported, vm_id: str) -> bool:
+    """Whether a VM that isn't named doesn't run there. One that has just come, and that nobody has seen there yet, may have
+    come after this report was made: the host is asked, and a report that answers is believed."""
+    placement = await inv.store.placement(vm_id)
+    unseen = placement.host_id == fact.host_id and placement.state == "running" and not placement.boot_id
+    if not unseen or fact.asked is None:
+        return True
+    epoch, ask = inv.missing.get(vm_id, (0, ""))
+    if epoch == placement.epoch and ask in fact.asked:
+        del inv.missing[vm_id]
+        return True
+    if epoch != placement.epoch:
+        ask = new_id()
+        inv.missing[vm_id] = (placement.epoch, ask)
+    await inv.core.hosts.ask_report(fact.host_id, ask)
+    return False
 
 
 async def _of_interest(inv: Inventory, host_id: str, named: dict[str, DomainReport]) -> list[str]:
@@ -115,6 +134,8 @@ async def _domain(inv: Inventory, fact: FromHost, report: DomainReport, *, full:
     row, placement = known
     if row is None or row.public.external:
         return await _external(inv, host_id, row, report)
+    if report.state in ALIVE_STATES and report.epoch > placement.epoch and not inv.core.quarantine.reason:
+        await inv.core.quarantine.contradicted(host_id, _why_older(row.public, host_id, report, placement))
     if inv.core.quarantine.reason and report.state in ALIVE_STATES and _is_newer(report, placement):
         return _adopted(inv, row, placement, host_id, report, boot_id)
     if placement.host_id == host_id and placement.state in ("running", "starting"):
@@ -125,6 +146,14 @@ async def _domain(inv: Inventory, fact: FromHost, report: DomainReport, *, full:
         # Runs, or waits to run, where it may not: the host is told to forget it, under an epoch it must obey.
         inv.core.wake(f"stray/{host_id}/{report.vm_id}")
     return []
+
+
+def _why_older(vm: Vm, host_id: str, report: DomainReport, placement: PlacementRow) -> str:
+    """Every epoch is written before a host is told of it."""
+    return (
+        f"host {host_id} has VM {vm.name} under epoch {report.epoch}, and the database knows none above {placement.epoch}, so "
+        "PostgreSQL was restored from an older state"
+    )
 
 
 def _is_newer(report: DomainReport, placement: PlacementRow) -> bool:

@@ -342,14 +342,19 @@ async def _give_back(inv: Inventory, run: Run, vm_id: str, moving: Moving) -> No
         return
     # A disk that just grows is waited for: without this order the host would keep an epoch that nobody believes.
     spec = await inv.once_free(lambda: domain_spec(inv, vm, moving.source_id, None, run.caller))
-    await run.order(
-        "keep",
-        "Keeping it where it was",
-        RUN_DOMAIN,
-        RunDomain(vm_id=vm_id, spec=spec),
-        host_id=moving.source_id,
-        epoch=epoch,
-    )
+    try:
+        await run.order(
+            "keep",
+            "Keeping it where it was",
+            RUN_DOMAIN,
+            RunDomain(vm_id=vm_id, spec=spec, goes_on=True),
+            host_id=moving.source_id,
+            epoch=epoch,
+        )
+    except Refused:
+        # It may have ended just before, as the host said under an epoch that was the VM's no more: a whole report counts.
+        await inv.core.hosts.ask_report(moving.source_id)
+        raise
 
 
 async def _decide_back(inv: Inventory, vm_id: str, moving: Moving, epoch: int) -> Vm | None:

@@ -122,8 +122,8 @@ async def _confirm_claim(inv: Inventory, vm_id: str, epoch: int) -> None:
 async def _stray(inv: Inventory, rest: str) -> None:
     """A domain of ours runs where its VM may not. It is ended there, under the newest epoch."""
     host_id, _, vm_id = rest.partition("/")
-    placement = await inv.store.placement(vm_id)
     seen = inv.seen.get((host_id, vm_id))
+    placement = await inv.store.placement(vm_id)
     if seen is None or seen.state in (DomainState.GONE, DomainState.SHUTOFF):
         return
     if host_id in (placement.host_id, placement.destination_id):
@@ -135,7 +135,9 @@ async def _stray(inv: Inventory, rest: str) -> None:
         "VM %s runs on host %s where it may not (epoch %d); ending it there", vm_id, host_id, seen.epoch
     )
     epoch = max(placement.epoch, seen.epoch)
-    if epoch > placement.epoch and row is not None:
+    if (
+        epoch > placement.epoch and row is not None
+    ):  # of one that waits for a migration; others tell of a restore
         await inv.core.commit(
             inv.store.raised(placement, epoch), VMS.update(row, replace(row.public, epoch=epoch))
         )
@@ -162,13 +164,17 @@ async def _behind(inv: Inventory, vm_id: str) -> None:
         spec = await domain_spec(inv, row.public, placement.host_id, None, Caller("service:inventory"))
         await inv.order_now(
             RUN_DOMAIN,
-            RunDomain(vm_id=vm_id, spec=spec),
+            RunDomain(vm_id=vm_id, spec=spec, goes_on=True),
             host_id=placement.host_id,
             object_id=vm_id,
             epoch=placement.epoch,
         )
-    except (Refused, TimeoutError) as error:  # its host's next report brings it here again
-        log.warning("VM %s stays under an epoch that has passed: %s", vm_id, error)
+    except Refused as refused:
+        log.warning("VM %s stays under an epoch that has passed: %s", vm_id, refused.message)
+        await asyncio.sleep(STRAY_SECONDS)
+        await inv.core.hosts.ask_report(
+            placement.host_id
+        )  # still there, it is told again; gone, it has ended
 
 
 async def _host(inv: Inventory, host_id: str) -> None:

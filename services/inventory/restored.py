@@ -12,12 +12,14 @@ from functools import partial
 
 from services.inventory.desk import Inventory
 from services.inventory.host_facts import ALIVE_STATES
-from services.inventory.store import VMS
+from services.inventory.store import VMS, VmPrivate
 from volery.contracts.agent import DomainReport
 from volery.contracts.domain import DomainState
 from volery.contracts.errors import conflict
+from volery.contracts.vm import Vm
 from volery.runtime.clock import monotonic
 from volery.runtime.run import Run
+from volery.runtime.tables import Row
 
 HAS_DISKS_OPEN = ALIVE_STATES | {DomainState.INCOMING}
 HEARD_SECONDS = 5.0
@@ -38,6 +40,20 @@ async def refuse_running(inv: Inventory, run: Run, vm_id: str) -> None:
         host_id=placement.host_id,
         epoch=placement.epoch,
     )
+
+
+async def refuse_old_memory(inv: Inventory, row: Row[Vm, VmPrivate]) -> None:
+    """A VM that is suspended in the backup may have run since, and stopped again: no host has anything of it but the file,
+    which would be restored onto disks that have changed. Raises Refused(conflict)."""
+    if not row.private.saved_path:
+        return
+    placement = await inv.store.placement(row.id)
+    if placement.epoch <= await inv.store.restored_to():
+        raise conflict(
+            f"VM {row.public.name} was suspended before the database was restored from a backup, and may have run since: then "
+            "its saved memory would ruin its disks. Stop it first, which gives the memory up, then start it",
+            epoch=placement.epoch,
+        )
 
 
 def refuse_half_done(run: Run, advice: str) -> None:

@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from services.inventory import leases, model, restored
 from services.inventory.desk import Inventory
 from services.inventory.specs import disk_ids, domain_spec, need_of
-from services.inventory.store import VMS
+from services.inventory.store import VMS, VmPrivate
 from services.inventory.turns import Spot
 from volery.contracts.agent import Outcome
 from volery.contracts.base import Message
@@ -51,7 +51,7 @@ from volery.runtime.clock import monotonic, utc_now
 from volery.runtime.deaths import host_died
 from volery.runtime.run import Run
 from volery.runtime.service import Part
-from volery.runtime.tables import Change, Stale
+from volery.runtime.tables import Change, Row, Stale
 
 log = logging.getLogger(__name__)
 part = Part()
@@ -89,16 +89,19 @@ async def start_vm(inv: Inventory, ask: StartVm, caller: Caller) -> Operation:
             checks.object_id(ask.host_id, "host")
         if not ask.dry_run:  # where it could run may be asked of a running one too
             model.check_action(vm, "start")
+        host_id = _only_host(row, ask.host_id)
+        await restored.refuse_old_memory(inv, row)
         op, begun = inv.core.operations.begin(
             "vm.start",
             object_kind="vm",
             object_id=vm.id,
             object_name=vm.name,
-            question=Starting(vm_id=vm.id, host_id=ask.host_id, run_once=ask.run_once),
+            question=Starting(vm_id=vm.id, host_id=host_id, run_once=ask.run_once),
             caller=caller,
         )
         if ask.dry_run:
-            return replace(op, id="", result={"placement": await _plan(inv, vm, ask, caller)})
+            plan = await _plan(inv, vm, replace(ask, host_id=host_id), caller)
+            return replace(op, id="", result={"placement": plan})
         new = replace(
             vm if row.private.saved_path else await leases.at_start(inv, vm),
             desired=DesiredState.UP,
@@ -114,6 +117,19 @@ async def start_vm(inv: Inventory, ask: StartVm, caller: Caller) -> Operation:
         except Stale:
             continue
         return op
+
+
+def _only_host(row: Row[Vm, VmPrivate], asked: str) -> str:
+    """The only host on which it may start; "" for any. Memory that was saved is a file of its host: elsewhere there is
+    none, or an older one, which would be restored onto disks that have changed since."""
+    saved_at = row.private.saved_host_id if row.private.saved_path else ""
+    if asked and saved_at and asked != saved_at:
+        raise conflict(
+            f"VM {row.public.name} is suspended, and its memory is on host {saved_at}: start it there, or stop it first, "
+            "to give its memory up",
+            host_id=saved_at,
+        )
+    return asked or saved_at
 
 
 async def _plan(inv: Inventory, vm: Vm, ask: StartVm, caller: Caller) -> Placement:

@@ -315,6 +315,8 @@ async def suspend(inv: Inventory, run: Run) -> None:
         host_id=placement.host_id,
         epoch=placement.epoch,
     )
+    # Not where it is placed: after a crash that may be written already, and it is placed nowhere.
+    saved_at = await inv.core.orders.host_of(run.order_id("save"))
     while True:
         before = await inv.store.placement(ask.id)
         row = await VMS.get(inv.core.pool, ask.id)
@@ -325,7 +327,7 @@ async def suspend(inv: Inventory, run: Run) -> None:
             status_reason="saved",
             host_id="",
         )
-        private = replace(row.private, saved_path=path, saved_host_id=placement.host_id, stop_asked=False)
+        private = replace(row.private, saved_path=path, saved_host_id=saved_at, stop_asked=False)
         try:
             await inv.core.commit(
                 inv.store.place(before, epoch=before.epoch, host_id="", state="none"),

@@ -54,6 +54,7 @@ class VmPrivate(Message):
     saved_path: str = ""
     """Where the memory of a suspended VM is."""
     saved_host_id: str = ""
+    """The host whose file that is, and the only one on which the VM starts; "" in what a former release wrote."""
     excluded_host_ids: tuple[str, ...] = ()
     """Hosts that failed to start it, for the current attempt."""
     stop_asked: bool = False
@@ -224,8 +225,11 @@ class Store:
 
     async def next_epoch(self, before: PlacementRow) -> int:
         """Above every epoch that a host can have seen, also by a database that was since restored."""
-        base = await self.pool.fetchval("select base from restore_base")
-        return int(max(before.epoch, base)) + 1
+        return max(before.epoch, await self.restored_to()) + 1
+
+    async def restored_to(self) -> int:
+        """Epochs up to here were given before this database was restored; 0 when it never was."""
+        return int(await self.pool.fetchval("select base from restore_base"))
 
     async def placements_on(self, host_id: str) -> list[PlacementRow]:
         rows = await self.pool.fetch(
@@ -330,12 +334,6 @@ class Store:
     async def clusters_in(self, data_center_id: str) -> int:
         sql = "select count(*) from cluster where data_center_id = $1"
         return int(await self.pool.fetchval(sql, data_center_id))
-
-    async def vm_with_disk(self, disk_id: str) -> Row[Vm, VmPrivate] | None:
-        found = await VMS.where(
-            self.pool, "position($1 in doc) > 0 and not external", f'"disk_id":"{disk_id}"'
-        )
-        return found[0] if found else None
 
     async def unsettled_vms(self) -> list[str]:
         """VMs whose state is not the desired one and that no operation is at work on."""

@@ -183,10 +183,6 @@ class Fleet:
         code = int(self.ints("status")[row])
         return STATUSES[code] if code >= 0 else "unknown"
 
-    def cluster_of(self, row: int) -> str:
-        number = int(self.ints("cluster")[row])
-        return next(c for c, n in self._cluster_numbers.items() if n == number)
-
     def in_cluster(self, cluster_id: str) -> Bools:
         mask: Bools = self.ints("cluster") == self._cluster_numbers.get(cluster_id, -1)
         return mask

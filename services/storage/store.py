@@ -409,12 +409,6 @@ class Store:
         )
         return [row["vm_id"] for row in rows]
 
-    async def taken_luns(self, domain_id: str) -> frozenset[int]:
-        rows = await self.pool.fetch(
-            "select lun from disk where storage_domain_id = $1 and lun >= 0", domain_id
-        )
-        return frozenset(row["lun"] for row in rows)
-
     async def unsettled_disks(self) -> list[str]:
         rows = await self.pool.fetch(
             "select id from disk where status <> 'ok' or busy_with <> '' order by id limit 1000"
@@ -439,9 +433,4 @@ class Store:
             """state in ('succeeded', 'failed', 'cancelled')
                and expires_at < now() - make_interval(days => $1)""",
             days,
-        )
-
-    async def open_transfers(self, disk_id: str) -> list[Row[Transfer, TransferPrivate]]:
-        return await TRANSFERS.where(
-            self.pool, "disk_id = $1 and state in ('opening', 'ready', 'finishing')", disk_id
         )

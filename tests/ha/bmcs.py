@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -30,6 +31,10 @@ class Bmc:
     answers: bool = True
     loses: set[PowerAction] = field(default_factory=set)
     """Actions that it does, but whose answer gets lost."""
+    broken: set[PowerAction] = field(default_factory=set)
+    """Actions that it does not do, as it says."""
+    held: dict[PowerAction, asyncio.Event] = field(default_factory=dict)
+    """Actions that it answers once this is set."""
     asked: list[AskPower] = field(default_factory=list)
 
     def did(self, action: PowerAction) -> int:
@@ -37,7 +42,7 @@ class Bmc:
 
     def act(self, ask: AskPower) -> PowerAnswer:
         self.asked.append(ask)
-        if not self.answers:
+        if not self.answers or ask.action in self.broken:
             return PowerAnswer(
                 ask_id=ask.ask_id, action=ask.action, words="connection timed out", exit_code=1
             )
@@ -72,8 +77,14 @@ class Executors:
 @asynccontextmanager
 async def executing(client: Client, *host_ids: str) -> AsyncIterator[Executors]:
     made = Executors()
+    answering: set[asyncio.Task[None]] = set()
 
     async def heard(message: Msg) -> None:
+        task = asyncio.create_task(answer_to(message))
+        answering.add(task)
+        task.add_done_callback(answering.discard)
+
+    async def answer_to(message: Msg) -> None:
         ask = msgspec.json.decode(message.data, type=AskPower)
         try:
             made.check(ask)
@@ -85,6 +96,8 @@ async def executing(client: Client, *host_ids: str) -> AsyncIterator[Executors]:
             return
         bmc = made.bmcs[ask.device.address]
         answer = bmc.act(ask)
+        if (held := bmc.held.get(ask.action)) is not None:
+            await held.wait()
         if ask.action not in bmc.loses:
             await client.publish(message.reply, encode(answer))
 
@@ -95,3 +108,5 @@ async def executing(client: Client, *host_ids: str) -> AsyncIterator[Executors]:
     finally:
         for subscription in subscriptions:
             await subscription.unsubscribe()
+        for task in answering:
+            task.cancel()

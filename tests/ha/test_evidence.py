@@ -132,6 +132,10 @@ HELD = Held(NOW - 5, B1, ProofKind.BMC_OFF)
             "",
             UP,
         ),
+        *(  # of a boot that beats as well nothing could be heard yet
+            (dataclasses.replace(seen(UP, NOW - 0.1, NOW - since), boot_id="boot-0"), None, "", UP)
+            for since in (-2, 0.2, 1.4)
+        ),
         # A person
         (silent(person=Confirmed(NOW - 1, B1, "user:ann")), ProofKind.PERSON, B1, DEAD),
         (silent(person=Confirmed(NOW - 1, B2, "user:ann")), None, "", NON_RESPONSIVE),

@@ -26,6 +26,7 @@ from volery.contracts.power import (
     GET_FENCING,
     PAUSE_FENCING,
     RESUME_FENCING,
+    TEST_POWER_MANAGEMENT,
     AskFencing,
     ConfirmHostRebooted,
     FencingScope,
@@ -33,6 +34,7 @@ from volery.contracts.power import (
     NewFenceDevice,
     PauseFencing,
     ResumeFencing,
+    TestPowerManagement,
 )
 from volery.contracts.vm import VM_CHANGED, VmStatus
 from volery.runtime.database import open_direct, open_pool
@@ -183,6 +185,80 @@ async def test_a_host_that_beats_again_in_time_is_left_alone(configured: Setting
             assert (await at.liveness(n)).state == "up"
         assert at.bmc(0).did(PowerAction.OFF) == 0
         assert await at.records() == []
+
+
+async def test_a_host_that_beats_again_while_its_order_is_written_is_not_switched_off(
+    configured: Settings, tmp_path: Path
+) -> None:
+    """The database stands still between the last look and the order."""
+    async with site(configured, tmp_path) as at:
+        at.hearts[0].stop()
+        await at.says(0, "it is fenced once")
+        async with open_direct(configured.database, "ha") as connection, connection.transaction():
+            await connection.execute("lock table fence_record in exclusive mode")
+
+            async def waits() -> bool:
+                return bool(await connection.fetchval("select count(*) from pg_locks where not granted"))
+
+            await until(waits)
+            at.hearts[0].start()
+            await at.becomes(0, "up")
+        record = await at.ended("cancelled")
+        assert "held_back" in [step.step for step in record.steps]
+        assert at.bmc(0).did(PowerAction.OFF) == 0
+
+
+async def test_a_host_that_beats_again_while_its_bmc_is_busy_is_not_switched_off(
+    configured: Settings, tmp_path: Path
+) -> None:
+    """A test of its devices holds up the order, and may for minutes."""
+    async with site(configured, tmp_path) as at:
+        bmc = at.bmc(0)
+        at.hearts[0].stop()
+        await at.says(0, "it is fenced once")
+        busy = bmc.held[PowerAction.IDENTITY] = asyncio.Event()
+        ask = TestPowerManagement(id=at.hosts[0].id)
+        testing = asyncio.create_task(at.bus.ask(TEST_POWER_MANAGEMENT, ask, caller("test")))
+        async with open_direct(configured.database, "ha") as connection:
+
+            async def decided() -> bool:
+                return bool(await connection.fetchval("select count(*) from power_off"))
+
+            await until(decided)
+        at.hearts[0].start()
+        await at.becomes(0, "up")
+        busy.set()
+        assert (await testing).test_passed
+        await at.becomes(0, "up")
+        assert bmc.did(PowerAction.OFF) == 0
+        assert await at.records() == []
+
+
+async def test_the_second_way_to_its_power_is_not_taken_once_it_beats_again(
+    configured: Settings, tmp_path: Path
+) -> None:
+    async with site(configured, tmp_path) as at:
+        at.executors.bmcs["bmc0b"] = Bmc(uuid(0))
+        ways = [
+            NewFenceDevice(agent=AGENT, address=address, secrets={"password": PASSWORD}, timeout_seconds=8)
+            for address in ("bmc0", "bmc0b")
+        ]
+        await at.set_power(0, devices=tuple(ways))
+        await at.tested(0)
+        at.bmc(0).broken.add(PowerAction.OFF)
+        fails = at.bmc(0).held[PowerAction.OFF] = asyncio.Event()
+        at.hearts[0].stop()
+
+        async def asked() -> bool:
+            return at.bmc(0).did(PowerAction.OFF) == 1
+
+        await until(asked, 30)
+        at.hearts[0].start()
+        await at.becomes(0, "up")
+        fails.set()
+        record = await at.ended("cancelled")
+        assert any("no longer held" in step.words for step in record.steps)
+        assert at.executors.bmcs["bmc0b"].did(PowerAction.OFF) == 0
 
 
 async def test_a_bmc_that_says_off_while_the_host_beats_loses_its_trust(

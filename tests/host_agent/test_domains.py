@@ -71,6 +71,18 @@ async def test_a_later_epoch_takes_a_living_domain_over(driver: VmHost) -> None:
     assert not [e for e in driver.heard if e.state is DomainState.GONE]
 
 
+async def test_a_domain_that_is_to_go_on_is_never_started_anew(driver: VmHost) -> None:
+    """As the source of a migration that failed: it may have been reset since, and the VM be brought back elsewhere."""
+    vm = spec()
+    with pytest.raises(Refused, match="doesn't run on this host any more") as refused:
+        await driver.run(vm, epoch=2, goes_on=True)
+    assert refused.value.kind is Kind.CONFLICT
+    assert (await driver.hypervisor.domain(vm.vm_id)).state is DomainState.GONE
+    await driver.run(vm, epoch=3)
+    await driver.run(vm, epoch=4, order_seq=2, goes_on=True)
+    assert (await driver.hypervisor.domain(vm.vm_id)).epoch == 4
+
+
 @pytest.mark.parametrize(
     "order",
     [

@@ -26,6 +26,7 @@ from tests.support.toy_host import HOST_ID, TOY, Control
 from volery.contracts.agent import CommittedWord, FromHost, OrderEnvelope, OrderFinished, OrderState, Outcome
 from volery.contracts.base import encode
 from volery.contracts.domain_orders import FORGET_DOMAIN, RUN_DOMAIN, STOP_DOMAIN
+from volery.runtime.clock import utc_now
 
 SUBJECT = f"fact.host.{HOST_ID}.inventory.toy"
 BODY = b'{"host_id":"h","generation":"","seq":0,"boot_id":"b","at":"2026-01-01T00:00:00Z","after_seq":0}'
@@ -145,6 +146,36 @@ async def test_a_report_that_was_asked_for_follows_on_from_anything(journal: Jou
     second = await journal.begin_report("inventory", rebase=True)
     await journal.put_report(second, SUBJECT, BODY)
     assert await pending(journal) == [(7, 0), (8, 7), (9, 8)]
+
+
+async def test_an_orders_answer_names_the_fact_that_tells_its_end(journal: Journal) -> None:
+    """So that its owner hears what was said before it, first. It may get another number, with a report that is asked for."""
+    order = Control().order(journal.generation, 1, b"{}")
+
+    async def named() -> int:
+        return (await journal.accept(order, encode(order), "", 0, None)).ack.result_seq
+
+    assert await named() == 0
+    await put(journal)
+    finished = OrderFinished(
+        host_id=HOST_ID,
+        generation="",
+        seq=0,
+        after_seq=0,
+        boot_id="b",
+        at=utc_now(),
+        order_id=order.order_id,
+        kind=order.kind,
+        object_id=order.object_id,
+        epoch=order.epoch,
+        outcome=Outcome.SUCCEEDED,
+    )
+    spooled = await journal.finish(order, FINISHED["inventory"], finished)
+    assert await named() == spooled.seq == 2
+    await journal.put_report(await journal.begin_report("inventory", rebase=True), SUBJECT, BODY)
+    assert await named() == 4
+    assert await pending(journal) == [(3, 0), (4, 3), (5, 4)]
+    assert (await journal.cancel(order.order_id)).result_seq == 4
 
 
 async def test_a_report_that_was_never_finished_leaves_no_gap(journal: Journal) -> None:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from tests.inventory.world import Machine, World, found_cluster, inventory_of, surroundings, until
 from volery.contracts.base import Owner
+from volery.contracts.cluster import DeleteById
 from volery.contracts.domain import DomainState
 from volery.contracts.domain_orders import FORGET_DOMAIN, STOP_DOMAIN
+from volery.contracts.errors import Kind, Refused
 from volery.contracts.health import EXCUSE_HOST, GET_HEALTH, AskHealth, ExcuseHost
+from volery.contracts.host import DELETE_HOST, MAINTAIN_HOST, HostStatus, MaintainHost
 from volery.contracts.operation import OperationState
 from volery.contracts.vm import STOP_VM, StopVm, VmStatus
 from volery.runtime.database import open_pool
@@ -72,6 +77,40 @@ async def test_what_runs_where_it_may_not_is_ended_only_after_quarantine(configu
                 EXCUSE_HOST[Owner.INVENTORY], ExcuseHost(host_id=second.id, confirm=second.id)
             )
             await until_begun(first, FORGET_DOMAIN.kind)
+
+
+async def test_a_host_that_has_not_reported_is_not_deleted(configured: Settings) -> None:
+    """It was in maintenance in the backup, and may run VMs since: its key revoked, it could never say so."""
+    async with surroundings(configured) as world:
+        async with inventory_of(world):
+            await found_cluster(world)
+            host = await world.machine("h1")
+            await world.ended(await world.bus.ask(MAINTAIN_HOST, MaintainHost(id=host.id)))
+            await world.host_is(host, HostStatus.MAINTENANCE)
+        await host.agent.kill()
+        await remember(
+            world,
+            ("insert into quarantine (reason) values ('a test says so')",),
+            ("insert into quarantine_host select id from host",),
+        )
+        async with inventory_of(world):
+            await until(lambda: is_awaited(world, host))
+            with pytest.raises(Refused) as refused:
+                await world.bus.ask(DELETE_HOST, DeleteById(id=host.id))
+            assert refused.value.kind is Kind.UNAVAILABLE
+            assert host.id in refused.value.message
+            await host.agent.start()
+
+            async def deleted() -> bool:
+                try:
+                    await world.bus.ask(DELETE_HOST, DeleteById(id=host.id))
+                except Refused as refused:
+                    if refused.kind is not Kind.UNAVAILABLE:
+                        raise
+                    return False
+                return True
+
+            await until(deleted)
 
 
 async def until_begun(machine: Machine, kind: str) -> None:

@@ -140,6 +140,16 @@ class Story:
         async with open_pool(self.world.settings.database, "inventory") as pool:
             return bool(await pool.fetchval("select base > 0 from restore_base"))
 
+    async def running_on(self, host: Machine) -> Vm:
+        vm = await self.world.vm(start=False)
+        return await self.start(vm.id, host)
+
+    async def has_replayed(self) -> bool:
+        """Whether inventory has heard all that the hosts ever said."""
+        async with open_pool(self.world.settings.database, "inventory") as pool:
+            heard = {row["host_id"]: row["seq"] for row in await pool.fetch("select * from heard_host")}
+        return all(heard.get(host.id, 0) >= host.agent.spools["inventory"].head for host in self.hosts)
+
     async def started(self, vm_id: str) -> Operation:
         """A start that is asked for until it isn't put off any more."""
 
@@ -248,6 +258,62 @@ async def test_a_backup_beside_an_empty_bus_makes_no_second_copy(configured: Set
         assert not second.agent.begun(FORGET_DOMAIN.kind)
 
 
+async def test_reports_from_between_backup_and_restore_end_no_quarantine(configured: Settings) -> None:
+    """The hosts' stream has them, and after them what became of the VMs since. Only what hosts say when they are asked is
+    how they are now."""
+    async with story_of(configured) as story:
+        world = story.world
+        async with before_the_restore(story):
+            first, second = story.hosts
+            vm = await story.running_on(first)
+            await story.backed_up()
+            await story.stop(vm.id)
+            await story.start(vm.id, second)
+            for host in story.hosts:
+                await host.agent.report("inventory")
+            await story.stop(vm.id)
+            now = await story.start(vm.id, first)
+            for host in story.hosts:
+                await host.agent.until_committed("inventory")
+                await host.agent.kill()
+        await restored(world.settings.database, Owner.INVENTORY, story.backup)
+        async with inventory_of(world):
+            await until(story.has_replayed, "all that hosts had said was heard again")
+            with pytest.raises(Refused) as put_off:
+                await world.bus.ask(STOP_VM, StopVm(id=vm.id, force=True))
+            assert put_off.value.kind is Kind.UNAVAILABLE
+            assert set(put_off.value.details["waits_for_hosts"]) == {first.id, second.id}
+            for host in story.hosts:
+                await host.agent.start()
+            await until(story.out_of_quarantine, "every host has reported")
+            shown = await world.vm_is(vm.id, VmStatus.UP)
+            assert (shown.host_id, shown.epoch) == (first.id, now.epoch)
+        assert story.homes(vm.id) == [first.id]
+        assert not [host for host in story.hosts if host.agent.begun(FORGET_DOMAIN.kind)]
+
+
+async def test_a_host_that_has_a_vm_under_a_later_epoch_tells_of_a_restore(configured: Settings) -> None:
+    """A standby that lacked the last moment took over, and neither stream nor journal tell: it isn't ended as a stray."""
+    async with story_of(configured) as story:
+        world = story.world
+        async with before_the_restore(story):
+            first, second = story.hosts
+            vm = await story.running_on(first)
+            first.domains.clear()
+            await second.tell(vm.id, DomainState.RUNNING, vm.epoch + 1, "booted")
+
+            async def taken_over() -> bool:
+                return (await world.get(vm.id)).host_id == second.id
+
+            await until(taken_over)
+            shown = await world.get(vm.id)
+            assert (shown.epoch, shown.status_reason) == (vm.epoch + 1, "restored")
+            await until(story.out_of_quarantine, "every host has reported")
+            assert await story.was_quarantined()
+        assert story.homes(vm.id) == [second.id]
+        assert not second.agent.begun(FORGET_DOMAIN.kind)
+
+
 @pytest.mark.parametrize("silent", [False, True])
 async def test_a_lost_bus_alone_begins_no_quarantine(configured: Settings, silent: bool) -> None:
     """Operations go on when every host has reported, or at the latest after some seconds."""
@@ -338,6 +404,33 @@ async def test_memory_that_was_saved_before_the_vm_ran_again_is_forgotten(config
             await story.stop(vm.id)
             await story.start(vm.id, first)
             assert not first.agent.begun(RUN_DOMAIN.kind)[-1].restore_path
+
+
+async def test_memory_from_before_the_restore_is_not_resumed(configured: Settings) -> None:
+    """The VM ran since, on disks that have changed, and runs no more: no host tells of it, nor any stream."""
+    async with story_of(configured) as story:
+        world = story.world
+        async with before_the_restore(story):
+            first, _ = story.hosts
+            vm = await world.vm()
+            await story.done(await world.bus.ask(SUSPEND_VM, SuspendVm(id=vm.id)))
+            await story.backed_up()
+            await story.stop(vm.id)
+            await story.start(vm.id, first)
+            await story.stop(vm.id)
+            await first.agent.until_committed("inventory")
+        await restored(world.settings.database, Owner.INVENTORY, story.backup)
+        await story.bus_lost()
+        async with inventory_of(world):
+            await until(story.was_quarantined, "the first host tells of the restore")
+            await until(story.out_of_quarantine, "every host has reported")
+            await world.vm_is(vm.id, VmStatus.SUSPENDED)
+            with pytest.raises(Refused, match="its saved memory would ruin its disks") as put_off:
+                await world.bus.ask(START_VM, StartVm(id=vm.id))
+            assert put_off.value.kind is Kind.CONFLICT
+            await story.stop(vm.id)
+            await story.start(vm.id, first)
+            assert not [run for run in first.agent.begun(RUN_DOMAIN.kind) if run.restore_path]
 
 
 async def test_a_vm_that_has_moved_stays_where_it_arrived(configured: Settings) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 import pytest
 
@@ -102,6 +103,29 @@ async def test_a_cancelled_start_that_was_quicker_is_told_as_what_it_is(configur
         assert (await world.ended(op)).state is OperationState.SUCCEEDED
         await world.vm_is(op.object_id, VmStatus.UP)
         assert runs_on(host, op.object_id)
+
+
+async def test_a_report_from_before_its_start_does_not_end_it(configured: Settings) -> None:
+    """The host's facts are late, and the answer to its order, sent again, would overtake them: a report among them doesn't
+    name the VM yet."""
+    async with world_of(configured, hosts=1) as (world, (host,)):
+        vm = await world.vm(start=False, ha=True)
+        host.agent.muted = True
+        await host.agent.report("inventory")
+        op = await world.bus.ask(START_VM, StartVm(id=vm.id))
+
+        async def asked_again() -> bool:
+            return any(entry.sent > 1 for entry in host.agent.journal.values())
+
+        await until(asked_again)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.5):
+                await world.ended(op)
+        host.agent.muted = False
+        await host.agent.until_committed("inventory")
+        assert (await world.ended(op)).state is OperationState.SUCCEEDED
+        await world.vm_is(vm.id, VmStatus.UP)
+        assert runs_on(host, vm.id)
 
 
 async def test_a_vm_that_fits_nowhere_says_why_until_it_runs(configured: Settings) -> None:

@@ -98,6 +98,8 @@ class Machine:
     refusals: dict[str, Refused] = field(default_factory=dict)
     """Kind of order → how it is refused."""
     begun: asyncio.Event = field(default_factory=asyncio.Event)
+    started: list[tuple[str, str]] = field(default_factory=list)
+    """(boot, VM) of every domain that wasn't there and was started."""
 
     def __post_init__(self) -> None:
         acts = {
@@ -106,14 +108,14 @@ class Machine:
             FORGET_DOMAIN: self._forget,
             ACT_ON_DOMAIN: self._act,
             ADMIT_MIGRATION: self._admit,
-            MIGRATE_DOMAIN: self._migrate,
+            MIGRATE_DOMAIN: self.moved,
             DETACH_NIC: self._act,
             ATTACH_DISK: self._plug,
             DETACH_DISK: self._unplug,
             SAVE_DOMAIN: self._save,
         }
         for order, act in acts.items():
-            self.agent.does(order, self._gated(order.kind, act))
+            self.agent.does(order, self.gated(order.kind, act))
         self.agent.reports["inventory"] = lambda: {
             "capabilities": HostCapabilities(
                 hostname="scripted",
@@ -129,7 +131,7 @@ class Machine:
     def id(self) -> str:
         return self.agent.host_id
 
-    def _gated(self, kind: str, act: Any) -> Any:
+    def gated(self, kind: str, act: Any) -> Any:
         async def gated(question: Any) -> Any:
             self.begun.set()
             if (gate := self.held.get(kind)) is not None:
@@ -154,6 +156,10 @@ class Machine:
         await self.agent.say("inventory", DOMAIN_CHANGED, domain=report)
 
     async def _run(self, ask: Any) -> DomainRunning:
+        if ask.vm_id not in self.domains:
+            if ask.goes_on:
+                raise Refused(Kind.CONFLICT, "it doesn't run here any more")
+            self.started.append((self.agent.boot_id, ask.vm_id))
         await self.tell(ask.vm_id, DomainState.RUNNING, self._epoch(ask.vm_id), "booted")
         return DomainRunning(vm_id=ask.vm_id, state=DomainState.RUNNING)
 
@@ -188,7 +194,7 @@ class Machine:
     async def _admit(self, ask: Any) -> Done:
         return Done()
 
-    async def _migrate(self, ask: Any) -> MigrationDone:
+    async def moved(self, ask: Any) -> MigrationDone:
         await self.arrive(ask.vm_id, self.others[ask.destination_uri], ask.destination_epoch)
         await self.tell(ask.vm_id, DomainState.SHUTOFF, self._epoch(ask.vm_id), "migrated")
         return MigrationDone(vm_id=ask.vm_id)

@@ -85,6 +85,10 @@ class Journaled:
     problem: Problem | None = None
     result: msgspec.Raw = field(default_factory=lambda: NO_RESULT)
     task: asyncio.Task[None] | None = None
+    result_seq: int = 0
+    """Of the fact that told its end, in the present journal."""
+    sent: int = 0
+    """How often it came."""
 
 
 @dataclass
@@ -117,6 +121,8 @@ class ScriptedAgent:
     """(kind, question) of every order that was begun, in that order."""
     drop: Callable[[str], bool] = lambda subject: False
     """Facts whose subject it is true for are spooled but not published the first time."""
+    muted: bool = False
+    """Facts are spooled and not published: JetStream is away."""
     beating: bool = True
     deaf: bool = False
     """Orders are counted in `unheard` and get lost."""
@@ -173,6 +179,8 @@ class ScriptedAgent:
         """It turned out to be an old copy of itself. Results that nobody heard are told when their order is sent again."""
         self.generation = new_id()
         self.spools.clear()
+        for entry in self.journal.values():
+            entry.result_seq = 0
         for owner in self.owners:
             await self.report(owner)
 
@@ -216,19 +224,19 @@ class ScriptedAgent:
         )
         subject = fact.subject_for(payload)
         spool.waiting[spool.head] = (subject, encode(payload))
-        if self.client is not None and not self.drop(subject):
+        if self.client is not None and not self.muted and not self.drop(subject):
             await self.client.publish(subject, encode(payload))
         return spool.head
 
-    async def report(self, owner: str) -> int:
-        fields = self.reports.get(owner, DEFAULT_REPORTS[owner])()
+    async def report(self, owner: str, *asked: str) -> int:
+        fields = self.reports.get(owner, DEFAULT_REPORTS[owner])() | {"asked": asked}
         return await self.say(owner, REPORTED[owner], first=True, **fields)
 
     async def _again(self) -> None:
         """What the owner has not committed is published again, in order."""
         while True:
             await asyncio.sleep(AGAIN_SECONDS)
-            for spool in self.spools.values():
+            for spool in self.spools.values() if not self.muted else ():
                 for subject, body in list(spool.waiting.values()):
                     assert self.client is not None
                     await self.client.publish(subject, body)
@@ -245,7 +253,8 @@ class ScriptedAgent:
             spool.waiting = {seq: said for seq, said in spool.waiting.items() if seq > word.seq}
 
     async def _report(self, message: Msg) -> None:
-        await self.report(msgspec.json.decode(message.data, type=CommittedWord).owner)
+        word = msgspec.json.decode(message.data, type=CommittedWord)
+        await self.report(word.owner, *([word.ask] if word.ask else []))
 
     async def until_committed(self, owner: str, seconds: float = 10.0) -> None:
         """Until the owner has committed all that was said so far."""
@@ -266,11 +275,12 @@ class ScriptedAgent:
     def _accept(self, envelope: OrderEnvelope) -> OrderAck:
         known = self.journal.get(envelope.order_id)
         if known is not None:
+            known.sent += 1
             return self._ack(known)
         if (problem := self._refusal(envelope)) is not None:
             return OrderAck(order_id=envelope.order_id, state=OrderState.REFUSED, problem=problem)
         self.order_seqs[envelope.owner, envelope.object_id] = envelope.order_seq
-        entry = self.journal[envelope.order_id] = Journaled(envelope)
+        entry = self.journal[envelope.order_id] = Journaled(envelope, sent=1)
         entry.task = self._spawn(self._run(entry))
         return self._ack(entry)
 
@@ -294,6 +304,7 @@ class ScriptedAgent:
             problem=entry.problem,
             outcome=entry.outcome,
             result=entry.result,
+            result_seq=entry.result_seq,
         )
 
     async def _cancel(self, message: Msg) -> None:
@@ -339,7 +350,7 @@ class ScriptedAgent:
         entry.outcome, entry.problem = outcome, problem
         entry.result = NO_RESULT if answer is None else msgspec.Raw(encode(answer))
         envelope = entry.envelope
-        await self.say(
+        entry.result_seq = await self.say(
             envelope.owner,
             FINISHED[envelope.owner],
             order_id=envelope.order_id,

@@ -221,7 +221,7 @@ SIMPLE = {
     "reset": "Press the reset button.",
     "pause": "Stop its CPUs.",
     "unpause": "Let its CPUs run again.",
-    "suspend": "Save its memory to disk and stop it; start resumes.",
+    "suspend": "Save its memory to its host's disk and stop it; start resumes there, stop gives the memory up.",
 }
 
 

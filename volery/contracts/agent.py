@@ -80,6 +80,8 @@ class OrderAck(Message):
     problem: Problem | None = None
     outcome: Outcome | None = None
     result: msgspec.Raw = NO_RESULT
+    result_seq: int = 0
+    """Of the fact that tells this end: what was said before it comes first. 0: none tells it, or the agent doesn't say."""
 
 
 class CancelOrder(Message):
@@ -104,6 +106,8 @@ class CommittedWord(Message):
     owner: str
     generation: str
     seq: int
+    ask: str = ""
+    """Of who asks for a report and wants to know it again: the report names it (`HostReported.asked`)."""
 
 
 class FromHost(Message, kw_only=True):
@@ -254,6 +258,9 @@ class HostReported(FromHost):
     """The owner's orders still in the journal."""
     gap: bool = False
     """Facts were dropped from the spool before this report."""
+    asked: tuple[str, ...] | None = None
+    """The asks (`CommittedWord.ask`) that came before this report was begun; older reports may be on their way still. None:
+    the agent doesn't say."""
 
 
 class VolumeReport(Message):
@@ -304,6 +311,7 @@ class StorageReported(FromHost):
     open_luns: tuple[OpenLun, ...] = ()
     """Of any target, connected here or not, whoever opened them."""
     lun_claims: tuple[LunClaim, ...] = ()
+    asked: tuple[str, ...] | None = None
 
 
 class StorageChecked(FromHost):
@@ -330,6 +338,7 @@ class NetworksReported(FromHost):
     nics: tuple[str, ...] = ()
     orders: tuple[JournalOrder, ...] = ()
     gap: bool = False
+    asked: tuple[str, ...] | None = None
 
 
 HOST_REPORTED = Fact("fact.host.{host_id}.inventory.reported", HostReported)

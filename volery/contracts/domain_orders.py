@@ -16,6 +16,8 @@ class RunDomain(Message):
     paused: bool = False
     restore_path: str = ""
     """Restore this saved memory image instead of booting; deleted once the domain runs."""
+    goes_on: bool = False
+    """Only a domain that lives there gets the order's epoch: one that has ended since is not started anew."""
 
 
 class DomainRunning(Message):

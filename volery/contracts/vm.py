@@ -297,7 +297,7 @@ class StartVm(Message):
     id: str
     if_revision: int = 0
     host_id: str = ""
-    """Only on this host; "" lets the scheduler choose."""
+    """Only on this host; "" lets the scheduler choose. A suspended VM starts only on the host that has its memory."""
     run_once: RunOnce | None = None
     dry_run: bool = False
 

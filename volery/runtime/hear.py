@@ -195,8 +195,8 @@ class HostHearing:
     report: Fact[Any]
     """The full report: the only fact that admits a new journal."""
     committed: Callable[[], None] = lambda: None
-    reported: Callable[[str], Awaitable[None]] | None = None
-    """Told after a host's full report was committed."""
+    reported: Callable[[str, Sequence[str] | None], Awaitable[None]] | None = None
+    """(host, what it was asked before): told after a host's full report was committed."""
     contradicted: Callable[[str, str], Awaitable[None]] | None = None
     """(host, why): told, before its fact has any effect, of a host that was told more than the tables know."""
     positions: dict[str, HostPosition] = field(default_factory=dict)
@@ -206,6 +206,11 @@ class HostHearing:
     """(host, generation) of journals that were admitted by what the database was before it was restored."""
     asked: dict[str, float] = field(default_factory=dict)
     """Host, or host and the journal it left → when it was last asked or told."""
+
+    def has_heard(self, host_id: str, seq: int) -> bool:
+        """Whether everything was heard that this host said up to there."""
+        at = self.positions.get(host_id)
+        return (at is not None and at.seq >= seq) or not seq
 
     async def run(self) -> None:
         await self._load()
@@ -256,7 +261,7 @@ class HostHearing:
         telemetry.facts_heard.add(1, {"service": self.bus.name, "fact": fact.name})
         await self._apply(handler, payload)
         if fact is self.report and self.reported is not None:
-            await self.reported(payload.host_id)
+            await self.reported(payload.host_id, getattr(payload, "asked", None))
 
     async def _apply(self, handler: FactHandler, payload: FromHost) -> None:
         while True:
@@ -307,14 +312,14 @@ class HostHearing:
                 await self._disown(payload)
                 return False
             if not is_report:
-                await self._ask_report(payload.host_id)
+                await self.ask_now_and_then(payload.host_id)
             return is_report
         if payload.seq <= at.seq:
             return False
         if payload.after_seq <= at.seq or (is_report and getattr(payload, "gap", False)):
             return True
         # Something before it is missing here: lost on the way, or committed by a database that was since restored.
-        await self._ask_report(payload.host_id)
+        await self.ask_now_and_then(payload.host_id)
         return False
 
     async def _disown(self, payload: FromHost) -> None:
@@ -325,7 +330,8 @@ class HostHearing:
         log.info("host %s left journal %s; what it says is not heard", payload.host_id, payload.generation)
         await self._say(payload.host_id, HostPosition(payload.generation, MORE_THAN_EVER_SAID))
 
-    async def _ask_report(self, host_id: str) -> None:
+    async def ask_now_and_then(self, host_id: str) -> None:
+        """For a report, with which the agent says again all that was not committed."""
         if self._now_and_then(host_id):
             await self.ask_report(host_id)
 
@@ -336,8 +342,9 @@ class HostHearing:
         self.asked[key] = now
         return True
 
-    async def ask_report(self, host_id: str) -> None:
-        word = CommittedWord(host_id=host_id, owner=self.owner, generation="", seq=0)
+    async def ask_report(self, host_id: str, ask: str = "") -> None:
+        """`ask`: the host's answer names it."""
+        word = CommittedWord(host_id=host_id, owner=self.owner, generation="", seq=0, ask=ask)
         await self.bus.client.publish(fill(REPORT_SUBJECT, word), encode(word))
 
     def _cursor(self, payload: FromHost) -> list[Change]:

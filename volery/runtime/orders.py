@@ -1,6 +1,6 @@
 """Orders to hosts: durable in their owner's PostgreSQL, sent until the agent has journaled them, their result kept.
 
-A result comes as a fact, or as the answer to sending the order again; whichever commits first counts. An order
+A result comes as a fact, or, when that is behind what was heard of the host, as the answer to sending the order again. An order
 is given up only when the agent refused or finished it, or journaled its cancellation, or when the boot that it was sent
 to has ended by proof: an order names a beat, so no other boot than that beat's ever takes it. An operation's order to a
 host none of whose boots lives ends so without being sent; one of a reconcile loop waits for the next boot.
@@ -9,6 +9,7 @@ host none of whose boots lives ends so without being sent; one of a reconcile lo
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import weakref
 from collections.abc import Callable, Sequence
@@ -339,7 +340,7 @@ class Orders:
             repeat_safe=row["repeat_safe"],
         )
         ack = await self._request(fill(ORDER_SUBJECT, envelope), encode(envelope))
-        taken = await self._take_ack(order_id, ack)
+        taken = await self._take_ack(order_id, envelope.host_id, ack)
         if taken:
             self.hindered.pop(envelope.host_id, None)
         else:
@@ -372,9 +373,8 @@ class Orders:
 
     async def _cancel(self, order_id: str) -> bool:
         cancel = CancelOrder(host_id=await self.host_of(order_id), order_id=order_id)
-        return await self._take_ack(
-            order_id, await self._request(fill(CANCEL_SUBJECT, cancel), encode(cancel))
-        )
+        ack = await self._request(fill(CANCEL_SUBJECT, cancel), encode(cancel))
+        return await self._take_ack(order_id, cancel.host_id, ack)
 
     async def _request(self, subject: str, body: bytes) -> OrderAck | None:
         headers = telemetry.inject({SIGNATURE_HEADER: self.sign(subject, body)})
@@ -387,10 +387,16 @@ class Orders:
             log.warning("the answer to %s can't be read: %s", subject, error)
         return None
 
-    async def _take_ack(self, order_id: str, ack: OrderAck | None) -> bool:
+    async def _take_ack(self, order_id: str, host_id: str, ack: OrderAck | None) -> bool:
+        """Whether the agent has it. An end that a fact tells, too, never overtakes what the host said before: a report on
+        its way, made before a VM was started, would end that VM."""
         if ack is None:
             return False
         if ack.state is OrderState.ACCEPTED:
+            return True
+        if not self.hosts.has_heard(host_id, ack.result_seq):
+            with contextlib.suppress(nats.errors.Error):
+                await self.hosts.ask_now_and_then(host_id)
             return True
         if ack.state is OrderState.REFUSED and ack.problem is not None and ack.problem.kind in TRY_AGAIN:
             return False
@@ -434,13 +440,6 @@ class Orders:
         if listener is not None:
             listener(fact)
         return ()
-
-    async def unfinished_for(self, object_id: str) -> int:
-        return int(
-            await self.pool.fetchval(
-                "select count(*) from host_order where object_id = $1 and state <> 'finished'", object_id
-            )
-        )
 
     async def trim(self, days: int = 7) -> None:
         await self.pool.execute(

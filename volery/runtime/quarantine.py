@@ -11,13 +11,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 import asyncpg
 import nats.errors
 
 from volery.contracts.errors import Kind, Refused, invalid
+from volery.contracts.ids import new_id
 from volery.runtime.clock import monotonic
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,13 @@ class Quarantine:
     """Hosts whose report would end the doubt."""
     doubt_ends: float = 0.0
     """On the monotonic clock; in memory only, since what begins it is a leader's first look at its stream."""
+    ask_id: str = field(default_factory=new_id)
+    """What hosts are asked: a report that doesn't answer it may be from before the restore, out of the hosts' stream."""
+    asked_at: dict[str, float] = field(default_factory=dict)
+    spoke: set[str] = field(default_factory=set)
+    """Hosts that reported without having been asked: they are there, and are asked now."""
+    due: asyncio.Event = field(default_factory=asyncio.Event)
+    """Hosts are to be asked now: those that spoke, or else all that are waited for."""
 
     @property
     def in_doubt(self) -> bool:
@@ -60,7 +68,9 @@ class Quarantine:
         return self.reason or ("its stream was lost, and hosts are asked first" if self.in_doubt else "")
 
     async def load(self) -> None:
-        """What a former leader began."""
+        """What a former leader began. Reports that were made until now are no answer."""
+        self.ask_id = new_id()
+        self.due.set()
         self.reason = await self.pool.fetchval("select reason from quarantine") or ""
         rows = await self.pool.fetch("select host_id from quarantine_host")
         self.pending = {row["host_id"] for row in rows}
@@ -106,12 +116,14 @@ class Quarantine:
             sql = "insert into quarantine_host (host_id) values ($1) on conflict do nothing"
             await self.pool.execute(sql, host_id)
             self.pending.add(host_id)
+            self.due.set()
 
     async def begin_doubt(self) -> None:
         """The owner's stream is lost: any host that was ever heard may know better than the tables."""
         rows = await self.pool.fetch("select host_id from heard_host")
         self.unheard = {row["host_id"] for row in rows}
         self.doubt_ends = monotonic() + DOUBT_SECONDS
+        self.due.set()
         if self.in_doubt:
             log.warning("%s has lost its stream: asks %d hosts for a report first", self.owner, len(rows))
 
@@ -123,18 +135,34 @@ class Quarantine:
             for tell in self.on_end:
                 tell()
 
-    async def ask(self, for_report: Callable[[str], Awaitable[None]]) -> None:
+    async def ask(self, for_report: Callable[[str, str], Awaitable[None]]) -> None:
         """For ever. Hosts report by themselves only now and then: those that are waited for are asked."""
         while True:
-            for host_id in sorted(self.pending if self.reason else self.unheard):
+            waited = self.pending if self.reason else self.unheard
+            hosts = sorted(waited & self.spoke if self.spoke else waited)
+            self.spoke.clear()
+            self.due.clear()
+            for host_id in hosts:
+                self.asked_at[host_id] = monotonic()
                 with contextlib.suppress(nats.errors.Error):
-                    await for_report(host_id)
-            await asyncio.sleep(DOUBT_ASK_SECONDS if self.unheard else ASK_SECONDS)
+                    await for_report(host_id, self.ask_id)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(DOUBT_ASK_SECONDS if self.unheard else ASK_SECONDS):
+                    await self.due.wait()
             if self.unheard and not self.in_doubt:
                 self._end_doubt()
 
-    async def reported(self, host_id: str) -> None:
-        """A host's full report was committed."""
+    async def reported(self, host_id: str, asked: Sequence[str] | None) -> None:
+        """A host's full report was committed, which answers these. Only one that was begun since this leader asked says how
+        the host is: the hosts' stream may hold many from between the backup and the restore, and facts after them. None: an
+        agent of a former release doesn't say."""
+        if asked is None or self.ask_id in asked:
+            await self._heard(host_id)
+        elif monotonic() - self.asked_at.get(host_id, float("-inf")) >= DOUBT_ASK_SECONDS:
+            self.spoke.add(host_id)
+            self.due.set()
+
+    async def _heard(self, host_id: str) -> None:
         if host_id in self.unheard:
             self.unheard.discard(host_id)
             if not self.unheard:
@@ -150,7 +178,7 @@ class Quarantine:
         if confirm != host_id:
             raise invalid("type the host's id again as `confirm`, to be sure that you mean this one")
         log.warning("%s: a person declared host %s dead", self.owner, host_id)
-        await self.reported(host_id)
+        await self._heard(host_id)
 
     async def _end_if_done(self) -> None:
         if self.reason and not self.pending:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import asyncpg
 import nats.errors
 import nats.js.errors
-from nats.js.api import ConsumerConfig, DeliverPolicy, PubAck, StorageType, StreamConfig, StreamInfo
+from nats.js.api import PubAck, StorageType, StreamConfig, StreamInfo
 from nats.js.client import JetStreamContext
 
 from volery.contracts.base import Owner
@@ -280,11 +280,3 @@ async def rebuild_stream(bus: Bus, owner: Owner) -> None:
         await bus.client.jetstream().delete_stream(stream_name(owner))
     except nats.js.errors.NotFoundError:
         return
-
-
-def from_position(position: int) -> ConsumerConfig:
-    """A consumer that starts behind a position."""
-    return ConsumerConfig(
-        deliver_policy=DeliverPolicy.BY_START_SEQUENCE if position else DeliverPolicy.ALL,
-        opt_start_seq=position + 1 if position else None,
-    )

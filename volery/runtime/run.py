@@ -294,7 +294,9 @@ class Run:
     def _with_step(self, op: Operation, name: str, title: str) -> Operation:
         steps = tuple(s for s in op.steps if s.name != name)
         running = OperationState.CANCELLING if self.cancelling.is_set() else OperationState.RUNNING
-        return replace(op, state=running, steps=(*steps, Step(name=name, title=title)))
+        # One whose deadline and grace are over has ended, though it is still undone.
+        state = op.state if op.state in ENDED else running
+        return replace(op, state=state, steps=(*steps, Step(name=name, title=title)))
 
     async def _end(self, name: str, answer: Any, changes: Sequence[Change] = (), title: str = "") -> None:
         """With a title: of a step whose begin nobody wrote."""

@@ -204,6 +204,8 @@ def _new_boot(seen: Observations, held: Held | None, now: float) -> Held | None:
         return None
     if former is not None and now - former.at < BOOT_APART_SECONDS:
         return None
+    if now - seen.listening_since < BOOT_APART_SECONDS:
+        return None  # the old boot may beat as well as before, and nobody could hear it
     return Held(beat.at, seen.boot_id, ProofKind.NEW_BOOT, f"its agent beats under boot {beat.boot_id}")
 
 
