@@ -180,6 +180,15 @@ class Connections:
         except self._driver.error as error:
             raise Disconnected(doing, str(error)) from error
 
+    async def _listing(self, doing: str, work: Callable[[Any], T]) -> T:
+        """On the bulk connection; when that hangs, on the rescue connection."""
+        try:
+            return await self._call(self._bulk, doing, work, BULK_SECONDS)
+        except Refused as problem:
+            if problem.kind is not Kind.TIMEOUT:
+                raise
+        return await self._call(self._rescue, doing, work, BULK_SECONDS)
+
     def _checked(self, doing: str, work: Callable[[Any], T]) -> Callable[[Any], T]:
         """In the thread: tells a refusal from a lost connection. What escapes as libvirtError is an open that failed."""
 

@@ -24,6 +24,7 @@ from volery.contracts.domain_orders import (
     RUN_DOMAIN,
     SAVE_DOMAIN,
     STOP_DOMAIN,
+    UNKILLABLE,
     ActOnDomain,
     DomainAction,
     DomainRunning,
@@ -174,7 +175,8 @@ async def _running(host: Host, vm_id: str, spec: DomainSpec, placement: Placemen
 
 
 async def stop_domain(host: Host, order: StopDomain, running: Running) -> DomainStopped:
-    """Each method in turn, each for `wait_seconds`, until QEMU has ended. Raises Refused(timeout) if it goes on."""
+    """Each method in turn, each for `wait_seconds`, until QEMU has ended. Raises Refused(timeout) if it goes on, by rule
+    UNKILLABLE if the kernel can't end it."""
     now = await host.hypervisor.domain(order.vm_id)
     if now.state in ENDED:
         return DomainStopped(vm_id=order.vm_id)
@@ -206,6 +208,8 @@ async def _stop_by(host: Host, vm_id: str, method: StopMethod, seconds: float) -
         except Refused as problem:
             if problem.kind is Kind.NOT_FOUND:
                 return ""
+            if problem.details.get("rule") == UNKILLABLE:
+                raise
             if not reason:  # it was never heard: waiting would change nothing
                 return problem.message
         reason = f"its guest did not power off within {seconds:g} s"

@@ -39,6 +39,8 @@ class EventName(StrEnum):
     UNRESPONSIVE = "unresponsive"
     """A call about this domain has not come back in time."""
     RESPONSIVE = "responsive"
+    UNDYING = "undying"
+    """It was sent SIGKILL and does not end."""
     GUEST_CHANGED = "guest_changed"
     """The guest's agent told something new about names or addresses."""
 
@@ -79,6 +81,7 @@ _CHANGES_REPORT = frozenset(
         EventName.METADATA_CHANGED,
         EventName.UNRESPONSIVE,
         EventName.RESPONSIVE,
+        EventName.UNDYING,
         EventName.GUEST_CHANGED,
     }
 )
@@ -90,6 +93,7 @@ _HAPPENINGS = frozenset(EventName) - {
     EventName.DISCONNECTED,
     EventName.UNRESPONSIVE,
     EventName.RESPONSIVE,
+    EventName.UNDYING,
     EventName.GUEST_CHANGED,
 }
 

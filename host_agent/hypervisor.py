@@ -17,15 +17,14 @@ import msgspec
 from host_agent import domxml, runningxml
 from host_agent.audit import audit
 from host_agent.config import AgentConfig
-from host_agent.connections import BULK_SECONDS, OPEN_SECONDS, RESCUE_SECONDS, START_SECONDS, Connections
+from host_agent.connections import BULK_SECONDS, OPEN_SECONDS, RESCUE_SECONDS, START_SECONDS
 from host_agent.events import EVENTS, EventName, HypervisorEvent, state_of
 from host_agent.findings import GuestInfo, NetworkState, NodeInfo, Versions, guest_of
+from host_agent.killing import Killing
 from host_agent.migration_parameters import MigrationParameters, MigrationStats, migration_stats
 from host_agent.serial_console import ConsoleStream
 from volery.contracts.agent import DomainReport, OpenLun
-from volery.contracts.domain import DomainState
 from volery.contracts.domain_orders import StopMethod
-from volery.contracts.errors import Kind, Refused
 
 T = TypeVar("T")
 
@@ -125,7 +124,7 @@ def _close_quietly(connection: Any) -> None:
         connection.close()
 
 
-class Hypervisor(Connections):
+class Hypervisor(Killing):
     """`start` once, `close` at the end. Every method may raise Refused; `Disconnected` when libvirtd is away."""
 
     def __init__(self, config: AgentConfig) -> None:
@@ -156,7 +155,8 @@ class Hypervisor(Connections):
 
     async def list_domains(self) -> list[DomainReport]:
         """Every domain of this host, also those that Volery did not make. Works while domains hang."""
-        return await self._listing("list the domains", lambda c: self._reports(c.listAllDomains(0)))
+        listed = await self._listing("list the domains", lambda c: self._reports(c.listAllDomains(0)))
+        return await self.with_left(listed)
 
     async def domain(self, vm_id: str, known: DomainReport | None = None) -> DomainReport:
         """One domain now; state GONE when this host doesn't have it. `known`: only its state may differ from that."""
@@ -167,12 +167,11 @@ class Hypervisor(Connections):
                 if known is None:
                     return self._reports([domain])
                 state, reason = state_of(*domain.state(), leaving=vm_id in self.leaving)
-                return [msgspec.structs.replace(known, state=state, reason=reason)]
+                return [self.told(domain, msgspec.structs.replace(known, state=state, reason=reason))]
             return []
 
         found = await self._listing(f"look at VM {vm_id}", look)
-        gone = DomainReport(vm_id=vm_id, epoch=0, order_seq=0, name="", state=DomainState.GONE)
-        return found[0] if found else gone
+        return found[0] if found else await self.not_listed(vm_id)
 
     async def domain_xml(self, vm_id: str, *, migratable: bool = False) -> str:
         """The running domain's XML, without secrets; `migratable`: as another libvirtd would want it."""
@@ -204,15 +203,6 @@ class Hypervisor(Connections):
 
         return await self._listing("take statistics", take)
 
-    async def _listing(self, doing: str, work: Callable[[Any], T]) -> T:
-        """On the bulk connection; when that hangs, on the rescue connection."""
-        try:
-            return await self._call(self._bulk, doing, work, BULK_SECONDS)
-        except Refused as problem:
-            if problem.kind is not Kind.TIMEOUT:
-                raise
-        return await self._call(self._rescue, doing, work, BULK_SECONDS)
-
     def _reports(self, domains: list[Any]) -> list[DomainReport]:
         """In a thread. A domain that ends meanwhile is left out."""
         found = []
@@ -222,7 +212,7 @@ class Hypervisor(Connections):
                 root = runningxml.parsed(domain.XMLDesc(0))
                 now, why = state_of(state, reason, leaving=vm_id in self.leaving)
                 report = runningxml.report(root, vm_id, now, why, responsive=vm_id not in self._late)
-                found.append(self._with_guest(report))
+                found.append(self.told(domain, self._with_guest(report)))
         return found
 
     def _with_guest(self, report: DomainReport) -> DomainReport:
@@ -309,10 +299,6 @@ class Hypervisor(Connections):
     async def save(self, vm_id: str, path: str, seconds: float) -> None:
         """Memory to a file, then QEMU ends."""
         await self._on(vm_id, "suspend to disk", lambda d: d.save(path), seconds, long=True)
-
-    async def destroy(self, vm_id: str) -> None:
-        """End QEMU now, whatever state it is in."""
-        await self._rescue_call(vm_id, "power off", lambda d: d.destroy())
 
     async def reset(self, vm_id: str) -> None:
         """The reset button; also of a domain that hangs."""

@@ -341,6 +341,15 @@ class Journal:
         if rows:
             await self._database.do(work)
 
+    async def open_objects(self, owner: str) -> dict[str, int]:
+        """Epochs of what may be here: not ended by an order since."""
+
+        def work(db: sqlite3.Connection) -> dict[str, int]:
+            sql = "select object_id, epoch from objects where owner = ? and closed_epoch < epoch"
+            return dict(db.execute(sql, (owner,)))
+
+        return await self._database.do(work)
+
     # Facts
 
     async def put(

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+from lab import disk
 from lab.board import Fault
 from lab.errors import LabError
 from lab.host import Host
@@ -26,6 +27,11 @@ HOST_ACTIONS: dict[str, tuple[Callable[[Host], None], str]] = {
     "join": (Host.join, "plug the network cable in"),
     "cut-storage": (Host.cut_storage, "its way to the iSCSI portal is gone, and only its own"),
     "join-storage": (Host.join_storage, "it is there again"),
+    "cut-disk": (
+        disk.cut,
+        "what it reads and writes on the lab's disk doesn't come back, and can't be interrupted",
+    ),
+    "join-disk": (disk.join, "it does again"),
     "kill-libvirtd": (Host.kill_libvirtd, "kill -9; it stays down"),
     "start-libvirtd": (Host.start_libvirtd, "start libvirtd again"),
     "kill-agent": (Host.kill_agent, "kill -9; it is started again after 0.5 s"),
@@ -47,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
     up.add_argument("--bare", action="store_true", help="hosts only, without a control plane")
     up.add_argument("--kvm", action="store_true", help="let hosts see /dev/kvm")
     up.add_argument("--agent-command", type=shlex.split, help="what runs as agent on every host")
+    up.add_argument("--disk", action="store_true", help="hosts that boot share a disk: see cut-disk")
     up.add_argument("--networks", default=DEFAULT_NETWORKS, help="where its /24 is taken from")
     down = verbs.add_parser("down", parents=[shared], help="remove the lab and its data")
     down.add_argument("--keep", action="store_true", help="leave disks, logs and configuration")
@@ -79,6 +86,7 @@ def act(lab: Lab, options: argparse.Namespace) -> int:
             kvm=options.kvm,
             agent_command=options.agent_command,
             networks=options.networks,
+            with_disk=options.disk,
         )
         if not options.bare:
             join_plane(lab)

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lab import cgroups, network, processes, sanlock
+from lab import cgroups, network, processes, sanlock, stalls
 from lab.commands import MODULE_ENVIRONMENT, python_module, run
 from lab.errors import LabError
 from lab.init import EXIT_ALREADY_ON
@@ -215,7 +215,7 @@ class Host:
         with self._action():
             boot = self.boot
             if boot is not None:
-                processes.kill_and_wait(boot.init)
+                processes.kill_and_wait(boot.init, lambda: stalls.end(self.layout.cgroup))
             self._sweep()
 
     def power_down(self, timeout_seconds: float = 60.0) -> None:
@@ -232,6 +232,7 @@ class Host:
 
     def _sweep(self) -> None:
         """Removes what a dead host leaves in the kernel, also one killed in the middle of its boot."""
+        stalls.end(self.layout.cgroup)
         cgroups.remove(self.layout.cgroup)
         network.unplug(self.layout)
         self.layout.boot_record.unlink(missing_ok=True)

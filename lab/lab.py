@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from lab import bmc, cgroups, network, sanlock
+from lab import bmc, cgroups, disk, network, sanlock, stalls
 from lab.bmc import Bmc
 from lab.errors import LabError
 from lab.host import Host
@@ -123,18 +123,22 @@ class Lab:
         kvm: bool = False,
         agent_command: Sequence[str] | None = None,
         networks: str = DEFAULT_NETWORKS,
+        with_disk: bool = False,
     ) -> None:
         """Makes hosts 1 to `hosts` run, with network, storage and shared directory.
 
         Does only what is missing; hosts beyond the number stay as they are. Raises LabError.
         `kvm`: hosts see /dev/kvm; `agent_command`: what runs as agent on hosts that have none set;
-        `networks`: where the lab's /24 is taken from the first time.
+        `networks`: where the lab's /24 is taken from the first time; `with_disk`: hosts that boot now share a disk
+        that one of them can be cut from (lab.disk).
         """
         if not 1 <= hosts <= MAX_HOSTS:
             raise LabError(f"A lab of {hosts} hosts can't be made: give 1 to {MAX_HOSTS}.")
         check_machine()
         with self._exclusive():
             self._prepare(kvm, agent_command, networks)
+            if with_disk or self.layout.disk_image.exists():
+                disk.make(self.layout)
             numbers = range(1, hosts + 1)
             for number in numbers:
                 self.layout.host(number).directory.mkdir(parents=True, exist_ok=True)
@@ -187,8 +191,10 @@ class Lab:
         Works on what the kernel has under the lab's name, so also after a failed `up`.
         """
         with self._exclusive():
+            stalls.end(self.layout.cgroup)  # what waits for a disk can't be killed
             cgroups.remove(self.layout.cgroup)  # kills every process of the lab
             network.remove_switch(self.layout)
+            disk.remove(self.layout)
             for host in self.layout.recorded_hosts():
                 self.layout.host(host).boot_record.unlink(missing_ok=True)
             for directory in (
@@ -203,9 +209,9 @@ class Lab:
 
     def _delete_files(self) -> None:
         lab = self.layout
-        for directory in (lab.hosts_directory, lab.shared, lab.iscsi, lab.capabilities_seed):
+        for directory in (lab.hosts_directory, lab.shared, lab.iscsi, lab.capabilities_seed, lab.disk):
             shutil.rmtree(directory, ignore_errors=True)
-        for file in (lab.hosts_file, lab.bmc_certificate, lab.record, lab.lock, lab.stand_in):
+        for file in (lab.disk_image, lab.hosts_file, lab.bmc_certificate, lab.record, lab.lock, lab.stand_in):
             file.unlink(missing_ok=True)
         self._record = None
         with contextlib.suppress(OSError):  # somebody keeps other things there

@@ -55,6 +55,15 @@ class LabLayout:
         return self.state / "shared"
 
     @property
+    def disk(self) -> Path:
+        """Where every host has the lab's disk mounted, if it has one (lab.disk): the same path as on the machine."""
+        return self.state / "disk"
+
+    @property
+    def disk_image(self) -> Path:
+        return self.state / "disk.img"
+
+    @property
     def iscsi(self) -> Path:
         return self.state / "iscsi"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,9 +62,25 @@ def pids_in_namespace(kind: str, member: int) -> list[int]:
 
 
 def _is_dead(pid: int) -> bool:
-    """Also true of a zombie, which keeps its pid namespace until its parent has reaped it."""
-    state = read_state(pid)
-    return state is None or state.state in "ZX"
+    """Also true of a zombie, which keeps its pid namespace until its parent has reaped it; not of one whose first thread
+    has ended while another waits for a disk.
+    """
+    return all(state is None or state.state in "ZX" for state in threads(pid))
+
+
+def threads(pid: int) -> list[ProcessState | None]:
+    return [read_state(int(task.name)) for task in Path(f"/proc/{pid}/task").glob("*")]
+
+
+def command_line(pid: int) -> str:
+    """Also of a process whose first thread has ended; "" when it is gone."""
+    for task in Path(f"/proc/{pid}/task").glob("*"):
+        try:
+            if line := (task / "cmdline").read_bytes():
+                return line.decode(errors="replace")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return ""
 
 
 def _namespace(pid: int, kind: str) -> str | None:
@@ -107,8 +124,10 @@ def send(pid: int, number: signal.Signals) -> bool:
     return True
 
 
-def kill_and_wait(process: ProcessId, timeout_seconds: float = 10.0) -> None:
-    """SIGKILL, then waits for the exit. For pid 1 of a host: until every process in it has ended.
+def kill_and_wait(
+    process: ProcessId, then: Callable[[], None] = lambda: None, timeout_seconds: float = 10.0
+) -> None:
+    """SIGKILL, `then`, and waits for the exit. For pid 1 of a host: until every process in it has ended.
 
     Raises LabError when the process is still there after the time, which uninterruptible I/O can do.
     """
@@ -121,6 +140,7 @@ def kill_and_wait(process: ProcessId, timeout_seconds: float = 10.0) -> None:
         if not is_alive(process):
             return
         signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+        then()
         poll = select.poll()
         poll.register(descriptor, select.POLLIN)
         if not poll.poll(timeout_seconds * 1000):

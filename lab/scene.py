@@ -27,7 +27,7 @@ from volery.contracts.cluster import Cluster
 from volery.contracts.fencing import PowerState
 from volery.contracts.operation import Operation
 from volery.contracts.power import Identity, NewFenceDevice, PowerManagement, SetPowerManagement
-from volery.contracts.storage import StorageDomain
+from volery.contracts.storage import CreateStorageDomain, DomainKind, StorageDomain
 from volery.contracts.vm import CreateVm, NewDisk, NewNic, Vm, VmStatus
 from volery.setup.console import Output
 from volery.setup.down import down
@@ -170,6 +170,16 @@ class Scene:
         self.wait(joined, 60 + 12 * io_timeout_seconds, lambda: "all hosts to join the lockspace")
         return self.client.send(api.STORAGE_DOMAINS.get(shared.id))
 
+    def disk_domain(self) -> StorageDomain:
+        """The directory on the lab's disk (`staged(with_disk=True)`), which every host has and one can be cut from."""
+        path = str(self.lab.layout.disk)
+        ask = CreateStorageDomain(
+            name="disk", kind=DomainKind.DIRECTORY, data_center_id=self.cluster.data_center_id, path=path
+        )
+        if not any(self.client.list(api.STORAGE_DOMAINS, filter={"name": ask.name})):
+            self.client.wait(self.client.send(api.STORAGE_DOMAINS.create(ask, Operation)))
+        return self.client.find(api.STORAGE_DOMAINS, ask.name)
+
     def remove(self, vm: Vm) -> None:
         if self.client.send(api.VMS.get(vm.id)).status is not VmStatus.DOWN:
             self.act(vm.id, "stop", {"force": True})
@@ -182,13 +192,15 @@ def own_ports() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def staged(hosts: int, settings: Mapping[str, str], *, image: bool = True) -> Iterator[Scene]:
+def staged(
+    hosts: int, settings: Mapping[str, str], *, image: bool = True, with_disk: bool = False
+) -> Iterator[Scene]:
     """A new lab and control plane, with these settings (VOLERY_…), and the guest's `image`; everything of it is gone afterwards."""
     state = Path(tempfile.mkdtemp(prefix="volery-scene-", dir="/tmp"))
     state.chmod(0o755)  # PostgreSQL's own user passes through
     lab = Lab(state)
     try:
-        lab.up(hosts)
+        lab.up(hosts, with_disk=with_disk)
         plane.home_of(lab).create()
         plane.home_of(lab).change_settings({**own_ports(), **settings})
         client = plane.connect(lab, QUIET, image=image)

@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from lab import cgroups
+from lab import cgroups, stalls
 from lab.commands import MODULE_ENVIRONMENT, python_module
 from lab.layout import HostLayout, LabLayout
 
@@ -84,6 +84,7 @@ def watch(pets: int, init: int, host: HostLayout) -> None:
                 flush=True,
             )
             signal.pidfd_send_signal(init, signal.SIGKILL)
+            stalls.end(host.cgroup)
             return
 
 

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import contextvars
 import xml.etree.ElementTree as ET
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -100,6 +100,10 @@ class MemoryHypervisor(Hypervisor):
             self._problem = "the connection was lost"
             self.emit(HypervisorEvent(EventName.DISCONNECTED))
             await asyncio.sleep(0.1)
+
+    async def processes(self, vm_ids: Collection[str]) -> dict[str, int]:
+        """What has ended in memory has ended."""
+        return {}
 
     async def _call(self, lane: Any, doing: str, work: Callable[[Any], T], seconds: float) -> T:
         if not doing.startswith("start"):

@@ -22,9 +22,10 @@ from lab.scene import Scene, staged
 from trials import ledger
 from trials.blackout import blackout
 from trials.company import Company
-from trials.kinds import KINDS, Blackout, Elsewhere, Kind, Rack, settings_for
+from trials.kinds import KINDS, Blackout, Elsewhere, Kind, Rack, Unkillable, settings_for
 from trials.rack import rack
 from trials.trial import Actors, Outcome, Wrong, elsewhere, first_record, nothing, settled
+from trials.unkillable import unkillable
 from volery.client import api
 from volery.contracts.operation import Operation
 from volery.setup.errors import SetupError
@@ -79,6 +80,11 @@ def lines(scene: Scene, kind: Kind, times: int, vm_ids: list[str], files: dict[s
             shown(number, blackout(scene, actors, number))
         name = f"{kind.title}: VMs that did not run exactly once"
         return [below(name, 0, 0, "", f"{times} rounds, on {today()}; any would have ended them")]
+    if isinstance(kind, Unkillable):
+        for number in range(times):
+            shown(number, unkillable(scene, kind, actors))
+        name = f"{kind.title}: VMs said to be down before, or started elsewhere"
+        return [below(name, 0, 0, "", f"{times} trials, on {today()}; any would have ended them")]
     for number in range(times):
         shown(number, nothing(scene, kind, actors))
     name = f"{kind.title}: VMs restarted, hosts fenced or believed dead"
@@ -140,13 +146,16 @@ class Needs:
     hosts: int
     settings: tuple[tuple[str, str], ...]
     io_timeout_seconds: int
+    disk: bool
+    """Of the lab's own, that one host can be cut from."""
 
 
 def grouped(kinds: Sequence[Kind]) -> dict[Needs, list[Kind]]:
     found: dict[Needs, list[Kind]] = {}
-    for kind in sorted(kinds, key=lambda kind: kind.iscsi):
+    for kind in sorted(kinds, key=lambda kind: kind.storage == "iscsi"):
         hosts = RACK_HOSTS if isinstance(kind, Rack) else HOSTS
-        needs = Needs(hosts, tuple(settings_for(kind).items()), kind.io_timeout_seconds)
+        settings = tuple(settings_for(kind).items())
+        needs = Needs(hosts, settings, kind.io_timeout_seconds, kind.storage == "disk")
         found.setdefault(needs, []).append(kind)
     return found
 
@@ -176,7 +185,7 @@ def main() -> int:
         while kinds:
             kind = kinds[0]
             try:
-                with staged(needs.hosts, dict(needs.settings)) as scene:
+                with staged(needs.hosts, dict(needs.settings), with_disk=needs.disk) as scene:
                     company = Company(scene)
                     while kinds:
                         kind = kinds.pop(0)

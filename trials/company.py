@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lab.scene import Scene
 from trials import ledger
-from trials.kinds import Kind, Rack
+from trials.kinds import Kind, Rack, Storage
 from volery.cli.storage import send_image
 from volery.client import api
 from volery.contracts.domain import ImageFormat
@@ -25,30 +25,30 @@ class Company:
 
     scene: Scene
     guests: list[Guest] = field(default_factory=list)
-    iscsi: bool = False
+    storage: Storage = "shared"
     hired: int = 0
 
     def cast(self, kind: Kind) -> list[Guest]:
         """The survivor, the bystander, and of a rack a companion."""
-        if self.guests and (self.iscsi is not kind.iscsi or self._is_half_written()):
+        if self.guests and (self.storage != kind.storage or self._is_half_written()):
             for vm, _ in self.guests:
                 self.scene.remove(vm)
             self.guests = []
         if not self.guests:
-            self.iscsi, self.hired = kind.iscsi, self.hired + 1
+            self.storage, self.hired = kind.storage, self.hired + 1
             parts = ("survivor", "bystander", *(("companion",) if isinstance(kind, Rack) else ()))
-            self.guests = [actor(self.scene, f"{part}-{self.hired}", iscsi=kind.iscsi) for part in parts]
+            self.guests = [actor(self.scene, f"{part}-{self.hired}", kind.storage) for part in parts]
         return self.guests
 
     def _is_half_written(self) -> bool:
         return any(ledger.boots_of(file)[-1].last > ledger.SECTORS / 2 for _, file in self.guests)
 
 
-def actor(scene: Scene, name: str, *, iscsi: bool) -> Guest:
+def actor(scene: Scene, name: str, storage: Storage) -> Guest:
     blank = scene.lab.layout.state / f"{name}.ledger"
     blank.write_bytes(ledger.blank())
-    domain = scene.client.find(api.STORAGE_DOMAINS, "iscsi" if iscsi else "shared")
-    if iscsi:
+    domain = scene.disk_domain() if storage == "disk" else scene.client.find(api.STORAGE_DOMAINS, storage)
+    if storage == "iscsi":
         scene.lab.target.add_lun(ledger.SIZE)
         scene.client.wait(scene.client.send(api.STORAGE_DOMAINS.act(domain.id, "refresh", Operation)))
     ask = CreateDisk(
@@ -57,12 +57,13 @@ def actor(scene: Scene, name: str, *, iscsi: bool) -> Guest:
     disk_id = scene.client.wait(scene.client.send(api.DISKS.create(ask, Operation))).object_id
     send_image(scene.client, disk_id, blank)
     vm = scene.guest(name, NewDisk(disk_id=disk_id), high_availability=HighAvailability(enabled=True))
-    return vm, ledgers_file(scene, disk_id, iscsi=iscsi)
+    return vm, ledgers_file(scene, disk_id, storage)
 
 
-def ledgers_file(scene: Scene, disk_id: str, *, iscsi: bool) -> Path:
-    if iscsi:
+def ledgers_file(scene: Scene, disk_id: str, storage: Storage) -> Path:
+    if storage == "iscsi":
         return scene.lab.target.backing_file(scene.client.send(api.DISKS.get(disk_id)).lun)
-    found = (path for path in scene.lab.shared.rglob(f"*{disk_id}*") if path.is_file())
+    top = scene.lab.layout.disk if storage == "disk" else scene.lab.shared
+    found = (path for path in top.rglob(f"*{disk_id}*") if path.is_file())
     (file,) = (path for path in found if path.parent.name != "leases")
     return file

@@ -6,15 +6,18 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from pathlib import Path
 
-from lab import plane, watchdog
+from lab import disk, plane, processes, watchdog
 from lab.board import Fault
+from lab.errors import LabError
 from lab.host import Host
 from lab.scene import QUIET, Scene
 from volery.client import api
+from volery.client.request import Request, body_of
+from volery.contracts.fencing import PowerAction
 from volery.contracts.host import HostStatus
 from volery.contracts.operation import Operation
+from volery.contracts.power import PowerSwitched, SwitchPower
 from volery.contracts.vm import MigrationPolicy, Vm
 from volery.runtime.clock import utc_now
 from volery.setup import embedded, supervisor
@@ -176,9 +179,43 @@ def lose_storage(scene: Scene, host: Host) -> None:
 def kill_qemu(scene: Scene, host: Host) -> None:
     """The survivor's."""
     vm = survivor_on(scene, host)
-    for pid in host.pids("qemu-system-x86"):
-        if vm.id in Path(f"/proc/{pid}/cmdline").read_text(errors="replace"):
-            os.kill(pid, signal.SIGKILL)
+    for pid in qemus(host, vm):
+        os.kill(pid, signal.SIGKILL)
+
+
+def qemus(host: Host, vm: Vm) -> list[int]:
+    return [pid for pid in host.pids("qemu-system-x86") if vm.id in processes.command_line(pid)]
+
+
+def cut_directory(scene: Scene, host: Host) -> None:
+    """From the shared directory with the ledgers. Returns when a write of the survivor's waits for it."""
+    (pid,) = qemus(host, survivor_on(scene, host))
+    disk.cut(host)
+
+    def waits() -> bool:
+        return any(thread is not None and thread.state == "D" for thread in processes.threads(pid))
+
+    scene.wait(waits, 30, lambda: f"a write of QEMU {pid} on {host.name} to wait for its disk")
+
+
+def kill_in_vain(scene: Scene, host: Host) -> None:
+    """The survivor's QEMU, as the kernel does that is out of memory, while its write waits. It is there afterwards, and for
+    a while, in which nothing of it may be started elsewhere."""
+    cut_directory(scene, host)
+    vm = survivor_on(scene, host)
+    kill_qemu(scene, host)
+    time.sleep(ALONE_SECONDS)  # nothing is to come of it
+    if not qemus(host, vm):
+        raise LabError(f"The QEMU of {vm.name} ended, though its write to the disk was held.")
+
+
+def switch_off(scene: Scene, host: Host) -> None:
+    """By a person, through Volery and its BMC."""
+    found = scene.client.find(api.HOSTS, host.name)
+    ask = SwitchPower(
+        id=found.id, action=PowerAction.OFF, confirm=host.name, reason="its QEMU can't be ended"
+    )
+    scene.client.send(Request("POST", f"hosts/{found.id}/power", PowerSwitched, body_of(ask)))
 
 
 def kill_plane(scene: Scene) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import signal
 from dataclasses import dataclass
+from typing import Literal
 
+from lab import disk
 from lab.board import Fault
 from lab.host import Host
 from trials import faults
@@ -28,6 +30,10 @@ SETTINGS = {
 }
 
 
+Storage = Literal["shared", "iscsi", "disk"]
+"""The storage domain where the ledgers are: the hosts' shared directory, LUNs, or a directory that one host can lose."""
+
+
 @dataclass(frozen=True)
 class Elsewhere:
     """The VM must run on another host, and the restart be ordered within `order_seconds` after the fault."""
@@ -46,8 +52,7 @@ class Elsewhere:
     """ha must have ordered the host off."""
     io_timeout_seconds: int = 0
     """Leases, at this io_timeout; 0 is none."""
-    iscsi: bool = False
-    """The ledgers are LUNs."""
+    storage: Storage = "shared"
     first: Act = nothing
     """Before the clock starts."""
     compared: bool = True
@@ -66,7 +71,7 @@ class Nothing:
     seconds: float
     share: float = 1 / 10
     io_timeout_seconds: int = 0
-    iscsi: bool = False
+    storage: Storage = "shared"
     first: Act = nothing
     still: bool = False
     """The guest can't write while the fault lasts; it goes on afterwards."""
@@ -87,7 +92,7 @@ class Blackout:
     title: str
     share: float = 1 / 10
     io_timeout_seconds: int = 0
-    iscsi: bool = False
+    storage: Storage = "shared"
 
 
 @dataclass(frozen=True)
@@ -101,10 +106,22 @@ class Rack:
     order_seconds: float
     share: float = 1 / 10
     io_timeout_seconds: int = 0
-    iscsi: bool = False
+    storage: Storage = "shared"
 
 
-Kind = Elsewhere | Nothing | Blackout | Rack
+@dataclass(frozen=True)
+class Unkillable:
+    """A VM is forced off while its host is cut from its disk, so that its QEMU can't be ended: it is not taken for down
+    before it is, and then it stays down."""
+
+    name: str
+    title: str
+    share: float = 1 / 10
+    io_timeout_seconds: int = 0
+    storage: Storage = "disk"
+
+
+Kind = Elsewhere | Nothing | Blackout | Rack | Unkillable
 
 
 def settings_for(kind: Kind) -> dict[str, str]:
@@ -234,7 +251,7 @@ KINDS: tuple[Kind, ...] = (
         order_seconds=86.0,
         share=0.0,
         io_timeout_seconds=2,
-        iscsi=True,
+        storage="iscsi",
         compared=False,
     ),
     Elsewhere(
@@ -245,8 +262,21 @@ KINDS: tuple[Kind, ...] = (
         None,
         order_seconds=5.0,
         share=0.0,
-        iscsi=True,
+        storage="iscsi",
         first=faults.lose_storage,
+        compared=False,
+    ),
+    Elsewhere(
+        "unkillable-off",
+        "a QEMU that SIGKILL doesn't end, then its host switched off by hand",
+        faults.switch_off,
+        lambda scene, host: host.power_on(),
+        BMC_OFF,
+        order_seconds=10.0,
+        share=0.0,
+        io_timeout_seconds=2,
+        storage="disk",
+        first=faults.kill_in_vain,
         compared=False,
     ),
     Nothing(
@@ -346,7 +376,7 @@ KINDS: tuple[Kind, ...] = (
         lambda scene, host: host.join_storage(),
         seconds=60.0,
         share=0.0,
-        iscsi=True,
+        storage="iscsi",
         still=True,
     ),
     Nothing(
@@ -356,9 +386,20 @@ KINDS: tuple[Kind, ...] = (
         lambda scene, host: host.join_storage(),
         seconds=120.0,
         share=0.0,
-        iscsi=True,
+        storage="iscsi",
         still=True,
         may_move=True,
+    ),
+    Nothing(
+        "directory-cut",
+        "a host cut from the shared directory for 60 s",
+        faults.cut_directory,
+        lambda scene, host: disk.join(host),
+        seconds=60.0,
+        share=0.0,
+        io_timeout_seconds=2,
+        storage="disk",
+        still=True,
     ),
     Nothing(
         "two-cut",
@@ -369,6 +410,12 @@ KINDS: tuple[Kind, ...] = (
         share=0.0,
         first=faults.begin_migration,
         may_move=True,
+    ),
+    Unkillable(
+        "unkillable",
+        "a VM is forced off while its QEMU can't be ended",
+        share=0.0,
+        io_timeout_seconds=2,
     ),
     Rack("rack-off", "two hosts of five lose power, BMCs answer off", False, order_seconds=10.0, share=0.0),
     Rack("rack-silent", "two hosts of five frozen, BMCs on", True, order_seconds=FENCED_SECONDS, share=0.0),

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import msgspec
 
+from lab import processes
 from lab.host import Host
 from lab.scene import Scene, TooLate
 from services.ha.config import HaConfig
@@ -121,14 +122,17 @@ def nothing(scene: Scene, kind: Nothing, actors: Actors) -> Outcome:
 
 
 def lasts(actors: Actors, kind: Nothing) -> None:
-    """While the fault does. Raises Wrong when the guest stops writing."""
+    """While the fault does. Raises Wrong when the guest stops writing, or should have."""
     until = time.monotonic() + kind.seconds
-    wrote = last_record(actors)
+    wrote, began = last_record(actors), True
     while time.monotonic() < until:
         time.sleep(min(PAUSE_SECONDS, kind.seconds))  # nothing is to come of it
-        if last_record(actors) == wrote and not kind.still:
+        goes_on = last_record(actors) != wrote
+        if not goes_on and not kind.still:
             raise Wrong(f"the guest wrote nothing for {PAUSE_SECONDS:.0f} s")
-        wrote = last_record(actors)
+        if goes_on and kind.still and not began and not kind.may_move:
+            raise Wrong("the guest wrote while its host, or its disk, was to stand still")
+        wrote, began = last_record(actors), False
 
 
 def all_up(scene: Scene) -> None:
@@ -354,10 +358,7 @@ def places(scene: Scene, vm: Vm) -> list[str]:
 
 
 def running(host: Host) -> list[str]:
-    return [
-        Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
-        for pid in host.pids("qemu-system-x86")
-    ]
+    return [processes.command_line(pid) for pid in host.pids("qemu-system-x86")]
 
 
 def proven(found: Found, faulted: datetime) -> HostLiveness:

@@ -251,7 +251,7 @@ def _alive(
     private = replace(
         row.private,
         had_agent=row.private.had_agent or report.agent_connected,
-        killing=row.private.killing and status is VmStatus.PAUSED,
+        killing=row.private.killing and status in (VmStatus.PAUSED, VmStatus.NOT_RESPONDING),
         unplugging=late_unplug.waited_for(vm, row.private),
     )
     if late_unplug.gone(private.unplugging, report):

@@ -28,7 +28,7 @@ from services.inventory.specs import domain_spec
 from services.inventory.store import HOSTS, VMS
 from volery.contracts.base import Call, Message
 from volery.contracts.domain import DomainState
-from volery.contracts.domain_orders import FORGET_DOMAIN, RUN_DOMAIN, ForgetDomain, RunDomain
+from volery.contracts.domain_orders import FORGET_DOMAIN, RUN_DOMAIN, UNKILLABLE, ForgetDomain, RunDomain
 from volery.contracts.errors import Refused
 from volery.contracts.ids import new_id
 from volery.contracts.operation import Operation
@@ -77,9 +77,9 @@ async def _vm(inv: Inventory, vm_id: str) -> None:
     placement = await inv.store.placement(vm_id)
     if vm.status is VmStatus.DELETING:
         await _again(inv, DELETE_VM, DeleteVm(id=vm_id, delete_disks=row.private.delete_disks), vm_id)
-    elif (
-        vm.desired is DesiredState.DOWN and placement.state == "running" and vm.status is not VmStatus.UNKNOWN
-    ):
+    elif vm.status is VmStatus.UNKNOWN or vm.status_reason == UNKILLABLE:
+        return  # nobody hears it now, or it is killed already
+    elif vm.desired is DesiredState.DOWN and placement.state == "running":
         await _again(inv, STOP_VM, StopVm(id=vm_id, force=row.private.stop_forced), vm_id)
 
 

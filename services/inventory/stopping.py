@@ -12,6 +12,7 @@ from volery.contracts.domain_orders import (
     OPEN_CONSOLE,
     SAVE_DOMAIN,
     STOP_DOMAIN,
+    UNKILLABLE,
     ActOnDomain,
     DomainAction,
     OpenConsole,
@@ -55,6 +56,8 @@ MAX_STOP_SECONDS = 3600.0
 STAYS_SHOWN = {VmStatus.SUSPENDED, VmStatus.UNKNOWN}
 """What a VM is shown as also while it is stopped: of one on a silent host nobody knows that it shuts down."""
 STOPPABLE = model.RUNNING | {VmStatus.POWERING_DOWN, VmStatus.PAUSED}
+STAYS_STUCK = {VmStatus.NOT_RESPONDING, VmStatus.UNKNOWN}
+"""What a VM that didn't stop is shown as, also afterwards."""
 
 
 @part.answers(STOP_VM)
@@ -171,24 +174,28 @@ async def mark_down(inv: Inventory, vm_id: str, epoch: int, reason: str) -> None
 
 async def _still_up(inv: Inventory, run: Run, vm_id: str) -> None:
     """The guest did not stop: it runs on as it was, and is wanted to. A stop that a silent host never answered stays asked
-    for, also when it is heard again before this is written, and is asked again; unless a person took it back."""
-    by_person = run.row.private.cancelled
+    for, also when it is heard again before this is written, and is asked again; unless a person took it back. So does one
+    whose QEMU was killed and ends as soon as it can."""
+    by_person, failed = run.row.private.cancelled, run.row.private.failed
+    killed = failed is not None and failed.details.get("rule") == UNKILLABLE
     while True:
         row = await VMS.find(inv.core.pool, vm_id)
         placement = await inv.store.placement(vm_id)
         if row is None or placement.state != "running":
             return
         shown, private = row.public.status, row.private
-        if shown not in STOPPABLE and shown is not VmStatus.UNKNOWN:
+        if shown not in STOPPABLE | STAYS_STUCK:
             return
-        unknown = shown is VmStatus.UNKNOWN
-        status = shown if unknown else inv.running_status(placement.host_id, vm_id)
+        status = shown if shown in STAYS_STUCK else inv.running_status(placement.host_id, vm_id)
         desired = DesiredState.PAUSED if status is VmStatus.PAUSED else DesiredState.UP
-        if not by_person and (unknown or run.operation.outcome_pending):
+        unanswered = shown is VmStatus.UNKNOWN or run.operation.outcome_pending
+        if not by_person and (unanswered or killed):
             desired = row.public.desired
         else:
             private = replace(private, stop_asked=False)
         new = replace(row.public, status=status, desired=desired)
+        if killed and status is not VmStatus.UNKNOWN:
+            new = replace(new, status=VmStatus.NOT_RESPONDING, status_reason=UNKILLABLE)
         if (new, private) == (row.public, row.private):
             return
         try:

@@ -141,13 +141,22 @@ def free_port() -> int:
         return port
 
 
+SILENCE_SECONDS = 4.0
+"""Before a fence: a busy machine's first message after the last sign of life comes within it."""
+
+
 @asynccontextmanager
-async def dumping(port: int, sender: str = "127.0.0.1") -> AsyncIterator[None]:
-    """A crash kernel that says so every second, from this address."""
+async def dumping(at: Site, port: int) -> AsyncIterator[None]:
+    """A crash kernel that says so every second, from 127.0.0.1, and is heard."""
     assert SENDERS, "Debian's fence-agents are not installed: deploy/bootstrap.sh test"
-    assert sender == "127.0.0.1"
-    process = await asyncio.create_subprocess_exec(SENDERS[0], "-p", str(port), "-i", "1", sender)
+    before = (await listener(at)).heard
+    process = await asyncio.create_subprocess_exec(SENDERS[0], "-p", str(port), "-i", "1", "127.0.0.1")
+
+    async def is_heard() -> bool:
+        return (await listener(at)).heard > before
+
     try:
+        await until(is_heard)
         yield
     finally:
         process.kill()
@@ -165,7 +174,11 @@ async def listening_site(
     configured: Settings, tmp_path: Path, **more: str
 ) -> AsyncIterator[tuple[Site, int]]:
     port = free_port()
-    settings = {"VOLERY_HA_KDUMP_PORT": str(port), "VOLERY_HA_KDUMP_FINISHED_SECONDS": "6"} | more
+    settings = {
+        "VOLERY_HA_KDUMP_PORT": str(port),
+        "VOLERY_HA_KDUMP_FINISHED_SECONDS": "6",
+        "VOLERY_HA_SILENCE_BEFORE_FENCE_SECONDS": str(SILENCE_SECONDS),
+    } | more
     async with site(configured, tmp_path, **settings) as at:
         yield at, port
 
@@ -194,15 +207,15 @@ async def test_power_waits_while_a_host_dumps_and_goes_on_when_it_is_over(
         await at.set_power(0, kdump_addresses=("127.0.0.1",))
         await at.tested(0)
         await is_known(at, port, "127.0.0.1")
-        async with dumping(port):
+        async with dumping(at, port):
             at.hearts[0].stop()
+            beyond = asyncio.get_running_loop().time() + SILENCE_SECONDS + 2
             held = await at.says(0, "its crash kernel at 127.0.0.1 writes a dump")
             kinds = {e.kind: e for e in held.evidence}
             assert kinds["kdump"].by == "127.0.0.1"
             assert not kinds["kdump"].trusted
-            # Far beyond the silence before a fence: it proves nothing, and nothing is switched.
-            silence = asyncio.get_running_loop().time() + 3
-            await until(lambda: _passed(silence), 10)
+            # Beyond the silence before a fence: it proves nothing, and nothing is switched.
+            await until(lambda: _passed(beyond), 10)
             still = await at.liveness(0)
             assert (still.state, still.proof) == ("non_responsive", None)
             assert at.bmc(0).did(PowerAction.OFF) == 0
@@ -238,8 +251,8 @@ async def test_a_dump_by_a_closed_network_is_the_proof_and_nobody_else_is_believ
         told = await listener(at)
         assert told.ignored["unknown_address"] >= 1
         assert (told.port, told.last_ignored) == (port, "from 127.0.0.1: unknown_version")
-        at.hearts[0].stop()
-        async with dumping(port):
+        async with dumping(at, port):
+            at.hearts[0].stop()
             dead = await at.becomes(0, "dead")
         assert dead.proof is not None
         assert (dead.proof.kind, dead.proof.boot_id) == (ProofKind.KDUMP, "boot-1")

@@ -258,6 +258,51 @@ async def test_a_backup_beside_an_empty_bus_makes_no_second_copy(configured: Set
         assert not second.agent.begun(FORGET_DOMAIN.kind)
 
 
+async def test_what_was_under_way_in_a_backup_beside_an_empty_bus_waits_for_the_hosts(
+    configured: Settings,
+) -> None:
+    """In doubt, too: the host that knows better speaks last, and the others have nothing to say against going on."""
+    async with story_of(configured) as story:
+        world = story.world
+        async with before_the_restore(story):
+            first, second = story.hosts
+            vm = await world.vm(start=False)
+            for host in story.hosts:
+                await host.agent.until_committed("inventory")
+            held = world.scheduler.may_place = asyncio.Event()
+            asked = len(world.scheduler.asked)
+            op = await world.bus.ask(START_VM, StartVm(id=vm.id))
+
+            async def placing() -> bool:
+                return len(world.scheduler.asked) > asked
+
+            await until(placing)
+            await story.backed_up()
+            held.set()
+            await story.done(op)
+            await first.agent.until_committed("inventory")
+        await first.agent.kill()
+        world.scheduler.host_ids.reverse()
+        await restored(world.settings.database, Owner.INVENTORY, story.backup)
+        await story.bus_lost()
+        asked = len(world.scheduler.asked)
+
+        async def waits_for_the_first_alone() -> bool:
+            with pytest.raises(Refused) as put_off:
+                await world.bus.ask(START_VM, StartVm(id=vm.id))
+            return put_off.value.details.get("waits_for_hosts") == [first.id]
+
+        async with inventory_of(world):
+            await until(story.leads, "inventory leads, and has found its stream lost")
+            await until(waits_for_the_first_alone)
+            assert len(world.scheduler.asked) == asked
+            await first.agent.start()
+            assert "runs on host" in await refused(story, op)
+            assert (await world.vm_is(vm.id, VmStatus.UP)).host_id == first.id
+        assert story.homes(vm.id) == [first.id]
+        assert not second.agent.begun(RUN_DOMAIN.kind)
+
+
 async def test_reports_from_between_backup_and_restore_end_no_quarantine(configured: Settings) -> None:
     """The hosts' stream has them, and after them what became of the VMs since. Only what hosts say when they are asked is
     how they are now."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 
 import pytest
 
@@ -17,13 +18,18 @@ from tests.inventory.world import (
     world_of,
 )
 from volery.contracts.base import Owner
+from volery.contracts.domain import DomainState
 from volery.contracts.domain_orders import FORGET_DOMAIN, RUN_DOMAIN
 from volery.contracts.errors import Kind, Refused
 from volery.contracts.operation import CANCEL_OPERATION, CancelOperation, OperationState
 from volery.contracts.scheduling import ClaimKey
-from volery.contracts.vm import START_VM, StartVm, VmStatus
+from volery.contracts.vm import RESTART_VM, START_VM, RestartVm, StartVm, VmStatus
 from volery.runtime.bus import LOST
+from volery.runtime.clock import CLOCK, Clock
 from volery.runtime.programs import Settings
+
+BEHIND = 0.9995
+"""A clock that is 1.5 ms behind the loop's after three seconds."""
 
 
 def runs_on(machine: Machine, vm_id: str) -> bool:
@@ -138,3 +144,29 @@ async def test_a_vm_that_fits_nowhere_says_why_until_it_runs(configured: Setting
         world.scheduler.host_ids.append(h1.id)
         await world.ended(await world.bus.ask(START_VM, StartVm(id=vm.id)))
         assert (await world.vm_is(vm.id, VmStatus.UP)).fits_nowhere == ""
+
+
+async def test_a_host_that_was_never_heard_is_left_out_also_when_the_timer_is_early(
+    configured: Settings,
+) -> None:
+    """After a blackout: the loop wakes inventory up a moment before its own clock says that the host was silent for long
+    enough, and what is brought back then isn't sent to a host that is missing."""
+    async with surroundings(configured) as world:
+        async with inventory_of(world):
+            await found_cluster(world)
+            missing, present = [await world.machine(name) for name in ("h1", "h2")]
+            vm = await world.vm(ha=True)
+            await missing.tell(vm.id, DomainState.CRASHED, vm.epoch, "crashed")
+            await world.vm_is(vm.id, VmStatus.DOWN)
+            await missing.agent.kill()
+        began = time.monotonic()
+        behind = CLOCK.set(Clock(lambda: began + (time.monotonic() - began) * BEHIND))
+        try:
+            async with inventory_of(world):
+                ask = RestartVm(vm_id=vm.id, epoch=vm.epoch, reason="crashed")
+                op = await world.ended(await world.bus.ask(RESTART_VM, ask))
+                assert op.state is OperationState.SUCCEEDED, op.problem
+        finally:
+            CLOCK.reset(behind)
+        assert world.scheduler.asked[-1].excluded_host_ids == (missing.id,)
+        assert runs_on(present, vm.id)

@@ -28,5 +28,13 @@ def test_every_kind_is_in_one_lab_with_what_it_needs() -> None:
 
 def test_a_guest_that_stands_still_is_never_taken_for_one_that_writes() -> None:
     """A fault that stops the guest's host, or its disk, can't ask it to write meanwhile."""
-    stopped = {"short-freeze", "frozen-unproven", "says-on", "swapped", "storage-cut", "storage-away"}
+    stopped = {
+        "short-freeze",
+        "frozen-unproven",
+        "says-on",
+        "swapped",
+        "storage-cut",
+        "storage-away",
+        "directory-cut",
+    }
     assert {kind.name for kind in KINDS if isinstance(kind, Nothing) and kind.still} == stopped

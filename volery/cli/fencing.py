@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from enum import StrEnum
+from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,11 +12,12 @@ import msgspec
 import typer
 
 from volery.cli import output, work
+from volery.cli import power_settings as settings
 from volery.cli.output import Format
 from volery.cli.work import Output
 from volery.client import api
 from volery.client.request import Request, body_of
-from volery.client.transport import Client
+from volery.client.transport import Client, ProblemError
 from volery.contracts.base import Done
 from volery.contracts.fencing import PowerAction
 from volery.contracts.liveness import HostLiveness
@@ -25,7 +27,6 @@ from volery.contracts.power import (
     FencingPause,
     FencingPolicy,
     FencingScope,
-    NewFenceDevice,
     PauseFencing,
     PowerManagement,
     PowerSwitched,
@@ -55,64 +56,89 @@ class Switch(StrEnum):
 @power_management.command("set")
 def set_power(
     name: Name,
-    agent: Annotated[str, typer.Option(help="fence_redfish, fence_ipmilan, …")] = "",
-    address: Annotated[str, typer.Option(help="Of the BMC.")] = "",
-    port: int = 0,
-    username: str = "",
-    password_file: Annotated[Path | None, typer.Option(help="Else you are asked; - is stdin.")] = None,
+    agent: Annotated[str | None, typer.Option(help="fence_redfish, fence_ipmilan, …")] = None,
+    address: Annotated[str | None, typer.Option(help="Of the BMC.")] = None,
+    port: Annotated[int | None, typer.Option(help="0: the agent's own.")] = None,
+    username: str | None = None,
+    password_file: Annotated[
+        Path | None, typer.Option(help="Else you are asked, if a login is named; - is stdin.")
+    ] = None,
     keep_password: Annotated[bool, typer.Option("--keep-password", help="As it is set already.")] = False,
     option: Annotated[
-        list[str] | None, typer.Option(help="NAME=VALUE, as the agent's man page has it.")
+        list[str] | None,
+        typer.Option(help="NAME=VALUE, as the agent's man page has it: all of them, or none."),
     ] = None,
-    file: Annotated[
-        Path | None, typer.Option(help="JSON of the whole, for several devices; - is stdin.")
-    ] = None,
-    enabled: Annotated[bool, typer.Option("--enabled/--disabled")] = True,
+    file: Annotated[Path | None, typer.Option(help="JSON, for several devices; - is stdin.")] = None,
+    enabled: Annotated[bool | None, typer.Option("--enabled/--disabled")] = None,
     kdump_address: Annotated[
-        list[str] | None, typer.Option(help="From which its crash kernel sends fence_kdump messages.")
+        list[str] | None,
+        typer.Option(help="From which its crash kernel sends fence_kdump messages: all of them, or none."),
     ] = None,
     kdump_proves: Annotated[
-        bool,
-        typer.Option("--kdump-proves", help="No guest can send by that network: a dump proves its death."),
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--kdump-proves/--no-kdump-proves",
+            help="No guest can send by that network: a dump proves its death.",
+        ),
+    ] = None,
     output_format: Output = Format.TABLE,
 ) -> None:
-    """Set one device, or several from a file. It is tested at once."""
+    """Set one device, or several from a file. What isn't named stays as it is. It is tested at once."""
+    login = {"agent": agent, "address": address, "port": port, "username": username}
+    named: dict[str, Any] = {field: value for field, value in login.items() if value is not None}
     with work.connected() as client:
         host = client.find(api.HOSTS, name)
-        if file is not None:
-            question = _from_file(host.id, file)
-        else:
-            if not agent or not address:
-                output.fail("name --agent and --address, or a --file with the devices")
-            secrets: Any = msgspec.UNSET
-            if not keep_password:
-                secrets = {"password": _password(password_file)}
-            device = NewFenceDevice(
-                agent=agent,
-                address=address,
-                port=port,
-                username=username,
-                options=_options(option or []),
-                secrets=secrets,
-            )
-            question = SetPowerManagement(
-                id=host.id,
-                devices=(device,),
-                enabled=enabled,
-                kdump_addresses=tuple(kdump_address or ()),
-                kdump_proves=kdump_proves,
-            )
-        request = Request("PUT", f"hosts/{host.id}/power-management", PowerManagement, body_of(question))
+        before = settings.kept(host.id, _known_power(client, host.id))
+        try:
+            if file is not None:
+                question = settings.from_file(before, _from_file(file))
+            else:
+                if (named or password_file) and not keep_password:
+                    settings.device(before.devices, named)  # before a password is asked for in vain
+                    named["secrets"] = {"password": _password(password_file)}
+                if option is not None:
+                    named["options"] = _options([] if option == [settings.NONE] else option)
+                question = _changed(before, named, enabled, kdump_address, kdump_proves)
+        except settings.Unclear as error:
+            output.fail(f"host {host.name}: {error}")
+        except msgspec.DecodeError as error:
+            output.fail(f"{file} isn't a power management: {error}")
+        path, body = f"hosts/{host.id}/power-management", body_of(question)
+        request = Request("PUT", path, PowerManagement, body, if_revision=question.if_revision)
         output.show(client.send(request), output_format)
 
 
-def _from_file(host_id: str, file: Path) -> SetPowerManagement:
-    text = sys.stdin.read() if str(file) == "-" else file.read_text()
+def _known_power(client: Client, host_id: str) -> PowerManagement | None:
     try:
-        return msgspec.convert(msgspec.json.decode(text) | {"id": host_id}, SetPowerManagement)
-    except (msgspec.DecodeError, TypeError) as error:
-        output.fail(f"{file} isn't a power management: {error}")
+        return client.send(Request("GET", f"hosts/{host_id}/power-management", PowerManagement))
+    except ProblemError as error:
+        if error.status == HTTPStatus.NOT_FOUND:
+            return None
+        raise
+
+
+def _changed(
+    before: SetPowerManagement,
+    named: dict[str, Any],
+    enabled: bool | None,
+    addresses: list[str] | None,
+    proves: bool | None,
+) -> SetPowerManagement:
+    """Raises Unclear."""
+    fields: dict[str, Any] = {"enabled": enabled, "kdump_proves": proves}
+    if addresses is not None:
+        fields["kdump_addresses"] = () if addresses == [settings.NONE] else tuple(addresses)
+    if named or not before.devices:
+        fields["devices"] = (settings.device(before.devices, named),)
+    after = msgspec.structs.replace(
+        before, **{field: value for field, value in fields.items() if value is not None}
+    )
+    return settings.vouched(before, after, named=proves is not None)
+
+
+def _from_file(file: Path) -> dict[str, Any]:
+    text = sys.stdin.read() if str(file) == "-" else file.read_text()
+    return msgspec.json.decode(text, type=dict[str, Any])
 
 
 def _password(file: Path | None) -> str:

@@ -26,6 +26,11 @@ class DomainRunning(Message):
     graphics_port: int = 0
 
 
+UNKILLABLE = "unkillable"
+"""The rule of a refusal to end a domain, and the reason of its report: QEMU was sent SIGKILL and waits in the kernel for
+what can't be interrupted. It has its disks until it ends, which it does by itself as soon as it can."""
+
+
 class StopMethod(StrEnum):
     """How a domain is stopped, from the mildest."""
 
@@ -35,7 +40,8 @@ class StopMethod(StrEnum):
 
 
 class StopDomain(Message):
-    """Ask the guest to power off, or end QEMU. Done when QEMU has ended; fails if it still runs after `wait_seconds`.
+    """Ask the guest to power off, or end QEMU. Done when QEMU has ended; fails if it still runs after `wait_seconds`, by
+    rule UNKILLABLE if the kernel can't end it.
 
     A domain that doesn't exist is a success: and from then on epochs up to this order's are refused.
     """
