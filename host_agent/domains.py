@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
-from host_agent import devices, domxml, leases, migration, runningxml
+from host_agent import devices, disk_locks, domxml, leases, migration, runningxml
 from host_agent.action import Action, Host, Running
 from host_agent.domain_waits import settled, wait_gone
 from host_agent.domxml import Placement
@@ -127,7 +127,8 @@ async def _create_leased(host: Host, order: RunDomain, xml: str) -> None:
     deadline = monotonic() + LET_GO_SECONDS
     while True:
         try:
-            return await host.hypervisor.create(xml, paused=order.paused)
+            start = host.hypervisor.create(xml, paused=order.paused)
+            return await disk_locks.started("start the VM", start, order.spec.disks)
         except Refused as problem:
             lease = order.spec.lease
             if lease is None or not is_libvirt(problem, LibvirtError.RESOURCE_BUSY):

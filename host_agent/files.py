@@ -20,6 +20,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
+from host_agent.mounts import MOUNTS, mount_problem, mounted
+
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 VOLUME_NAME = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\.(qcow2|raw)")
 MARKER = "domain.json"
@@ -97,7 +99,7 @@ def opened(directory: int, name: str, flags: int = os.O_RDONLY) -> int:
 # Domains
 
 
-def connect(request: dict[str, Any]) -> dict[str, Any]:
+def connect(request: dict[str, Any], mounts: str = MOUNTS) -> dict[str, Any]:
     """Check, or initialise, a domain's directory and list it."""
     path, domain_id = request["path"], request["domain_id"]
     try:
@@ -109,6 +111,8 @@ def connect(request: dict[str, Any]) -> dict[str, Any]:
             "not_found",
             f"{path} isn't a directory on this host: make it, or mount the shared storage there, and try again",
         )
+    if problem := mount_problem(path, mounted(top, mounts)):
+        refuse("conflict", problem)
     root = os.path.join(top, domain_id)
     if request["initialise"] and not os.path.lexists(os.path.join(root, MARKER)):
         initialise(root, domain_id, request["installation"])

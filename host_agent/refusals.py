@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from enum import IntEnum
 
 from volery.contracts.errors import Kind, Refused
+from volery.contracts.leases import IMAGE_HELD
 
 
 class LibvirtError(IntEnum):
@@ -69,6 +71,11 @@ MEANINGS: dict[LibvirtError, tuple[Kind, str]] = {
 }
 
 
+_LOCKED = re.compile(r'Failed to get (?:shared )?"[^"]*" lock')
+_IMAGE = re.compile(r"using the image \[([^\]]+)\]")
+"""QEMU's own words (block/file-posix.c, block.c); it has no others in other languages."""
+
+
 class Disconnected(Refused):
     """libvirtd went away, or isn't there: what was asked may or may not have happened."""
 
@@ -82,11 +89,26 @@ class Disconnected(Refused):
 
 def refused(doing: str, code: int, error: str) -> Refused:
     """A libvirt error: what could not be done, why, and what to do. `code` is kept as detail `libvirt_code`."""
+    if _LOCKED.search(error or ""):
+        found = _IMAGE.search(error)
+        return image_held(doing, found[1] if found else "", libvirt_code=code)
     kind, advice = Kind.INTERNAL, "see libvirtd's log on the host"
     if code in MEANINGS:
         kind, advice = MEANINGS[LibvirtError(code)]
     reason = (error or f"error {code}").rstrip(".")
     return Refused(kind, f"libvirt could not {doing}: {reason}; {advice}", libvirt_code=code)
+
+
+def image_held(doing: str, path: str, **details: object) -> Refused:
+    """`path` of the disk's file, "" when it isn't known."""
+    image = f"image {path}" if path else "image of one of its disks"
+    return Refused(
+        Kind.CONFLICT,
+        f"libvirt could not {doing}: another QEMU program has locked the {image}, on this host or on another one that uses"
+        " the same storage. If that host died, its file server still keeps its locks and forgets them in its own time (NFS 4:"
+        " usually 90 s): try again then. Otherwise end the program that uses the image",
+        **{**details, "rule": IMAGE_HELD},
+    )
 
 
 def timed_out(doing: str, seconds: float) -> Refused:

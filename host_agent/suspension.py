@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import PurePath
 
-from host_agent import children, runningxml
+from host_agent import children, disk_locks, runningxml
 from host_agent.action import Host, Running
 from host_agent.domxml import Placement
 from volery.contracts.base import Done
@@ -48,7 +48,8 @@ async def restore(host: Host, order: RunDomain, placement: Placement) -> None:
         root = runningxml.parsed(await host.hypervisor.saved_xml(order.restore_path))
         runningxml.replace_sources(root, order.spec.disks, order.spec.nics, order.spec.installation)
         xml = runningxml.with_placement(root, placement)
-    await host.hypervisor.restore(order.restore_path, xml, paused=order.paused)
+    start = host.hypervisor.restore(order.restore_path, xml, paused=order.paused)
+    await disk_locks.started("restore the VM", start, order.spec.disks)
     await remove_file(order.restore_path)
 
 

@@ -31,6 +31,9 @@ def parser() -> argparse.ArgumentParser:
         "--containers", action="store_true", help="hosts share this machine's kernel: quick, without NFS"
     )
     root.add_argument("--hosts", type=int, choices=(1, 2), default=2, help="`nfs` needs two")
+    root.add_argument(
+        "--nice", type=int, default=19, help="of the hosts that are started; 0 on an idle machine"
+    )
     show = verbs.add_parser("show", help="show one thing, with figures")
     show.add_argument("what", choices=SHOWS)
     run = verbs.add_parser("exec", help="run a shell command on a host")
@@ -50,6 +53,7 @@ def main(arguments: list[str]) -> int:
         output,
         options.hosts,
         options.containers,
+        options.nice,
     )
     try:
         act(site, options)

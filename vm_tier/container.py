@@ -98,7 +98,7 @@ class Container(Machine):
         self._network()
         with self.console.open("ab") as console:
             process = subprocess.Popen(
-                ["nice", "-n", "19", "sh", "-c", *self.scripts()],
+                ["nice", "-n", str(self.nice), "sh", "-c", *self.scripts()],
                 stdin=subprocess.DEVNULL, stdout=console, stderr=console, start_new_session=True,
             )  # fmt: skip
         self.pid_file.write_text(str(process.pid))

@@ -14,7 +14,7 @@ from volery.setup.programs import REPOSITORY
 MIRROR = "http://deb.debian.org/debian"
 FIRST = "ca-certificates,systemd-sysv,udev,iproute2,python3-minimal"
 PACKAGES = (
-    "linux-image-cloud-amd64 initramfs-tools openssh-server nfs-kernel-server nfs-common dbus kmod procps"
+    "linux-image-amd64 initramfs-tools openssh-server nfs-kernel-server nfs-common dbus kmod procps"
     " kdump-tools makedumpfile fence-agents iputils-ping"
 )
 MODULES = "virtio_blk virtio_pci ext4 virtio_net virtio_rng virtio_scsi"
@@ -35,6 +35,9 @@ set -e
 printf '%s\\n' {modules} > /etc/initramfs-tools/modules
 printf 'MODULES=list\\nCOMPRESS=gzip\\n' > /etc/initramfs-tools/conf.d/vm-tier
 update-initramfs -u
+kernel=$(linux-version list | tail -1)
+/etc/kernel/postinst.d/kdump-tools "$kernel"
+cp /etc/kdump/sysctl.conf "/var/lib/kdump/latest_sysctls-$kernel"
 passwd -d root
 printf 'kvm_amd\\n' > /etc/modules-load.d/vm-tier.conf
 printf '[nfsd]\\nvers3=n\\ngrace-time=15\\n' > /etc/nfs.conf.d/vm-tier.conf
@@ -45,7 +48,7 @@ ssh-keygen -A
 apt-get clean
 rm -rf /var/lib/apt/lists/* /root/.cache /usr/share/doc /usr/share/man
 """
-UNWANTED = "nfs-server apt-daily.timer apt-daily-upgrade.timer e2scrub_reap kdump-tools iscsid open-iscsi"
+UNWANTED = "nfs-server apt-daily.timer apt-daily-upgrade.timer e2scrub_reap kdump-tools iscsid open-iscsi libvirt-guests"
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,13 @@ import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from lab.commands import run
 from lab.errors import LabError
 from vm_tier.image import Image
 
-MEMORY_MIB = 1024
+MEMORY_MIB = 1536
 BOOT_SECONDS = 1800.0
 SSH_SECONDS = 300.0
 NAMESPACE = uuid.UUID("5a3e53c6-4b83-4b02-b7d8-7a2a3a6c1d11")
@@ -31,6 +32,8 @@ class Machine:
     subnet: str
     """Its first three bytes."""
     bridge: str
+    nice: int = 19
+    """Of its QEMU: 19 gives way to everything else on this machine, and is slow where there is much else."""
 
     @property
     def name(self) -> str:
@@ -48,6 +51,11 @@ class Machine:
     @property
     def console(self) -> Path:
         return self.directory / f"{self.name}.log"
+
+    @property
+    def monitor(self) -> Path:
+        """Its QEMU's QMP socket (`vm_tier.qmp`)."""
+        return self.directory / f"{self.name}.qmp"
 
     @property
     def pid_file(self) -> Path:
@@ -101,11 +109,11 @@ class Machine:
         kernel = (
             f"root=/dev/vda rw console=ttyS0 quiet net.ifnames=0 crashkernel=192M {address} "
             f"systemd.hostname={self.name} systemd.machine_id={ident.hex} systemd.mask=systemd-udev-settle.service "
-            # Emulated, and at nice 19: what waits here waits long.
+            # Emulated: what waits here waits long.
             "systemd.default_timeout_start_sec=900 rcupdate.rcu_cpu_stall_suppress=1"
         )
         return [
-            "nice", "-n", "19", "qemu-system-x86_64", "-name", self.name, "-machine", "q35", "-accel", "tcg,thread=multi",
+            "nice", "-n", str(self.nice), "qemu-system-x86_64", "-name", self.name, "-machine", "q35", "-accel", "tcg,thread=multi",
             "-cpu", "max", "-smp", "1", "-m", str(MEMORY_MIB), "-uuid", str(ident), "-nodefaults", "-display", "none",
             "-daemonize", "-pidfile", str(self.pid_file), "-serial", f"file:{self.console}",
             "-kernel", str(self.image.kernel), "-initrd", str(self.image.initrd), "-append", kernel,
@@ -113,6 +121,7 @@ class Machine:
             "-netdev", f"tap,id=n,ifname={self.link},script=no,downscript=no",
             "-device", f"virtio-net-pci,netdev=n,mac={mac},romfile=",
             "-object", "rng-random,id=r,filename=/dev/urandom", "-device", "virtio-rng-pci,rng=r",
+            "-device", "i6300esb", "-action", "watchdog=reset", "-qmp", f"unix:{self.monitor},server=on,wait=off",
         ]  # fmt: skip
 
     def kill(self) -> None:
@@ -123,6 +132,10 @@ class Machine:
         os.kill(pid, signal.SIGKILL)
         while self.pid is not None:
             time.sleep(0.01)  # no child of ours, so there is no end to wait for
+
+    def cable(self, state: Literal["up", "down"]) -> None:
+        """Pulls its network cable, or puts it back."""
+        run(["ip", "link", "set", self.link, state])
 
     def forget(self) -> None:
         """What is left of it on this machine when it is off."""

@@ -5,20 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from lab.errors import LabError
-from vm_tier.machine import Machine
+from vm_tier import show_nfs3, show_panic, show_sanlock
+from vm_tier.guests import GUEST_SECONDS, Figures, running, stop
 from vm_tier.site import AGENT, EXPORT, SHARED, Site
 from volery.client import api
 from volery.client.transport import Client
-from volery.contracts.operation import Operation
-from volery.contracts.vm import HighAvailability, Vm, VmStatus
+from volery.contracts.vm import HighAvailability, VmStatus
 
-GUEST_SECONDS = 900.0
 RESTART_SECONDS = 600.0
 DOWN_SECONDS = 300.0
 SILENT_SECONDS = 60.0
-
-Figures = dict[str, object]
 
 
 def service(site: Site, client: Client) -> Figures:
@@ -27,11 +23,11 @@ def service(site: Site, client: Client) -> Figures:
     manager = first.ssh(f"ps -o comm= -p 1; systemctl is-active {AGENT}; systemd-detect-virt").split()
     boot = first.ssh("systemd-analyze time | head -1").strip()
     host = site.host(client, first)
-    vm = _running(site, client, "shown", first)
+    guest = running(site, client, "shown", first)
+    vm, seconds = guest.vm, guest.agent_seconds
     domain = first.ssh(
         "virsh -q list --name | head -1 | xargs virsh dumpxml | grep -o \"domain type='[a-z]*'\""
     )
-    seconds = _agent_seconds.get(vm.id, 0.0)
     return {
         "process 1": manager[0],
         "agent": manager[1],
@@ -48,7 +44,8 @@ def nfs(site: Site, client: Client) -> Figures:
     server, lost = site.both
     mount = lost.ssh(f"findmnt -n -o FSTYPE,OPTIONS {SHARED}").strip()
     lease = server.ssh("cat /proc/fs/nfsd/nfsv4leasetime").strip()
-    vm = _running(site, client, "moved", lost, high_availability=HighAvailability(enabled=True))
+    protected = HighAvailability(enabled=True)
+    vm = running(site, client, "moved", lost, high_availability=protected, lease="").vm
     killed = time.monotonic()
     lost.kill()
     site.until(
@@ -67,23 +64,30 @@ def nfs(site: Site, client: Client) -> Figures:
 
     site.until(runs_elsewhere, RESTART_SECONDS, f"{vm.name} to run on {server.name}")
     runs = time.monotonic()
+    site.until(
+        lambda: client.send(api.VMS.get(vm.id)).guest.agent_connected, GUEST_SECONDS, "its guest's agent"
+    )
+    answers = time.monotonic()
     attempts = [r for r in client.list(api.RESTARTS) if r.vm_id == vm.id]
+    files = server.ssh(f"ls {EXPORT}").split()
+    stop(client, vm)
     return {
         "mount": mount,
         "the server's lock time (nfsv4leasetime), s": lease,
         "from the plug to silent and confirmed, s": round(confirmed - killed, 1),
         "from the confirmation until QEMU runs on the other host, s": round(runs - confirmed, 1),
         "from the plug until then, s": round(runs - killed, 1),
-        "restarts tried": attempts[0].attempts if attempts else 0,
+        "from then until its guest's agent answers, s": round(answers - runs, 1),
+        "restarts that count": attempts[0].attempts if attempts else 0,
         "refused meanwhile, and after how many seconds": said,
-        "files": server.ssh(f"ls {EXPORT}").split(),
+        "files": files,
     }
 
 
 def shutdown(site: Site, client: Client) -> Figures:
     """`systemctl poweroff` by its administrator: guests get ACPI, and the agent says that the host leaves."""
     last = site.machines[-1]
-    vm = _running(site, client, "asked", last)
+    vm = running(site, client, "asked", last).vm
     host = site.host(client, last)
     began = time.monotonic()
     last.ssh("systemctl poweroff --no-block")
@@ -102,27 +106,11 @@ def shutdown(site: Site, client: Client) -> Figures:
     }
 
 
-SHOWS: dict[str, Callable[[Site, Client], Figures]] = {"service": service, "nfs": nfs, "shutdown": shutdown}
-
-_agent_seconds: dict[str, float] = {}
-
-
-def _running(site: Site, client: Client, name: str, on: Machine, **fields: object) -> Vm:
-    """The VM on this host, its guest's agent answering. The host is switched on if it is off."""
-    if on.pid is None:
-        site.up()
-    vm = site.guest(client, name, on, **fields)
-    if vm.status is not VmStatus.UP:
-        began = time.monotonic()
-        body = {"host_id": site.host(client, on).id}
-        client.wait(client.send(api.VMS.act(vm.id, "start", Operation, body)))
-        site.until(
-            lambda: client.send(api.VMS.get(vm.id)).guest.agent_connected,
-            GUEST_SECONDS,
-            f"the agent in {name} to answer; `virsh console` on {on.name} shows its console",
-        )
-        _agent_seconds[vm.id] = time.monotonic() - began
-    found = client.send(api.VMS.get(vm.id))
-    if found.host_id != site.host(client, on).id:
-        raise LabError(f"{name} runs on another host than {on.name}: stop it, then show this again")
-    return found
+SHOWS: dict[str, Callable[[Site, Client], Figures]] = {
+    "service": service,
+    "nfs": nfs,
+    "nfs3": show_nfs3.show,
+    "sanlock": show_sanlock.show,
+    "panic": show_panic.show,
+    "shutdown": shutdown,
+}

@@ -46,6 +46,7 @@ class Site:
     hosts: int = 2
     containers: bool = False
     """Hosts are containers (`vm_tier/container.py`), not machines."""
+    nice: int = 19
 
     @property
     def bridge(self) -> str:
@@ -60,11 +61,13 @@ class Site:
         if self.containers:
             shared = self.directory / "shared"
             return [
-                Container(10 + number, self.directory, self.image, self.subnet, self.bridge, shared)
+                Container(
+                    10 + number, self.directory, self.image, self.subnet, self.bridge, self.nice, shared
+                )
                 for number in range(1, self.hosts + 1)
             ]
         return [
-            Machine(number, self.directory, self.image, self.subnet, self.bridge)
+            Machine(number, self.directory, self.image, self.subnet, self.bridge, self.nice)
             for number in range(1, self.hosts + 1)
         ]
 
@@ -130,6 +133,8 @@ class Site:
         for machine in self.machines:
             source = f"{server.ip}:{EXPORT}"
             mount = f"mount -t nfs4 -o vers=4.2 {source} {SHARED}"
+            if machine is not server:  # mounted at boot, too: it is reset, and comes back
+                machine.write("/etc/fstab", f"{source} {SHARED} nfs4 vers=4.2,_netdev,nofail 0 0\n")
             machine.ssh(f"mkdir -p {SHARED}; mountpoint -q {SHARED} || {mount}")
 
     def enrol(self, client: Client, machine: Machine, cluster: Cluster) -> None:

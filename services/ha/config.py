@@ -68,7 +68,8 @@ class HaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     read_lease_seconds: float = 5.0
     """How often a silent host's storage leases are read."""
     lease_again_seconds: float = 5.0
-    """A restart that the lease of the VM's former host stands against is tried again after this, as often as it takes."""
+    """A restart that the lease of the VM's former host, or its lock on a disk, stands against is tried again after this, as
+    often as it takes."""
     soft_fence_seconds: float = 15.0
     """To restart a silent host's agent over SSH: the connection, the login and the command. With `silence_seconds` it is
     over before power is touched. 0: never."""

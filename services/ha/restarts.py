@@ -16,7 +16,7 @@ from services.ha.state import Ha
 from services.ha.store import RESTARTS, RestartPrivate
 from volery.contracts.base import Owner
 from volery.contracts.errors import Kind, Problem, Refused
-from volery.contracts.leases import LEASE_HELD
+from volery.contracts.leases import FREE_LATER, LEASE_HELD
 from volery.contracts.liveness import LIST_RESTARTS, VmRestart
 from volery.contracts.operation import ENDED, GET_OPERATION, GetOperation, ListQuery, Operation
 from volery.contracts.vm import RESTART_VM, VM_CHANGED, VM_DELETED, RestartVm, Vm, VmStatus
@@ -168,8 +168,9 @@ def _passes(ha: Ha, vm: WatchedVm, problem: Problem) -> str:
     if problem.kind is Kind.EXHAUSTED and not (starting and problem.details.get("tried")):
         ha.exhausted[vm.id] = monotonic()
         return f"VM {vm.name} fits nowhere now; it is tried again when there is room: {problem.message}"
-    if problem.details.get("rule") == LEASE_HELD:
-        seconds, why = ha.config.lease_again_seconds, "waits for its lease, and"
+    if (rule := problem.details.get("rule")) in FREE_LATER:
+        held = "its lease" if rule == LEASE_HELD else "a lock on its disk to go"
+        seconds, why = ha.config.lease_again_seconds, f"waits for {held}, and"
     elif starting:
         seconds, why = (
             ha.config.restart_first_delay_seconds,

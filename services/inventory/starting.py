@@ -23,7 +23,7 @@ from volery.contracts.base import Message
 from volery.contracts.domain import DomainSpec
 from volery.contracts.domain_orders import FORGET_DOMAIN, RUN_DOMAIN, ForgetDomain, RunDomain
 from volery.contracts.errors import Kind, Refused, conflict, unavailable
-from volery.contracts.leases import LEASE_HELD
+from volery.contracts.leases import FREE_LATER
 from volery.contracts.operation import Operation
 from volery.contracts.scheduling import (
     CONFIRM_CLAIM,
@@ -238,7 +238,7 @@ async def bring_up(inv: Inventory, run: Run, ask: Starting) -> None:
             excluded.append(placed.host_id)
             reasons.append(f"{_host_name(placed)}: {refused.message}")
             hopeless = refused.kind in HOPELESS and "outcome" not in refused.details
-            hopeless = hopeless or refused.details.get("rule") == LEASE_HELD
+            hopeless = hopeless or refused.details.get("rule") in FREE_LATER
             if hopeless or ask.host_id or attempt == MAX_HOSTS - 1:
                 raise Refused(refused.kind, "; ".join(reasons), **refused.details) from None
             continue

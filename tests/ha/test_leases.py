@@ -19,6 +19,7 @@ from volery.contracts.cluster import GetById
 from volery.contracts.errors import Kind, Refused, unavailable
 from volery.contracts.host import HOST_CHANGED
 from volery.contracts.leases import (
+    IMAGE_HELD,
     LEASE_HELD,
     ExpiredLease,
     HostLeaseReading,
@@ -188,9 +189,15 @@ async def test_nothing_less_than_an_expired_lease_makes_it_dead(configured: Sett
             assert (await bus.ask(GET_LIVENESS, GetById(id=h1.id))).state == "non_responsive"
 
 
-async def test_a_restart_that_waits_for_a_dead_hosts_lease_is_no_attempt(configured: Settings) -> None:
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [(LEASE_HELD, b"waits for its lease"), (IMAGE_HELD, b"waits for a lock on its disk to go")],
+)
+async def test_a_restart_that_waits_for_what_a_dead_host_held_is_no_attempt(
+    configured: Settings, rule: str, words: bytes
+) -> None:
     owner, h1 = Inventory(), host("h1")
-    owner.ends_with = Refused(Kind.CONFLICT, "h2: its lease is held", rule=LEASE_HELD)
+    owner.ends_with = Refused(Kind.CONFLICT, "h2: it is held", rule=rule)
     async with running(hurried(configured), owner.service(), ha()) as bus:
         await owner.says(HOST_CHANGED, h1)
         async with hearts(bus.client, h1):
@@ -207,7 +214,7 @@ async def test_a_restart_that_waits_for_a_dead_hosts_lease_is_no_attempt(configu
 
             async def waits() -> Any:
                 found = (await bus.ask(LIST_RESTARTS, ListQuery(filter={"vm_name": "web"}))).items
-                return [item for item in found if b"waits for its lease" in bytes(item)]
+                return [item for item in found if words in bytes(item)]
 
             await until(waits)
             assert b'"attempts":0' in bytes((await waits())[0])

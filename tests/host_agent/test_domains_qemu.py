@@ -50,6 +50,7 @@ from volery.contracts.domain_orders import (
     UpdateNic,
 )
 from volery.contracts.errors import Kind, Refused
+from volery.contracts.leases import IMAGE_HELD
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -91,6 +92,23 @@ async def test_a_full_vm_starts_once_and_stops_by_its_guest(qemu: VmHost, tmp_pa
     assert stopped.method is StopMethod.GUEST_AGENT
     assert (await qemu.hypervisor.domain(spec.vm_id)).state is DomainState.GONE
     assert (await qemu.order(STOP_DOMAIN, StopDomain(vm_id=spec.vm_id))).method is None
+
+
+async def test_a_disk_that_another_program_has_locked_is_refused_until_it_ends(
+    qemu: VmHost, tmp_path: Path
+) -> None:
+    """As after the death of another NFS client, whose locks the server keeps for a while: nothing is left behind."""
+    disk = qcow2_disk(tmp_path, "vda")
+    first, second = tiny_spec(disks=(disk,)), tiny_spec(disks=(disk,))
+    await qemu.run(first)
+    with pytest.raises(Refused, match="another QEMU program has locked the image") as refusal:
+        await qemu.run(second)
+    assert (refusal.value.kind, refusal.value.details["rule"]) == (Kind.CONFLICT, IMAGE_HELD)
+    assert isinstance(disk.source, FileSource)
+    assert disk.source.path in refusal.value.message
+    assert (await qemu.hypervisor.domain(second.vm_id)).state is DomainState.GONE
+    await qemu.order(STOP_DOMAIN, StopDomain(vm_id=first.vm_id, methods=(StopMethod.DESTROY,)))
+    assert (await qemu.run(second)).state is DomainState.RUNNING
 
 
 async def test_stop_escalates_from_a_silent_agent_to_the_power_button(qemu: VmHost) -> None:

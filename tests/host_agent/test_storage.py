@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from host_agent import children, iscsi, places, storage
+from host_agent import children, files, iscsi, mounts, places, storage
 from host_agent.action import Host
 from tests.support.agent_host import IscsiTarget, iscsi_target, make_host, qemu_img, running
 from volery.contracts.agent import StorageDomainReport
@@ -91,6 +91,46 @@ async def test_odd_paths_are_refused(host: Host, path: str) -> None:
     with pytest.raises(Refused, match="absolute path") as refused:
         await storage.connect(host, order, running())
     assert refused.value.kind is Kind.INVALID
+
+
+NFS = "97 28 0:51 / /mnt rw,relatime shared:7 - {kind} nas:/vms rw,vers={version},hard,proto=tcp,local_lock={locks}\n"
+
+
+@pytest.mark.parametrize(
+    ("kind", "version", "locks", "problem"),
+    [
+        ("nfs4", "4.2", "none", ""),
+        ("nfs4", "4.0", "none", ""),
+        ("nfs", "3", "none", "NFS version 3: its server would keep a dead host's locks"),
+        ("nfs", "3", "all", "NFS version 3"),
+        ("nfs4", "4.1", "posix", "local_lock=posix: locks on disks would hold on one host only"),
+        ("ext4", "3", "all", ""),
+    ],
+)
+def test_nfs_that_keeps_or_has_no_locks_is_refused(kind: str, version: str, locks: str, problem: str) -> None:
+    said = mounts.mount_problem("/mnt", NFS.format(kind=kind, version=version, locks=locks))
+    assert problem in said
+    assert bool(said) is bool(problem)
+    assert not said or "Mount nas:/vms there with `-t nfs4 -o vers=4.2`" in said
+
+
+def test_the_kernels_table_says_what_a_directory_is_mounted_from(shared: Path, tmp_path: Path) -> None:
+    device = os.stat(shared).st_dev
+    line = mounts.mounted(str(shared))
+    assert line.split()[2] == f"{os.major(device)}:{os.minor(device)}"
+    assert mounts.mount_problem(str(shared), line) == ""
+
+
+def test_a_domain_on_such_a_mount_is_not_made(shared: Path, tmp_path: Path) -> None:
+    """With a table of our own, as its program reads the kernel's: nothing is touched before it is refused."""
+    device = os.stat(shared).st_dev
+    table = tmp_path / "mountinfo"
+    line = NFS.format(kind="nfs", version="3", locks="none")
+    table.write_text(line.replace("0:51", f"{os.major(device)}:{os.minor(device)}"))
+    asked = {"path": str(shared), "domain_id": new_id(), "installation": "test01", "initialise": True}
+    with pytest.raises(files.Refusal, match="NFS version 3"):
+        files.connect(asked, str(table))
+    assert os.listdir(shared) == []
 
 
 async def test_an_id_that_is_a_path_is_refused(host: Host, shared: Path) -> None:

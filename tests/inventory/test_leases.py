@@ -19,7 +19,7 @@ from volery.contracts.domain import DomainDisk, DomainLease, FileSource, ImageFo
 from volery.contracts.domain_orders import ADMIT_MIGRATION, RUN_DOMAIN
 from volery.contracts.errors import Kind, Refused, not_found, unavailable
 from volery.contracts.ids import new_id
-from volery.contracts.leases import LEASE_HELD
+from volery.contracts.leases import IMAGE_HELD, LEASE_HELD
 from volery.contracts.operation import Operation, OperationState
 from volery.contracts.storage import (
     ATTACH_DISK_TO,
@@ -277,13 +277,16 @@ async def test_without_a_host_that_can_hold_it_the_start_says_so(configured: Set
         assert (await world.ended(await start(world, vm))).state is OperationState.SUCCEEDED
 
 
-async def test_a_lease_that_is_held_elsewhere_is_no_reason_to_try_other_hosts(configured: Settings) -> None:
+@pytest.mark.parametrize("rule", [LEASE_HELD, IMAGE_HELD])
+async def test_what_is_held_elsewhere_is_no_reason_to_try_other_hosts(
+    configured: Settings, rule: str
+) -> None:
     async with leased(configured) as (world, hosts, storage):
         shared = storage.domain(center(world), lease_host_ids=(hosts[0].id, hosts[1].id))
-        hosts[0].refusals[RUN_DOMAIN.kind] = Refused(Kind.CONFLICT, "its lease is held", rule=LEASE_HELD)
+        hosts[0].refusals[RUN_DOMAIN.kind] = Refused(Kind.CONFLICT, "it is held", rule=rule)
         op = await world.ended(await world.create(lease=shared.id))
         assert op.problem is not None
-        assert op.problem.details["rule"] == LEASE_HELD
+        assert op.problem.details["rule"] == rule
         assert specs(hosts[1]) == []
         hosts[0].refusals.clear()
         vm = await world.vm_is(op.object_id, VmStatus.DOWN)

@@ -30,6 +30,15 @@ LEASE_HELD = "lease_held"
 it now, and each may in a while."""
 
 
+IMAGE_HELD = "image_held"
+"""The `rule` of a refusal to run a VM whose disk another QEMU program has locked, or one of a dead host had: then its file
+server forgets that lock in its own time. No host would run it now, and each may in a while."""
+
+
+FREE_LATER = frozenset({LEASE_HELD, IMAGE_HELD})
+"""Rules of refusals that no other host would answer otherwise, and that time ends."""
+
+
 LEASE_TAKEN = "lease_taken"
 """The `rule` of a refusal to free a host's lease: it isn't that boot's any more, so there is nothing to free."""
 
