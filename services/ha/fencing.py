@@ -157,7 +157,7 @@ def _record(watch: Watch, row: RecordRow | None, now: float) -> Record | None:
     return Record(
         state=found.state,
         boot_id=found.boot_id,
-        offs=len(offs) - len(_ages(row, "held_back")),
+        offs=max(0, len(offs) - len(_ages(row, "held_back"))),
         last_off_age=min(offs, default=NEVER),
         last_on_age=min(ons, default=NEVER),
         proven_age=now - proof.at if proof is not None and proof.boot_id == found.boot_id else NEVER,

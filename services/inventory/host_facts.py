@@ -39,6 +39,8 @@ part = Part()
 ENDED_STATES = {DomainState.SHUTOFF, DomainState.CRASHED, DomainState.GONE}
 ALIVE_STATES = {DomainState.RUNNING, DomainState.PAUSED, DomainState.SHUTTING_DOWN, DomainState.PMSUSPENDED}
 
+RESTORED = "restored"
+"""The reason of a VM that was taken over as a host reported it: shown until it is stopped or started."""
 REASONS = {"ioerror": model.IO_ERROR}
 """libvirt's reason for a pause → what it is called here."""
 
@@ -179,7 +181,7 @@ def _adopted(
         row.public,
         status=model.STATUS_OF[report.state],
         desired=DesiredState.UP,
-        status_reason="restored",
+        status_reason=RESTORED,
         host_id=host_id,
         epoch=report.epoch,
         busy_with="",
@@ -238,6 +240,8 @@ def _alive(
         status = VmStatus.NOT_RESPONDING
     said = REASONS.get(report.reason, report.reason)
     reason = said if status in (VmStatus.PAUSED, VmStatus.NOT_RESPONDING) else vm.status_reason
+    if status is VmStatus.UP and reason != RESTORED:
+        reason = ""
     known = vm.guest
     guest = GuestInfo(
         agent_connected=report.agent_connected,
@@ -245,9 +249,7 @@ def _alive(
         ip_addresses=report.ip_addresses or (known.ip_addresses if report.agent_connected else ()),
         os=report.guest_os or known.os,
     )
-    new = model.with_actions(
-        replace(vm, status=status, status_reason=reason if status is not VmStatus.UP else "", guest=guest)
-    )
+    new = model.with_actions(replace(vm, status=status, status_reason=reason, guest=guest))
     private = replace(
         row.private,
         had_agent=row.private.had_agent or report.agent_connected,

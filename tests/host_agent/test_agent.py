@@ -220,10 +220,11 @@ async def test_a_report_that_is_asked_for_begins_a_new_base(agent: AgentProcess,
     first = (await ear.until(lambda: ear.of("inventory.reported")))[0]
     word = CommittedWord(host_id=HOST_ID, owner="inventory", generation="", seq=0, ask="the first")
     await ear.client.publish(f"host.{HOST_ID}.report", encode(word))
-    again = (await ear.until(lambda: ear.of("inventory.reported")[1:]))[0]
+    # Another may come in between: libvirtd was connected to.
+    again = (await ear.until(lambda: [r for r in ear.of("inventory.reported") if r.asked]))[0]
     assert again.seq > first.seq
     assert again.after_seq == 0
-    assert (first.asked, again.asked) == ((), ("the first",)), "whoever asked knows it from an older one"
+    assert (first.asked, again.asked) == ((), ("the first",))
 
 
 async def test_a_journal_that_is_an_old_copy_gets_a_new_name(agent: AgentProcess, ear: Listener) -> None:
