@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from api_gateway.route import Route
+from volery.contracts import affinity_group as a
 from volery.contracts import history as y
 from volery.contracts import liveness as l
 from volery.contracts import protection as p
@@ -15,6 +16,16 @@ ROUTES = (
     Route("GET", "/claims", s.LIST_CLAIMS, SCHEDULING, "List claims: capacity held for VMs", items=s.Claim),
     Route("GET", "/capacity", s.LIST_CAPACITY, SCHEDULING, "List hosts as the scheduler sees them", items=s.HostCapacity),
     Route("GET", "/decisions/{id}", s.GET_DECISION, SCHEDULING, "Get a past placement decision, as it was explained"),
+    Route("GET", "/affinity-groups", a.LIST_AFFINITY_GROUPS, SCHEDULING, "List affinity groups", items=a.AffinityGroup,
+          note="`filter.cluster_id=…`, `filter.vm_id=…` or `filter.host_id=…` for the groups of a cluster, or those that "
+               "name a VM or host. `broken` says how running VMs break a group's rules now."),
+    Route("POST", "/affinity-groups", a.CREATE_AFFINITY_GROUP, SCHEDULING, "Create an affinity group", at="/affinity-groups",
+          note="Which VMs run together (`vm_rule: positive`) or apart (`negative`), and on which hosts (`host_rule`). "
+               "Enforcing rules are kept by every start and migration, others are wishes. A group that contradicts others "
+               "is refused with their names. VMs that run already are not moved: `broken` names them."),
+    Route("GET", "/affinity-groups/{id}", a.GET_AFFINITY_GROUP, SCHEDULING, "Get an affinity group"),
+    Route("PATCH", "/affinity-groups/{id}", a.UPDATE_AFFINITY_GROUP, SCHEDULING, "Change an affinity group"),
+    Route("DELETE", "/affinity-groups/{id}", a.DELETE_AFFINITY_GROUP, SCHEDULING, "Delete an affinity group"),
     Route("GET", "/liveness", l.LIST_LIVENESS, LIVENESS, "List what is known of hosts' liveness", items=l.HostLiveness),
     Route("GET", "/liveness/{id}", l.GET_LIVENESS, LIVENESS, "Get what is known of one host's liveness"),
     Route("GET", "/restarts", l.LIST_RESTARTS, LIVENESS, "List automatic restarts", items=l.VmRestart),

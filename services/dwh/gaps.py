@@ -12,6 +12,7 @@ from services.dwh import store
 from services.dwh.state import Dwh
 from services.dwh.versions import kept
 from volery.contracts.account import LIST_EVENT_READERS, LIST_TOKENS, LIST_USERS
+from volery.contracts.affinity_group import LIST_AFFINITY_GROUPS
 from volery.contracts.base import Call
 from volery.contracts.cluster import LIST_CLUSTERS, LIST_DATA_CENTERS
 from volery.contracts.errors import Refused
@@ -71,6 +72,7 @@ LISTS: dict[str, Call[ListQuery, Any]] = {
     "reserve": LIST_RESERVES,
     "start_group": LIST_START_GROUPS,
     "claim": LIST_CLAIMS,
+    "affinity_group": LIST_AFFINITY_GROUPS,
 }
 """How each noun is listed."""
 

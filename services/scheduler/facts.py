@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from services.scheduler import store
-from services.scheduler.model import ClusterPolicy, limits
+from services.scheduler.model import ClusterPolicy, Looked, limits
 from services.scheduler.state import Scheduler
 from volery.contracts.base import Call, Entity, Owner
 from volery.contracts.cluster import CLUSTER_CHANGED, CLUSTER_DELETED, LIST_CLUSTERS, Cluster
@@ -132,6 +132,7 @@ async def facts_were_lost(scheduler: Scheduler, stream: str) -> None:
 
 async def leadership_begins(scheduler: Scheduler) -> None:
     scheduler.listed.clear()
+    scheduler.looked = Looked()
 
 
 @part.every(LIST_SECONDS)

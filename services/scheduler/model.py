@@ -7,7 +7,7 @@ host has threads.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import StrEnum
 
@@ -141,3 +141,14 @@ def _overtaken(claim: Claim, vm: SeenVm, here: bool, replaced: bool) -> tuple[Se
     if vm.status in SETTLED_STATUSES and replaced:
         return Settling.RELEASE, "a later claim holds its VM's place there"
     return Settling.KEEP, ""
+
+
+@dataclass(slots=True)
+class Looked:
+    """What the leader's last look at affinity groups saw."""
+
+    at: datetime | None = None
+    clusters: dict[str, tuple[int, dict[str, str]]] = field(default_factory=dict)
+    """Revision of its groups, and its hosts with their names."""
+    again: set[str] = field(default_factory=set)
+    """Groups that somebody changed while they were looked at."""

@@ -9,7 +9,8 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-from services.scheduler import model, store
+from services.scheduler import affinity, model, store
+from services.scheduler.policies.bound import Bound
 from services.scheduler.policies.decision import decide, explain, sentence
 from services.scheduler.policies.request import Request, request
 from services.scheduler.state import Scheduler
@@ -42,22 +43,24 @@ async def place(scheduler: Scheduler, ask: Place, caller: Caller) -> Placement:
     """Raises Refused(invalid) for an impossible need; that no host fits is an answer, not a refusal."""
     model.check(ask)
     if ask.dry_run:
-        return _trimmed(scheduler, _decided(scheduler, ask))
+        bound, _ = await affinity.bind(scheduler, ask.need)
+        return _trimmed(scheduler, _decided(scheduler, ask, bound))
     claims = await store.claims_of(scheduler.core.pool, ask.need.vm_id)
     if (first := await _first_answer(scheduler, ask, claims)) is not None:
         return first
     await _make_way(scheduler, ask, claims)
     waited = False
     for _ in range(TRIES):
-        placement = _decided(scheduler, ask)
-        if not placement.host_id and not waited:
+        try:
+            async with affinity.turn(scheduler, ask.need):
+                placement = await _try(scheduler, ask, caller, refuses=waited)
+            if placement is not None:
+                return placement
             waited = True
             await _hear_more(scheduler)
-            continue
-        try:
-            return await _commit(scheduler, ask, placement, caller)
         except Stale:
             await scheduler.read_used()
+            await scheduler.read_rules(ask.need.cluster_id)
         except Taken as taken:
             if taken.constraint != store.CLAIM_TAKEN:
                 raise
@@ -70,8 +73,17 @@ async def place(scheduler: Scheduler, ask: Place, caller: Caller) -> Placement:
     )
 
 
-def _decided(scheduler: Scheduler, ask: Place) -> Placement:
-    asked = request(ask, scheduler.policy(ask.need.cluster_id), scheduler.config)
+async def _try(scheduler: Scheduler, ask: Place, caller: Caller, *, refuses: bool) -> Placement | None:
+    """None when no host fits and that isn't to be said yet. Raises Stale when it lost its place to another."""
+    bound, guards = await affinity.bind(scheduler, ask.need)
+    placement = _decided(scheduler, ask, bound)
+    if not placement.host_id and not refuses:
+        return None
+    return await _commit(scheduler, ask, placement, guards, caller)
+
+
+def _decided(scheduler: Scheduler, ask: Place, bound: Bound) -> Placement:
+    asked = request(ask, scheduler.policy(ask.need.cluster_id), scheduler.config, bound)
     decision = decide(scheduler.fleet, asked)
     hosts = explain(scheduler.fleet, asked, decision)
     best = decision.best
@@ -146,14 +158,17 @@ async def _first_answer(scheduler: Scheduler, ask: Place, claims: Claims) -> Pla
     return _trimmed(scheduler, msgspec.json.decode(kept, type=Placement))
 
 
-async def _commit(scheduler: Scheduler, ask: Place, placement: Placement, caller: Caller) -> Placement:
-    """Write claim and decision. Raises Stale when the capacity went to somebody else."""
+async def _commit(
+    scheduler: Scheduler, ask: Place, placement: Placement, guards: Sequence[Change], caller: Caller
+) -> Placement:
+    """Write claim and decision. Raises Stale when the capacity went to somebody else, or what `guards` guard did."""
     decision_id = new_id()
     placement = replace(placement, decision_id=decision_id, claimed=bool(placement.host_id))
     changes: list[Change] = []
     if placement.host_id:
         claim = _claim(scheduler, ask, placement.host_id)
         changes = [
+            *guards,
             store.take_capacity(claim.host_id, claim.memory_bytes, claim.vcpus),
             store.CLAIMS.insert(claim, store.ClaimPrivate(decision_id=decision_id)),
         ]

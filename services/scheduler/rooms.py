@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from services.scheduler import model
+from services.scheduler import affinity, model
 from services.scheduler.policies.decision import room
 from services.scheduler.policies.request import request
 from services.scheduler.state import Scheduler
@@ -26,11 +26,12 @@ async def find_room(scheduler: Scheduler, ask: FindRoom, caller: Caller) -> Room
     if len(ask.asks) > MOST:
         raise invalid(f"room is found for at most {MOST} VMs at a time, not {len(ask.asks)}", field="asks")
     found: list[Room] = []
-    for number, each in enumerate(ask.asks):
+    bounds = await affinity.bind_each(scheduler, ask.asks)
+    for number, (each, bound) in enumerate(zip(ask.asks, bounds, strict=True)):
         place = Place(need=each.need, epoch=0, excluded_host_ids=each.excluded_host_ids, dry_run=True)
         model.check(place)
         policy = scheduler.policy(each.need.cluster_id)
-        found.append(room(scheduler.fleet, request(place, policy, scheduler.config)))
+        found.append(room(scheduler.fleet, request(place, policy, scheduler.config, bound)))
         if number % TOGETHER == TOGETHER - 1:
             await asyncio.sleep(0)
     return Rooms(rooms=tuple(found))

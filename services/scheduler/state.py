@@ -7,14 +7,16 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from weakref import WeakValueDictionary
 
 import msgspec
 from nats.aio.msg import Msg
 
-from services.scheduler import store
+from services.scheduler import affinity_store, store
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.fleet import Fleet
-from services.scheduler.model import ClusterPolicy
+from services.scheduler.model import ClusterPolicy, Looked
+from services.scheduler.policies.affinity import ClusterRules
 from volery.contracts.metrics import METRICS_SUBJECT, HostSample
 from volery.runtime.clock import monotonic
 from volery.runtime.connection import settle
@@ -35,6 +37,11 @@ class Scheduler:
     """Set whenever the fleet followed a change; whoever waits for news clears it first."""
     listed: set[str] = field(default_factory=set)
     """Streams whose owners were listed since this process leads."""
+    rules: dict[str, ClusterRules] = field(default_factory=dict)
+    """Cluster → its affinity groups; a guard in the database has the last word here, too."""
+    looked: Looked = field(default_factory=Looked)
+    """The leader's last look at the groups."""
+    _turns: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
     _reading: asyncio.Lock = field(default_factory=asyncio.Lock)
     _read_at: float = 0.0
     """When the last whole reading began."""
@@ -51,6 +58,17 @@ class Scheduler:
         """The cluster's own, or the defaults for one not heard of yet."""
         return self.fleet.clusters.get(cluster_id) or ClusterPolicy(cluster_id)
 
+    def turn(self, group_id: str) -> asyncio.Lock:
+        """Held by the one placement of this process that depends on where this group's VMs are."""
+        return self._turns.setdefault(group_id, asyncio.Lock())
+
+    async def read_rules(self, cluster_id: str) -> None:
+        found = await affinity_store.rules_of(self.core.pool, cluster_id)
+        if found is None:
+            self.rules.pop(cluster_id, None)
+        elif (known := self.rules.get(cluster_id)) is None or known.revision < found.revision:
+            self.rules[cluster_id] = found
+
     async def reload(self) -> None:
         """The whole fleet anew from the tables, as of now or later. Those who ask together share one reading."""
         asked = monotonic()
@@ -62,6 +80,7 @@ class Scheduler:
     async def _reload(self) -> None:
         hosts = await store.hosts(self.core.pool)
         self.fleet.clusters = {c.id: c for c in await store.clusters(self.core.pool)}
+        self.rules = await affinity_store.rules(self.core.pool)
         for network in (networks := await store.networks(self.core.pool)):
             self.fleet.set_network(network)
         for gone in self.fleet.networks.keys() - {n.id for n in networks}:
@@ -88,6 +107,7 @@ class Scheduler:
             found = await store.clusters(pool, "id = $1", row_id)
             self.fleet.clusters.pop(row_id, None)
             self.fleet.clusters.update({c.id: c for c in found})
+            await self.read_rules(row_id)
         elif table == "network":
             networks = await store.networks(pool, "id = $1", row_id)
             self.fleet.drop_network(row_id)

@@ -14,6 +14,7 @@ import msgspec
 
 from services.scheduler.fleet import HostFigures, NetworkReach
 from services.scheduler.model import ClusterPolicy, Limits, SeenVm
+from volery.contracts.affinity_group import AFFINITY_GROUP_CHANGED, AFFINITY_GROUP_DELETED, AffinityGroup
 from volery.contracts.base import Message, encode
 from volery.contracts.cluster import Cluster
 from volery.contracts.host import Host
@@ -22,7 +23,7 @@ from volery.contracts.operation import ListQuery
 from volery.contracts.scheduling import CLAIM_CHANGED, CLAIM_DELETED, Claim, Placement
 from volery.contracts.vm import Vm
 from volery.runtime.pages import plain_page
-from volery.runtime.tables import Change, Row, Table
+from volery.runtime.tables import Change, Nothing, Row, Table
 
 Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
 
@@ -61,6 +62,17 @@ CLAIMS: Table[Claim, ClaimPrivate] = Table(
     deleted=CLAIM_DELETED,
 )
 CLAIM_TAKEN = "claim_vm_epoch"
+
+GROUPS: Table[AffinityGroup, Nothing] = Table(
+    "affinity_group",
+    AffinityGroup,
+    Nothing,
+    columns={"name": "name", "cluster_id": "cluster_id", "vm_ids": "vm_ids", "host_ids": "host_ids"},
+    changed=AFFINITY_GROUP_CHANGED,
+    deleted=AFFINITY_GROUP_DELETED,
+    noun="affinity group",
+)
+GROUP_NAME = "affinity_group_name"
 
 CAPACITY: Table[Any, Any] = Table(
     "capacity", Claim, ClaimPrivate, columns={"name": "name", "cluster_id": "cluster_id", "status": "status"}
@@ -190,11 +202,13 @@ async def correct_counters(pool: Pool) -> list[tuple[str, int, int]]:
 async def forget_gone(pool: Pool) -> None:
     """Rows that nothing refers to any more."""
     await pool.execute(
-        """delete from host_capacity h where gone and not exists (select 1 from claim where host_id = h.id)"""
+        """delete from host_capacity h where gone and not exists (select 1 from claim where host_id = h.id)
+           and not exists (select 1 from affinity_group where position(h.id in host_ids) > 0)"""
     )
     await pool.execute(
         """delete from vm v where deleted and heard_at < now() - interval '1 day'
-           and not exists (select 1 from claim where vm_id = v.id)"""
+           and not exists (select 1 from claim where vm_id = v.id)
+           and not exists (select 1 from affinity_group where position(v.id in vm_ids) > 0)"""
     )
 
 

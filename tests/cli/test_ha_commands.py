@@ -1,4 +1,4 @@
-"""Commands about fencing, protection and start groups: what they ask of services, and what they print."""
+"""Commands about fencing, protection, start groups and affinity groups: what they ask of services, and what they print."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 
 from tests.api_gateway.scripted import NOW, Deployed, Script, deployed, entity, operation, vm
 from volery.cli.main import app
+from volery.contracts import affinity_group as a
 from volery.contracts import power as p
 from volery.contracts import protection as r
 from volery.contracts import soft_fence as s
@@ -35,6 +36,7 @@ CLUSTER = Cluster(**entity(name="Default", data_center_id=new_id()))
 DOMAIN = StorageDomain(**entity(name="shared", kind=DomainKind.DIRECTORY))
 WEB, DB = vm(name="web1"), vm(name="db1", high_availability=HighAvailability(enabled=True, priority=70))
 FIRST = g.StartGroup(**entity(name="databases", cluster_id=CLUSTER.id, vm_ids=(DB.id,)))
+SPREAD = a.AffinityGroup(**entity(name="spread", cluster_id=CLUSTER.id, vm_ids=(DB.id,), broken=("on h9",)))
 POWER = p.PowerManagement(
     **entity(host_name="h1", devices=(FenceDevice(agent="fence_redfish", address="bmc1"),), test_passed=True)
     | {"id": HOST.id}
@@ -136,6 +138,10 @@ ANSWERS: dict[Call[Any, Any], Any] = {
     r.LIST_PROTECTION: listed(UNPROTECTED, PROTECTED),
     r.GET_PROTECTION: UNPROTECTED,
     r.LIST_RESERVES: listed(RESERVE),
+    a.LIST_AFFINITY_GROUPS: Page(items=(msgspec.Raw(encode(SPREAD)),)),
+    a.CREATE_AFFINITY_GROUP: SPREAD,
+    a.UPDATE_AFFINITY_GROUP: SPREAD,
+    a.DELETE_AFFINITY_GROUP: Done(),
     g.LIST_START_GROUPS: listed(FIRST),
     g.CREATE_START_GROUP: FIRST,
     g.UPDATE_START_GROUP: FIRST,
@@ -347,6 +353,38 @@ ROWS = (
     Row("start-group list", g.LIST_START_GROUPS, {}, ("WAIT FOR", "databases")),
     Row("start-group show databases -o json", g.LIST_START_GROUPS, {}, (DB.id,)),
     Row("start-group delete databases", g.DELETE_START_GROUP, {"id": FIRST.id}, ("deleted",)),
+    Row(
+        "affinity-group create spread --vm web1 --vm db1 --vm-rule negative --host h1 --host-rule positive --host-wish "
+        "--priority 5",
+        a.CREATE_AFFINITY_GROUP,
+        {
+            "name": "spread",
+            "cluster_id": CLUSTER.id,
+            "vm_ids": (WEB.id, DB.id),
+            "vm_rule": a.AffinityRule.NEGATIVE,
+            "vm_enforcing": True,
+            "host_ids": (HOST.id,),
+            "host_rule": a.AffinityRule.POSITIVE,
+            "host_enforcing": False,
+            "priority": 5.0,
+        },
+        ("spread",),
+    ),
+    Row(
+        "affinity-group edit spread --vm web1 --vm-wish",
+        a.UPDATE_AFFINITY_GROUP,
+        {
+            "id": SPREAD.id,
+            "vm_ids": (WEB.id,),
+            "vm_enforcing": False,
+            "host_ids": msgspec.UNSET,
+            "vm_rule": msgspec.UNSET,
+            "if_revision": SPREAD.revision,
+        },
+    ),
+    Row("affinity-group list", a.LIST_AFFINITY_GROUPS, {}, ("spread", "on h9")),
+    Row("affinity-group of web1 -o json", a.LIST_AFFINITY_GROUPS, {"filter": {"vm_id": WEB.id}}),
+    Row("affinity-group delete spread", a.DELETE_AFFINITY_GROUP, {"id": SPREAD.id}, ("deleted",)),
     Row("vm create web2 --ha --lease shared", CREATE_VM, {"lease": DOMAIN.id, "start_after_blackout": None}),
     Row("vm create web2 --ha --lease none", CREATE_VM, {"lease": ""}),
     Row("vm create web2 --ha", CREATE_VM, {"lease": None}),
@@ -389,6 +427,8 @@ BAD = (
     Bad("fencing pause --cluster Default --host h1", "not both"),
     Bad("start-group create x --vm web9", "web9"),
     Bad("start-group create x --wait-for coffee", "coffee", status=2),
+    Bad("affinity-group create x --vm web9", "web9"),
+    Bad("affinity-group create x --vm-rule near", "near", status=2),
     Bad("protection reserve Default many", "valid integer", status=2),
     Bad("vm create web2 --lease nowhere", "nowhere"),
     Bad("vm edit web1 --start-after-blackout maybe", "maybe", status=2),

@@ -25,9 +25,16 @@ from tests.scheduler.fleets import (
     until,
 )
 from tests.support.plane import Plane, plane_servers, running_plane
+from volery.contracts.affinity_group import (
+    CREATE_AFFINITY_GROUP,
+    AffinityGroup,
+    AffinityRule,
+    CreateAffinityGroup,
+)
 from volery.contracts.cluster import CLUSTER_CHANGED
 from volery.contracts.errors import Kind, Refused
 from volery.contracts.host import HOST_CHANGED, HostStatus
+from volery.contracts.protection import DESCRIBE_NEEDS, VmNeed, VmNeeds, VmNeedsAnswer
 from volery.contracts.scheduling import PLACE, RELEASE_CLAIM, ClaimKey, Place, Placement
 from volery.runtime.bus import Bus, Caller
 from volery.setup import servers
@@ -117,3 +124,39 @@ async def test_what_was_answered_survives_and_no_host_is_promised_twice(plane: P
             return all(f"{down.name} is maintenance, not up" in message for message in messages)
 
         await until(nowhere, 20)
+
+
+async def test_affinity_groups_are_kept_while_postgresql_and_nats_are_killed(plane: Plane) -> None:
+    owner, c = inventory(), cluster(cpu_overcommit_ratio=1000.0)
+    asks = [placing(c.id) for _ in range(50)]
+    apart, together = asks[:25], asks[25:]
+
+    async def needs(_: object, ask: VmNeeds, caller: Caller) -> VmNeedsAnswer:
+        return VmNeedsAnswer(vms=tuple(VmNeed(need=a.need) for a in asks if a.need.vm_id in ask.vm_ids))
+
+    owner.answers = [(DESCRIBE_NEEDS, needs)]
+    hosts = [host(c.id, name=f"h{n}", memory_bytes=40 * (GIB + OVERHEAD)) for n in range(10)]
+    async with running_plane(plane, owner.service(), scheduler(), scheduler()) as bus:
+        await owner.says(CLUSTER_CHANGED, c)
+        await owner.says(HOST_CHANGED, *hosts)
+        await hosts_known(bus, 10)
+
+        async def group(name: str, rule: AffinityRule, members: list[Place]) -> AffinityGroup:
+            vm_ids = tuple(a.need.vm_id for a in members)
+            ask = CreateAffinityGroup(name=name, cluster_id=c.id, vm_ids=vm_ids, vm_rule=rule)
+            return await bus.ask(CREATE_AFFINITY_GROUP, ask, Caller("user:ann", name, "x"))
+
+        await group("spread", AffinityRule.NEGATIVE, apart)
+        await group("some", AffinityRule.POSITIVE, together[:13])
+        await group("more", AffinityRule.POSITIVE, together[12:])
+        placements = [asyncio.create_task(persist(bus, ask)) for ask in asks]
+        await asyncio.sleep(0.1)
+        await asyncio.to_thread(restart_postgres, plane)
+        await asyncio.sleep(0.2)
+        await asyncio.to_thread(restart_nats, plane)
+        answers = await asyncio.gather(*placements)
+        at = {vm_id: host_id for vm_id, (host_id, _) in (await held(plane)).items()}
+        assert at == {a.vm_id: a.host_id for a in answers if a.host_id}
+        spread = [at[a.need.vm_id] for a in apart if a.need.vm_id in at]
+        assert len(spread) == len(set(spread)) == 10
+        assert len({at[a.need.vm_id] for a in together}) == 1

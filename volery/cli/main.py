@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import typer
 
-from volery.cli import access, admin, estate, fencing, protection, soft_fencing, storage, streams, vm
+from volery.cli import (
+    access,
+    admin,
+    affinity,
+    estate,
+    fencing,
+    protection,
+    soft_fencing,
+    storage,
+    streams,
+    vm,
+)
 
 app = typer.Typer(
     help="Volery: KVM hosts and their virtual machines.",
@@ -29,6 +40,7 @@ NOUNS: dict[str, typer.Typer] = {
     "fence": fencing.records,
     "protection": protection.app,
     "start-group": protection.groups,
+    "affinity-group": affinity.app,
     "event-reader": access.readers,
     "admin": admin.app,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from volery.client.request import Resource
 from volery.contracts.account import EventReader, Token, User
+from volery.contracts.affinity_group import AffinityGroup
 from volery.contracts.cluster import Cluster, DataCenter
 from volery.contracts.host import Host
 from volery.contracts.liveness import HostLiveness, VmRestart
@@ -46,6 +47,12 @@ LIVENESS = Resource(
     "liveness", "liveness", HostLiveness, ("host_name", "state", "last_beat_at", "fencing", "id")
 )
 RESTARTS = Resource("restart", "restarts", VmRestart, ("vm_name", "attempts", "reason", "gave_up", "vm_id"))
+AFFINITY_GROUPS = Resource(
+    "affinity-group",
+    "affinity-groups",
+    AffinityGroup,
+    ("name", "vm_rule", "vm_enforcing", "host_rule", "host_enforcing", "priority", "broken", "id"),
+)
 START_GROUPS = Resource(
     "start-group", "start-groups", StartGroup, ("name", "vm_ids", "after", "wait_for", "wait_seconds", "id")
 )
@@ -109,6 +116,7 @@ RESOURCES = (
     TOKENS,
     EVENT_READERS,
     CLAIMS,
+    AFFINITY_GROUPS,
     LIVENESS,
     RESTARTS,
     PROTECTION,

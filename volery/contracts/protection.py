@@ -30,6 +30,8 @@ class ReasonCode(StrEnum):
     """A disk can't be used now, or other hosts don't reach it."""
     CPU_MODEL = "cpu_model"
     MACHINE = "machine"
+    AFFINITY = "affinity"
+    """Its affinity groups leave it no other host."""
 
 
 class ProtectionReason(Message):

@@ -23,6 +23,8 @@ CODES: Mapping[str, ReasonCode] = {
     "storage": ReasonCode.STORAGE,
     "cpu_model": ReasonCode.CPU_MODEL,
     "machine": ReasonCode.MACHINE,
+    "affinity_vms": ReasonCode.AFFINITY,
+    "affinity_hosts": ReasonCode.AFFINITY,
 }
 """The scheduler's rule that a host breaks → what that is called here; rules that only one placement has are left out."""
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from services.scheduler.fleet import UP, Bools, Fleet
+from services.scheduler.policies import bound
 from services.scheduler.policies.request import Request, size
 from volery.contracts.host import HostStatus
 
@@ -200,4 +201,6 @@ FILTERS: tuple[Filter, ...] = (
     Filter("storage", reaches_storage, lacks_storage),
     Filter("cpu_model", has_model, lacks_model),
     Filter("machine", has_machine, lacks_machine),
+    Filter("affinity_vms", bound.suits_vms, bound.unsuited_vms),
+    Filter("affinity_hosts", bound.suits_hosts, bound.unsuited_hosts),
 )

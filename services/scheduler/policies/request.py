@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.model import MIB, ClusterPolicy, memory_taken
+from services.scheduler.policies.bound import FREE, Bound
 from volery.contracts.scheduling import Need, Place, Purpose
 
 HOSTS_OWN_MODELS = frozenset({"", "host-passthrough", "host-model", "maximum", "host", "max"})
@@ -24,6 +25,8 @@ class Request:
     machine: str
     high_utilization: float
     vcpu_load: float
+    bound: Bound = FREE
+    """By affinity groups."""
 
     @property
     def need(self) -> Need:
@@ -40,7 +43,7 @@ class Request:
         return "it was tried before"
 
 
-def request(place: Place, policy: ClusterPolicy, config: SchedulerConfig) -> Request:
+def request(place: Place, policy: ClusterPolicy, config: SchedulerConfig, bound: Bound = FREE) -> Request:
     model = place.need.cpu_model or policy.cpu_model
     return Request(
         place=place,
@@ -52,6 +55,7 @@ def request(place: Place, policy: ClusterPolicy, config: SchedulerConfig) -> Req
         machine=place.need.machine or policy.machine,
         high_utilization=config.high_utilization_percent / 100,
         vcpu_load=config.vcpu_load_percent / 100,
+        bound=bound,
     )
 
 

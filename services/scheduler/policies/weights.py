@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from services.scheduler.fleet import Fleet, Floats
+from services.scheduler.policies import bound
 from services.scheduler.policies.request import Request
 from volery.contracts.cluster import Balance
 
@@ -79,7 +80,13 @@ WISHED = Weight("wished_host", 300.0, wished)
 """Outweighs the VM's own preferences: it is asked for once, for a reason of now."""
 AVOIDED = Weight("avoided_hosts", 1000.0, avoided)
 """Outweighs all others together: an avoided host is taken only when no other fits."""
-ASKED = (PREFERRED, WISHED, AVOIDED)
+GROUPS = (
+    Weight("affinity_vms_wish", 1.0, bound.vm_wishes),
+    Weight("affinity_hosts_wish", 20.0, bound.host_wishes),
+    Weight("affinity_room", 50.0, bound.room_for_all),
+)
+"""Affinity groups' wishes with oVirt's factors; and that all VMs that must be together find room, which outweighs them."""
+ASKED = (PREFERRED, WISHED, AVOIDED, *GROUPS)
 EVEN = (Weight("cpu_even", 2.0, cpu_even), Weight("memory_even", 1.0, memory_even), *ASKED)
 SAVING = (Weight("cpu_saving", 2.0, cpu_saving), Weight("memory_saving", 1.0, memory_saving), *ASKED)
 
