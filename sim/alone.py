@@ -21,7 +21,7 @@ import msgspec
 
 from sim.loop import new_loop
 from sim.plane import SERVICES
-from sim.postgres import Database, Snapshot
+from sim.postgres import Database, Snapshot, parse
 from sim.run import Outcome, Scenario, empty, episode, furnish
 
 PROCESSOR_SECONDS = 180
@@ -79,6 +79,15 @@ async def _migrate(database: Database) -> None:
         await database.migrate(owner)
 
 
+@dataclass(frozen=True)
+class _Word:
+    """What a seed's process says in the end."""
+
+    outcome: Outcome
+    statements: tuple[str, ...]
+    """That had to be parsed for it: parsed once more where the next processes come from, they cost them nothing."""
+
+
 @dataclass
 class _Group:
     """Seeds of one installation: what is still to be played, and what the process that plays them has said."""
@@ -92,7 +101,10 @@ class _Group:
         *lines, rest = self.said.split(b"\n")
         self.said = rest
         for line in lines:
-            yield self.plays.pop(0), msgspec.json.decode(line, type=Outcome)
+            word = msgspec.json.decode(line, type=_Word)
+            for text in word.statements:
+                parse.statements(text)
+            yield self.plays.pop(0), word.outcome
 
     def end(self, pipe: int) -> Iterator[tuple[Play, Outcome]]:
         os.close(pipe)
@@ -148,7 +160,7 @@ def _fork(group: list[Play], level: int) -> tuple[int, int]:
 
 
 def _play_all(group: list[Play], level: int, pipe: int) -> None:
-    first, loaded = group[0], warm()
+    first, loaded, known = group[0], warm(), len(parse.KNOWN)
     gc.disable()  # the dead are never collected, and a seed is short
     for act in before:
         act(first)
@@ -165,16 +177,17 @@ def _play_all(group: list[Play], level: int, pipe: int) -> None:
             try:
                 resource.setrlimit(resource.RLIMIT_CPU, (PROCESSOR_SECONDS, PROCESSOR_SECONDS))
                 outcome = episode(play.seed, stage, play.scenario)
-                _write(pipe, replace(outcome, real_seconds=outcome.real_seconds + share))
+                outcome = replace(outcome, real_seconds=outcome.real_seconds + share)
+                _write(pipe, _Word(outcome, tuple(parse.KNOWN)[known:]))
                 failed = 0
             finally:
                 os._exit(failed)
         _, state = os.waitpid(process, 0)
         if state:
-            _write(pipe, _silent(play.seed))
+            _write(pipe, _Word(_silent(play.seed), ()))
 
 
-def _write(pipe: int, said: Outcome) -> None:
+def _write(pipe: int, said: _Word) -> None:
     line = memoryview(msgspec.json.encode(said) + b"\n")
     while line:
         line = line[os.write(pipe, line) :]

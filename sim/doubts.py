@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from sim import people
 from sim.faults import PAUSE_SECONDS, Scene
 from sim.machines import HostMachine
 from sim.overtaken import stopped
+from sim.plane import Replica
 from sim.promises import NOTICED_SECONDS, PROMISED_SECONDS, managed, on_host
 from sim.world import World
 from volery.contracts.fencing import PowerAction
@@ -24,6 +26,8 @@ FOUND_SECONDS = 60.0
 """In which ha has found its error."""
 MOST_CUT_SECONDS = 200.0
 """Longer than anybody waits before a fence."""
+DEAF_SECONDS = (70.0, 100.0)
+"""So long nobody is heard: longer than anybody waits before a fence."""
 SECOND_SECONDS = 420.0
 """Longer than the hold after ha's leader changed, the silence and the fence; within the brake's window with the first."""
 
@@ -147,21 +151,45 @@ async def confirmed_by_mistake(scene: Scene) -> None:
 async def leader_stands_still(scene: Scene) -> None:
     """Whoever leads ha stands still for longer than a fence waits, and a host for the last moment of that and a little more:
     nobody knows for how long it was silent."""
-    world, hosts = scene.world, managed(scene.world)
-    leader = next(
-        (each for each in world.replicas.values() if each.name.startswith("ha") and each.leads), None
-    )
+    leader, hosts = _leader(scene.world), managed(scene.world)
     if leader is None or not hosts:
         return
     host = scene.chance.choice(hosts)
-    world.note(f"{leader.name} paused")
+    scene.world.note(f"{leader.name} paused")
     leader.pause()
-    await asyncio.sleep(scene.chance.uniform(70, 100))
+    await asyncio.sleep(scene.chance.uniform(*DEAF_SECONDS))
+    await _at_the_end(scene, host, leader.go_on, f"{leader.name} goes on")
+
+
+async def leader_hears_nothing(scene: Scene) -> None:
+    """The same, but its network is cut, and the other replica is down: unlike after a pause nothing waits in a socket that
+    says when hosts were heard last."""
+    world, leader, hosts = scene.world, _leader(scene.world), managed(scene.world)
+    if leader is None or not hosts:
+        return
+    for replica in world.replicas.values():
+        if replica.name.startswith("ha") and replica is not leader:
+            replica.kill(DEAF_SECONDS[1] + 2 * PAUSE_SECONDS)
+    host, link = scene.chance.choice(hosts), leader.machine.link
+    world.note(f"{leader.machine.name}: network cut")
+    world.server.cut(link)
+    await asyncio.sleep(scene.chance.uniform(*DEAF_SECONDS))
+    mended = f"{leader.machine.name}: its network is back"
+    await _at_the_end(scene, host, lambda: world.server.mend(link), mended)
+
+
+def _leader(world: World) -> Replica | None:
+    return next((each for each in world.replicas.values() if each.name.startswith("ha") and each.leads), None)
+
+
+async def _at_the_end(scene: Scene, host: HostMachine, end: Callable[[], None], what: str) -> None:
+    """A host stands still for a moment, in the beginning of which what kept ha from hearing ends."""
+    world = scene.world
     world.note(f"{host.name}: frozen")
     host.freeze()
     await asyncio.sleep(scene.chance.uniform(1, 5))
-    world.note(f"{leader.name} goes on")
-    leader.go_on()
+    world.note(what)
+    end()
     await asyncio.sleep(PAUSE_SECONDS - 8)
     host.thaw()
     world.note(f"{host.name}: goes on")

@@ -10,15 +10,14 @@ give a process's context, which asyncio's own types keep private.
 from __future__ import annotations
 
 import asyncio
-import contextvars
-import heapq
 import itertools
 import signal
 from asyncio import events
 from collections import deque
 from collections.abc import Coroutine
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -89,7 +88,7 @@ class Handle:
     def __init__(self, callback: Any, args: tuple[Any, ...], context: Any, time: float) -> None:
         self.callback: Any = callback
         self.args: Any = args
-        self.context = contextvars.copy_context() if context is None else context
+        self.context = copy_context() if context is None else context
         self.is_cancelled = False
         self.time = time
 
@@ -120,7 +119,8 @@ class SimLoop(asyncio.AbstractEventLoop):
         self.graves: list[Process] = []
         """The dead are kept: were they collected, their clean-up would run."""
         self._time = 0.0
-        self._moved_at_step = 0
+        self._most_steps = MOST_STEPS
+        """Until time goes on."""
         self._ready: deque[Handle] = deque()
         self._timers: list[tuple[float, int, Handle]] = []
         self._running = False
@@ -139,18 +139,22 @@ class SimLoop(asyncio.AbstractEventLoop):
     call_soon_threadsafe = call_soon  # type: ignore[assignment]
 
     def call_later(self, delay: float, callback: Any, *args: Any, context: Any = None) -> Any:  # type: ignore[override]
-        return self.call_at(self._time + delay, callback, *args, context=context)
+        when = self._time + delay
+        handle = Handle(callback, args, context, when)
+        heappush(self._timers, (when, next(self.numbers), handle))
+        return handle
 
     def call_at(self, when: float, callback: Any, *args: Any, context: Any = None) -> Any:  # type: ignore[override]
         handle = Handle(callback, args, context, when)
-        heapq.heappush(self._timers, (when, next(self.numbers), handle))
+        heappush(self._timers, (when, next(self.numbers), handle))
         return handle
 
     def next_timer(self) -> float | None:
         """When something happens next, if nothing is ready now."""
-        while self._timers and self._timers[0][2].is_cancelled:
-            heapq.heappop(self._timers)
-        return self._timers[0][0] if self._timers else None
+        timers = self._timers
+        while timers and timers[0][2].is_cancelled:
+            heappop(timers)
+        return timers[0][0] if timers else None
 
     @property
     def idle(self) -> bool:
@@ -162,11 +166,27 @@ class SimLoop(asyncio.AbstractEventLoop):
         self._running = True
         try:
             task: Any = self.create_task(work)
-            ready = self._ready
+            ready, process_of = self._ready, PROCESS
             while not task.done():
                 if not ready:
                     self._go_on()
-                self._step(ready.popleft())
+                handle = ready.popleft()
+                if handle.is_cancelled:
+                    continue
+                context = handle.context
+                process = context.get(process_of)
+                if process is not None and (process.stopped or process.dead):
+                    (process.buried if process.dead else process.held).append(handle)
+                    continue
+                self.steps += 1
+                if self.steps > self._most_steps:
+                    raise Stuck(f"{MOST_STEPS} steps at {self._time:.3f} s, and no end")
+                try:
+                    context.run(handle.callback, *handle.args)
+                except (SystemExit, KeyboardInterrupt):
+                    raise
+                except BaseException as error:  # as asyncio's loop: one callback's end is nobody else's
+                    self.failed.append(error)
             return task.result()  # type: ignore[no-any-return]
         finally:
             self._running = False
@@ -180,29 +200,12 @@ class SimLoop(asyncio.AbstractEventLoop):
         if when > self.most_seconds:
             raise OutOfTime(f"{self.most_seconds:g} virtual seconds have passed")
         if when > self._time:
-            self._time, self._moved_at_step = when, self.steps
+            self._time, self._most_steps = when, self.steps + MOST_STEPS
         timers = self._timers
         while timers and timers[0][0] <= self._time:
-            timer = heapq.heappop(timers)[2]
+            timer = heappop(timers)[2]
             if not timer.is_cancelled:
                 self._ready.append(timer)
-
-    def _step(self, handle: Handle) -> None:
-        if handle.is_cancelled:
-            return
-        process = handle.context.get(PROCESS)
-        if process is not None and (process.stopped or process.dead):
-            (process.buried if process.dead else process.held).append(handle)
-            return
-        self.steps += 1
-        if self.steps - self._moved_at_step > MOST_STEPS:
-            raise Stuck(f"{MOST_STEPS} steps at {self._time:.3f} s, and no end")
-        try:
-            handle.context.run(handle.callback, *handle.args)
-        except (SystemExit, KeyboardInterrupt):
-            raise
-        except BaseException as error:  # as asyncio's loop: one callback's end is nobody else's
-            self.failed.append(error)
 
     # Processes
 

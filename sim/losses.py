@@ -204,11 +204,14 @@ async def _in_the_middle(scene: Scene, host: HostMachine | None, *, comes_back: 
     world.bmcs[host.name].reachable = True
 
 
-async def _restored(scene: Scene, backup: Snapshot, silent: HostMachine | None = None) -> None:
-    """One of the hosts may be cut off meanwhile, and what the server knows of inventory's stream may be long in coming."""
+async def _restored(
+    scene: Scene, backup: Snapshot, silent: HostMachine | None = None, *, anew: bool = False
+) -> None:
+    """One of the hosts may be cut off meanwhile, and what the server knows of inventory's stream may be long in coming.
+    `anew`: the bus has forgotten everything, too."""
     world = scene.world
     with letters.held_up(world, letters.questions_about_streams(STREAM)):
-        await _back_from(scene, backup)
+        await _back_from(scene, backup, anew=anew)
         if silent is not None:
             world.note(f"{silent.name}: network cut")
             world.trouble(silent.name, 1)
@@ -220,13 +223,20 @@ async def _restored(scene: Scene, backup: Snapshot, silent: HostMachine | None =
         world.trouble(silent.name, -1)
 
 
-async def _back_from(scene: Scene, backup: Snapshot) -> None:
+async def _back_from(scene: Scene, backup: Snapshot, *, anew: bool) -> None:
     world = scene.world
     world.database.stop()
-    await scene.last("", "PostgreSQL away, its disk lost", scene.seconds(1, 10))
+    if anew:
+        world.server.stop()
+        world.server.jetstream.lose()
+        world.reached.add("NATS store lost")
+    what = "PostgreSQL and NATS away, their disks lost" if anew else "PostgreSQL away, its disk lost"
+    await scene.last("", what, scene.seconds(1, 10))
     world.restores += 1
     world.database.restore(backup)
     world.database.start()
+    if anew:
+        world.server.start()
     world.note("PostgreSQL is back, as it was when it was backed up")
     world.reached.add("PostgreSQL restored")
 
@@ -271,6 +281,35 @@ async def started_since_the_backup(scene: Scene) -> None:
     if vm.status is not VmStatus.UP:
         world.oracle.broken(f"{vm.name} runs, and is shown as {vm.status}")
     world.oracle.want(vm_id, Wish.ANY)
+
+
+async def made_anew_since_the_backup(scene: Scene) -> None:
+    """The control plane is made anew from a backup beside an empty bus, and a VM runs elsewhere than that says: nobody but
+    the hosts knows better."""
+    world, host = scene.world, busy_host(scene, scene.world.hosts.values())
+    if host is None:
+        return
+    vm_id = some_vm(scene, host)
+    world.guests[vm_id].migration_seconds = 0.6
+    backup = world.database.snapshot()
+    if scene.chance.random() < 0.5:
+        done = await succeeds(world, "migrate", MIGRATE_VM, MigrateVm(id=vm_id, timeout_seconds=60))
+    else:
+        done = await stopped(world, vm_id) and await started(world, vm_id, another(scene, host))
+    if not done:
+        return
+    await asyncio.sleep(SAID_SECONDS)
+    there = next(world.hosts[name] for name in world.oracle.running[vm_id])
+    domains = domains_of(world, world.vms.values())
+    await _restored(scene, backup, scene.chance.choice((there, host, None)), anew=True)
+    await run_on(
+        world, domains, SETTLED_SECONDS, "an older database beside an empty bus ends nothing that runs"
+    )
+    if not world.database.rows(Owner.INVENTORY, "restore_base")[0]["base"]:
+        world.oracle.broken("PostgreSQL was restored beside an empty bus, and inventory didn't notice it")
+    vm = await world.ask(GET_VM, GetById(id=vm_id))
+    if vm.host_id != there.host_id or vm.status is not VmStatus.UP:
+        world.oracle.broken(f"{vm.name} runs on {there.name}, and is shown as {vm.status} on {vm.host_id}")
 
 
 async def everywhere_since_the_backup(scene: Scene) -> None:

@@ -158,6 +158,10 @@ def _quarantine_never_begins() -> None:
     Quarantine.begin = nothing  # type: ignore[method-assign]
 
 
+def _hosts_that_know_more_are_not_believed() -> None:
+    HostHearing._doubt = nothing  # type: ignore[method-assign]
+
+
 def _epochs_stay_as_they_are() -> None:
     """A placement is decided under the epoch of the one before."""
 
@@ -427,7 +431,7 @@ MUTANTS: dict[str, Mutant] = {
     "claims are left by both": Mutant(slips.claims_are_left_by_both, 10, "has left"),
     "late starts meet nothing": Mutant(slips.late_starts_meet_nothing, 10, "start overtaken"),
     "what nobody heard counts as silence": Mutant(
-        slips.what_nobody_heard_counts_as_silence, 0, "leader pauses"
+        slips.what_nobody_heard_counts_as_silence, 10, "leader cut off", quick=True
     ),
     "everybody is the majority": Mutant(slips.everybody_is_the_majority, 11, "most cut"),
     "the brake forgets in seconds": Mutant(slips.the_brake_forgets_in_seconds, 10, "one after another"),
@@ -442,6 +446,9 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "quarantine never begins": Mutant(_quarantine_never_begins, 10, "moved since"),
     "quarantine holds no looks": Mutant(_quarantine_holds_no_looks, 10, "moved since", quick=True),
+    "hosts that know more are not believed": Mutant(
+        _hosts_that_know_more_are_not_believed, 11, "made anew", quick=True
+    ),
     "restored databases are noticed late": Mutant(_restored_databases_are_noticed_late, 10, "moved since"),
 }
 

@@ -75,6 +75,8 @@ class Domain:
     migrating: Any = None
     """The move under way, on its source."""
     pressed: bool = False
+    described: str = ""
+    """`root` as text, once it was asked for."""
 
     @property
     def epoch(self) -> int:
@@ -100,7 +102,8 @@ class Domain:
         return self.root.findtext("name", "")
 
     def XMLDesc(self, flags: int = 0) -> str:
-        return ET.tostring(self.root, encoding="unicode")
+        self.described = self.described or ET.tostring(self.root, encoding="unicode")
+        return self.described
 
     def state_(self) -> tuple[int, int]:
         return STATES[self.state], REASONS.get((self.state, self.reason), 0)
@@ -136,6 +139,7 @@ class Domain:
         element = ET.fromstring(text)  # noqa: S314 - the agent wrote it
         element.tag = f"{{{NAMESPACE}}}domain"
         holder.append(element)
+        self.described = ""
         self.daemon.tell(HypervisorEvent(EventName.METADATA_CHANGED, self.vm_id))
 
     def migrateSetMaxDowntime(self, milliseconds: int, flags: int = 0) -> None:

@@ -6,7 +6,6 @@ Subscriptions, messages, micro services and JetStream contexts are nats-py's own
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import contextvars
 import random
 from collections.abc import Awaitable, Callable, Mapping
@@ -267,7 +266,7 @@ class MemoryClient(Client):
     # Hearing
 
     def message(self, subject: str, reply: str, data: bytes, headers: Any) -> Msg:
-        return Msg(_client=self, subject=subject, reply=reply, data=data, headers=headers)
+        return Msg(self, subject, reply, data, headers)
 
     def take(self, sid: int, subject: str, reply: str, data: bytes, headers: Any) -> None:
         """A message that arrived."""
@@ -278,13 +277,13 @@ class MemoryClient(Client):
         if sub._max_msgs > 0 and sub._received >= sub._max_msgs:
             self._subs.pop(sid, None)
         self.stats["in_msgs"] += 1
-        message = self.message(subject, reply, data, headers)
+        message = Msg(self, subject, reply, data, headers)
         if sub._future is not None:
             if not sub._future.done():
                 sub._future.set_result(message)
             return
         sub._pending_size += len(data)
-        with contextlib.suppress(asyncio.QueueFull):
+        if not sub._pending_queue.full():
             sub._pending_queue.put_nowait(message)
 
 

@@ -212,11 +212,11 @@ class NatsServer:
         self, connection: Connection, subject: str, reply: str, data: bytes, headers: Any, patient: Any = None
     ) -> None:
         """`patient` is the future of a request: its answer goes nowhere else."""
-        for hear in list(self.overhears):
+        for hear in tuple(self.overhears):
             hear(subject, data, headers)
         if patient is not None:
             self.requests[reply] = (connection, patient)
-        if any(withhold(subject, data, headers) for withhold in self.withholds):
+        if self.withholds and any(withhold(subject, data, headers) for withhold in self.withholds):
             return
         if subject.startswith(API):
             answer = msgspec.json.encode(self.jetstream.answer(subject, data))
@@ -265,16 +265,12 @@ class NatsServer:
     def _route(self, subject: str, reply: str, data: bytes, headers: Mapping[str, str] | None) -> bool:
         """Whether anybody is interested."""
         found = self.interests.find(subject)
-        if not found:
+        if not found.everybody:
             return False
         self.messages += 1
-        groups: dict[str, list[Interest]] = {}
-        for interest in list(found):
-            if interest.queue:
-                groups.setdefault(interest.queue, []).append(interest)
-            else:
-                self._to(interest, subject, reply, data, headers)
-        for members in groups.values():
+        for interest in found.each:
+            self._to(interest, subject, reply, data, headers)
+        for members in found.groups:
             chosen = members[0] if len(members) == 1 else members[random.randrange(len(members))]
             self._to(chosen, subject, reply, data, headers)
         return True
@@ -282,19 +278,18 @@ class NatsServer:
     def _to(
         self, interest: Interest, subject: str, reply: str, data: bytes, headers: Mapping[str, str] | None
     ) -> None:
-        connection, sid = interest.connection, interest.sid
+        connection = interest.connection
         if interest.left:
             interest.left -= 1
             if not interest.left:
-                self.unsubscribe(connection, sid, 0)
-        client = connection.client
-        self._send(connection, lambda: client.take(sid, subject, reply, data, headers))
+                self.unsubscribe(connection, interest.sid, 0)
+        self._send(connection, partial(connection.client.take, interest.sid, subject, reply, data, headers))
 
     def _push(
         self, deliver: str, subject: str, reply: str, data: bytes, headers: Mapping[str, str] | None
     ) -> bool:
-        found = self.interests.find(deliver)
-        for interest in list(found):
+        found = self.interests.find(deliver).everybody
+        for interest in found:
             self._to(interest, subject, reply, data, headers)
         return bool(found)
 
@@ -302,15 +297,18 @@ class NatsServer:
         if connection.link.cut:
             connection.inbox.append(arrive)
             return
-        now = self.loop.time()
-        at = now + HOP_SECONDS + more_seconds + connection.link.delay_seconds
-        at = connection.next_in = max(at, connection.next_in)
+        at = self.loop.time() + HOP_SECONDS + more_seconds + connection.link.delay_seconds
+        if at < connection.next_in:
+            at = connection.next_in
+        connection.next_in = at
         self.loop.call_at(at, self._arrives, connection, arrive, context=_EMPTY)
 
     def _arrives(self, connection: Connection, arrive: Callable[[], Any]) -> None:
-        if connection.link.cut and connection.alive:
+        if not connection.alive:
+            return
+        if connection.link.cut:
             connection.inbox.append(arrive)
-        elif connection.alive:
+        else:
             arrive()
 
     def _tick(self) -> None:

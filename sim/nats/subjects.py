@@ -36,6 +36,26 @@ class Interest:
     """How many more messages it gets; 0 is any number."""
 
 
+@dataclass(frozen=True, slots=True)
+class Hearers:
+    """Who is interested in one subject. Never changed: whoever walks it may subscribe and unsubscribe meanwhile."""
+
+    everybody: tuple[Interest, ...]
+    each: tuple[Interest, ...]
+    """Those that share with nobody."""
+    groups: tuple[tuple[Interest, ...], ...]
+    """Of each queue one is chosen."""
+
+
+def _hearers(found: list[Interest]) -> Hearers:
+    groups: dict[str, list[Interest]] = {}
+    for interest in found:
+        if interest.queue:
+            groups.setdefault(interest.queue, []).append(interest)
+    each = tuple(interest for interest in found if not interest.queue)
+    return Hearers(tuple(found), each, tuple(map(tuple, groups.values())))
+
+
 @dataclass(slots=True)
 class Interests:
     """All subscriptions, in the order in which they came."""
@@ -43,7 +63,7 @@ class Interests:
     exact: dict[str, list[Interest]] = field(default_factory=dict)
     wild: dict[str, list[tuple[list[str], Interest]]] = field(default_factory=dict)
     """By their first token: hosts that come and go concern few subjects."""
-    known: dict[str, dict[str, list[Interest]]] = field(default_factory=dict)
+    known: dict[str, dict[str, Hearers]] = field(default_factory=dict)
     """First token → subject → what was found for it since the last change."""
 
     def add(self, interest: Interest) -> None:
@@ -74,14 +94,16 @@ class Interests:
         else:
             self.known.get(first, {}).pop(subject, None)
 
-    def find(self, subject: str) -> list[Interest]:
-        first, _, _ = subject.partition(".")
-        known = self.known.setdefault(first, {})
-        found = known.get(subject)
-        if found is None:
+    def find(self, subject: str) -> Hearers:
+        first = subject.partition(".")[0]
+        known = self.known.get(first)
+        if known is None:
+            known = self.known[first] = {}
+        hearers = known.get(subject)
+        if hearers is None:
             tokens = subject.split(".")
             found = list(self.exact.get(subject, ()))
             for wild in (first, *ANY):
                 found += [one for pattern, one in self.wild.get(wild, ()) if tokens_match(pattern, tokens)]
-            known[subject] = found
-        return found
+            hearers = known[subject] = _hearers(found)
+        return hearers

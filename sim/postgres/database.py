@@ -52,10 +52,16 @@ class _Known:
     """The versions of its tables, added up: none of them ever goes back."""
     answers: dict[Any, Answer] = field(default_factory=dict)
 
-    def recall(self, args: Any) -> Answer | None:
-        if self.stamp != sum([table.version for table in self.plan.tables]):
+    def recall(self, args: tuple[Any, ...]) -> Answer | None:
+        stamp = 0
+        for table in self.plan.tables:
+            stamp += table.version
+        if self.stamp != stamp:
             return None
-        return self.answers.get(args)
+        try:
+            return self.answers.get(args)
+        except TypeError:  # an array is a list
+            return self.answers.get(_hashable(args))
 
     def remember(self, args: Any, answer: Answer) -> None:
         stamp = sum([table.version for table in self.plan.tables])
@@ -182,7 +188,7 @@ class Database:
         kept = self._plan(schema, text)
         if kept is None or not kept.plan.steady:
             return None
-        return kept.recall(_hashable(args))
+        return kept.recall(args)
 
     def _plan(self, schema: Schema, text: str) -> _Known | None:
         plans = self._plans.get(schema.name)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import asyncpg
@@ -33,9 +32,19 @@ class Teller:
 Statement = exp.Expr | Teller
 
 
-@lru_cache(maxsize=4096)
+KNOWN: dict[str, tuple[Statement, ...]] = {}
+"""What was parsed before, in this process or in one that it is a fork of; the newest last."""
+
+
 def statements(text: str) -> tuple[Statement, ...]:
     """The statements of a script. Raises PostgresSyntaxError, Unsupported."""
+    found = KNOWN.get(text)
+    if found is None:
+        found = KNOWN[text] = _script(text)
+    return found
+
+
+def _script(text: str) -> tuple[Statement, ...]:
     found: list[Statement] = []
     at = 0
     for match in _FUNCTION.finditer(text):

@@ -46,14 +46,15 @@ class Plan:
                 f"the server expects {len(self.takers)} argument{'s' * (len(self.takers) != 1)} for this query, "
                 f"{len(values)} {'was' if len(values) == 1 else 'were'} passed"
             )
-        taken: list[Any] = []
-        for number, (take, value) in enumerate(zip(self.takers, values, strict=True), 1):
-            try:
-                taken.append(None if value is None else take(value))
-            except (TypeError, ValueError, OverflowError) as error:
-                raise asyncpg.DataError(
-                    f"invalid input for query argument ${number}: {value!r} ({error})"
-                ) from None
+        number, taken = 0, list(values)
+        try:
+            for number, take in enumerate(self.takers):
+                if taken[number] is not None:
+                    taken[number] = take(taken[number])
+        except (TypeError, ValueError, OverflowError) as error:
+            raise asyncpg.DataError(
+                f"invalid input for query argument ${number + 1}: {values[number]!r} ({error})"
+            ) from None
         return taken
 
     def execute(self, command: Command, arguments: list[Any]) -> tuple[Rows, str]:

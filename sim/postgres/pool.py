@@ -79,8 +79,9 @@ class Pool:
         if self._idle and not self._closing:
             connection = self._idle[-1]
             if not connection.is_closed():
-                seconds = connection.database.latency()
-                if not seconds and (known := connection.recall(query, args)) is not None:
+                database = connection.database
+                seconds = database.latency()
+                if not seconds and (known := database.recall(connection.schema, query, args)) is not None:
                     return known
         connection = await self.take()
         try:
