@@ -266,7 +266,7 @@ async def test_what_was_under_way_in_a_backup_beside_an_empty_bus_waits_for_the_
         world = story.world
         async with before_the_restore(story):
             first, second = story.hosts
-            vm = await world.vm(start=False)
+            vm, another = [await world.vm(start=False) for _ in range(2)]
             for host in story.hosts:
                 await host.agent.until_committed("inventory")
             held = world.scheduler.may_place = asyncio.Event()
@@ -289,7 +289,7 @@ async def test_what_was_under_way_in_a_backup_beside_an_empty_bus_waits_for_the_
 
         async def waits_for_the_first_alone() -> bool:
             with pytest.raises(Refused) as put_off:
-                await world.bus.ask(START_VM, StartVm(id=vm.id))
+                await world.bus.ask(START_VM, StartVm(id=another.id))
             return put_off.value.details.get("waits_for_hosts") == [first.id]
 
         async with inventory_of(world):
