@@ -16,6 +16,7 @@ from lab.errors import LabError
 from lab.redfish import RedfishServer
 from vm_tier.guests import Figures, running, stop
 from vm_tier.machine import Machine
+from vm_tier.qmp import monitor
 from vm_tier.site import Site
 from volery.client import api
 from volery.client.request import Request, body_of
@@ -52,7 +53,7 @@ def show(site: Site, client: Client) -> Figures:
     if lost.pid is None:
         site.up()
     prepare(site, lost)
-    with bmc(site, lost) as device:
+    with bmc(site, lost) as device, monitor(lost.monitor) as qemu:
         host = manage_power(client, site.host(client, lost), lost, device)
         vm = running(
             site, client, "dumped", lost, high_availability=HighAvailability(enabled=True), lease=""
@@ -62,7 +63,11 @@ def show(site: Site, client: Client) -> Figures:
         said: dict[str, float] = {}
 
         def dump_heard() -> bool:
-            return note(said, client, host, panicked)
+            if note(said, client, host, panicked):
+                return True
+            if any(record.id not in fences for record in client.list(api.FENCE_RECORDS)):
+                raise LabError(f"{host.name} was switched off before its crash kernel said a word: {said}")
+            return False
 
         def runs() -> bool:
             note(said, client, host, panicked)
@@ -72,7 +77,9 @@ def show(site: Site, client: Client) -> Figures:
         site.until(dump_heard, DUMP_SECONDS, "ha to hear the crash kernel")
         heard = client.send(api.LIVENESS.get(host.id))
         site.until(runs, DUMP_SECONDS, f"{vm.name} to run again")
-        ran = time.time()
+        ran, rebooted = time.time(), 0.0
+        with contextlib.suppress(LabError):  # switched off, or it still dumps
+            rebooted = qemu.event("RESET", 0.1) - panicked
         ended = client.send(api.LIVENESS.get(host.id))
         site.up()
         power = [record for record in client.list(api.FENCE_RECORDS) if record.id not in fences]
@@ -83,6 +90,8 @@ def show(site: Site, client: Client) -> Figures:
     return {
         "from the panic until ha heard the first message, s": seconds(heard, "kdump_first", panicked),
         "from the panic until the last message, s": round(said.pop("last message", 0.0), 1),
+        "from the panic until the dump was written and the host rebooted, s": round(rebooted, 1)
+        or "not seen",
         "what ha said, and from when (s after the panic)": said,
         "power was switched": [step.step for record in power for step in record.steps] or "no",
         "proof": f"{proof.kind}: {proof.details}" if proof else "none",
