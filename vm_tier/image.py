@@ -17,7 +17,7 @@ PACKAGES = (
     "linux-image-amd64 initramfs-tools openssh-server nfs-kernel-server nfs-common dbus kmod procps"
     " kdump-tools makedumpfile fence-agents iputils-ping"
 )
-MODULES = "virtio_blk virtio_pci ext4 virtio_net virtio_rng virtio_scsi"
+MODULES = "virtio_blk virtio_pci ext4 virtio_net virtio_rng virtio_scsi i6300esb"
 SIZE = "5G"
 BUILD_SECONDS = 3600.0
 

@@ -7,7 +7,7 @@ import secrets
 import threading
 import time
 from collections.abc import Iterator
-from datetime import datetime
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lab.bmc import make_certificate
@@ -16,15 +16,15 @@ from lab.errors import LabError
 from lab.redfish import RedfishServer
 from vm_tier.guests import Figures, running, stop
 from vm_tier.machine import Machine
+from vm_tier.qmp import monitor
 from vm_tier.site import Site
 from volery.client import api
 from volery.client.request import Request, body_of
 from volery.client.transport import Client
 from volery.contracts.base import Done
 from volery.contracts.host import Host
-from volery.contracts.liveness import HostLiveness
-from volery.contracts.power import Identity, NewFenceDevice, PowerManagement, SetPowerManagement
-from volery.contracts.vm import HighAvailability, VmStatus
+from volery.contracts.power import Fencing, Identity, NewFenceDevice, PowerManagement, SetPowerManagement
+from volery.contracts.vm import HighAvailability, Vm, VmStatus
 
 PORT = 7410
 BMC_PORT = 18443
@@ -46,67 +46,81 @@ WantedBy=kdump-tools-dump.service
 """docs/power-management.md has it."""
 
 
+@dataclass
+class Seen:
+    """What ha hears and says after a panic; times are seconds after it."""
+
+    client: Client
+    host: Host
+    vm: Vm
+    panicked: float
+    heard: int
+    first: float = 0.0
+    last: float = 0.0
+    ran: float = 0.0
+    said: dict[str, float] = field(default_factory=dict)
+
+    def look(self) -> bool:
+        """Whether the VM runs again, and the crash kernel was heard."""
+        after = round(time.time() - self.panicked, 1)
+        heard, liveness = messages(self.client), self.client.send(api.LIVENESS.get(self.host.id))
+        if heard > self.heard:
+            self.first, self.last, self.heard = self.first or after, after, heard
+        self.said.setdefault(f"{liveness.state}: {liveness.fencing}", after)
+        now = self.client.send(api.VMS.get(self.vm.id))
+        if not self.ran and now.status is VmStatus.UP and now.epoch > self.vm.epoch:
+            self.ran = after
+        return bool(self.ran and (self.first or self._was_switched()))
+
+    def _was_switched(self) -> bool:
+        return any(
+            record.host_id == self.host.id and record.created_at.timestamp() > self.panicked
+            for record in self.client.list(api.FENCE_RECORDS)
+        )
+
+
 def show(site: Site, client: Client) -> Figures:
-    """`hv2`, with a running VM, a BMC and a crash kernel, panics: power waits for the dump, and the VM for its end."""
+    """`hv2`, with a running VM, a BMC and a crash kernel, panics: power waits for the dump, the VM for a proof."""
     other, lost = site.both
     if lost.pid is None:
         site.up()
     prepare(site, lost)
-    with bmc(site, lost) as device:
+    with bmc(site, lost) as device, monitor(lost.monitor) as qemu:
         host = manage_power(client, site.host(client, lost), lost, device)
-        vm = running(
-            site, client, "dumped", lost, high_availability=HighAvailability(enabled=True), lease=""
-        ).vm
-        fences = {record.id for record in client.list(api.FENCE_RECORDS)}
-        panicked = panic(lost)
-        said: dict[str, float] = {}
-
-        def dump_heard() -> bool:
-            return note(said, client, host, panicked)
-
-        def runs() -> bool:
-            note(said, client, host, panicked)
-            now = client.send(api.VMS.get(vm.id))
-            return now.status is VmStatus.UP and now.epoch > vm.epoch
-
-        site.until(dump_heard, DUMP_SECONDS, "ha to hear the crash kernel")
-        heard = client.send(api.LIVENESS.get(host.id))
-        site.until(runs, DUMP_SECONDS, f"{vm.name} to run again")
-        ran = time.time()
-        ended = client.send(api.LIVENESS.get(host.id))
+        protected = HighAvailability(enabled=True)
+        vm = running(site, client, "dumped", lost, high_availability=protected, lease="").vm
+        heard = messages(client)
+        seen = Seen(client, host, vm, panic(lost), heard)
+        site.until(seen.look, DUMP_SECONDS, f"{vm.name} to run again and the crash kernel to be heard")
+        rebooted = 0.0
+        with contextlib.suppress(LabError):  # it was switched off
+            rebooted = qemu.event("RESET", DUMP_SECONDS) - seen.panicked
+        proof = client.send(api.LIVENESS.get(host.id)).proof
         site.up()
-        power = [record for record in client.list(api.FENCE_RECORDS) if record.id not in fences]
+        power = [record for record in client.list(api.FENCE_RECORDS) if record.host_id == host.id]
         where = client.send(api.VMS.get(vm.id)).host_id
         stop(client, vm)
         client.send(Request("DELETE", f"hosts/{host.id}/power-management", Done))  # its BMC ends with this
-    proof = ended.proof
+    switched = [record for record in power if record.created_at.timestamp() > seen.panicked]
     return {
-        "from the panic until ha heard the first message, s": seconds(heard, "kdump_first", panicked),
-        "from the panic until the last message, s": round(said.pop("last message", 0.0), 1),
-        "what ha said, and from when (s after the panic)": said,
-        "power was switched": [step.step for record in power for step in record.steps] or "no",
+        "from the panic until ha heard the first message, s": seen.first or "switched off before",
+        "messages heard": seen.heard - heard,
+        "from the panic until the dump was written and the host rebooted, s": round(rebooted, 1)
+        or "not seen",
+        "what ha said, and from when (s after the panic)": seen.said,
+        "power was switched": [step.step for record in switched for step in record.steps] or "no",
         "proof": f"{proof.kind}: {proof.details}" if proof else "none",
-        "from the panic until the proof, s": round(proof.at.timestamp() - panicked, 1) if proof else "",
-        "from the panic until the VM runs again, s": round(ran - panicked, 1),
+        "from the panic until the proof, s": round(proof.at.timestamp() - seen.panicked, 1) if proof else "",
+        "from the panic until the VM runs again, s": seen.ran,
         "it runs on": "the other host" if where == site.host(client, other).id else "its own host",
         "dump": lost.ssh("cd /var/crash && du -h --apparent-size */* | tail -2").split(),
     }
 
 
-def note(said: dict[str, float], client: Client, host: Host, panicked: float) -> bool:
-    """What ha says now; whether it has heard the crash kernel."""
-    now = client.send(api.LIVENESS.get(host.id))
-    after = round(time.time() - panicked, 1)
-    said.setdefault(f"{now.state}: {now.fencing}", after)
-    newest = [evidence for evidence in now.evidence if evidence.kind == "kdump"]
-    if newest:
-        said["last message"] = newest[0].at.timestamp() - panicked
-    return any(evidence.kind == "kdump_first" for evidence in now.evidence)
-
-
-def seconds(found: HostLiveness, kind: str, panicked: float) -> float:
-    at: datetime = next(evidence.at for evidence in found.evidence if evidence.kind == kind)
-    return round(at.timestamp() - panicked, 1)
+def messages(client: Client) -> int:
+    """How many messages of crash kernels ha has heard."""
+    listener = client.send(Request("GET", "fencing", Fencing)).kdump
+    return listener.heard if listener else 0
 
 
 def prepare(site: Site, machine: Machine) -> None:

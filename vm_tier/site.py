@@ -118,6 +118,8 @@ class Site:
                 "VOLERY_SETUP_PUBLIC_ADDRESS": self.address,
                 "VOLERY_SETUP_NAMES": self.address,
                 "VOLERY_HA_KDUMP_PORT": "7410",
+                # An emulated crash kernel takes so long to its first message.
+                "VOLERY_HA_SILENCE_BEFORE_FENCE_SECONDS": "300",
             }
         )
         running = up(self.home, self.output)
