@@ -22,7 +22,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     decision_days: int = 7
     """How long decisions stay readable."""
     explained_hosts: int = 100
-    """Hosts explained in the answer to a placement; the stored decision explains them all."""
+    """Hosts explained in a decision, at least 5; of the others it says how many each rule excludes."""
     high_utilization_percent: float = 80.0
     """Power saving fills a host up to this CPU load, not further (oVirt's HighUtilization)."""
     vcpu_load_percent: float = 10.0

@@ -80,6 +80,7 @@ class Fleet:
     _models: list[frozenset[str]] = field(default_factory=list)
     _machines: list[frozenset[str]] = field(default_factory=list)
     _masks: dict[tuple[str, str], Bools] = field(default_factory=dict)
+    _ranks: Ints | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -123,7 +124,7 @@ class Fleet:
         self._models.append(host.cpu_models)
         self._machines.append(host.machines)
         self.rows[host.id] = row
-        self._masks.clear()
+        self._forget_order()
         return row
 
     def remove(self, host_id: str) -> None:
@@ -142,7 +143,11 @@ class Fleet:
             sets.pop()
         if row != last:
             self.rows[self.ids[row]] = row
+        self._forget_order()
+
+    def _forget_order(self) -> None:
         self._masks.clear()
+        self._ranks = None
 
     def keep_only(self, host_ids: Iterable[str]) -> None:
         for gone in set(self.ids) - set(host_ids):
@@ -186,6 +191,13 @@ class Fleet:
     def cluster_of(self, row: int) -> str:
         number = int(self.ints("cluster")[row])
         return next(c for c, n in self._cluster_numbers.items() if n == number)
+
+    def ranks(self) -> Ints:
+        """Each host's place in the order of ids: what decides between equals, the same in every replica."""
+        if self._ranks is None:
+            self._ranks = np.empty(len(self.ids), np.int64)
+            self._ranks[sorted(range(len(self.ids)), key=self.ids.__getitem__)] = np.arange(len(self.ids))
+        return self._ranks
 
     def in_cluster(self, cluster_id: str) -> Bools:
         mask: Bools = self.ints("cluster") == self._cluster_numbers.get(cluster_id, -1)

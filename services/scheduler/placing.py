@@ -10,16 +10,21 @@ import msgspec
 from msgspec.structs import replace
 
 from services.scheduler import model, store
-from services.scheduler.policies.decision import decide, explain, sentence
+from services.scheduler.config import SchedulerConfig
+from services.scheduler.fleet import Fleet
+from services.scheduler.policies.decision import NAMED_HOSTS, decide, explain, mend, sentence
 from services.scheduler.policies.request import Request, request
 from services.scheduler.state import Scheduler
 from volery.contracts.errors import Kind, Refused, conflict, not_found
 from volery.contracts.ids import new_id
+from volery.contracts.operation import ListQuery
 from volery.contracts.scheduling import (
     GET_DECISION,
+    LIST_DECISIONS,
     PLACE,
     Claim,
     GetDecision,
+    PastDecision,
     Place,
     Placement,
     Purpose,
@@ -42,7 +47,7 @@ async def place(scheduler: Scheduler, ask: Place, caller: Caller) -> Placement:
     """Raises Refused(invalid) for an impossible need; that no host fits is an answer, not a refusal."""
     model.check(ask)
     if ask.dry_run:
-        return _trimmed(scheduler, _decided(scheduler, ask))
+        return _decided(scheduler, ask)
     claims = await store.claims_of(scheduler.core.pool, ask.need.vm_id)
     if (first := await _first_answer(scheduler, ask, claims)) is not None:
         return first
@@ -72,21 +77,27 @@ async def place(scheduler: Scheduler, ask: Place, caller: Caller) -> Placement:
 
 def _decided(scheduler: Scheduler, ask: Place) -> Placement:
     asked = request(ask, scheduler.policy(ask.need.cluster_id), scheduler.config)
-    decision = decide(scheduler.fleet, asked)
-    hosts = explain(scheduler.fleet, asked, decision)
-    best = decision.best
+    return decided(scheduler.fleet, asked, scheduler.config)
+
+
+def decided(fleet: Fleet, asked: Request, config: SchedulerConfig) -> Placement:
+    """The decision and its explanation; nothing is claimed or kept yet."""
+    decision = decide(fleet, asked)
+    hosts = explain(fleet, asked, decision, _shown(config))
+    best, mended = decision.best, mend(fleet, asked, decision)
     return Placement(
-        vm_id=ask.need.vm_id,
-        epoch=ask.epoch,
-        host_id=scheduler.fleet.ids[best] if best is not None else "",
+        vm_id=asked.need.vm_id,
+        epoch=asked.place.epoch,
+        host_id=fleet.ids[best] if best is not None else "",
         hosts=hosts,
-        message=sentence(asked, hosts, known=_target_known(scheduler, asked)),
+        message=sentence(fleet, asked, decision, hosts, mended),
+        vm_name=asked.need.name,
+        purpose=asked.place.purpose,
+        considered=len(decision.order),
+        fitting=decision.fitting,
+        excluded_by=decision.excluded_by(),
+        remedies=mended,
     )
-
-
-def _target_known(scheduler: Scheduler, asked: Request) -> bool:
-    target = asked.place.target_host_id
-    return not target or target in scheduler.fleet.rows
 
 
 async def _hear_more(scheduler: Scheduler) -> None:
@@ -143,7 +154,9 @@ async def _first_answer(scheduler: Scheduler, ask: Place, claims: Claims) -> Pla
             claimed=True,
             message="placed before; the explanation is no longer kept",
         )
-    return _trimmed(scheduler, msgspec.json.decode(kept, type=Placement))
+    first = msgspec.json.decode(kept, type=Placement)
+    # A decision of the previous release explains every host of its cluster.
+    return replace(first, hosts=first.hosts[: _shown(scheduler.config)])
 
 
 async def _commit(scheduler: Scheduler, ask: Place, placement: Placement, caller: Caller) -> Placement:
@@ -157,11 +170,12 @@ async def _commit(scheduler: Scheduler, ask: Place, placement: Placement, caller
             store.take_capacity(claim.host_id, claim.memory_bytes, claim.vcpus),
             store.CLAIMS.insert(claim, store.ClaimPrivate(decision_id=decision_id)),
         ]
-    answer = _trimmed(scheduler, placement)
-    await scheduler.core.commit(*changes, store.keep_decision(placement), caller=caller, answer=answer)
+    await scheduler.core.commit(
+        *changes, store.keep_decision(placement, _in_short(placement)), caller=caller, answer=placement
+    )
     if placement.host_id:
         scheduler.fleet.use(claim.host_id, claim.memory_bytes, claim.vcpus)
-    return answer
+    return placement
 
 
 def _claim(scheduler: Scheduler, ask: Place, host_id: str) -> Claim:
@@ -181,18 +195,26 @@ def _claim(scheduler: Scheduler, ask: Place, host_id: str) -> Claim:
     )
 
 
-def _trimmed(scheduler: Scheduler, placement: Placement) -> Placement:
-    """An answer stays small however large the cluster is; the stored decision has every host."""
-    most = scheduler.config.explained_hosts
-    more = len(placement.hosts) - most
-    if more <= 0:
-        return placement
-    where = f" (decision {placement.decision_id} explains them)" if placement.decision_id else ""
-    return replace(
-        placement,
-        hosts=placement.hosts[:most],
-        message=f"{placement.message}. {more} more hosts are not shown{where}",
+def _in_short(placement: Placement) -> PastDecision:
+    now = utc_now()
+    return PastDecision(
+        id=placement.decision_id,
+        revision=1,
+        created_at=now,
+        updated_at=now,
+        vm_id=placement.vm_id,
+        vm_name=placement.vm_name,
+        epoch=placement.epoch,
+        purpose=placement.purpose,
+        host_id=placement.host_id,
+        host_name=placement.hosts[0].name if placement.host_id else "",
+        message=placement.message,
     )
+
+
+def _shown(config: SchedulerConfig) -> int:
+    """Decisions stay small however large the cluster is; but a sentence's hosts are always explained."""
+    return max(config.explained_hosts, NAMED_HOSTS)
 
 
 @part.answers(GET_DECISION)
@@ -201,3 +223,9 @@ async def get_decision(scheduler: Scheduler, ask: GetDecision, caller: Caller) -
     if body is None:
         raise not_found("decision", ask.id)
     return msgspec.Raw(body)
+
+
+@part.answers(LIST_DECISIONS)
+async def list_decisions(scheduler: Scheduler, ask: ListQuery, caller: Caller) -> Any:
+    newest_first = ask if ask.order_by else replace(ask, order_by="-id")
+    return await store.decisions(scheduler.core.pool, newest_first)

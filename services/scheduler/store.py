@@ -19,9 +19,9 @@ from volery.contracts.cluster import Cluster
 from volery.contracts.host import Host
 from volery.contracts.network import Network
 from volery.contracts.operation import ListQuery
-from volery.contracts.scheduling import CLAIM_CHANGED, CLAIM_DELETED, Claim, Placement
+from volery.contracts.scheduling import CLAIM_CHANGED, CLAIM_DELETED, Claim, PastDecision, Placement
 from volery.contracts.vm import Vm
-from volery.runtime.pages import plain_page
+from volery.runtime.pages import page, plain_page
 from volery.runtime.tables import Change, Row, Table
 
 Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
@@ -66,6 +66,11 @@ CAPACITY: Table[Any, Any] = Table(
     "capacity", Claim, ClaimPrivate, columns={"name": "name", "cluster_id": "cluster_id", "status": "status"}
 )
 """A view; only its documents are read."""
+
+DECISIONS: Table[PastDecision, ClaimPrivate] = Table(
+    "decision", PastDecision, ClaimPrivate, columns={"vm_id": "vm_id", "host_id": "host_id"}
+)
+"""Only its documents are read this way."""
 
 
 # Claims and the capacity they hold. The host's row is always written first, so that its lock orders them.
@@ -201,16 +206,22 @@ async def forget_gone(pool: Pool) -> None:
 # Decisions.
 
 
-def keep_decision(placement: Placement) -> Change:
+def keep_decision(placement: Placement, short: PastDecision) -> Change:
     return Change(
-        "insert into decision (id, vm_id, host_id, body) values ({0}, {1}, {2}, {3}::bytea) returning 1",
+        "insert into decision (id, vm_id, host_id, doc, body) values ({0}, {1}, {2}, {3}, {4}::bytea) returning 1",
         (
-            placement.decision_id,
-            placement.vm_id,
-            placement.host_id,
+            short.id,
+            short.vm_id,
+            short.host_id,
+            encode(short).decode(),
             zlib.compress(encode(placement), level=1),
         ),
     )
+
+
+async def decisions(pool: Pool, query: ListQuery) -> bytes:
+    """A page of those that the previous release didn't write."""
+    return await page(pool, DECISIONS, query, "doc <> ''")
 
 
 async def decision(pool: Pool, decision_id: str) -> bytes | None:

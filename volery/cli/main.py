@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from volery.cli import access, admin, estate, fencing, protection, soft_fencing, storage, streams, vm
+from volery.cli import access, admin, estate, fencing, placing, protection, soft_fencing, storage, streams, vm
 
 app = typer.Typer(
     help="Volery: KVM hosts and their virtual machines.",
@@ -22,6 +22,7 @@ NOUNS: dict[str, typer.Typer] = {
     "mac-pool": estate.mac_pools,
     "operation": streams.operations,
     "claim": admin.claims,
+    "decision": placing.app,
     "liveness": admin.liveness,
     "user": access.users,
     "token": access.tokens,
@@ -44,7 +45,7 @@ app.command()(access.login)
 app.command()(access.logout)
 app.command()(streams.events)
 app.command()(streams.console)
-app.command("explain")(vm.explain)
+app.command("explain")(placing.explain)
 
 
 def main() -> None:

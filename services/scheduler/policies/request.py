@@ -34,6 +34,10 @@ class Request:
         return f"VM {self.need.name or self.need.vm_id}"
 
     @property
+    def cluster(self) -> str:
+        return f"cluster {self.policy.name or self.need.cluster_id}"
+
+    @property
     def excluded_because(self) -> str:
         if self.place.purpose is Purpose.MIGRATE:
             return "it is the source of this migration or was tried before"
