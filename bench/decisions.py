@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from bench.rows import Line, below, percentile
 from bench.world import World
 from services.scheduler.config import SchedulerConfig
-from services.scheduler.fleet import Fleet, HostFigures, NetworkReach
+from services.scheduler.fleet import Fleet, HostFigures, Measured, NetworkReach
 from services.scheduler.model import ClusterPolicy, limits
 from services.scheduler.placing import decided
 from services.scheduler.policies.decision import decide
@@ -56,7 +56,7 @@ def fleet_of(figures: list[HostFigures], dice: random.Random) -> Fleet:
     fleet.clusters[POLICY.id] = POLICY
     for host in figures:
         fleet.put(host)
-        fleet.sample(host.id, dice.uniform(0, 90))
+        fleet.sample(host.id, Measured(dice.uniform(0, 90)))
     for name in ("lan", "backup"):
         reach = frozenset(h.id for h in figures if dice.random() < 0.9)
         fleet.set_network(NetworkReach(name, name, reach))

@@ -30,7 +30,7 @@ from volery.contracts.scheduling import (
     Purpose,
 )
 from volery.runtime.bus import Caller
-from volery.runtime.clock import utc_now
+from volery.runtime.clock import monotonic, utc_now
 from volery.runtime.service import Part
 from volery.runtime.tables import Change, Row, Stale, Taken
 
@@ -76,7 +76,7 @@ async def place(scheduler: Scheduler, ask: Place, caller: Caller) -> Placement:
 
 
 def _decided(scheduler: Scheduler, ask: Place) -> Placement:
-    asked = request(ask, scheduler.policy(ask.need.cluster_id), scheduler.config)
+    asked = request(ask, scheduler.policy(ask.need.cluster_id), scheduler.config, now=monotonic())
     return decided(scheduler.fleet, asked, scheduler.config)
 
 
@@ -119,7 +119,7 @@ async def _make_way(scheduler: Scheduler, ask: Place, claims: Claims) -> None:
             await scheduler.core.commit(*store.release(row))
         except Stale:
             continue
-        scheduler.fleet.use(row.public.host_id, -row.public.memory_bytes, -row.public.vcpus)
+        scheduler.gave_back(row.public)
 
 
 async def _first_answer(scheduler: Scheduler, ask: Place, claims: Claims) -> Placement | None:
@@ -167,14 +167,14 @@ async def _commit(scheduler: Scheduler, ask: Place, placement: Placement, caller
     if placement.host_id:
         claim = _claim(scheduler, ask, placement.host_id)
         changes = [
-            store.take_capacity(claim.host_id, claim.memory_bytes, claim.vcpus),
+            store.take_capacity(claim),
             store.CLAIMS.insert(claim, store.ClaimPrivate(decision_id=decision_id)),
         ]
     await scheduler.core.commit(
         *changes, store.keep_decision(placement, _in_short(placement)), caller=caller, answer=placement
     )
     if placement.host_id:
-        scheduler.fleet.use(claim.host_id, claim.memory_bytes, claim.vcpus)
+        scheduler.took(claim)
     return placement
 
 
@@ -192,6 +192,7 @@ def _claim(scheduler: Scheduler, ask: Place, host_id: str) -> Claim:
         vcpus=ask.need.vcpus,
         state=model.TENTATIVE,
         purpose=ask.purpose,
+        high_availability=ask.need.high_availability,
     )
 
 

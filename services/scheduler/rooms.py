@@ -9,8 +9,9 @@ from services.scheduler.policies.decision import room
 from services.scheduler.policies.request import request
 from services.scheduler.state import Scheduler
 from volery.contracts.errors import invalid
-from volery.contracts.scheduling import FIND_ROOM, FindRoom, Place, Room, Rooms
+from volery.contracts.scheduling import FIND_ROOM, FindRoom, Place, Purpose, Room, Rooms
 from volery.runtime.bus import Caller
+from volery.runtime.clock import monotonic
 from volery.runtime.service import Part
 
 part = Part()
@@ -27,10 +28,16 @@ async def find_room(scheduler: Scheduler, ask: FindRoom, caller: Caller) -> Room
         raise invalid(f"room is found for at most {MOST} VMs at a time, not {len(ask.asks)}", field="asks")
     found: list[Room] = []
     for number, each in enumerate(ask.asks):
-        place = Place(need=each.need, epoch=0, excluded_host_ids=each.excluded_host_ids, dry_run=True)
+        place = Place(
+            need=each.need,
+            epoch=0,
+            purpose=Purpose.RESTART,
+            excluded_host_ids=each.excluded_host_ids,
+            dry_run=True,
+        )
         model.check(place)
         policy = scheduler.policy(each.need.cluster_id)
-        found.append(room(scheduler.fleet, request(place, policy, scheduler.config)))
+        found.append(room(scheduler.fleet, request(place, policy, scheduler.config, now=monotonic())))
         if number % TOGETHER == TOGETHER - 1:
             await asyncio.sleep(0)
     return Rooms(rooms=tuple(found))

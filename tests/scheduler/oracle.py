@@ -22,6 +22,9 @@ class World:
     networks: tuple[NetworkReach, ...] = ()
     cpu_percent: dict[str, float] = field(default_factory=dict)
     fresh_vcpus: dict[str, int] = field(default_factory=dict)
+    busy_since: dict[str, float] = field(default_factory=dict)
+    swapped: dict[str, int] = field(default_factory=dict)
+    now: float = 1000.0
 
 
 def considered(world: World, place: Place) -> list[HostFigures]:
@@ -61,6 +64,15 @@ def refusals(world: World, place: Place, host: HostFigures, config: SchedulerCon
         and model not in host.cpu_models
     ):
         refused.add("cpu_model")
+    starts = place.purpose == "start" and not need.high_availability
+    if policy.balance == "cluster_maintenance" and starts:
+        refused.add("cluster_maintenance")
+    busy = world.busy_since.get(host.id)
+    limit = config.overload_seconds
+    if limit and place.purpose != "restart" and busy is not None and world.now - busy >= limit:
+        refused.add("cpu_overload")
+    if world.swapped.get(host.id, 0) > int(host.memory_bytes * config.swap_percent / 100):
+        refused.add("swap")
     if machine and host.machines and machine not in host.machines:
         refused.add("machine")
     return refused
@@ -79,14 +91,21 @@ def weights(world: World, place: Place, host: HostFigures, config: SchedulerConf
     load += config.vcpu_load_percent / 100 * fresh / max(host.cpus, 1)
     share = (host.memory_used_bytes + taken(place, config)) / max(host.memory_limit_bytes, 1)
     found = {
+        "ha_reservation": 0.0,
         "preferred_hosts": 99.0 if host.id in need.preferred_host_ids else 0.0,
         "wished_host": 300.0 if host.id == place.preferred_host_id else 0.0,
         "avoided_hosts": -1000.0 if host.id in place.avoided_host_ids else 0.0,
     }
+    if need.high_availability and world.policy.reserve_host_failures:
+        most_ha = max((h.ha_guests for h in world.hosts if h.cluster_id == need.cluster_id), default=0)
+        found["ha_reservation"] = 1 - min(host.ha_guests / max(most_ha, 1), 1.0)
     if world.policy.balance == "power_saving":
         high = config.high_utilization_percent / 100
         found["cpu_saving"] = 2 * load if load <= high else 0.0
         found["memory_saving"] = min(share, 1.0)
+    elif world.policy.balance == "vm_evenly_distributed":
+        most = max((h.guests for h in world.hosts if h.cluster_id == need.cluster_id), default=0)
+        found["guests_even"] = 2 * (1 - min(host.guests / max(most, 1), 1.0))
     else:
         found["cpu_even"] = 2 * (1 - min(load, 1.0))
         found["memory_even"] = 1 - min(share, 1.0)

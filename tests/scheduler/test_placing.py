@@ -243,6 +243,7 @@ async def test_a_dry_run_explains_and_claims_nothing(configured: Settings) -> No
             "preferred_hosts",
             "wished_host",
             "avoided_hosts",
+            "ha_reservation",
         }
 
         nowhere = await bus.ask(PLACE, placing(c.id, place={"dry_run": True, "target_host_id": down.id}))

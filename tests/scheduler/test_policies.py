@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from services.scheduler.config import SchedulerConfig
-from services.scheduler.fleet import Fleet, HostFigures
+from services.scheduler.fleet import Fleet, HostFigures, Measured
 from services.scheduler.model import ClusterPolicy
 from services.scheduler.policies.decision import Decision, decide, explain, mend, room, sentence
 from services.scheduler.policies.request import request
@@ -25,7 +25,7 @@ from volery.contracts.scheduling import Need, Place, Purpose
 def test_the_columns_decide_as_the_oracle_does(world: World, place: Place) -> None:
     """The same hosts, the same rules against each, the same weights, the same choice."""
     fleet = fleet_of(world)
-    asked = request(place, world.policy, CONFIG)
+    asked = request(place, world.policy, CONFIG, now=world.now)
     decision = decide(fleet, asked)
     said = {v.host_id: v for v in explain(fleet, asked, decision)}
 
@@ -55,7 +55,7 @@ def test_the_columns_decide_as_the_oracle_does(world: World, place: Place) -> No
 @given(worlds(), places())
 def test_a_decision_counts_what_it_does_not_show(world: World, place: Place) -> None:
     fleet = fleet_of(world)
-    decision = decide(fleet, request(place, world.policy, CONFIG))
+    decision = decide(fleet, request(place, world.policy, CONFIG, now=world.now))
     against = [oracle.refusals(world, place, h, CONFIG) for h in oracle.considered(world, place)]
     assert decision.fitting == sum(not rules for rules in against)
     assert decision.excluded_by() == Counter(rule for rules in against for rule in rules)
@@ -75,7 +75,7 @@ def test_room_counts_as_the_oracle_does_and_names_the_host_that_would_have_to_ch
     world: World, place: Place
 ) -> None:
     place = replace(place, target_host_id="")
-    found = room(fleet_of(world), request(place, world.policy, CONFIG))
+    found = room(fleet_of(world), request(place, world.policy, CONFIG, now=world.now))
     refused = {
         h.id: oracle.refusals(world, place, h, CONFIG)
         for h in oracle.considered(world, place)
@@ -152,7 +152,7 @@ def test_even_distribution_takes_the_emptier_and_power_saving_the_fuller() -> No
 
 def test_power_saving_spares_a_busy_host() -> None:
     fleet = hosts_of(figures("idle"), figures("busy"))
-    fleet.sample("busy", 79.0)
+    fleet.sample("busy", Measured(79.0))
     assert decided(fleet, place_of(), ClusterPolicy("a", balance="power_saving"))[0] == "idle"
 
 

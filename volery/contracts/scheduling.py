@@ -160,6 +160,8 @@ class Claim(Entity):
     state: str = "tentative"
     """tentative (until confirmed or expired), confirmed"""
     purpose: Purpose = Purpose.START
+    high_availability: bool = False
+    """What the VM was when it was placed."""
 
 
 class ClaimKey(Message):
@@ -214,7 +216,7 @@ class RoomFor(Message):
 
 
 class FindRoom(Message):
-    """Which of these VMs would fit, each by itself? Claims nothing. At most 200 at a time."""
+    """Which of these VMs would fit if they were restarted, each by itself? Claims nothing. At most 200 at a time."""
 
     asks: tuple[RoomFor, ...]
 

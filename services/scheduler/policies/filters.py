@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from services.scheduler.fleet import UP, Bools, Fleet
+from services.scheduler.policies import strain
 from services.scheduler.policies.request import Request, size
 from volery.contracts.host import HostStatus
 
@@ -200,4 +201,7 @@ FILTERS: tuple[Filter, ...] = (
     Filter("storage", reaches_storage, lacks_storage),
     Filter("cpu_model", has_model, lacks_model),
     Filter("machine", has_machine, lacks_machine),
+    Filter("cluster_maintenance", strain.cluster_takes_starts, strain.cluster_is_maintained),
+    Filter("cpu_overload", strain.is_not_overloaded, strain.is_overloaded),
+    Filter("swap", strain.is_not_swapping, strain.is_swapping),
 )

@@ -14,7 +14,9 @@ import numpy as np
 
 from services.scheduler.fleet import STATUSES, Bools, Fleet, Ints
 from services.scheduler.model import MIB
+from services.scheduler.policies import strain
 from services.scheduler.policies.request import Request, size
+from volery.contracts.cluster import Balance
 from volery.contracts.host import HostStatus
 from volery.contracts.scheduling import Change, ChangeKind, Purpose
 
@@ -142,6 +144,29 @@ def free_vcpus(fleet: Fleet, request: Request, row: int, amount: int) -> Change:
         rules=(), kind=ChangeKind.HOST, object_kind="host", object_id=fleet.ids[row], object_name=name,
         field="vcpus_used", current=used, wanted=used - amount, amount=amount, unit="vCPUs",
         sentence=f"move or stop VMs with {_vcpus(amount)} on {name}",
+    )  # fmt: skip
+
+
+def _swapped_too_much(fleet: Fleet, request: Request) -> Ints:
+    return strain.swap_excess(fleet, request)
+
+
+def take_back_swap(fleet: Fleet, request: Request, row: int, amount: int) -> Change:
+    name, swapped = fleet.names[row], int(fleet.ints("swapped")[row])
+    return Change(
+        rules=(), kind=ChangeKind.HOST, object_kind="host", object_id=fleet.ids[row], object_name=name,
+        field="swapped_bytes", current=swapped, wanted=swapped - amount, amount=amount, unit="bytes",
+        sentence=f"free {size(amount)} of the memory of {name} that VMs and other programs use, since it swaps",
+    )  # fmt: skip
+
+
+def relieve(fleet: Fleet, request: Request, row: int, amount: int) -> Change:
+    name = fleet.names[row]
+    return Change(
+        rules=(), kind=ChangeKind.HOST, object_kind="host", object_id=fleet.ids[row], object_name=name,
+        field="cpu_percent", current=round(float(fleet.floats("cpu_percent")[row]), 1),
+        wanted=f"below {request.high_utilization:.0%}",
+        sentence=f"move VMs away from {name}, whose CPUs are overloaded, or wait until they are less busy",
     )  # fmt: skip
 
 
@@ -285,6 +310,14 @@ def _own(fleet: Fleet, request: Request) -> Bools:
     return fleet.in_cluster(request.need.cluster_id)
 
 
+def end_maintenance(fleet: Fleet, request: Request, row: int, amount: int) -> Change:
+    wanted = str(Balance.EVENLY_DISTRIBUTED)
+    return _of_cluster(
+        request, "balance", f"end the maintenance of {request.cluster}: give it the balance {wanted}",
+        current=request.policy.balance, wanted=wanted,
+    )  # fmt: skip
+
+
 # Connections.
 
 
@@ -348,6 +381,9 @@ LEVERS: tuple[Lever, ...] = (
     Lever("memory", ChangeKind.HOST, "memory_used_bytes", _memory_to_free, free_memory, lambda r: r.memory),
     Lever("memory", ChangeKind.CLUSTER, "memory_overcommit_percent", _percent_more, raise_percent,
           lambda r: r.policy.memory_overcommit_percent),
+    Lever("cluster_maintenance", ChangeKind.CLUSTER, "balance", _once, end_maintenance),
+    Lever("cpu_overload", ChangeKind.HOST, "cpu_percent", _once, relieve),
+    Lever("swap", ChangeKind.HOST, "swapped_bytes", _swapped_too_much, take_back_swap, lambda r: r.memory),
     Lever("storage", ChangeKind.CONNECTIONS, "storage_host_ids", _once, reach_disks),
     Lever("cpu_model", ChangeKind.VM, "cpu_model", _once, any_model),
     Lever("machine", ChangeKind.VM, "machine", _once, other_machine),

@@ -24,6 +24,10 @@ class Request:
     machine: str
     high_utilization: float
     vcpu_load: float
+    overload_seconds: float = 0.0
+    swap_percent: float = 0.0
+    now: float = 0.0
+    """By the clock that dates the fleet's samples."""
 
     @property
     def need(self) -> Need:
@@ -44,7 +48,7 @@ class Request:
         return "it was tried before"
 
 
-def request(place: Place, policy: ClusterPolicy, config: SchedulerConfig) -> Request:
+def request(place: Place, policy: ClusterPolicy, config: SchedulerConfig, *, now: float = 0.0) -> Request:
     model = place.need.cpu_model or policy.cpu_model
     return Request(
         place=place,
@@ -56,6 +60,9 @@ def request(place: Place, policy: ClusterPolicy, config: SchedulerConfig) -> Req
         machine=place.need.machine or policy.machine,
         high_utilization=config.high_utilization_percent / 100,
         vcpu_load=config.vcpu_load_percent / 100,
+        overload_seconds=config.overload_seconds,
+        swap_percent=config.swap_percent,
+        now=now,
     )
 
 
