@@ -14,7 +14,7 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
-from bench import calls, leader, machines, memory, reads, restarts, streams, writes
+from bench import calls, decisions, leader, machines, memory, reads, restarts, streams, writes
 from bench.rows import PAIRS, Line, keep
 from bench.world import World
 
@@ -32,6 +32,7 @@ ROWS: dict[str, Row] = {
     "migrate": machines.migrate,
     "restarts": restarts.ordered,
     "leader": leader.killed,
+    "decisions": decisions.decisions,
     "idle": memory.idle,
     "fleet": memory.under_load,
 }

@@ -15,6 +15,8 @@ SCHEDULING, LIVENESS, HISTORY = "Scheduling", "Liveness", "History"
 ROUTES = (
     Route("GET", "/claims", s.LIST_CLAIMS, SCHEDULING, "List claims: capacity held for VMs", items=s.Claim),
     Route("GET", "/capacity", s.LIST_CAPACITY, SCHEDULING, "List hosts as the scheduler sees them", items=s.HostCapacity),
+    Route("GET", "/decisions", s.LIST_DECISIONS, SCHEDULING, "List past placement decisions, the newest first",
+          items=s.PastDecision, note="They are kept for a week (`VOLERY_SCHEDULER_DECISION_DAYS`)."),
     Route("GET", "/decisions/{id}", s.GET_DECISION, SCHEDULING, "Get a past placement decision, as it was explained"),
     Route("GET", "/affinity-groups", a.LIST_AFFINITY_GROUPS, SCHEDULING, "List affinity groups", items=a.AffinityGroup,
           note="`filter.cluster_id=…`, `filter.vm_id=…` or `filter.host_id=…` for the groups of a cluster, or those that "
@@ -26,6 +28,8 @@ ROUTES = (
     Route("GET", "/affinity-groups/{id}", a.GET_AFFINITY_GROUP, SCHEDULING, "Get an affinity group"),
     Route("PATCH", "/affinity-groups/{id}", a.UPDATE_AFFINITY_GROUP, SCHEDULING, "Change an affinity group"),
     Route("DELETE", "/affinity-groups/{id}", a.DELETE_AFFINITY_GROUP, SCHEDULING, "Delete an affinity group"),
+    Route("GET", "/vms/{id}/decisions", s.LIST_DECISIONS, SCHEDULING, "List where a VM was placed, the newest first",
+          items=s.PastDecision, renamed={"id": "vm_id"}),
     Route("GET", "/liveness", l.LIST_LIVENESS, LIVENESS, "List what is known of hosts' liveness", items=l.HostLiveness),
     Route("GET", "/liveness/{id}", l.GET_LIVENESS, LIVENESS, "Get what is known of one host's liveness"),
     Route("GET", "/restarts", l.LIST_RESTARTS, LIVENESS, "List automatic restarts", items=l.VmRestart),

@@ -84,7 +84,7 @@ async def _release(scheduler: Scheduler, rows: list[Row[Claim, store.ClaimPrivat
     except Stale:
         return False
     for row in rows:
-        scheduler.fleet.use(row.public.host_id, -row.public.memory_bytes, -row.public.vcpus)
+        scheduler.gave_back(row.public)
     return True
 
 

@@ -22,8 +22,14 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     decision_days: int = 7
     """How long decisions stay readable."""
     explained_hosts: int = 100
-    """Hosts explained in the answer to a placement; the stored decision explains them all."""
+    """Hosts explained in a decision, at least 5; of the others it says how many each rule excludes."""
     high_utilization_percent: float = 80.0
     """Power saving fills a host up to this CPU load, not further (oVirt's HighUtilization)."""
+    overload_seconds: float = 0.0
+    """A host whose CPU load has been at high_utilization_percent or above for so long gets no further VM, except one that
+    is restarted after its end (oVirt's CpuOverCommitDurationMinutes, 120 there). 0: it may; weights alone decide."""
+    swap_percent: float = 0.0
+    """A host that has swapped out more than it could take back, by more than this share of its memory, gets no further
+    VM (oVirt's MaximumAllowedSwapUsage)."""
     vcpu_load_percent: float = 10.0
     """Assumed load of a vCPU that was placed after the host's last sample (oVirt's VcpuConsumptionPercentage)."""

@@ -37,8 +37,25 @@ class HostFigures:
     memory_used_bytes: int
     vcpus_limit: int
     vcpus_used: int
+    guests: int = 0
+    """VMs that hold capacity there."""
+    ha_guests: int = 0
+    """Highly available ones among them."""
     cpu_models: frozenset[str] = frozenset()
     machines: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A sample of a host, as far as placing goes."""
+
+    cpu_percent: float
+    busy: bool = False
+    """The load is high."""
+    at: float = 0.0
+    """When, in seconds of this process's monotonic clock."""
+    swapped_bytes: int = 0
+    """What is swapped out beyond the memory that is available."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +78,13 @@ _COLUMNS: dict[str, type] = {
     "vcpus_used": np.int64,
     "cpu_percent": np.float64,
     "fresh_vcpus": np.int64,
+    "guests": np.int64,
+    "ha_guests": np.int64,
+    "busy_since": np.float64,
+    "swapped": np.int64,
 }
+IDLE = 0.0
+"""`busy_since` of a host that isn't busy."""
 
 
 @dataclass(slots=True)
@@ -80,6 +103,7 @@ class Fleet:
     _models: list[frozenset[str]] = field(default_factory=list)
     _machines: list[frozenset[str]] = field(default_factory=list)
     _masks: dict[tuple[str, str], Bools] = field(default_factory=dict)
+    _ranks: Ints | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -108,6 +132,8 @@ class Fleet:
             "memory_used": host.memory_used_bytes,
             "vcpus_limit": host.vcpus_limit,
             "vcpus_used": host.vcpus_used,
+            "guests": host.guests,
+            "ha_guests": host.ha_guests,
         }
         for name, value in figures.items():
             self._columns[name][row] = value
@@ -123,7 +149,7 @@ class Fleet:
         self._models.append(host.cpu_models)
         self._machines.append(host.machines)
         self.rows[host.id] = row
-        self._masks.clear()
+        self._forget_order()
         return row
 
     def remove(self, host_id: str) -> None:
@@ -142,34 +168,46 @@ class Fleet:
             sets.pop()
         if row != last:
             self.rows[self.ids[row]] = row
+        self._forget_order()
+
+    def _forget_order(self) -> None:
         self._masks.clear()
+        self._ranks = None
 
     def keep_only(self, host_ids: Iterable[str]) -> None:
         for gone in set(self.ids) - set(host_ids):
             self.remove(gone)
 
-    def use(self, host_id: str, memory_bytes: int, vcpus: int) -> None:
+    def use(self, host_id: str, memory_bytes: int, vcpus: int, guests: int = 0, ha_guests: int = 0) -> None:
         """Capacity taken (or, negative, given back) since the row was read."""
         row = self.rows.get(host_id)
         if row is None:
             return
         self._columns["memory_used"][row] += memory_bytes
         self._columns["vcpus_used"][row] += vcpus
+        self._columns["guests"][row] += guests
+        self._columns["ha_guests"][row] += ha_guests
         self._columns["fresh_vcpus"][row] = max(self._columns["fresh_vcpus"][row] + vcpus, 0)
 
-    def used(self, host_id: str, memory_bytes: int, vcpus: int) -> None:
+    def used(self, host_id: str, memory_bytes: int, vcpus: int, guests: int, ha_guests: int) -> None:
         """What the database says is used."""
         row = self.rows.get(host_id)
         if row is not None:
             self._columns["memory_used"][row] = memory_bytes
             self._columns["vcpus_used"][row] = vcpus
+            self._columns["guests"][row] = guests
+            self._columns["ha_guests"][row] = ha_guests
 
-    def sample(self, host_id: str, cpu_percent: float) -> None:
+    def sample(self, host_id: str, measured: Measured) -> None:
         """A measured load contains the VMs that were started before it."""
         row = self.rows.get(host_id)
-        if row is not None:
-            self._columns["cpu_percent"][row] = cpu_percent
-            self._columns["fresh_vcpus"][row] = 0
+        if row is None:
+            return
+        since = self._columns["busy_since"][row]
+        self._columns["busy_since"][row] = (since or measured.at) if measured.busy else IDLE
+        self._columns["cpu_percent"][row] = measured.cpu_percent
+        self._columns["swapped"][row] = measured.swapped_bytes
+        self._columns["fresh_vcpus"][row] = 0
 
     def set_network(self, network: NetworkReach) -> None:
         self.networks[network.id] = network
@@ -182,6 +220,13 @@ class Fleet:
     def status_of(self, row: int) -> str:
         code = int(self.ints("status")[row])
         return STATUSES[code] if code >= 0 else "unknown"
+
+    def ranks(self) -> Ints:
+        """Each host's place in the order of ids: what decides between equals, the same in every replica."""
+        if self._ranks is None:
+            self._ranks = np.empty(len(self.ids), np.int64)
+            self._ranks[sorted(range(len(self.ids)), key=self.ids.__getitem__)] = np.arange(len(self.ids))
+        return self._ranks
 
     def in_cluster(self, cluster_id: str) -> Bools:
         mask: Bools = self.ints("cluster") == self._cluster_numbers.get(cluster_id, -1)

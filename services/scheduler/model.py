@@ -36,6 +36,7 @@ class ClusterPolicy:
     memory_overcommit_percent: int = 100
     cpu_overcommit_ratio: float = 10.0
     balance: str = Balance.EVENLY_DISTRIBUTED
+    reserve_host_failures: int = 0
 
 
 @dataclass(frozen=True, slots=True)

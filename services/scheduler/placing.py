@@ -10,23 +10,28 @@ import msgspec
 from msgspec.structs import replace
 
 from services.scheduler import affinity, model, store
+from services.scheduler.config import SchedulerConfig
+from services.scheduler.fleet import Fleet
 from services.scheduler.policies.bound import Bound
-from services.scheduler.policies.decision import decide, explain, sentence
+from services.scheduler.policies.decision import NAMED_HOSTS, decide, explain, mend, sentence
 from services.scheduler.policies.request import Request, request
 from services.scheduler.state import Scheduler
 from volery.contracts.errors import Kind, Refused, conflict, not_found
 from volery.contracts.ids import new_id
+from volery.contracts.operation import ListQuery
 from volery.contracts.scheduling import (
     GET_DECISION,
+    LIST_DECISIONS,
     PLACE,
     Claim,
     GetDecision,
+    PastDecision,
     Place,
     Placement,
     Purpose,
 )
 from volery.runtime.bus import Caller
-from volery.runtime.clock import utc_now
+from volery.runtime.clock import monotonic, utc_now
 from volery.runtime.service import Part
 from volery.runtime.tables import Change, Row, Stale, Taken
 
@@ -44,7 +49,7 @@ async def place(scheduler: Scheduler, ask: Place, caller: Caller) -> Placement:
     model.check(ask)
     if ask.dry_run:
         bound, _ = await affinity.bind(scheduler, ask.need)
-        return _trimmed(scheduler, _decided(scheduler, ask, bound))
+        return _decided(scheduler, ask, bound)
     claims = await store.claims_of(scheduler.core.pool, ask.need.vm_id)
     if (first := await _first_answer(scheduler, ask, claims)) is not None:
         return first
@@ -83,22 +88,29 @@ async def _try(scheduler: Scheduler, ask: Place, caller: Caller, *, refuses: boo
 
 
 def _decided(scheduler: Scheduler, ask: Place, bound: Bound) -> Placement:
-    asked = request(ask, scheduler.policy(ask.need.cluster_id), scheduler.config, bound)
-    decision = decide(scheduler.fleet, asked)
-    hosts = explain(scheduler.fleet, asked, decision)
-    best = decision.best
+    policy = scheduler.policy(ask.need.cluster_id)
+    asked = request(ask, policy, scheduler.config, bound, now=monotonic())
+    return decided(scheduler.fleet, asked, scheduler.config)
+
+
+def decided(fleet: Fleet, asked: Request, config: SchedulerConfig) -> Placement:
+    """The decision and its explanation; nothing is claimed or kept yet."""
+    decision = decide(fleet, asked)
+    hosts = explain(fleet, asked, decision, _shown(config))
+    best, mended = decision.best, mend(fleet, asked, decision)
     return Placement(
-        vm_id=ask.need.vm_id,
-        epoch=ask.epoch,
-        host_id=scheduler.fleet.ids[best] if best is not None else "",
+        vm_id=asked.need.vm_id,
+        epoch=asked.place.epoch,
+        host_id=fleet.ids[best] if best is not None else "",
         hosts=hosts,
-        message=sentence(asked, hosts, known=_target_known(scheduler, asked)),
+        message=sentence(fleet, asked, decision, hosts, mended),
+        vm_name=asked.need.name,
+        purpose=asked.place.purpose,
+        considered=len(decision.order),
+        fitting=decision.fitting,
+        excluded_by=decision.excluded_by(),
+        remedies=mended,
     )
-
-
-def _target_known(scheduler: Scheduler, asked: Request) -> bool:
-    target = asked.place.target_host_id
-    return not target or target in scheduler.fleet.rows
 
 
 async def _hear_more(scheduler: Scheduler) -> None:
@@ -120,7 +132,7 @@ async def _make_way(scheduler: Scheduler, ask: Place, claims: Claims) -> None:
             await scheduler.core.commit(*store.release(row))
         except Stale:
             continue
-        scheduler.fleet.use(row.public.host_id, -row.public.memory_bytes, -row.public.vcpus)
+        scheduler.gave_back(row.public)
 
 
 async def _first_answer(scheduler: Scheduler, ask: Place, claims: Claims) -> Placement | None:
@@ -155,7 +167,9 @@ async def _first_answer(scheduler: Scheduler, ask: Place, claims: Claims) -> Pla
             claimed=True,
             message="placed before; the explanation is no longer kept",
         )
-    return _trimmed(scheduler, msgspec.json.decode(kept, type=Placement))
+    first = msgspec.json.decode(kept, type=Placement)
+    # A decision of the previous release explains every host of its cluster.
+    return replace(first, hosts=first.hosts[: _shown(scheduler.config)])
 
 
 async def _commit(
@@ -169,14 +183,15 @@ async def _commit(
         claim = _claim(scheduler, ask, placement.host_id)
         changes = [
             *guards,
-            store.take_capacity(claim.host_id, claim.memory_bytes, claim.vcpus),
+            store.take_capacity(claim),
             store.CLAIMS.insert(claim, store.ClaimPrivate(decision_id=decision_id)),
         ]
-    answer = _trimmed(scheduler, placement)
-    await scheduler.core.commit(*changes, store.keep_decision(placement), caller=caller, answer=answer)
+    await scheduler.core.commit(
+        *changes, store.keep_decision(placement, _in_short(placement)), caller=caller, answer=placement
+    )
     if placement.host_id:
-        scheduler.fleet.use(claim.host_id, claim.memory_bytes, claim.vcpus)
-    return answer
+        scheduler.took(claim)
+    return placement
 
 
 def _claim(scheduler: Scheduler, ask: Place, host_id: str) -> Claim:
@@ -193,21 +208,30 @@ def _claim(scheduler: Scheduler, ask: Place, host_id: str) -> Claim:
         vcpus=ask.need.vcpus,
         state=model.TENTATIVE,
         purpose=ask.purpose,
+        high_availability=ask.need.high_availability,
     )
 
 
-def _trimmed(scheduler: Scheduler, placement: Placement) -> Placement:
-    """An answer stays small however large the cluster is; the stored decision has every host."""
-    most = scheduler.config.explained_hosts
-    more = len(placement.hosts) - most
-    if more <= 0:
-        return placement
-    where = f" (decision {placement.decision_id} explains them)" if placement.decision_id else ""
-    return replace(
-        placement,
-        hosts=placement.hosts[:most],
-        message=f"{placement.message}. {more} more hosts are not shown{where}",
+def _in_short(placement: Placement) -> PastDecision:
+    now = utc_now()
+    return PastDecision(
+        id=placement.decision_id,
+        revision=1,
+        created_at=now,
+        updated_at=now,
+        vm_id=placement.vm_id,
+        vm_name=placement.vm_name,
+        epoch=placement.epoch,
+        purpose=placement.purpose,
+        host_id=placement.host_id,
+        host_name=placement.hosts[0].name if placement.host_id else "",
+        message=placement.message,
     )
+
+
+def _shown(config: SchedulerConfig) -> int:
+    """Decisions stay small however large the cluster is; but a sentence's hosts are always explained."""
+    return max(config.explained_hosts, NAMED_HOSTS)
 
 
 @part.answers(GET_DECISION)
@@ -216,3 +240,9 @@ async def get_decision(scheduler: Scheduler, ask: GetDecision, caller: Caller) -
     if body is None:
         raise not_found("decision", ask.id)
     return msgspec.Raw(body)
+
+
+@part.answers(LIST_DECISIONS)
+async def list_decisions(scheduler: Scheduler, ask: ListQuery, caller: Caller) -> Any:
+    newest_first = ask if ask.order_by else replace(ask, order_by="-id")
+    return await store.decisions(scheduler.core.pool, newest_first)

@@ -43,7 +43,7 @@ async def _apply(
     try:
         if verdict is Settling.RELEASE:
             await scheduler.core.commit(*store.release(row))
-            scheduler.fleet.use(claim.host_id, -claim.memory_bytes, -claim.vcpus)
+            scheduler.gave_back(claim)
         elif verdict is Settling.CONFIRM:
             await scheduler.core.commit(store.CLAIMS.update(row, replace(claim, state=model.CONFIRMED)))
         else:
@@ -62,12 +62,12 @@ async def adopt_vms(scheduler: Scheduler) -> None:
         claim = _adopted(scheduler, vm)
         try:
             await scheduler.core.commit(
-                store.force_capacity(claim.host_id, claim.memory_bytes, claim.vcpus),
+                store.force_capacity(claim),
                 store.CLAIMS.insert(claim, store.ClaimPrivate()),
             )
         except Taken:
             continue
-        scheduler.fleet.use(claim.host_id, claim.memory_bytes, claim.vcpus)
+        scheduler.took(claim)
         log.info("VM %s runs on host %s without a claim; it has one now", vm.id, vm.host_id)
 
 

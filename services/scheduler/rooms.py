@@ -9,8 +9,9 @@ from services.scheduler.policies.decision import room
 from services.scheduler.policies.request import request
 from services.scheduler.state import Scheduler
 from volery.contracts.errors import invalid
-from volery.contracts.scheduling import FIND_ROOM, FindRoom, Place, Room, Rooms
+from volery.contracts.scheduling import FIND_ROOM, FindRoom, Place, Purpose, Room, Rooms
 from volery.runtime.bus import Caller
+from volery.runtime.clock import monotonic
 from volery.runtime.service import Part
 
 part = Part()
@@ -28,10 +29,17 @@ async def find_room(scheduler: Scheduler, ask: FindRoom, caller: Caller) -> Room
     found: list[Room] = []
     bounds = await affinity.bind_each(scheduler, ask.asks)
     for number, (each, bound) in enumerate(zip(ask.asks, bounds, strict=True)):
-        place = Place(need=each.need, epoch=0, excluded_host_ids=each.excluded_host_ids, dry_run=True)
+        place = Place(
+            need=each.need,
+            epoch=0,
+            purpose=Purpose.RESTART,
+            excluded_host_ids=each.excluded_host_ids,
+            dry_run=True,
+        )
         model.check(place)
         policy = scheduler.policy(each.need.cluster_id)
-        found.append(room(scheduler.fleet, request(place, policy, scheduler.config, bound)))
+        asked = request(place, policy, scheduler.config, bound, now=monotonic())
+        found.append(room(scheduler.fleet, asked))
         if number % TOGETHER == TOGETHER - 1:
             await asyncio.sleep(0)
     return Rooms(rooms=tuple(found))

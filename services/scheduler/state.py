@@ -14,10 +14,11 @@ from nats.aio.msg import Msg
 
 from services.scheduler import affinity_store, store
 from services.scheduler.config import SchedulerConfig
-from services.scheduler.fleet import Fleet
+from services.scheduler.fleet import Fleet, Measured
 from services.scheduler.model import ClusterPolicy, Looked
 from services.scheduler.policies.affinity import ClusterRules
 from volery.contracts.metrics import METRICS_SUBJECT, HostSample
+from volery.contracts.scheduling import Claim
 from volery.runtime.clock import monotonic
 from volery.runtime.connection import settle
 from volery.runtime.core import Core
@@ -69,6 +70,13 @@ class Scheduler:
         elif (known := self.rules.get(cluster_id)) is None or known.revision < found.revision:
             self.rules[cluster_id] = found
 
+    def took(self, claim: Claim) -> None:
+        """In this replica's memory, ahead of the next reading."""
+        self.fleet.use(claim.host_id, claim.memory_bytes, claim.vcpus, 1, int(claim.high_availability))
+
+    def gave_back(self, claim: Claim) -> None:
+        self.fleet.use(claim.host_id, -claim.memory_bytes, -claim.vcpus, -1, -int(claim.high_availability))
+
     async def reload(self) -> None:
         """The whole fleet anew from the tables, as of now or later. Those who ask together share one reading."""
         asked = monotonic()
@@ -92,8 +100,8 @@ class Scheduler:
 
     async def read_used(self) -> None:
         """Only what claims hold, which changes most."""
-        for host_id, memory_bytes, vcpus in await store.used(self.core.pool):
-            self.fleet.used(host_id, memory_bytes, vcpus)
+        for host_id, *held in await store.used(self.core.pool):
+            self.fleet.used(host_id, *held)
 
     async def _read_row(self, table: str, row_id: str) -> None:
         pool = self.core.pool
@@ -148,7 +156,16 @@ class Scheduler:
         except msgspec.DecodeError:
             return
         if message.subject == METRICS_SUBJECT.format(host_id=sample.host_id):
-            self.fleet.sample(sample.host_id, sample.cpu_percent)
+            self.fleet.sample(sample.host_id, self._measured(sample))
+
+    def _measured(self, sample: HostSample) -> Measured:
+        available = sample.memory_bytes - sample.memory_used_bytes
+        return Measured(
+            cpu_percent=sample.cpu_percent,
+            busy=sample.cpu_percent >= self.config.high_utilization_percent,
+            at=monotonic(),
+            swapped_bytes=max(sample.swap_used_bytes - available, 0),
+        )
 
 
 @asynccontextmanager

@@ -20,9 +20,9 @@ from volery.contracts.cluster import Cluster
 from volery.contracts.host import Host
 from volery.contracts.network import Network
 from volery.contracts.operation import ListQuery
-from volery.contracts.scheduling import CLAIM_CHANGED, CLAIM_DELETED, Claim, Placement
+from volery.contracts.scheduling import CLAIM_CHANGED, CLAIM_DELETED, Claim, PastDecision, Placement
 from volery.contracts.vm import Vm
-from volery.runtime.pages import plain_page
+from volery.runtime.pages import page, plain_page
 from volery.runtime.tables import Change, Nothing, Row, Table
 
 Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
@@ -55,6 +55,7 @@ CLAIMS: Table[Claim, ClaimPrivate] = Table(
         "state": "state",
         "memory_bytes": "memory_bytes",
         "vcpus": "vcpus",
+        "high_availability": "high_availability",
         "created_at": "created_at",
         "updated_at": "updated_at",
     },
@@ -79,37 +80,49 @@ CAPACITY: Table[Any, Any] = Table(
 )
 """A view; only its documents are read."""
 
+DECISIONS: Table[PastDecision, ClaimPrivate] = Table(
+    "decision", PastDecision, ClaimPrivate, columns={"vm_id": "vm_id", "host_id": "host_id"}
+)
+"""Only its documents are read this way."""
+
 
 # Claims and the capacity they hold. The host's row is always written first, so that its lock orders them.
 
 
-def take_capacity(host_id: str, memory_bytes: int, vcpus: int) -> Change:
+def take_capacity(claim: Claim) -> Change:
     """Its guard fails when the host has not that much left, or is no longer up."""
     return Change(
         """update host_capacity
-           set memory_used_bytes = memory_used_bytes + {1}, vcpus_used = vcpus_used + {2}
+           set memory_used_bytes = memory_used_bytes + {1}, vcpus_used = vcpus_used + {2}, guests = guests + 1,
+               ha_guests = ha_guests + {3}
            where id = {0} and status = 'up' and not gone
              and memory_used_bytes + {1} <= memory_limit_bytes and vcpus_used + {2} <= vcpus_limit
            returning 1""",
-        (host_id, memory_bytes, vcpus),
+        (claim.host_id, claim.memory_bytes, claim.vcpus, int(claim.high_availability)),
     )
 
 
-def force_capacity(host_id: str, memory_bytes: int, vcpus: int) -> Change:
-    """For a VM that runs there already: what is true must be recordable. Negative figures give back."""
+def force_capacity(claim: Claim, times: int = 1) -> Change:
+    """For a VM that runs there already: what is true must be recordable. -1 times gives back."""
     return Change(
         """update host_capacity
-           set memory_used_bytes = memory_used_bytes + {1}, vcpus_used = vcpus_used + {2}
+           set memory_used_bytes = memory_used_bytes + {1}, vcpus_used = vcpus_used + {2}, guests = guests + {3},
+               ha_guests = ha_guests + {4}
            where id = {0}""",
-        (host_id, memory_bytes, vcpus),
+        (
+            claim.host_id,
+            times * claim.memory_bytes,
+            times * claim.vcpus,
+            times,
+            times * int(claim.high_availability),
+        ),
         guarded=False,
     )
 
 
 def release(row: Row[Claim, ClaimPrivate]) -> list[Change]:
     """Delete a claim and give its capacity back."""
-    claim = row.public
-    return [force_capacity(claim.host_id, -claim.memory_bytes, -claim.vcpus), CLAIMS.delete(row)]
+    return [force_capacity(row.public, -1), CLAIMS.delete(row)]
 
 
 async def claim_of(pool: Pool, vm_id: str, epoch: int) -> Row[Claim, ClaimPrivate] | None:
@@ -175,7 +188,8 @@ async def correct_counters(pool: Pool) -> list[tuple[str, int, int]]:
         """select h.id from host_capacity h left join claim c on c.host_id = h.id
            group by h.id
            having h.memory_used_bytes <> coalesce(sum(c.memory_bytes), 0)
-               or h.vcpus_used <> coalesce(sum(c.vcpus), 0)
+               or h.vcpus_used <> coalesce(sum(c.vcpus), 0) or h.guests <> count(c.id)
+               or h.ha_guests <> coalesce(sum(c.high_availability::integer), 0)
            order by h.id"""
     )
     wrong = []
@@ -187,9 +201,11 @@ async def correct_counters(pool: Pool) -> list[tuple[str, int, int]]:
                 suspect["id"],
             )
             after = await connection.fetchrow(
-                """update host_capacity set memory_used_bytes = s.memory, vcpus_used = s.vcpus
+                """update host_capacity set memory_used_bytes = s.memory, vcpus_used = s.vcpus, guests = s.guests,
+                       ha_guests = s.ha_guests
                    from (select coalesce(sum(memory_bytes), 0)::bigint as memory,
-                                coalesce(sum(vcpus), 0)::integer as vcpus
+                                coalesce(sum(vcpus), 0)::integer as vcpus, count(*)::integer as guests,
+                                coalesce(sum(high_availability::integer), 0)::integer as ha_guests
                          from claim where host_id = $1) s
                    where id = $1 returning memory_used_bytes, vcpus_used""",
                 suspect["id"],
@@ -215,16 +231,22 @@ async def forget_gone(pool: Pool) -> None:
 # Decisions.
 
 
-def keep_decision(placement: Placement) -> Change:
+def keep_decision(placement: Placement, short: PastDecision) -> Change:
     return Change(
-        "insert into decision (id, vm_id, host_id, body) values ({0}, {1}, {2}, {3}::bytea) returning 1",
+        "insert into decision (id, vm_id, host_id, doc, body) values ({0}, {1}, {2}, {3}, {4}::bytea) returning 1",
         (
-            placement.decision_id,
-            placement.vm_id,
-            placement.host_id,
+            short.id,
+            short.vm_id,
+            short.host_id,
+            encode(short).decode(),
             zlib.compress(encode(placement), level=1),
         ),
     )
+
+
+async def decisions(pool: Pool, query: ListQuery) -> bytes:
+    """A page of those that the previous release didn't write."""
+    return await page(pool, DECISIONS, query, "doc <> ''")
 
 
 async def decision(pool: Pool, decision_id: str) -> bytes | None:
@@ -274,15 +296,19 @@ def host_gone(host_id: str) -> Change:
 
 
 def saw_cluster(cluster: Cluster) -> Change:
+    """The same revision again says what the previous release didn't take over."""
     return Change(
         """insert into cluster (id, revision, name, cpu_model, machine, memory_overcommit_percent,
-               cpu_overcommit_ratio, balance)
-           values ({0}, {1}, {2}, {3}, {4}, {5}, {6}, {7})
+               cpu_overcommit_ratio, balance, reserve_host_failures)
+           values ({0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}, {8})
            on conflict (id) do update set revision = excluded.revision, name = excluded.name,
                cpu_model = excluded.cpu_model, machine = excluded.machine,
                memory_overcommit_percent = excluded.memory_overcommit_percent,
-               cpu_overcommit_ratio = excluded.cpu_overcommit_ratio, balance = excluded.balance
-           where cluster.revision < excluded.revision""",
+               cpu_overcommit_ratio = excluded.cpu_overcommit_ratio, balance = excluded.balance,
+               reserve_host_failures = excluded.reserve_host_failures
+           where cluster.revision < excluded.revision
+              or cluster.revision = excluded.revision
+                 and cluster.reserve_host_failures <> excluded.reserve_host_failures""",
         (
             cluster.id,
             cluster.revision,
@@ -292,6 +318,7 @@ def saw_cluster(cluster: Cluster) -> Change:
             cluster.memory_overcommit_percent,
             cluster.cpu_overcommit_ratio,
             str(cluster.balance),
+            cluster.reserve_host_failures,
         ),
         guarded=False,
     )
@@ -375,7 +402,7 @@ def gone(table: str, ids: Sequence[str]) -> Change:
 # The fleet, read.
 
 _HOST = """select id, name, cluster_id, status, cpus, memory_bytes, memory_limit_bytes, memory_used_bytes,
-                  vcpus_limit, vcpus_used, cpu_models, machines from host_capacity"""
+                  vcpus_limit, vcpus_used, guests, ha_guests, cpu_models, machines from host_capacity"""
 
 
 async def hosts(pool: Pool, condition: str = "not gone", *arguments: Any) -> list[HostFigures]:
@@ -390,14 +417,18 @@ async def hosts(pool: Pool, condition: str = "not gone", *arguments: Any) -> lis
     ]
 
 
-async def used(pool: Pool) -> list[tuple[str, int, int]]:
-    records = await pool.fetch("select id, memory_used_bytes, vcpus_used from host_capacity where not gone")
-    return [(r[0], r[1], r[2]) for r in records]
+async def used(pool: Pool) -> list[tuple[str, int, int, int, int]]:
+    """Host, bytes, vCPUs, VMs that hold them, and highly available ones among these."""
+    records = await pool.fetch(
+        "select id, memory_used_bytes, vcpus_used, guests, ha_guests from host_capacity where not gone"
+    )
+    return [(r[0], r[1], r[2], r[3], r[4]) for r in records]
 
 
 async def clusters(pool: Pool, condition: str = "true", *arguments: Any) -> list[ClusterPolicy]:
     records = await pool.fetch(
-        f"""select id, name, cpu_model, machine, memory_overcommit_percent, cpu_overcommit_ratio, balance
+        f"""select id, name, cpu_model, machine, memory_overcommit_percent, cpu_overcommit_ratio, balance,
+                   reserve_host_failures
             from cluster where {condition}""",
         *arguments,
     )

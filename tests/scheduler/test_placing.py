@@ -38,6 +38,7 @@ from volery.contracts.scheduling import (
     FIND_ROOM,
     GET_DECISION,
     LIST_CLAIMS,
+    LIST_DECISIONS,
     PLACE,
     RELEASE_CLAIM,
     RELEASE_VM_CLAIMS,
@@ -45,6 +46,7 @@ from volery.contracts.scheduling import (
     ClaimKey,
     FindRoom,
     GetDecision,
+    PastDecision,
     Purpose,
     ReleaseVm,
     RoomFor,
@@ -244,6 +246,7 @@ async def test_a_dry_run_explains_and_claims_nothing(configured: Settings) -> No
             "affinity_vms_wish",
             "affinity_hosts_wish",
             "affinity_room",
+            "ha_reservation",
         }
 
         nowhere = await bus.ask(PLACE, placing(c.id, place={"dry_run": True, "target_host_id": down.id}))
@@ -260,18 +263,49 @@ async def test_a_decision_is_readable_later_as_it_was_explained(configured: Sett
         await owner.says(HOST_CHANGED, *(host(c.id, name=f"h{n}") for n in range(120)))
         await hosts_known(bus, 120)
         placed = await bus.ask(PLACE, placing(c.id))
-        assert len(placed.hosts) == 100
-        assert "20 more hosts are not shown" in placed.message
+        assert (len(placed.hosts), placed.considered, placed.fitting) == (100, 120, 120)
         kept = await bus.ask(GET_DECISION, GetDecision(id=placed.decision_id))
-        assert len(kept.hosts) == 120
-        assert kept.host_id == placed.host_id
+        assert kept == placed
         refused = await bus.ask(PLACE, placing(c.id, memory_bytes=GIB * 100))
         kept = await bus.ask(GET_DECISION, GetDecision(id=refused.decision_id))
         assert kept.host_id == ""
         assert all(h.verdicts[0].rule == "memory" for h in kept.hosts)
+        assert kept.excluded_by == {"memory": 120}
+        assert [r.kind for r in kept.remedies] == ["vm"]
+        assert "115 more were excluded by: memory 115" in kept.message
+        assert "What would help: give VM web at most 15.7 GiB of memory instead of 100.0 GiB" in kept.message
         with pytest.raises(Refused) as missing:
             await bus.ask(GET_DECISION, GetDecision(id="nothing"))
         assert missing.value.kind is Kind.NOT_FOUND
+
+
+async def test_where_a_vm_was_placed_is_listed_the_newest_first_in_pages(configured: Settings) -> None:
+    owner, c = inventory(), cluster()
+    async with running(configured, owner.service(), scheduler()) as bus:
+        await owner.says(CLUSTER_CHANGED, c)
+        await owner.says(HOST_CHANGED, host(c.id, name="h1"))
+        await hosts_known(bus, 1)
+        ask = placing(c.id)
+        made = [await bus.ask(PLACE, replace(ask, epoch=epoch)) for epoch in (1, 2)]
+        made.append(await bus.ask(PLACE, replace(ask, epoch=3, need=replace(ask.need, vcpus=100))))
+        await bus.ask(PLACE, placing(c.id, name="other"))
+        await bus.ask(PLACE, replace(ask, epoch=4, dry_run=True))
+
+        listed, query = [], ListQuery(limit=2, filter={"vm_id": ask.need.vm_id})
+        for pages in (1, 2):
+            page = await bus.ask(LIST_DECISIONS, query)
+            listed += [msgspec.json.decode(item, type=PastDecision) for item in page.items]
+            assert bool(page.next) == (pages == 1)
+            query = replace(query, page=page.next)
+        assert [d.id for d in listed] == [p.decision_id for p in reversed(made)]
+        assert [d.host_name for d in listed] == ["", "h1", "h1"]
+        assert [(d.vm_name, d.epoch, d.purpose) for d in listed[:1]] == [("web", 3, Purpose.START)]
+        assert listed[0].message == made[2].message
+        whole = await bus.ask(LIST_DECISIONS, ListQuery(order_by="id"))
+        assert [msgspec.json.decode(i, type=PastDecision).vm_name for i in whole.items] == [
+            *["web"] * 3,
+            "other",
+        ]
 
 
 async def test_the_fleet_follows_hosts_clusters_and_networks(configured: Settings) -> None:

@@ -10,6 +10,7 @@ from volery.cli import (
     affinity,
     estate,
     fencing,
+    placing,
     protection,
     soft_fencing,
     storage,
@@ -33,6 +34,7 @@ NOUNS: dict[str, typer.Typer] = {
     "mac-pool": estate.mac_pools,
     "operation": streams.operations,
     "claim": admin.claims,
+    "decision": placing.app,
     "liveness": admin.liveness,
     "user": access.users,
     "token": access.tokens,
@@ -56,7 +58,7 @@ app.command()(access.login)
 app.command()(access.logout)
 app.command()(streams.events)
 app.command()(streams.console)
-app.command("explain")(vm.explain)
+app.command("explain")(placing.explain)
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from msgspec.structs import replace
 
-from volery.cli import output, work
+from volery.cli import output, placing, work
 from volery.cli.output import Format
 from volery.cli.work import DryRun, Output, Wait
 from volery.client import api
@@ -290,25 +290,4 @@ def change_cd(
         work.finish(client, client.send(request), wait, output_format)
 
 
-@app.command()
-def explain(name: Name, host: str = "", output_format: Output = Format.TABLE) -> None:
-    """Where could it run, and why not elsewhere?"""
-    with work.connected() as client:
-        vm = client.find(api.VMS, name)
-        body = {"host_id": work.id_of(client, api.HOSTS, host)}
-        plan = client.send(api.VMS.act(vm.id, "start", Operation, body, dry_run=True))
-    placement = plan.result.get("placement", {})
-    if output_format is not Format.TABLE:
-        output.show(placement, output_format)
-        return
-    output.out.print(placement.get("message", ""))
-    for found in placement.get("hosts", []):
-        mark = "[green]fits[/]" if found.get("fits") else "[red]no[/]"
-        output.out.print(
-            f"  {found.get('name') or found['host_id']}: {mark}  weight {found.get('weight', 0):.3f}"
-        )
-        for verdict in found.get("verdicts", []):
-            if not verdict.get("passed"):
-                output.out.print(
-                    f"    {verdict['rule']}: {verdict.get('message', '')} {verdict.get('change', '')}"
-                )
+app.command("explain")(placing.explain)

@@ -12,7 +12,7 @@ from volery.contracts.network import MacPool, Network
 from volery.contracts.operation import Operation
 from volery.contracts.power import FenceRecord, FencingPause, FencingPolicy, PowerManagement
 from volery.contracts.protection import ClusterReserve, VmProtection
-from volery.contracts.scheduling import Claim
+from volery.contracts.scheduling import Claim, PastDecision
 from volery.contracts.soft_fence import SoftFence
 from volery.contracts.start_group import StartGroup
 from volery.contracts.storage import Disk, StorageDomain, Transfer
@@ -43,6 +43,9 @@ USERS = Resource("user", "users", User, ("name", "full_name", "enabled", "id"))
 TOKENS = Resource("token", "tokens", Token, ("user_name", "description", "scopes", "expires_at", "id"))
 EVENT_READERS = Resource("event-reader", "event-readers", EventReader, ("name", "owners", "id"))
 CLAIMS = Resource("claim", "claims", Claim, ("vm_id", "host_id", "epoch", "state", "memory_bytes", "vcpus"))
+DECISIONS = Resource(
+    "decision", "decisions", PastDecision, ("created_at", "vm_name", "purpose", "host_name", "message", "id")
+)
 LIVENESS = Resource(
     "liveness", "liveness", HostLiveness, ("host_name", "state", "last_beat_at", "fencing", "id")
 )
@@ -117,6 +120,7 @@ RESOURCES = (
     EVENT_READERS,
     CLAIMS,
     AFFINITY_GROUPS,
+    DECISIONS,
     LIVENESS,
     RESTARTS,
     PROTECTION,

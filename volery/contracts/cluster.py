@@ -52,6 +52,10 @@ class Balance(StrEnum):
     NONE = "none"
     EVENLY_DISTRIBUTED = "evenly_distributed"
     POWER_SAVING = "power_saving"
+    VM_EVENLY_DISTRIBUTED = "vm_evenly_distributed"
+    """As many VMs on each host, whatever they use."""
+    CLUSTER_MAINTENANCE = "cluster_maintenance"
+    """Only highly available VMs are started; what runs goes on, and is weighed as evenly distributed."""
 
 
 class Cluster(Entity):

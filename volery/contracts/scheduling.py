@@ -74,6 +74,56 @@ class HostVerdict(Message):
     """Weigher → its share; the highest sum wins."""
 
 
+class ChangeKind(StrEnum):
+    """What would have to be changed, and so by whom."""
+
+    HOST = "host"
+    """The host: activated, mended, or made emptier."""
+    VM = "vm"
+    """The VM: it asks for less."""
+    CLUSTER = "cluster"
+    """The cluster: it promises more."""
+    CONNECTIONS = "connections"
+    """Networks and storage that the host lacks."""
+    REQUEST = "request"
+    """The question: another host is asked for, or none is left out."""
+    MIXED = "mixed"
+    """Several of these together: none of them alone is enough."""
+
+
+class Change(Message):
+    """One field of one object, and the nearest value with which rules no longer exclude a host."""
+
+    rules: tuple[str, ...]
+    """The rules that it satisfies."""
+    kind: ChangeKind
+    object_kind: str
+    """host, vm, cluster, network, disks, placement"""
+    object_id: str
+    object_name: str = ""
+    field: str = ""
+    """As REST has it, where REST can set it; memory_used_bytes and vcpus_used of a host shrink by moving VMs away."""
+    current: int | float | str = ""
+    wanted: int | float | str = ""
+    """Of a list, what is taken out of it (`current`) or added to it (`wanted`)."""
+    amount: int = 1
+    """By how many units the two differ; 1 where there is nothing to count."""
+    unit: str = ""
+    """bytes, MiB, vCPUs, %, tenths, hosts, NICs, or "" where there is nothing to count."""
+    sentence: str = ""
+
+
+class Remedy(Message):
+    """Changes that together would let a host take the VM; one less, or one of them by one unit less, and still no host
+    would. Of all hosts the one that needs the fewest changes, then the smallest."""
+
+    kind: ChangeKind
+    host_id: str
+    host_name: str = ""
+    changes: tuple[Change, ...] = ()
+    sentence: str = ""
+
+
 class Placement(Message):
     """The decision: a host, or for each host why not."""
 
@@ -85,6 +135,18 @@ class Placement(Message):
     message: str = ""
     """A sentence for a person."""
     decision_id: str = ""
+    vm_name: str = ""
+    purpose: Purpose = Purpose.START
+    considered: int = 0
+    """Hosts that were looked at. `hosts` has the best of them (when none fits: the nearest), no more than
+    VOLERY_SCHEDULER_EXPLAINED_HOSTS."""
+    fitting: int = 0
+    """Hosts that would take it."""
+    excluded_by: dict[str, int] = {}
+    """Rule → how many of all hosts it excludes; a host may be excluded by several."""
+    remedies: tuple[Remedy, ...] = ()
+    """When no host fits: for each kind of change the smallest that would mend that; where none alone is enough, the
+    smallest mixture."""
 
 
 class Claim(Entity):
@@ -98,6 +160,8 @@ class Claim(Entity):
     state: str = "tentative"
     """tentative (until confirmed or expired), confirmed"""
     purpose: Purpose = Purpose.START
+    high_availability: bool = False
+    """What the VM was when it was placed."""
 
 
 class ClaimKey(Message):
@@ -127,6 +191,19 @@ class HostCapacity(Message):
     cpu_percent: float = 0.0
 
 
+class PastDecision(Entity):
+    """What was decided about a VM, in short; the whole explanation is the decision of this id."""
+
+    vm_id: str
+    vm_name: str = ""
+    epoch: int = 0
+    purpose: Purpose = Purpose.START
+    host_id: str = ""
+    """Empty: no host could take it."""
+    host_name: str = ""
+    message: str = ""
+
+
 class GetDecision(Message):
     id: str
 
@@ -139,7 +216,7 @@ class RoomFor(Message):
 
 
 class FindRoom(Message):
-    """Which of these VMs would fit, each by itself? Claims nothing. At most 200 at a time."""
+    """Which of these VMs would fit if they were restarted, each by itself? Claims nothing. At most 200 at a time."""
 
     asks: tuple[RoomFor, ...]
 
@@ -156,6 +233,8 @@ class Room(Message):
     """What it would take of a host, overhead included."""
     nearest: HostVerdict | None = None
     """The host that would have to change least to take it; None when there is none that doesn't fit."""
+    remedies: tuple[Remedy, ...] = ()
+    """When no host fits: as in a placement."""
 
 
 class Rooms(Message):
@@ -170,6 +249,8 @@ RELEASE_CLAIM = Call("scheduler.claim.release", ClaimKey, Done, mutates=True)
 RELEASE_VM_CLAIMS = Call("scheduler.claim.release_vm", ReleaseVm, Done, mutates=True)
 LIST_CLAIMS = Call("scheduler.claim.list", ListQuery, Page)
 LIST_CAPACITY = Call("scheduler.capacity.list", ListQuery, Page)
+LIST_DECISIONS = Call("scheduler.decision.list", ListQuery, Page)
+"""Past decisions; without `order_by` the newest first."""
 FIND_ROOM = Call("scheduler.room.find", FindRoom, Rooms, timeout_seconds=20)
 GET_DECISION = Call("scheduler.decision.get", GetDecision, Placement)
 """A past decision, as it was explained then. Raises not_found when it is older than the retention."""

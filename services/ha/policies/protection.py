@@ -19,6 +19,7 @@ CODES: Mapping[str, ReasonCode] = {
     "cpu": ReasonCode.CAPACITY,
     "cpu_overcommit": ReasonCode.CAPACITY,
     "memory": ReasonCode.CAPACITY,
+    "swap": ReasonCode.CAPACITY,
     "network": ReasonCode.NETWORK,
     "storage": ReasonCode.STORAGE,
     "cpu_model": ReasonCode.CPU_MODEL,

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from services.scheduler.fleet import Bools, Fleet, Floats
+from services.scheduler.fleet import Bools, Fleet, Floats, Ints
 from services.scheduler.policies.filters import FILTERS
+from services.scheduler.policies.remedies import remedies
 from services.scheduler.policies.request import Request
 from services.scheduler.policies.weights import POLICIES
-from volery.contracts.scheduling import HostVerdict, Room, Verdict
+from volery.contracts.scheduling import HostVerdict, Remedy, Room, Verdict
 
 NAMED_HOSTS = 5
-"""Hosts that a refusal's sentence names; the others are in its list."""
+"""Hosts that a refusal's sentence names; of the others it says how many each rule excludes."""
+NAMED_WEIGHTS = 3
+"""Weights that a choice's sentence compares with the runner-up's."""
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Rows of the hosts that were considered, best first, and what every rule said of them."""
+    """Rows of the hosts that were considered, best first (of those that don't fit, the one with the fewest rules
+    against it), and what every rule said of them."""
 
-    order: Sequence[int]
+    order: Ints
     fits: Bools
     masks: dict[str, Bools]
     total: Floats
@@ -30,7 +33,16 @@ class Decision:
 
     @property
     def best(self) -> int | None:
-        return self.order[0] if self.order and self.fits[self.order[0]] else None
+        return int(self.order[0]) if len(self.order) and self.fits[self.order[0]] else None
+
+    @property
+    def fitting(self) -> int:
+        return int(self.fits[self.order].sum())
+
+    def excluded_by(self) -> dict[str, int]:
+        """Rule → how many of the hosts it excludes."""
+        counts = {rule: int((~mask[self.order]).sum()) for rule, mask in self.masks.items()}
+        return {rule: count for rule, count in counts.items() if count}
 
 
 def decide(fleet: Fleet, request: Request) -> Decision:
@@ -39,13 +51,23 @@ def decide(fleet: Fleet, request: Request) -> Decision:
     policy = POLICIES.get(request.policy.balance, POLICIES["none"])
     scores = {w.name: w.factor * w.score(fleet, request) for w in policy}
     total: Floats = np.sum(list(scores.values()), axis=0)
-    considered = np.flatnonzero(masks["cluster"] | fleet.among((request.place.target_host_id,)))
-    order = sorted(considered.tolist(), key=lambda r: (not fits[r], -round(float(total[r]), 9), fleet.ids[r]))
-    return Decision(order, fits, masks, total, scores)
+    target = fleet.among((request.place.target_host_id,))
+    rows = np.flatnonzero(masks["cluster"] | target)
+    against = np.sum([~mask[rows] for mask in masks.values()], axis=0)
+    keys = (fleet.ranks()[rows], -total[rows].round(9), against, ~target[rows], ~fits[rows])
+    return Decision(rows[np.lexsort(keys)], fits, masks, total, scores)
 
 
-def explain(fleet: Fleet, request: Request, decision: Decision) -> tuple[HostVerdict, ...]:
-    return tuple(_verdict(fleet, request, decision, row) for row in decision.order)
+def mend(fleet: Fleet, request: Request, decision: Decision) -> tuple[Remedy, ...]:
+    """The smallest changes that would let it fit, when it doesn't."""
+    return () if decision.best is not None else remedies(fleet, request, decision.masks, decision.order)
+
+
+def explain(
+    fleet: Fleet, request: Request, decision: Decision, most: int | None = None
+) -> tuple[HostVerdict, ...]:
+    """Host by host, the best first, no more than `most`."""
+    return tuple(_verdict(fleet, request, decision, row) for row in decision.order[:most].tolist())
 
 
 def _verdict(fleet: Fleet, request: Request, decision: Decision, row: int) -> HostVerdict:
@@ -79,6 +101,7 @@ def room(fleet: Fleet, request: Request) -> Room:
     others = [int(row) for row in hosts if not fits[row]]
     up = masks["host_state"]
     nearest = min(others, key=lambda r: (int(against[r]), not up[r], fleet.ids[r]), default=None)
+    mended = () if fits[hosts].any() else remedies(fleet, request, masks, hosts)
     return Room(
         vm_id=request.need.vm_id,
         hosts=len(hosts),
@@ -86,33 +109,57 @@ def room(fleet: Fleet, request: Request) -> Room:
         fitting=int(fits[hosts].sum()),
         memory_bytes=request.memory,
         nearest=None if nearest is None else _excluded(fleet, request, masks, nearest),
+        remedies=mended,
     )
 
 
-def sentence(request: Request, hosts: Sequence[HostVerdict], *, known: bool = True) -> str:
-    """The decision for a person: the host, or every host with its reasons. `known`: there is such a target."""
-    if not known:
-        target = request.place.target_host_id
+def sentence(
+    fleet: Fleet, request: Request, decision: Decision, hosts: Sequence[HostVerdict], mended: Sequence[Remedy]
+) -> str:
+    """The decision for a person: the host and why it, or the hosts with their reasons and what would mend that."""
+    target = request.place.target_host_id
+    if target and target not in fleet.rows:
         return f"no host can take {request.vm}: there is no host {target}; list hosts to see what exists"
-    fitting = sum(host.fits for host in hosts)
-    cluster = request.policy.name or request.need.cluster_id
-    if fitting:
-        others = f", the best of {fitting} that fit" if fitting > 1 else ", the only one that fits"
-        return f"{request.vm} is placed on {hosts[0].name}{others}, of {len(hosts)} in cluster {cluster}"
-    if not hosts:
+    if decision.best is not None:
         return (
-            f"no host can take {request.vm}: cluster {cluster} has no hosts; add one, or move the VM to a "
+            f"{request.vm} is placed on {hosts[0].name}{_why(hosts, decision.fitting)}, of "
+            f"{len(decision.order)} in {request.cluster}"
+        )
+    if not len(decision.order):
+        return (
+            f"no host can take {request.vm}: {request.cluster} has no hosts; add one, or move the VM to a "
             "cluster that has"
         )
     named = "; ".join(
         f"{host.name}: {', '.join(v.message for v in _telling(host))}" for host in hosts[:NAMED_HOSTS]
     )
-    more = ""
-    if len(hosts) > NAMED_HOSTS:
-        counts = Counter(v.rule for host in hosts[NAMED_HOSTS:] for v in _telling(host))
-        rules = ", ".join(f"{rule} {count}" for rule, count in counts.most_common())
-        more = f"; {len(hosts) - NAMED_HOSTS} more were excluded by: {rules}"
-    return f"no host of cluster {cluster} can take {request.vm}. {named}{more}"
+    help_ = f". What would help: {'; or '.join(r.sentence for r in mended)}" if mended else ""
+    return f"no host of {request.cluster} can take {request.vm}. {named}{_others(decision)}{help_}"
+
+
+def _why(hosts: Sequence[HostVerdict], fitting: int) -> str:
+    if fitting == 1:
+        return ", the only one that fits"
+    best, second = hosts[0], hosts[1]
+    ahead = {rule: round(share - second.weights[rule], 4) for rule, share in best.weights.items()}
+    telling = sorted((rule for rule in ahead if ahead[rule]), key=lambda rule: -abs(ahead[rule]))
+    parts = ", ".join(f"{rule} {ahead[rule]:+g}" for rule in telling[:NAMED_WEIGHTS])
+    against = f"{best.weight:g} against {second.weight:g} of {second.name}"
+    if best.weight == second.weight:
+        return f", the best of {fitting} that fit ({against}: the lower id decides)"
+    return f", the best of {fitting} that fit ({against}: {parts})"
+
+
+def _others(decision: Decision) -> str:
+    """How many of the hosts that aren't named each rule excludes."""
+    rows = decision.order[NAMED_HOSTS:]
+    if not len(rows):
+        return ""
+    against = {rule: ~mask[rows] for rule, mask in decision.masks.items()}
+    against["target"] &= np.sum(list(against.values()), axis=0) == 1
+    counts = sorted(((int(a.sum()), rule) for rule, a in against.items() if a.any()), key=lambda c: -c[0])
+    rules = ", ".join(f"{rule} {count}" for count, rule in counts)
+    return f"; {len(rows)} more were excluded by: {rules}"
 
 
 def _telling(host: HostVerdict) -> Sequence[Verdict]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from services.scheduler.fleet import UP, Bools, Fleet
-from services.scheduler.policies import bound
+from services.scheduler.policies import bound, strain
 from services.scheduler.policies.request import Request, size
 from volery.contracts.host import HostStatus
 
@@ -203,4 +203,7 @@ FILTERS: tuple[Filter, ...] = (
     Filter("machine", has_machine, lacks_machine),
     Filter("affinity_vms", bound.suits_vms, bound.unsuited_vms),
     Filter("affinity_hosts", bound.suits_hosts, bound.unsuited_hosts),
+    Filter("cluster_maintenance", strain.cluster_takes_starts, strain.cluster_is_maintained),
+    Filter("cpu_overload", strain.is_not_overloaded, strain.is_overloaded),
+    Filter("swap", strain.is_not_swapping, strain.is_swapping),
 )

@@ -27,6 +27,10 @@ class Request:
     vcpu_load: float
     bound: Bound = FREE
     """By affinity groups."""
+    overload_seconds: float = 0.0
+    swap_percent: float = 0.0
+    now: float = 0.0
+    """By the clock that dates the fleet's samples."""
 
     @property
     def need(self) -> Need:
@@ -37,13 +41,19 @@ class Request:
         return f"VM {self.need.name or self.need.vm_id}"
 
     @property
+    def cluster(self) -> str:
+        return f"cluster {self.policy.name or self.need.cluster_id}"
+
+    @property
     def excluded_because(self) -> str:
         if self.place.purpose is Purpose.MIGRATE:
             return "it is the source of this migration or was tried before"
         return "it was tried before"
 
 
-def request(place: Place, policy: ClusterPolicy, config: SchedulerConfig, bound: Bound = FREE) -> Request:
+def request(
+    place: Place, policy: ClusterPolicy, config: SchedulerConfig, bound: Bound = FREE, *, now: float = 0.0
+) -> Request:
     model = place.need.cpu_model or policy.cpu_model
     return Request(
         place=place,
@@ -56,6 +66,9 @@ def request(place: Place, policy: ClusterPolicy, config: SchedulerConfig, bound:
         high_utilization=config.high_utilization_percent / 100,
         vcpu_load=config.vcpu_load_percent / 100,
         bound=bound,
+        overload_seconds=config.overload_seconds,
+        swap_percent=config.swap_percent,
+        now=now,
     )
 
 

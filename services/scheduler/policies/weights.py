@@ -59,6 +59,26 @@ def memory_saving(fleet: Fleet, request: Request) -> Floats:
     return np.clip(memory_share(fleet, request), 0, 1)
 
 
+def _few(fleet: Fleet, request: Request, column: str) -> Floats:
+    """1 where none is, 0 where as many are as on any host of the cluster."""
+    count = fleet.ints(column)
+    most = int(count[fleet.in_cluster(request.need.cluster_id)].max(initial=0))
+    score: Floats = 1 - np.clip(count / max(most, 1), 0, 1)
+    return score
+
+
+def guests_even(fleet: Fleet, request: Request) -> Floats:
+    """The fewer VMs, the better."""
+    return _few(fleet, request, "guests")
+
+
+def ha_spread(fleet: Fleet, request: Request) -> Floats:
+    """In a cluster that reserves room for dead hosts, the fewer highly available VMs die together, the better."""
+    if request.need.high_availability and request.policy.reserve_host_failures:
+        return _few(fleet, request, "ha_guests")
+    return np.zeros(len(fleet))
+
+
 def preferred(fleet: Fleet, request: Request) -> Floats:
     return fleet.among(request.need.preferred_host_ids).astype(np.float64)
 
@@ -86,12 +106,16 @@ GROUPS = (
     Weight("affinity_room", 50.0, bound.room_for_all),
 )
 """Affinity groups' wishes with oVirt's factors; and that all VMs that must be together find room, which outweighs them."""
-ASKED = (PREFERRED, WISHED, AVOIDED, *GROUPS)
+HA_RESERVATION = Weight("ha_reservation", 1.0, ha_spread)
+ASKED = (PREFERRED, WISHED, AVOIDED, HA_RESERVATION, *GROUPS)
 EVEN = (Weight("cpu_even", 2.0, cpu_even), Weight("memory_even", 1.0, memory_even), *ASKED)
 SAVING = (Weight("cpu_saving", 2.0, cpu_saving), Weight("memory_saving", 1.0, memory_saving), *ASKED)
+EVEN_GUESTS = (Weight("guests_even", 2.0, guests_even), *ASKED)
 
 POLICIES: dict[str, tuple[Weight, ...]] = {
     Balance.NONE: EVEN,
     Balance.EVENLY_DISTRIBUTED: EVEN,
     Balance.POWER_SAVING: SAVING,
+    Balance.VM_EVENLY_DISTRIBUTED: EVEN_GUESTS,
+    Balance.CLUSTER_MAINTENANCE: EVEN,
 }

@@ -1,0 +1,286 @@
+"""The smallest change that makes a VM fit: it is enough, and one unit less is not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace as with_
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from msgspec.structs import replace
+
+from services.scheduler.fleet import HostFigures
+from services.scheduler.model import ClusterPolicy, limits
+from services.scheduler.policies.decision import decide, mend, room
+from services.scheduler.policies.request import request
+from tests.scheduler import oracle
+from tests.scheduler.oracle import World
+from tests.scheduler.worlds import CONFIG, GIB, MIB, fleet_of, places, worlds
+from volery.contracts.scheduling import Change, ChangeKind, Need, Place, Purpose, Remedy
+
+
+def remedies(world: World, place: Place) -> tuple[Remedy, ...]:
+    fleet, asked = fleet_of(world), request(place, world.policy, CONFIG, now=world.now)
+    return mend(fleet, asked, decide(fleet, asked))
+
+
+def fitting(world: World, place: Place) -> set[str]:
+    """By the oracle, so that nothing here trusts the masks that the changes were made from."""
+    return {h.id for h in oracle.considered(world, place) if not oracle.refusals(world, place, h, CONFIG)}
+
+
+def of_host(world: World, host_id: str, **fields: Any) -> World:
+    return with_(world, hosts=tuple(with_(h, **fields) if h.id == host_id else h for h in world.hosts))
+
+
+def of_cluster(world: World, **fields: Any) -> World:
+    """Every host of the cluster has its limits anew."""
+    policy = with_(world.policy, **fields)
+
+    def limited(host: HostFigures) -> HostFigures:
+        new = limits(host.memory_bytes, host.cpus, policy, CONFIG)
+        return with_(host, memory_limit_bytes=new.memory_bytes, vcpus_limit=new.vcpus)
+
+    hosts = tuple(limited(h) if h.cluster_id == policy.id else h for h in world.hosts)
+    return with_(world, hosts=hosts, policy=policy)
+
+
+def applied(world: World, place: Place, change: Change, less: int = 0) -> tuple[World, Place]:
+    """The world and the question after a change, or after one that is `less` units smaller; by one unit where there is
+    nothing to count is not at all."""
+    need, to = place.need, change.wanted
+    if less and not isinstance(to, int | float):
+        return world, place
+    match change.object_kind, change.field:
+        case "host", "status":
+            return of_host(world, change.object_id, status=to), place
+        case "host", ("memory_used_bytes" | "vcpus_used") as field:
+            return of_host(world, change.object_id, **{field: to + less}), place
+        case "host", "cpu_percent":
+            busy = {h: since for h, since in world.busy_since.items() if h != change.object_id}
+            return with_(world, busy_since=busy), place
+        case "host", "swapped_bytes":
+            return with_(world, swapped=world.swapped | {change.object_id: to + less}), place
+        case "cluster", "balance":
+            return of_cluster(world, balance=to), place
+        case "cluster", "memory_overcommit_percent":
+            return of_cluster(world, memory_overcommit_percent=to - less), place
+        case "cluster", "cpu_overcommit_ratio":
+            return of_cluster(world, cpu_overcommit_ratio=round(to * 10 - less) / 10), place
+        case "vm", "memory_bytes":
+            return world, replace(place, need=replace(need, memory_bytes=to + less * MIB))
+        case "vm", ("vcpus" | "cpu_model" | "machine") as field:
+            return world, replace(place, need=replace(need, **{field: to + less if less else to}))
+        case "vm", "affinity.host_ids":
+            return world, replace(place, need=replace(need, host_ids=(*need.host_ids, to)))
+        case "vm", "nics":
+            kept = tuple(n for n in need.network_ids if n != change.current)
+            return world, replace(place, need=replace(need, network_ids=kept))
+        case "network", "ready_host_ids":
+            networks = tuple(
+                with_(n, host_ids=n.host_ids | {to}) if n.id == change.object_id else n
+                for n in world.networks
+            )
+            return with_(world, networks=networks), place
+        case "disks", "storage_host_ids":
+            return world, replace(place, need=replace(need, storage_host_ids=(*need.storage_host_ids, to)))
+        case "placement", "target_host_id":
+            return world, replace(place, target_host_id=to)
+        case "placement", "excluded_host_ids":
+            return world, replace(
+                place, excluded_host_ids=tuple(h for h in place.excluded_host_ids if h != change.current)
+            )
+    raise AssertionError(f"a change that nobody can make: {change}")
+
+
+@settings(max_examples=300, deadline=None)
+@given(worlds(), places())
+def test_a_remedy_is_enough_one_unit_less_is_not_and_none_means_that_nothing_helps(
+    world: World, place: Place
+) -> None:
+    found = remedies(world, place)
+    if fitting(world, place):
+        assert found == ()
+        return
+    assert found or hopeless(world, place)
+    kinds = [r.kind for r in found]
+    assert len(set(kinds)) == len(kinds)
+    assert ChangeKind.MIXED not in kinds or len(kinds) == 1
+    hosts = {h.id: h for h in world.hosts}
+    for remedy in found:
+        assert remedy.sentence
+        assert remedy.kind is ChangeKind.MIXED or {c.kind for c in remedy.changes} == {remedy.kind}
+        against = oracle.refusals(world, place, hosts[remedy.host_id], CONFIG)
+        assert {rule for change in remedy.changes for rule in change.rules} == against
+        everything = world, place
+        for change in remedy.changes:
+            assert change.sentence
+            assert change.rules
+            everything = applied(*everything, change)
+        assert remedy.host_id in fitting(*everything), remedy
+        asked = request(everything[1], everything[0].policy, CONFIG, now=world.now)
+        assert decide(fleet_of(everything[0]), asked).best is not None
+        for short in remedy.changes:
+            almost = world, place
+            for change in remedy.changes:
+                almost = applied(*almost, change, less=int(change is short))
+            assert not fitting(*almost), (remedy, short)
+
+
+def hopeless(world: World, place: Place) -> bool:
+    """By the oracle: against each host there is a rule that no change mends alone, each tried as far as REST goes."""
+    for host in oracle.considered(world, place):
+        left = oracle.refusals(world, place, host, CONFIG)
+        for changed, asked in extremes(world, place):
+            now = next(h for h in changed.hosts if h.id == host.id)
+            left &= oracle.refusals(changed, asked, now, CONFIG)
+        if not left:
+            return False
+    return True
+
+
+def extremes(world: World, place: Place) -> Iterator[tuple[World, Place]]:
+    yield with_(world, hosts=tuple(with_(h, status="up") for h in world.hosts)), place
+    yield with_(world, hosts=tuple(with_(h, memory_used_bytes=0) for h in world.hosts)), place
+    yield with_(world, hosts=tuple(with_(h, vcpus_used=0) for h in world.hosts)), place
+    yield with_(world, busy_since={}), place
+    yield with_(world, swapped={}), place
+    yield of_cluster(world, balance="evenly_distributed"), place
+    yield of_cluster(world, memory_overcommit_percent=400), place
+    yield of_cluster(world, cpu_overcommit_ratio=100.0), place
+    everywhere = tuple(h.id for h in world.hosts)
+    for fields in (
+        {"memory_bytes": 16 * MIB}, {"vcpus": 1}, {"network_ids": ()}, {"storage_host_ids": None}, {"host_ids": ()},
+        {"cpu_model": "host-model"}, {"machine": "q35"}, {"machine": "pc"},
+    ):  # fmt: skip
+        yield world, replace(place, need=replace(place.need, **fields))
+    yield world, replace(place, target_host_id="")
+    if place.purpose is not Purpose.MIGRATE:
+        yield world, replace(place, excluded_host_ids=())
+    yield (
+        with_(world, networks=tuple(with_(n, host_ids=frozenset(everywhere)) for n in world.networks)),
+        place,
+    )
+
+
+def figures(host_id: str, **changed: Any) -> HostFigures:
+    made: dict[str, Any] = {
+        "id": host_id, "name": host_id, "cluster_id": "a", "status": "up", "cpus": 8,
+        "memory_bytes": 16 * GIB, "memory_limit_bytes": 16 * GIB - 256 * MIB, "memory_used_bytes": 0,
+        "vcpus_limit": 80, "vcpus_used": 0,
+    }  # fmt: skip
+    return HostFigures(**(made | changed))
+
+
+def world_of(*hosts: HostFigures) -> World:
+    return World(hosts, ClusterPolicy("a", "Default"))
+
+
+def place_of(**need: Any) -> Place:
+    made: dict[str, Any] = {
+        "vm_id": "vm",
+        "cluster_id": "a",
+        "memory_bytes": 4 * GIB,
+        "vcpus": 2,
+        "name": "web",
+    }
+    return Place(need=Need(**(made | need)), epoch=1)
+
+
+def said(world: World, place: Place) -> dict[str, str]:
+    return {r.kind: r.sentence for r in remedies(world, place)}
+
+
+def test_each_kind_of_change_names_its_own_best_host() -> None:
+    hosts = (
+        figures("full", memory_used_bytes=14 * GIB),
+        figures("fuller", memory_used_bytes=15 * GIB),
+        figures("resting", status="maintenance"),
+    )
+    assert said(world_of(*hosts), place_of()) == {
+        "host": "move or stop VMs with 2.3 GiB of memory on full",
+        "vm": "give VM web at most 1.7 GiB of memory instead of 4.0 GiB (full takes it then)",
+        "cluster": "raise the memory over-commit of cluster Default from 100 to 115 % (full takes it then)",
+    }
+
+
+def test_rules_that_fail_only_together_are_named_together() -> None:
+    both = world_of(figures("h1", memory_used_bytes=14 * GIB, vcpus_used=79))
+    (of_cluster_,) = [r for r in remedies(both, place_of()) if r.kind is ChangeKind.CLUSTER]
+    assert [c.rules for c in of_cluster_.changes] == [("cpu_overcommit",), ("memory",)]
+    assert of_cluster_.sentence == (
+        "raise the CPU over-commit of cluster Default from 10 to 10.2 vCPUs per thread and raise the memory "
+        "over-commit of cluster Default from 100 to 115 % (h1 takes it then)"
+    )
+    threads = world_of(figures("h1", cpus=1, vcpus_limit=10, vcpus_used=9))
+    (of_vm,) = remedies(threads, place_of(vcpus=3))[:1]
+    assert [(c.rules, c.field, c.wanted) for c in of_vm.changes] == [(("cpu", "cpu_overcommit"), "vcpus", 1)]
+
+
+def test_what_no_kind_alone_mends_is_mended_by_the_smallest_mixture() -> None:
+    hosts = (
+        figures("far", status="down", cpus=1, memory_used_bytes=15 * GIB),
+        figures("near", status="maintenance", cpus=1),
+    )
+    (found,) = remedies(world_of(*hosts), place_of())
+    assert (found.kind, found.host_id) == ("mixed", "near")
+    assert found.sentence == "activate near and give VM web at most 1 vCPU instead of 2"
+
+
+def test_a_field_that_must_change_anyway_is_changed_further_before_another_is() -> None:
+    world = world_of(figures("h1", status="maintenance", cpus=2, vcpus_limit=20, vcpus_used=19))
+    (found,) = remedies(world, place_of(vcpus=3))
+    assert [(c.field, c.wanted) for c in found.changes] == [("status", "up"), ("vcpus", 1)]
+
+
+def test_memory_that_is_left_is_proposed_in_whole_mib() -> None:
+    world = world_of(figures("h1", memory_limit_bytes=2 * GIB + 65 * MIB + 10))
+    (of_vm,) = [r for r in remedies(world, place_of(memory_bytes=4 * GIB + 1)) if r.kind is ChangeKind.VM]
+    assert [(c.wanted, c.amount) for c in of_vm.changes] == [(2 * GIB, 2049)]
+
+
+@pytest.mark.parametrize(
+    ("changed", "place", "expected"),
+    [
+        ({"machines": frozenset({"pc"})}, place_of(machine="q35"), {"vm": "machine"}),
+        ({"cpu_models": frozenset({"Nehalem"})}, place_of(cpu_model="Skylake"), {"vm": "cpu_model"}),
+        ({"cpus": 0, "vcpus_limit": 0}, place_of(), {}),
+        ({}, place_of(storage_host_ids=()), {"connections": "storage_host_ids"}),
+        ({}, place_of(network_ids=("nobody-knows-it",)), {"vm": "nics"}),
+        ({}, place_of(host_ids=("gone",)), {"vm": "affinity.host_ids"}),
+        ({"vcpus_used": 79}, place_of(), {"host": "vcpus_used", "vm": "vcpus", "cluster": "cpu_overcommit_ratio"}),
+        ({"memory_bytes": GIB, "memory_limit_bytes": 768 * MIB}, place_of(), {"vm": "memory_bytes"}),
+        ({"cluster_id": "b"}, replace(place_of(), target_host_id="h1"), {}),
+    ],
+)  # fmt: skip
+def test_only_what_can_be_done_is_proposed(
+    changed: dict[str, Any], place: Place, expected: dict[str, str]
+) -> None:
+    """A host without known threads, one of another cluster, an over-commit beyond 400 %: nobody can do that."""
+    found = remedies(world_of(figures("h1", **changed)), place)
+    assert {r.kind: r.changes[0].field for r in found} == expected
+
+
+def test_a_migration_s_source_is_never_proposed() -> None:
+    place = replace(place_of(), purpose=Purpose.MIGRATE, excluded_host_ids=("h1",))
+    assert remedies(world_of(figures("h1")), place) == ()
+    start = replace(place, purpose=Purpose.START)
+    assert said(world_of(figures("h1")), start) == {"request": "try again without leaving out h1"}
+
+
+def test_another_host_that_fits_is_proposed_for_the_one_that_was_asked_for() -> None:
+    hosts = (figures("h1", status="maintenance"), figures("h2", cpus=1), figures("h3"))
+    place = replace(place_of(), target_host_id="h1")
+    assert said(world_of(*hosts), place) == {
+        "host": "activate h1",
+        "request": "ask for h3 or for no host in particular",
+    }
+
+
+def test_room_names_the_smallest_change_without_the_excluded_hosts() -> None:
+    hosts = (figures("source"), figures("other", memory_used_bytes=14 * GIB))
+    world, place = world_of(*hosts), replace(place_of(), excluded_host_ids=("source",))
+    found = room(fleet_of(world), request(place, world.policy, CONFIG, now=world.now))
+    assert {r.host_id for r in found.remedies} == {"other"}
+    assert [r.kind for r in found.remedies] == ["host", "vm", "cluster"]

@@ -1,0 +1,125 @@
+"""Random fleets and requests, and the fleet in columns that is made of one."""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+
+from services.scheduler.config import SchedulerConfig
+from services.scheduler.fleet import Fleet, HostFigures, Measured, NetworkReach
+from services.scheduler.model import ClusterPolicy, limits
+from tests.scheduler.oracle import World
+from volery.contracts.cluster import Balance
+from volery.contracts.host import HostStatus
+from volery.contracts.scheduling import Need, Place, Purpose
+
+MIB = 1024**2
+GIB = 1024**3
+CONFIG = SchedulerConfig(overload_seconds=120.0, swap_percent=5.0)
+HOSTS = [f"host-{n}" for n in range(6)]
+NETWORKS = ["lan", "wan"]
+MODELS = ["Nehalem", "Skylake"]
+MACHINES = ["q35", "pc"]
+
+
+def fleet_of(world: World) -> Fleet:
+    fleet = Fleet()
+    fleet.clusters[world.policy.id] = world.policy
+    for host in world.hosts:
+        fleet.put(host)
+        busy = world.busy_since.get(host.id)
+        load, swapped = world.cpu_percent.get(host.id, 0.0), world.swapped.get(host.id, 0)
+        fleet.sample(host.id, Measured(load, busy is not None, busy or 0.0, swapped))
+        if fresh := world.fresh_vcpus.get(host.id):
+            fleet.use(host.id, 0, fresh)
+        fleet.used(host.id, host.memory_used_bytes, host.vcpus_used, host.guests, host.ha_guests)
+    for network in world.networks:
+        fleet.set_network(network)
+    return fleet
+
+
+def subsets(values: list[str]) -> st.SearchStrategy[list[str]]:
+    return st.lists(st.sampled_from(values), unique=True)
+
+
+@st.composite
+def policies(draw: st.DrawFn) -> ClusterPolicy:
+    return ClusterPolicy(
+        "a",
+        "A",
+        draw(st.sampled_from(["", *MODELS])),
+        draw(st.sampled_from(["", *MACHINES])),
+        memory_overcommit_percent=draw(st.just(100) | st.integers(50, 400)),
+        cpu_overcommit_ratio=draw(st.sampled_from([1.0, 10.0]) | st.integers(5, 40).map(lambda n: n / 10)),
+        balance=draw(st.sampled_from([str(b) for b in Balance])),
+        reserve_host_failures=draw(st.integers(0, 1)),
+    )
+
+
+@st.composite
+def worlds(draw: st.DrawFn) -> World:
+    """Hosts whose limits are those of their cluster, small enough for a VM not to fit for each of many reasons."""
+    policy = draw(policies())
+    hosts = []
+    for host_id in draw(subsets(HOSTS)):
+        cpus = draw(st.sampled_from([8, 8]) | st.integers(0, 8))
+        memory = draw(st.sampled_from([8 * GIB, 8 * GIB, 16 * GIB]) | st.integers(0, 8 * GIB))
+        limit = limits(memory, cpus, policy, CONFIG)
+        hosts.append(
+            HostFigures(
+                id=host_id,
+                name=host_id.upper(),
+                cluster_id=draw(st.sampled_from(["a", "a", "a", "b"])),
+                status=draw(st.sampled_from([HostStatus.UP, HostStatus.UP, HostStatus.UP, *HostStatus])),
+                cpus=cpus,
+                memory_bytes=memory,
+                memory_limit_bytes=limit.memory_bytes,
+                memory_used_bytes=draw(st.just(0) | st.integers(0, 8 * GIB)),
+                vcpus_limit=limit.vcpus,
+                vcpus_used=draw(st.just(0) | st.integers(0, 32)),
+                guests=draw(st.integers(0, 5)),
+                ha_guests=draw(st.integers(0, 3)),
+                cpu_models=frozenset(draw(subsets(MODELS))),
+                machines=frozenset(draw(subsets(MACHINES))),
+            )
+        )
+    return World(
+        tuple(hosts),
+        policy,
+        tuple(NetworkReach(n, n, frozenset(draw(subsets(HOSTS)))) for n in draw(subsets(NETWORKS))),
+        {h.id: draw(st.floats(0, 120)) for h in hosts},
+        {h.id: draw(st.integers(0, 4)) for h in hosts},
+        {
+            h.id: draw(st.sampled_from([1.0, 880.0, 881.0, 999.0]))
+            for h in hosts
+            if draw(st.integers(0, 3)) == 0
+        },
+        {h.id: draw(st.integers(0, GIB)) for h in hosts if draw(st.integers(0, 4)) == 0},
+    )
+
+
+@st.composite
+def places(draw: st.DrawFn) -> Place:
+    storage = draw(st.none() | subsets(HOSTS))
+    need = Need(
+        vm_id="vm",
+        cluster_id="a",
+        memory_bytes=draw(st.sampled_from([16 * MIB, GIB, 4 * GIB]) | st.integers(16 * MIB, 8 * GIB)),
+        vcpus=draw(st.integers(1, 9)),
+        name="web",
+        cpu_model=draw(st.sampled_from(["", "host-passthrough", *MODELS])),
+        machine=draw(st.sampled_from(["", *MACHINES])),
+        network_ids=tuple(draw(st.just([]) | subsets(NETWORKS))),
+        host_ids=tuple(draw(st.just([]) | subsets(HOSTS))),
+        preferred_host_ids=tuple(draw(subsets(HOSTS))),
+        storage_host_ids=None if storage is None else tuple(storage),
+        high_availability=draw(st.booleans()),
+    )
+    return Place(
+        need=need,
+        epoch=1,
+        purpose=draw(st.sampled_from([Purpose.START, Purpose.START, Purpose.MIGRATE, Purpose.RESTART])),
+        excluded_host_ids=tuple(draw(st.just([]) | subsets(HOSTS))),
+        target_host_id=draw(st.sampled_from(["", "", "", *HOSTS])),
+        preferred_host_id=draw(st.sampled_from(["", "", *HOSTS])),
+        avoided_host_ids=tuple(draw(st.just([]) | subsets(HOSTS))),
+    )
