@@ -23,6 +23,8 @@ def show(site: Site, client: Client) -> Figures:
     try:
         for machine in site.machines:
             machine.ssh(MOUNT.format(server.ip), seconds=600)
+        for machine in site.machines:  # the server's own restart may have cost it the domain that it had
+            site.until_up(client, machine)
         mounted = server.ssh(f"findmnt -n -o FSTYPE,OPTIONS {PLACE}").strip()
         return {"mount": mounted, "creating a storage domain there": _refusal(client)}
     finally:

@@ -154,6 +154,10 @@ class Site:
             text = "".join(f"{name}={value}\n" for name, value in settings.items())
             machine.write("/etc/volery/agent.env", text, "0600")
             machine.ssh(f"systemctl enable --now {AGENT}", seconds=300)
+        self.until_up(client, machine)
+
+    def until_up(self, client: Client, machine: Machine) -> None:
+        """Raises LabError."""
         self.until(
             lambda: self.host(client, machine).status in (HostStatus.UP, HostStatus.MAINTENANCE),
             HOST_SECONDS,
