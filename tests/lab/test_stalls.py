@@ -33,11 +33,16 @@ def file(tmp_path: Path) -> Iterator[Path]:
     run(["mkfs.ext4", "-q", "-F", str(image)])
     run(["mount", "-o", "loop", str(image), str(mounted)])
     try:
-        file_there = mounted / "file"
-        file_there.write_bytes(bytes(8192))
-        yield file_there
+        yield on_disk(mounted / "file")
     finally:
         run(["umount", str(mounted)])
+
+
+def on_disk(file: Path) -> Path:
+    """Written out: nobody waits for another's write then, but for blocks of the disk."""
+    file.write_bytes(bytes(8192))
+    run(["sync", str(file)])
+    return file
 
 
 @pytest.fixture
@@ -84,7 +89,7 @@ def until(true: Callable[[], object]) -> None:
 
 def test_who_waits_for_the_disk_can_not_be_killed_until_it_is_let_go(file: Path, group: str) -> None:
     number = file.stat().st_dev
-    stuck, well = writer(file, f"{group}/guest"), writer(file, "")
+    stuck, well = writer(file, f"{group}/guest"), writer(on_disk(file.with_name("other")), "")
     stalls.begin(group, f"{os.major(number)}:{os.minor(number)}")
     go(stuck)
     until(lambda: qemu_processes.waits(stuck.pid))
@@ -111,8 +116,7 @@ def test_a_host_that_is_cut_from_the_labs_disk_can_lose_its_power(tmp_path: Path
     try:
         lab.up(2, with_disk=True)
         one, two = lab.host(1), lab.host(2)
-        file = lab.layout.disk / "file"
-        file.write_bytes(bytes(8192))
+        file, other = on_disk(lab.layout.disk / "file"), on_disk(lab.layout.disk / "other")
         process = subprocess.Popen(one.enter(writing(file)), stdin=subprocess.PIPE)
         until(lambda: one.pids("sh"))
         (pid,) = one.pids("sh")
@@ -120,7 +124,7 @@ def test_a_host_that_is_cut_from_the_labs_disk_can_lose_its_power(tmp_path: Path
         disk.cut(one)
         go(process)
         until(lambda: qemu_processes.waits(pid))
-        two.exec(["dd", "if=/dev/zero", f"of={file}", "bs=4096", "count=1", "oflag=direct", "conv=notrunc"])
+        two.exec(["dd", "if=/dev/zero", f"of={other}", "bs=4096", "count=1", "oflag=direct", "conv=notrunc"])
         assert pid in one.pids("dd")
         one.power_off()
         process.wait(20)
