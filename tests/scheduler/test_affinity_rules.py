@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.scheduler.config import SchedulerConfig
-from services.scheduler.fleet import Fleet, HostFigures
+from services.scheduler.fleet import Fleet, HostFigures, Measured
 from services.scheduler.model import ClusterPolicy, SeenVm
 from services.scheduler.policies.affinity import (
     NEGATIVE,
@@ -320,7 +320,7 @@ def test_the_first_of_a_union_goes_where_all_of_it_has_room() -> None:
     hosts = fleet(["A", "B"])
     hosts.put(HostFigures("S", "small", "c", "up", 64, 3 * GIB, 3 * GIB, 0, 640, 0))
     for busy in ("A", "B"):
-        hosts.sample(busy, 99.0)
+        hosts.sample(busy, Measured(99.0))
     rules = ClusterRules(0, (together("pair", "abc"),))
     around = rules.around("a")
     assert around is not None
