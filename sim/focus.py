@@ -110,6 +110,7 @@ PROMISES: dict[str, Focus] = {
     "started since": _promised(losses.started_since_the_backup),
     "everywhere since": _promised(losses.everywhere_since_the_backup),
     "made anew": _promised(losses.made_anew_since_the_backup),
+    "asked anew": _promised(losses.asked_for_when_made_anew),
     "clocks forward": _promised(doubts.clocks_go_forward, harmless=True),
     "leader pauses": _promised(doubts.leader_stands_still, harmless=True),
     "leader cut off": _promised(doubts.leader_hears_nothing, harmless=True),

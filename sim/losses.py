@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -37,6 +38,7 @@ from sim.world import World
 from volery.contracts.base import Call, Owner
 from volery.contracts.cluster import GetById
 from volery.contracts.domain_orders import MIGRATE_DOMAIN, STOP_DOMAIN
+from volery.contracts.errors import Refused
 from volery.contracts.operation import Operation
 from volery.contracts.vm import (
     GET_VM,
@@ -55,6 +57,8 @@ SENT_SECONDS = 0.3
 """After something happened on a host: its agent has told it."""
 SAID_SECONDS = 1.0
 """After something happened on a host: inventory has written it, and said so."""
+SLOW_SECONDS = 2.0
+"""From the bus to a host: much less than a doubt lasts."""
 SETTLED_SECONDS = 60.0
 """After a restore: hosts have reported, and whatever inventory concludes from it is done."""
 STREAM = stream_name(Owner.INVENTORY)
@@ -310,6 +314,32 @@ async def made_anew_since_the_backup(scene: Scene) -> None:
     vm = await world.ask(GET_VM, GetById(id=vm_id))
     if vm.host_id != there.host_id or vm.status is not VmStatus.UP:
         world.oracle.broken(f"{vm.name} runs on {there.name}, and is shown as {vm.status} on {vm.host_id}")
+
+
+async def asked_for_when_made_anew(scene: Scene) -> None:
+    """The same, but the VM is down in the backup, and people ask for it at once, while the way to the host where it runs is
+    slow."""
+    world, host = scene.world, busy_host(scene, scene.world.hosts.values())
+    if host is None:
+        return
+    vm_id, there = some_vm(scene, host), scene.chance.choice((host, another(scene, host)))
+    if not await stopped(world, vm_id):
+        return
+    await asyncio.sleep(SAID_SECONDS)
+    backup = world.database.snapshot()
+    if not await started(world, vm_id, there):
+        return
+    await asyncio.sleep(SAID_SECONDS)
+    domains = domains_of(world, [vm_id])
+    there.link.delay_seconds = SLOW_SECONDS
+    world.oracle.asked(vm_id, 1)
+    await _back_from(scene, backup, anew=True)
+    with contextlib.suppress(Refused):  # it runs, as soon as its host was heard
+        await world.ended(await world.ask(START_VM, StartVm(id=vm_id)))
+    world.oracle.asked(vm_id, -1)
+    world.oracle.want(vm_id, Wish.ANY)
+    there.link.delay_seconds = 0.0
+    await run_on(world, domains, SETTLED_SECONDS, "it was started since the backup")
 
 
 async def everywhere_since_the_backup(scene: Scene) -> None:

@@ -33,7 +33,7 @@ from volery.runtime import service
 from volery.runtime.core import Core
 from volery.runtime.deaths import Deaths
 from volery.runtime.hear import HostHearing
-from volery.runtime.operations import Operations
+from volery.runtime.operations import ANSWER_FIRST_SECONDS, Operations
 from volery.runtime.orders import Orders as OwnersOrders
 from volery.runtime.quarantine import Quarantine
 from volery.runtime.relay import Relay
@@ -160,6 +160,20 @@ def _quarantine_never_begins() -> None:
 
 def _hosts_that_know_more_are_not_believed() -> None:
     HostHearing._doubt = nothing  # type: ignore[method-assign]
+
+
+def _operations_begin_at_once() -> None:
+    """Before the leader has compared its log with its stream."""
+
+    def started(self: Operations, row: Any) -> None:
+        if self.leading:
+            self._launch(row, ANSWER_FIRST_SECONDS)
+
+    Operations._started = started  # type: ignore[method-assign]
+
+
+def _lost_streams_raise_no_doubt() -> None:
+    Quarantine.begin_doubt = nothing  # type: ignore[method-assign]
 
 
 def _epochs_stay_as_they_are() -> None:
@@ -449,6 +463,8 @@ MUTANTS: dict[str, Mutant] = {
     "hosts that know more are not believed": Mutant(
         _hosts_that_know_more_are_not_believed, 11, "made anew", quick=True
     ),
+    "operations begin at once": Mutant(_operations_begin_at_once, 10, "asked anew", quick=True),
+    "lost streams raise no doubt": Mutant(_lost_streams_raise_no_doubt, 10, "asked anew", quick=True),
     "restored databases are noticed late": Mutant(_restored_databases_are_noticed_late, 10, "moved since"),
 }
 

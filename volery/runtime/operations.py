@@ -90,6 +90,9 @@ class Operations:
     """What becomes of the object when its operation ended, e.g. `busy_with` cleared."""
     quarantine: Quarantine
     leading: bool = False
+    aligned: bool = False
+    """Whether this leader's log was compared with its stream: nothing is carried out before, since what says that the
+    database is older than the world, or may be, would come too late."""
     hint: Callable[[], object] = lambda: None
     """Tells the leader, if it is another process, that there is work."""
     table: Table[Operation, OperationPrivate] = field(init=False)
@@ -147,10 +150,10 @@ class Operations:
         return operation, replace_then(insert, lambda: self._started(Row(operation, private)))
 
     def _started(self, row: Row[Operation, OperationPrivate]) -> None:
-        if self.leading:
-            self._launch(row, ANSWER_FIRST_SECONDS)
-        else:
+        if not self.leading:
             self.hint()
+        elif self.aligned and not self.quarantine.holds:
+            self._launch(row, ANSWER_FIRST_SECONDS)
 
     def _launch(self, row: Row[Operation, OperationPrivate], after_seconds: float = 0.0) -> None:
         if row.id in self.runs:
@@ -166,7 +169,7 @@ class Operations:
 
     async def resume(self) -> None:
         """Take up every operation that has not ended: after a crash, a change of leader, a lost hint."""
-        if self.quarantine.holds:
+        if self.quarantine.holds or not self.aligned:
             return
         open_states = ("pending", "running", "cancelling")
         for row in await self.table.where(self.pool, "state = any($1::text[])", list(open_states)):
@@ -319,7 +322,7 @@ class Operations:
 
     async def stop(self) -> None:
         """Leave everything as it is; whoever leads next takes it up."""
-        self.leading = False
+        self.leading = self.aligned = False
         await end([*(task for _, task in self.runs.values()), *self.tasks])
 
     async def trim(self, days: int = 30) -> None:

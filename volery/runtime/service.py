@@ -307,7 +307,7 @@ class Service:
             await answers.open(self._table(core, made, self.rows("leader_answers_")))
             await together(self._background(settings, core, made, relay))
         finally:
-            core.operations.leading = False
+            core.operations.leading = core.operations.aligned = False
             if core.bus.client.is_connected:
                 await answers.close(1.0)
                 await hints.unsubscribe()
@@ -352,7 +352,7 @@ class Service:
         return hinted
 
     async def _operations(self, core: Core) -> None:
-        pending = True
+        core.operations.aligned = pending = True
         while True:
             if pending and not core.quarantine.holds:
                 await core.operations.resume_pending()
