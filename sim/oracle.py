@@ -42,6 +42,8 @@ class Oracle:
     """VMs that people have stopped and not asked for since: no domain of theirs may begin to run."""
     known: dict[Domain, None] = field(default_factory=dict)
     """Domains that have begun to run."""
+    ending: dict[str, None] = field(default_factory=dict)
+    """VMs whose guest is powering off, and that no other domain has begun to run since."""
     highly_available: set[str] = field(default_factory=set)
     violations: list[str] = field(default_factory=list)
     begun: dict[str, float] = field(default_factory=dict)
@@ -70,6 +72,7 @@ class Oracle:
         places[host.name] = domain
         if domain not in self.known:
             self.known[domain] = None
+            self.ending.pop(domain.vm_id, None)
             if domain.vm_id in self.stopped:
                 self.broken(f"VM {domain.name()} was stopped, and {host.name} starts it again")
         self.begun[domain.vm_id] = self.world.loop.time()
@@ -110,6 +113,10 @@ class Oracle:
 
     # What people want
 
+    def is_up(self, vm_id: str) -> bool:
+        """Whether it runs, and its guest has not been told to power off."""
+        return bool(self.running.get(vm_id)) and vm_id not in self.ending
+
     def want(self, vm_id: str, wish: Wish) -> None:
         self.wishes[vm_id] = wish
 
@@ -126,6 +133,8 @@ class Oracle:
 
     def ended_by_itself(self, vm_id: str, *, asked: bool) -> None:
         """Its guest powered off (`asked`), or it crashed, or its host died."""
+        if asked:
+            self.ending[vm_id] = None
         stays_down = asked or vm_id not in self.highly_available
         if stays_down and self.wishes.get(vm_id) is Wish.UP:
             self.wishes[vm_id] = Wish.ANY

@@ -79,7 +79,7 @@ async def restart(scene: Scene) -> None:
     await _about(world, vm_id, f"stop {name}", STOP_VM, ask)
     operation = await _about(world, vm_id, f"start {name} again", START_VM, StartVm(id=vm_id))
     runs = operation is not None and operation.state is OperationState.SUCCEEDED
-    world.oracle.want(vm_id, Wish.UP if runs and world.oracle.running.get(vm_id) else Wish.ANY)
+    world.oracle.want(vm_id, Wish.UP if runs and world.oracle.is_up(vm_id) else Wish.ANY)
 
 
 async def start(scene: Scene) -> None:
@@ -94,7 +94,7 @@ async def start_one(world: World, name: str) -> None:
     vm_id = world.vms[name]
     operation = await _about(world, vm_id, f"start {name}", START_VM, StartVm(id=vm_id))
     if operation is not None:
-        runs = operation.state is OperationState.SUCCEEDED and world.oracle.running.get(vm_id)
+        runs = operation.state is OperationState.SUCCEEDED and world.oracle.is_up(vm_id)
         world.oracle.want(vm_id, Wish.UP if runs else Wish.ANY)
 
 
