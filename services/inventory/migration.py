@@ -234,7 +234,9 @@ async def _transfer(
         )
     except (Refused, CancelRequested):
         # Also a migration that was cancelled may have been quicker, and must not be ended where it is now.
-        if not await _is_there(inv, vm.id, moving, source.id, target.id):
+        with run.waiting_for_host():
+            is_there = await _is_there(inv, vm.id, moving, source.id, target.id)
+        if not is_there:
             raise
 
 

@@ -217,6 +217,16 @@ async def test_a_stop_that_a_silent_host_never_answered_stays_asked_for_when_it_
             assert [ask.methods for ask in told] == [(StopMethod.DESTROY,)]  # as it was asked for
 
 
+async def deadline_now(world: World, op: Operation) -> None:
+    """For whoever takes it up next."""
+    async with open_pool(world.settings.database, "inventory") as pool:
+        doc = await pool.fetchval("select doc from operation where id = $1", op.id)
+        due = msgspec.structs.replace(msgspec.json.decode(doc, type=Operation), deadline=datetime.now(UTC))
+        await pool.execute(
+            "update operation set doc = $2 where id = $1", op.id, msgspec.json.encode(due).decode()
+        )
+
+
 async def pass_the_deadline(world: World, op: Operation) -> None:
     """As an operation is left when its deadline and the grace are over, and its host has not answered."""
     async with open_pool(world.settings.database, "inventory") as pool:

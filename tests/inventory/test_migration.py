@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from tests.inventory.test_deaths import pass_the_deadline
+from tests.inventory.test_deaths import deadline_now, pass_the_deadline
 from tests.inventory.world import (
     Machine,
     World,
@@ -268,6 +268,38 @@ async def test_one_that_has_ended_by_its_deadline_does_not_begin_again(configure
             now = await world.bus.ask(GET_OPERATION[Owner.INVENTORY], GetOperation(id=op.id))
             assert (now.state, now.outcome_pending) == (OperationState.FAILED, True)
             forgets.set()
+            assert (await world.ended(op)).state is OperationState.FAILED
+            assert (await world.vm_is(vm.id, VmStatus.UP)).host_id == here.id
+
+
+async def test_whoever_waits_for_a_silent_destination_is_told_so_by_the_deadline(
+    configured: Settings,
+) -> None:
+    """Only that host can say whether the VM arrived: nothing of it is touched, and its end is told as not known yet."""
+    async with surroundings(configured) as world:
+        async with inventory_of(world):
+            await found_cluster(world)
+            here, there = [await world.machine(name) for name in ("h1", "h2")]
+            vm = await world.vm()
+            moves = here.held[MIGRATE_DOMAIN.kind] = asyncio.Event()
+            here.refusals[MIGRATE_DOMAIN.kind] = Refused(
+                Kind.UNAVAILABLE, "the agent was restarted meanwhile"
+            )
+            here.begun.clear()
+            op = await world.bus.ask(MIGRATE_VM, MigrateVm(id=vm.id))
+            await here.begun.wait()
+        await there.agent.kill()
+        await deadline_now(world, op)
+        moves.set()
+        async with inventory_of(world):
+
+            async def told() -> bool:
+                now = await world.bus.ask(GET_OPERATION[Owner.INVENTORY], GetOperation(id=op.id))
+                return (now.state, now.outcome_pending) == (OperationState.FAILED, True)
+
+            await until(told)
+            assert (await world.get(vm.id)).busy_with == op.id
+            await there.agent.start()
             assert (await world.ended(op)).state is OperationState.FAILED
             assert (await world.vm_is(vm.id, VmStatus.UP)).host_id == here.id
 

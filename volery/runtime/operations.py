@@ -280,8 +280,8 @@ class Operations:
         )
         self._cancel_run(run, problem)
         await asyncio.sleep(CANCEL_GRACE_SECONDS)
-        if run.pending_order and not run.undoing:
-            await self._end_pending(run, problem)
+        await run.host_at_work.wait()  # or it ends by itself before
+        await self._end_pending(run, problem)
 
     async def _end_pending(self, run: Run, problem: Problem) -> None:
         """The deadline and its grace are over and a host is still at work: end, and keep the object busy."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -62,7 +63,8 @@ class Run:
     cancelling: asyncio.Event = field(default_factory=asyncio.Event)
     reason: Problem | None = None
     undos: list[tuple[str, Callable[[], Awaitable[None]]]] = field(default_factory=list)
-    pending_order: str = ""
+    host_at_work: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set while only a host can say what became of it, which may be silent for ever."""
     undoing: bool = False
     _progress_at: float = 0.0
 
@@ -252,12 +254,20 @@ class Run:
             )
             await self._begin(name, title, given)
         orders.progress[order_id] = on_progress or (lambda fact: self.say_progress(name, fact.progress))
-        self.pending_order = order_id
         try:
-            return await orders.result(order_id, None if self.undoing else self.cancelling)
+            with self.waiting_for_host():
+                return await orders.result(order_id, None if self.undoing else self.cancelling)
         finally:
             orders.progress.pop(order_id, None)
-            self.pending_order = ""
+
+    @contextmanager
+    def waiting_for_host(self) -> Iterator[None]:
+        """Past its deadline the operation ends meanwhile, and its object is kept until the host has spoken."""
+        self.host_at_work.set()
+        try:
+            yield
+        finally:
+            self.host_at_work.clear()
 
     def checkpoint(self) -> None:
         """Raises what ended the operation: a failure before a crash, a cancellation, the deadline."""
