@@ -135,9 +135,8 @@ async def _stray(inv: Inventory, rest: str) -> None:
         "VM %s runs on host %s where it may not (epoch %d); ending it there", vm_id, host_id, seen.epoch
     )
     epoch = max(placement.epoch, seen.epoch)
-    if (
-        epoch > placement.epoch and row is not None
-    ):  # of one that waits for a migration; others tell of a restore
+    # A later epoch is one that waits for a migration; others tell of a restore.
+    if epoch > placement.epoch and row is not None:
         await inv.core.commit(
             inv.store.raised(placement, epoch), VMS.update(row, replace(row.public, epoch=epoch))
         )
@@ -172,9 +171,7 @@ async def _behind(inv: Inventory, vm_id: str) -> None:
     except Refused as refused:
         log.warning("VM %s stays under an epoch that has passed: %s", vm_id, refused.message)
         await asyncio.sleep(STRAY_SECONDS)
-        await inv.core.hosts.ask_report(
-            placement.host_id
-        )  # still there, it is told again; gone, it has ended
+        await inv.core.hosts.ask_report(placement.host_id)  # still there: told again; gone: it has ended
 
 
 async def _host(inv: Inventory, host_id: str) -> None:
