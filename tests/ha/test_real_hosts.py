@@ -111,13 +111,13 @@ async def highly_available(bus: Bus, cluster_id: str, prefers: str = "") -> Vm:
 
 
 async def vm_that(bus: Bus, vm_id: str, status: VmStatus, epoch: int, seconds: float = 30.0) -> Vm:
-    """The VM once it is in this status under at least this epoch."""
+    """The VM once it is in this status under at least this epoch, and whatever brought it there has ended."""
     found = None
     try:
         async with asyncio.timeout(seconds):
             while True:
                 found = await bus.ask(GET_VM, GetById(id=vm_id))
-                if found.status is status and found.epoch >= epoch:
+                if found.status is status and found.epoch >= epoch and not found.busy_with:
                     return found
                 await asyncio.sleep(0.01)
     except TimeoutError:
