@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,8 +39,8 @@ NAMED_HOSTS = ("A", "B")
 RULES = list(AffinityRule)
 
 
-def group(name: str, vms: str = "", hosts: str = "", **fields: object) -> Group:
-    made = {
+def group(name: str, vms: str = "", hosts: str = "", **fields: Any) -> Group:
+    made: dict[str, Any] = {
         "id": name,
         "name": name,
         "priority": 1.0,
@@ -50,7 +51,7 @@ def group(name: str, vms: str = "", hosts: str = "", **fields: object) -> Group:
         "vms": frozenset(vms),
         "hosts": frozenset(hosts),
     }
-    return Group(**(made | fields))  # type: ignore[arg-type]
+    return Group(**(made | fields))
 
 
 def together(name: str, vms: str) -> Group:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -173,7 +174,7 @@ def relieve(fleet: Fleet, request: Request, row: int, amount: int) -> Change:
 # The VM.
 
 
-def _of_vm(request: Request, field: str, sentence: str, **more: int | str) -> Change:
+def _of_vm(request: Request, field: str, sentence: str, **more: Any) -> Change:
     return Change(
         rules=(),
         kind=ChangeKind.VM,
@@ -182,7 +183,7 @@ def _of_vm(request: Request, field: str, sentence: str, **more: int | str) -> Ch
         object_name=request.need.name,
         field=field,
         sentence=sentence,
-        **more,  # type: ignore[arg-type]
+        **more,
     )
 
 
@@ -246,7 +247,7 @@ def other_machine(fleet: Fleet, request: Request, row: int, amount: int) -> Chan
 # The cluster.
 
 
-def _of_cluster(request: Request, field: str, sentence: str, **more: float | str) -> Change:
+def _of_cluster(request: Request, field: str, sentence: str, **more: Any) -> Change:
     return Change(
         rules=(),
         kind=ChangeKind.CLUSTER,
@@ -255,7 +256,7 @@ def _of_cluster(request: Request, field: str, sentence: str, **more: float | str
         object_name=request.policy.name,
         field=field,
         sentence=sentence,
-        **more,  # type: ignore[arg-type]
+        **more,
     )
 
 
