@@ -12,7 +12,8 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from services.scheduler import affinity_store
+from services.scheduler import affinity, affinity_store
+from services.scheduler.policies.bound import FREE
 from services.scheduler.state import Scheduler
 from tests.scheduler.fleets import (
     GIB,
@@ -70,6 +71,7 @@ from volery.contracts.scheduling import (
 from volery.contracts.vm import LIST_VMS, VM_CHANGED, VM_DELETED, Vm, VmStatus
 from volery.runtime.bus import Bus, Caller
 from volery.runtime.programs import Settings
+from volery.runtime.tables import Stale
 
 TOGETHER: dict[str, Any] = {"vm_rule": AffinityRule.POSITIVE}
 APART: dict[str, Any] = {"vm_rule": AffinityRule.NEGATIVE}
@@ -280,6 +282,30 @@ async def test_a_group_made_a_moment_ago_binds_every_replica(configured: Setting
             await at.group(f"g{n}", *some, **APART)
             placed = await asyncio.gather(*(at.place(v) for v in some))
             assert len({p.host_id for p in placed}) == 4
+
+
+async def test_what_was_decided_under_older_groups_is_never_committed(configured: Settings) -> None:
+    async with site(configured, 2, 2) as at:
+        (mine,), (a, b) = at.schedulers, at.vms
+        found, guards = await affinity.bind(mine, need(a))
+        assert found == FREE
+        await mine.core.commit(*guards)
+        await at.group("spread", a, b, **APART)
+        with pytest.raises(Stale):
+            await mine.core.commit(*guards)
+
+        unheard = cluster()
+        found, guards = await affinity.bind(mine, replace(need(a), cluster_id=unheard.id))
+        assert found == FREE
+        await mine.core.commit(*guards)
+        await at.owner.says(CLUSTER_CHANGED, unheard)
+
+        async def known() -> bool:
+            return await affinity_store.rules_of(mine.core.pool, unheard.id) is not None
+
+        await until(known)
+        with pytest.raises(Stale):
+            await mine.core.commit(*guards)
 
 
 async def test_what_was_claimed_on_another_replica_is_counted_at_commit(configured: Settings) -> None:
