@@ -94,7 +94,8 @@ async def test_disks_keep_nobody_from_switching_leases_off(configured: Settings)
         await able(at, 0)
         domain = await joined_by(at, await at.new_domain(leases=True), 0)
         await at.new_disk(domain)
-        await at.bus.ask(UPDATE_STORAGE_DOMAIN, UpdateStorageDomain(id=domain.id, leases=False))
+        off = await at.bus.ask(UPDATE_STORAGE_DOMAIN, UpdateStorageDomain(id=domain.id, leases=False))
+        assert off.lease_host_ids == ()
         await at.new_disk(domain, name="d2")
         assert [lease is None for lease in leases_of(at, 0)] == [False, True]
 
