@@ -228,9 +228,11 @@ fi
 
 # --- the virtual environment ----------------------------------------------------------------
 
-# The newest of those that the distribution has and that is new enough.
+# The newest of those that the distribution has and that is new enough. Its own before others on the path: it is what
+# other machines of this system run, and built with all optimizations, which tools such as pyenv leave out (a fifth).
 find_python() {
-  for name in "${VOLERY_SETUP_PYTHON:-}" python3.13 python3.12 python3.11 python3; do
+  for name in "${VOLERY_SETUP_PYTHON:-}" /usr/bin/python3.13 /usr/bin/python3.12 /usr/bin/python3.11 /usr/bin/python3 \
+    python3.13 python3.12 python3.11 python3; do
     [ -n "$name" ] || continue
     command -v "$name" > /dev/null 2>&1 || continue
     "$name" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue
