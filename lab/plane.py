@@ -157,6 +157,7 @@ def make_storage(client: Client, lab: Lab, center: str, output: Output) -> None:
             kind=DomainKind.DIRECTORY,
             data_center_id=center,
             path=str(lab.shared_on_hosts),
+            leases=False,  # whoever tries leases switches them on, with the io_timeout that it wants
         ),
         CreateStorageDomain(
             name="iscsi",

@@ -174,7 +174,11 @@ class Scene:
         """The directory on the lab's disk (`staged(with_disk=True)`), which every host has and one can be cut from."""
         path = str(self.lab.layout.disk)
         ask = CreateStorageDomain(
-            name="disk", kind=DomainKind.DIRECTORY, data_center_id=self.cluster.data_center_id, path=path
+            name="disk",
+            kind=DomainKind.DIRECTORY,
+            data_center_id=self.cluster.data_center_id,
+            path=path,
+            leases=False,
         )
         if not any(self.client.list(api.STORAGE_DOMAINS, filter={"name": ask.name})):
             self.client.wait(self.client.send(api.STORAGE_DOMAINS.create(ask, Operation)))

@@ -86,10 +86,11 @@ def _taken(taken: Taken, domain: StorageDomain) -> Refused:
 @part.answers(CREATE_STORAGE_DOMAIN)
 async def create(svc: Storage, ask: CreateStorageDomain, caller: Caller) -> Operation:
     ask = domain_model.checked(ask)
-    lease_model.refuse_settings(domain := _new_domain(ask))
+    lease_model.refuse_settings(_new_domain(ask, ask.leases is True))
     if ask.data_center_id:
         await svc.check_data_center(ask.data_center_id)
     hosts = await svc.connectable(ask.data_center_id, ask.host_id, f"making storage domain {ask.name}")
+    domain = _new_domain(ask, lease_model.holds_leases(ask, hosts))
     host_ids = domain_model.in_turn([host.id for host in hosts], domain.id)[:PROBES]
     op, begun = svc.core.operations.begin(
         "storage_domain.create",
@@ -109,7 +110,7 @@ async def create(svc: Storage, ask: CreateStorageDomain, caller: Caller) -> Oper
     return op
 
 
-def _new_domain(ask: CreateStorageDomain) -> StorageDomain:
+def _new_domain(ask: CreateStorageDomain, leases: bool) -> StorageDomain:
     now = utc_now()
     return StorageDomain(
         id=new_id(),
@@ -127,7 +128,7 @@ def _new_domain(ask: CreateStorageDomain) -> StorageDomain:
         portal=ask.portal,
         iqn=ask.iqn,
         chap_user=ask.chap_user,
-        leases=ask.leases,
+        leases=leases,
         lease_io_timeout_seconds=ask.lease_io_timeout_seconds,
         reset_hosts=ask.reset_hosts,
     )

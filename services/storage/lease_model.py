@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
+from msgspec import UnsetType
 from msgspec.structs import replace
 
 from services.storage.domain_model import CAN_CONNECT, NOT_RUNNING
@@ -13,7 +14,7 @@ from volery.contracts.domain import DomainLease
 from volery.contracts.errors import conflict, invalid, unavailable
 from volery.contracts.host import HostStatus
 from volery.contracts.leases import JoinLockspace, Watchdog
-from volery.contracts.storage import DomainKind, DomainStatus, StorageDomain
+from volery.contracts.storage import CreateStorageDomain, DomainKind, DomainStatus, StorageDomain
 
 
 def refuse_settings(domain: StorageDomain) -> None:
@@ -97,6 +98,15 @@ def cannot_join(host: HostRow) -> str:
     return (
         ability.problem or "its agent doesn't say that it can hold leases: update the agent, install sanlock"
     )
+
+
+def holds_leases(ask: CreateStorageDomain, hosts: Sequence[HostRow]) -> bool:
+    """Whether a new domain holds leases, that these hosts can reach. Unsaid: where they would keep a VM from running twice
+    and keep no host from running it."""
+    if not isinstance(ask.leases, UnsetType):
+        return ask.leases
+    attached = ask.kind is DomainKind.DIRECTORY and bool(ask.data_center_id)
+    return attached and len(hosts) > 1 and not any(cannot_join(host) for host in hosts)
 
 
 def join_order(domain: StorageDomain, number: int, *, initialise: bool) -> JoinLockspace:

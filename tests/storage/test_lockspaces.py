@@ -64,6 +64,38 @@ async def joined_by(at: Site, domain: StorageDomain, *numbers: int) -> StorageDo
     return found
 
 
+@pytest.mark.parametrize(
+    ("able_hosts", "fields", "holds"),
+    [
+        ((0, 1), {}, True),
+        ((0, 1), {"leases": False}, False),
+        ((0, 1), {"host_id": "local"}, False),
+        ((0, 1), {"data_center_id": ""}, False),
+        ((0,), {}, False),
+    ],
+)
+async def test_a_new_domain_holds_leases_where_all_hosts_can(
+    configured: Settings, able_hosts: tuple[int, ...], fields: dict[str, Any], holds: bool
+) -> None:
+    async with site(configured, hosts=2) as at:
+        for number in able_hosts:
+            await able(at, number)
+        asked = await at.new_domain(name="asked", path="/srv/asked", leases=True)
+        await joined_by(at, asked, *able_hosts)
+        own = {"host_id": at.rows[0].id} if fields.get("host_id") == "local" else {}
+        domain = await at.new_domain(**fields | own)
+        assert domain.leases is holds
+        if holds:
+            await joined_by(at, domain, 0, 1)
+
+
+async def test_a_host_alone_is_no_reason_for_leases(configured: Settings) -> None:
+    async with site(configured, hosts=1) as at:
+        await able(at, 0)
+        await joined_by(at, await at.new_domain(name="asked", path="/srv/asked", leases=True), 0)
+        assert not (await at.new_domain()).leases
+
+
 def numbers_of(at: Site, domain: StorageDomain) -> list[int]:
     return [host.joined[domain.id].host_number for host in at.hosts if domain.id in host.joined]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from msgspec import UNSET
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from volery.cli import output, work
@@ -46,7 +47,13 @@ def create_domain(
     chap_user: str = "",
     chap_password_file: Annotated[Path | None, typer.Option(help="File with the CHAP password.")] = None,
     data_center: str = "Default",
-    leases: Annotated[bool, typer.Option("--leases", help="VMs can have a lease here (sanlock).")] = False,
+    leases: Annotated[
+        bool | None,
+        typer.Option(
+            "--leases/--no-leases",
+            help="VMs can have a lease here (sanlock). Unsaid: if all hosts can hold them.",
+        ),
+    ] = None,
     lease_io_timeout: Annotated[int, typer.Option(help="sanlock's io_timeout, in seconds.")] = 10,
     reset_hosts: Annotated[
         bool, typer.Option("--reset-hosts", help="The watchdog resets a host that loses its lease here.")
@@ -66,7 +73,7 @@ def create_domain(
             iqn=iqn,
             chap_user=chap_user,
             chap_password=chap_password_file.read_text().strip() if chap_password_file else "",
-            leases=leases,
+            leases=UNSET if leases is None else leases,
             lease_io_timeout_seconds=lease_io_timeout,
             reset_hosts=reset_hosts,
         )

@@ -102,7 +102,9 @@ class CreateStorageDomain(Message):
     iqn: str = ""
     chap_user: str = ""
     chap_password: str = ""
-    leases: bool = False
+    leases: bool | UnsetType = UNSET
+    """Unsaid: a directory that no host has for itself holds them if it is attached at once, and at least two of the data
+    center's hosts are up and all of these can hold leases."""
     lease_io_timeout_seconds: int = DEFAULT_IO_TIMEOUT_SECONDS
     reset_hosts: bool = False
 
