@@ -77,7 +77,8 @@ class BusTransport(TcpTransport):
     def abort(self) -> None:
         """Closes the connection at once, whatever is in it."""
         if self._io_writer is not None:
-            self._io_writer.transport.abort()
+            with contextlib.suppress(AttributeError):  # Python 3.11.2's of one that has been closed
+                self._io_writer.transport.abort()
 
     async def wait_closed(self) -> None:
         """Not for ever, as it would with a socket that was cut off while something was still to be sent."""

@@ -206,6 +206,8 @@ class HostHearing:
     """(host, generation) of journals that were admitted by what the database was before it was restored."""
     asked: dict[str, float] = field(default_factory=dict)
     """Host, or host and the journal it left → when it was last asked or told."""
+    moved: asyncio.Event = field(default_factory=asyncio.Event)
+    """There is a position that its host wasn't told."""
 
     def has_heard(self, host_id: str, seq: int) -> bool:
         """Whether everything was heard that this host said up to there."""
@@ -228,6 +230,7 @@ class HostHearing:
         self.positions = {r["host_id"]: HostPosition(r["generation"], r["seq"]) for r in rows}
         rows = await self.pool.fetch("select host_id, generation from left_journal")
         self.left = {(r["host_id"], r["generation"]) for r in rows}
+        self.moved.set()
 
     async def _follow(self) -> None:
         subjects = [f"fact.host.*.{self.owner}.>"]
@@ -276,6 +279,7 @@ class HostHearing:
         self.left.update((payload.host_id, generation) for generation in left)
         self.unknown -= {(payload.host_id, generation) for generation in (*left, payload.generation)}
         self.positions[payload.host_id] = HostPosition(payload.generation, payload.seq)
+        self.moved.set()
 
     async def _doubt(self, payload: FromHost) -> None:
         """Owners confirm what is durable. A host that was confirmed more of its journal than is known here was told so by a
@@ -376,14 +380,17 @@ class HostHearing:
         return sorted(known - {payload.generation})
 
     async def _tell(self) -> None:
-        """Tell each host what was committed, at most once a second."""
-        told: dict[str, tuple[str, int]] = {}
+        """Tell each host what was committed: at once, but not twice within a second."""
+        told: dict[str, HostPosition] = {}
         while True:
-            for host_id, at in list(self.positions.items()):
-                if told.get(host_id) != (at.generation, at.seq):
-                    await self._say(host_id, at)
-                    told[host_id] = (at.generation, at.seq)
-            await asyncio.sleep(COMMIT_WORD_SECONDS)
+            self.moved.clear()
+            news = {host_id: at for host_id, at in self.positions.items() if told.get(host_id) != at}
+            for host_id, at in news.items():
+                await self._say(host_id, at)
+            told |= news
+            if news:
+                await asyncio.sleep(COMMIT_WORD_SECONDS)
+            await self.moved.wait()
 
     async def _say(self, host_id: str, at: HostPosition) -> None:
         word = CommittedWord(host_id=host_id, owner=self.owner, generation=at.generation, seq=at.seq)
