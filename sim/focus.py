@@ -59,7 +59,7 @@ class Focus:
     vms_per_host: tuple[float, float] = (0.8, 1.6)
     highly_available: float = 0.7
     """The share of the VMs."""
-    faults_at_once: tuple[int, ...] = (4, 5, 5, 6, 6)
+    faults_at_once: tuple[int, ...] = (5, 5, 5, 6, 6)
     requests_at_once: tuple[int, ...] = (0, 1, 2, 3)
     harmless: bool = False
     """Nothing of it is a reason to switch a host off, or to believe that it is dead."""

@@ -30,7 +30,7 @@ LEAST_SECONDS = 3600.0
 LEAST_FAULTS = 10
 SETTLE_SECONDS = 900.0
 """So long after the last fault of a scene was mended everything must be as it should."""
-QUIET_SECONDS = (1800.0, 2700.0)
+QUIET_SECONDS = (2000.0, 2700.0)
 """Between scenes, skipped."""
 MOST_SECONDS = 40_000.0
 FURNISH_SECONDS = 120.0

@@ -225,6 +225,8 @@ async def troubled(world: World, greeting: bytes, answer: bytes) -> AsyncIterato
                 await asyncio.gather(relay(reader, there), relay(there_reader, writer))
             else:
                 await misbehave(reader, writer)
+        except ConnectionError:  # the client has left
+            pass
         finally:
             writer.transport.abort()
 
@@ -272,6 +274,10 @@ async def test_a_server_that_is_cut_off_is_left_at_once(world: World) -> None:
         await client.close()
 
 
+def _warned(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "volery.runtime.bus_client"]
+
+
 async def test_one_whose_key_was_revoked_tries_on_and_says_what_to_do(
     world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -286,9 +292,9 @@ async def test_one_whose_key_was_revoked_tries_on_and_says_what_to_do(
     claims = await open_client(world.options("claims"))
     with caplog.at_level(logging.WARNING, "volery.runtime.bus_client"):
         await revoke(world.realm, claims, [key.public])
-        await until(lambda: len(caplog.messages) >= 2)
-    assert host_id in caplog.messages[-1]
-    assert "enrol it again" in caplog.messages[-1]
+        await until(lambda: len(_warned(caplog)) >= 2)
+    assert host_id in _warned(caplog)[-1]
+    assert "enrol it again" in _warned(caplog)[-1]
     assert not closed.is_set()
     with pytest.raises(OutboundBufferLimitError):
         await client.publish(f"beat.host.{host_id}", b"")
@@ -309,6 +315,20 @@ async def test_closing_ends_one_that_can_not_connect(world: World) -> None:
         await until(lambda: "hung" in interloper.met)
         await asyncio.wait_for(client.close(), PATIENCE_SECONDS / 3)
         assert client.is_closed
+
+
+async def test_closing_ends_one_whose_connection_is_just_lost(world: World) -> None:
+    """At any moment between the loss and the client's knowledge of it, with something still to be sent."""
+    for moments in range(12):
+        async with between(world.port) as way:
+            client = await open_client(world.options(port=way.port))
+            way.cut()
+            for _ in range(moments):
+                await asyncio.sleep(0)
+                await client.publish("nobody.listens", b"x" * 1000)
+            await client.close()
+            assert client.is_closed
+            assert not client.is_connected
 
 
 async def test_a_question_is_answered_or_ends_in_time_and_nothing_of_it_is_kept(world: World) -> None:

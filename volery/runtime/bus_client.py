@@ -15,6 +15,7 @@ import random
 import socket
 import ssl
 import time
+from collections.abc import Iterable
 from typing import Any, Final
 from urllib.parse import ParseResult
 
@@ -74,10 +75,24 @@ class BusTransport(TcpTransport):
                 "the server wants TLS, but this program was given no certificate authority to know it by"
             )
 
+    # Python 3.11.2, as in Debian 12, has let go of TLS when it was closed: what is tried then raises AttributeError.
+
+    def write(self, payload: bytes) -> None:
+        try:
+            super().write(payload)  # type: ignore[no-untyped-call]
+        except AttributeError as error:
+            raise ConnectionResetError("the connection is closed") from error
+
+    def writelines(self, payload: Iterable[bytes]) -> None:
+        try:
+            super().writelines(payload)  # type: ignore[no-untyped-call]
+        except AttributeError as error:
+            raise ConnectionResetError("the connection is closed") from error
+
     def abort(self) -> None:
         """Closes the connection at once, whatever is in it."""
         if self._io_writer is not None:
-            with contextlib.suppress(AttributeError):  # Python 3.11.2's of one that has been closed
+            with contextlib.suppress(AttributeError):
                 self._io_writer.transport.abort()
 
     async def wait_closed(self) -> None:
@@ -156,6 +171,15 @@ class BusClient(Client):
             self._abandon()
             raise NatsError(f"no NATS server is at the other end: {error or type(error).__name__}") from error
         self._refused = 0
+
+    async def close(self) -> None:
+        """Also while the connection is being lost: what was still to be sent is lost with it."""
+        try:
+            await super().close()
+        except OSError:
+            self._pending, self._pending_data_size = [], 0
+            self._status = Client.DISCONNECTED  # nats-py takes for closed what it began to close
+            await super().close()
 
     def _abandon(self) -> None:
         """Ends what is left of the former connection: nats-py would read from both."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -43,7 +44,12 @@ async def connect(server: Server) -> AsyncIterator[Connect]:
 
         async def open_one(name: str, creds: Path | None = None, at: Server = server) -> User:
             user = await open_user(at, creds or at.realm.creds_path(name), name)
-            stack.push_async_callback(user.nc.close)
+            stack.push_async_callback(_closed, user)
             return user
 
         yield open_one
+
+
+async def _closed(user: User) -> None:
+    with contextlib.suppress(OSError):  # a server that was stopped: nats-py's own client tells of it
+        await user.nc.close()
