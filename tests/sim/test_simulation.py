@@ -21,8 +21,8 @@ from sim.focus import FOCUSES, PROMISES
 from sim.loop import PROCESS, Deadlock, Process, Stuck, new_loop
 from sim.mutants import MUTANTS
 
-SEEDS = range(1, 41)
-"""Each takes one to two seconds of one processor; `make sim SEEDS=1000` plays more."""
+SEEDS = range(1, 201)
+"""Each takes about a second of one processor; `make sim SEEDS=1000` plays more."""
 RESTORES = (28, 29, 33, 40, 54)
 """Scenes in which a restored database once ended VMs that it had forgotten, or took another placement's end for theirs."""
 AT_ONCE = 2
