@@ -13,15 +13,15 @@ from msgspec.structs import replace
 from services.scheduler.fleet import HostFigures
 from services.scheduler.model import ClusterPolicy, limits
 from services.scheduler.policies.decision import decide, mend, room
-from services.scheduler.policies.request import request
 from tests.scheduler import oracle
 from tests.scheduler.oracle import World
 from tests.scheduler.worlds import CONFIG, GIB, MIB, fleet_of, places, worlds
+from tests.scheduler.worlds import asked as asked_of
 from volery.contracts.scheduling import Change, ChangeKind, Need, Place, Purpose, Remedy
 
 
 def remedies(world: World, place: Place) -> tuple[Remedy, ...]:
-    fleet, asked = fleet_of(world), request(place, world.policy, CONFIG, now=world.now)
+    fleet, asked = fleet_of(world), asked_of(world, place)
     return mend(fleet, asked, decide(fleet, asked))
 
 
@@ -64,6 +64,10 @@ def applied(world: World, place: Place, change: Change, less: int = 0) -> tuple[
             return with_(world, swapped=world.swapped | {change.object_id: to + less}), place
         case "cluster", "balance":
             return of_cluster(world, balance=to), place
+        case "scheduling_policy", "filters":
+            assert world.given is not None
+            kept = tuple(f for f in world.given.filters if f != change.current)
+            return with_(world, given=replace(world.given, filters=kept)), place
         case "cluster", "memory_overcommit_percent":
             return of_cluster(world, memory_overcommit_percent=to - less), place
         case "cluster", "cpu_overcommit_ratio":
@@ -119,7 +123,7 @@ def test_a_remedy_is_enough_one_unit_less_is_not_and_none_means_that_nothing_hel
             assert change.rules
             everything = applied(*everything, change)
         assert remedy.host_id in fitting(*everything), remedy
-        asked = request(everything[1], everything[0].policy, CONFIG, now=world.now)
+        asked = asked_of(*everything)
         assert decide(fleet_of(everything[0]), asked).best is not None
         for short in remedy.changes:
             almost = world, place
@@ -147,6 +151,8 @@ def extremes(world: World, place: Place) -> Iterator[tuple[World, Place]]:
     yield with_(world, busy_since={}), place
     yield with_(world, swapped={}), place
     yield of_cluster(world, balance="evenly_distributed"), place
+    if world.given is not None:
+        yield with_(world, given=replace(world.given, filters=("cpu",))), place
     yield of_cluster(world, memory_overcommit_percent=400), place
     yield of_cluster(world, cpu_overcommit_ratio=100.0), place
     everywhere = tuple(h.id for h in world.hosts)
@@ -281,6 +287,6 @@ def test_another_host_that_fits_is_proposed_for_the_one_that_was_asked_for() -> 
 def test_room_names_the_smallest_change_without_the_excluded_hosts() -> None:
     hosts = (figures("source"), figures("other", memory_used_bytes=14 * GIB))
     world, place = world_of(*hosts), replace(place_of(), excluded_host_ids=("source",))
-    found = room(fleet_of(world), request(place, world.policy, CONFIG, now=world.now))
+    found = room(fleet_of(world), asked_of(world, place))
     assert {r.host_id for r in found.remedies} == {"other"}
     assert [r.kind for r in found.remedies] == ["host", "vm", "cluster"]

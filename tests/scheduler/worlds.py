@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+from datetime import UTC, datetime
+
 from hypothesis import strategies as st
 
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.fleet import Fleet, HostFigures, Measured, NetworkReach
 from services.scheduler.model import ClusterPolicy, limits
+from services.scheduler.policies.recipe import Recipe
+from services.scheduler.policies.request import Request, request
+from services.scheduler.policies.units import BY_KIND, OPTIONAL
 from tests.scheduler.oracle import World
 from volery.contracts.cluster import Balance
 from volery.contracts.host import HostStatus
 from volery.contracts.scheduling import Need, Place, Purpose
+from volery.contracts.scheduling_policy import SchedulingPolicy, Selector, UnitKind
 
 MIB = 1024**2
 GIB = 1024**3
+NOW = datetime(2026, 11, 20, tzinfo=UTC)
 CONFIG = SchedulerConfig(overload_seconds=120.0, swap_percent=5.0)
 HOSTS = [f"host-{n}" for n in range(6)]
 NETWORKS = ["lan", "wan"]
@@ -24,6 +32,8 @@ MACHINES = ["q35", "pc"]
 def fleet_of(world: World) -> Fleet:
     fleet = Fleet()
     fleet.clusters[world.policy.id] = world.policy
+    if world.given is not None:
+        fleet.recipes[world.given.id] = Recipe.of(world.given)
     for host in world.hosts:
         fleet.put(host)
         busy = world.busy_since.get(host.id)
@@ -35,6 +45,12 @@ def fleet_of(world: World) -> Fleet:
     for network in world.networks:
         fleet.set_network(network)
     return fleet
+
+
+def asked(world: World, place: Place) -> Request:
+    """The question, under the policy that its cluster has."""
+    recipe = fleet_of(world).recipe(world.policy)
+    return request(place, world.policy, CONFIG, recipe=recipe, now=world.now)
 
 
 def subsets(values: list[str]) -> st.SearchStrategy[list[str]]:
@@ -55,10 +71,36 @@ def policies(draw: st.DrawFn) -> ClusterPolicy:
     )
 
 
+PARAMETER_VALUES = {
+    "HighUtilization": [50, 80, 99], "CpuOverCommitDurationMinutes": [0, 1.0, 2.0], "MaximumAllowedSwapUsage": [0, 5, 199],
+    "VCpuToPhysicalCpuRatio": [0, 0.5, 2.0], "ScaleDown": [1, 4],
+}  # fmt: skip
+
+
+@st.composite
+def given_policies(draw: st.DrawFn) -> SchedulingPolicy:
+    """Of any units; what can't be left out is there whatever it says."""
+    weights = draw(subsets(list(BY_KIND[UnitKind.WEIGHT])))
+    parameters = draw(subsets(list(PARAMETER_VALUES)))
+    return SchedulingPolicy(
+        id="own",
+        revision=draw(st.integers(1, 9)),
+        created_at=NOW,
+        updated_at=NOW,
+        name="own",
+        filters=tuple(draw(subsets(list(OPTIONAL)))),
+        weights={unit: draw(st.sampled_from([0.1, 1, 2, 99, 1000])) for unit in weights},
+        parameters={name: draw(st.sampled_from(PARAMETER_VALUES[name])) for name in parameters},
+        selector=draw(st.sampled_from(Selector)),
+    )
+
+
 @st.composite
 def worlds(draw: st.DrawFn) -> World:
     """Hosts whose limits are those of their cluster, small enough for a VM not to fit for each of many reasons."""
-    policy = draw(policies())
+    policy, given = draw(policies()), draw(st.none() | given_policies())
+    if given is not None:
+        policy = dataclasses.replace(policy, policy_id=given.id)
     hosts = []
     for host_id in draw(subsets(HOSTS)):
         cpus = draw(st.sampled_from([8, 8]) | st.integers(0, 8))
@@ -94,6 +136,7 @@ def worlds(draw: st.DrawFn) -> World:
             if draw(st.integers(0, 3)) == 0
         },
         {h.id: draw(st.integers(0, GIB)) for h in hosts if draw(st.integers(0, 4)) == 0},
+        given=given,
     )
 
 
