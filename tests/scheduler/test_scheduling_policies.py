@@ -184,7 +184,10 @@ async def test_policies_are_made_copied_changed_listed_and_deleted(configured: S
         assert set(fixed) == set(MANDATORY)
         assert {u.name for u in units if u.kind == "filter" and not u.mandatory} == set(OPTIONAL)
         (overload,) = [u for u in units if u.name == "cpu_overload"]
-        assert [(p.name, p.low, p.high) for p in overload.parameters][0] == ("HighUtilization", 50, 99)
+        assert [(p.name, p.low, p.high) for p in overload.parameters] == [
+            ("HighUtilization", 50, 99),
+            ("CpuOverCommitDurationMinutes", 0, 1440),
+        ]
 
 
 FILTER_NAMES = EVEN.filters
@@ -206,7 +209,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "negative factor": ({"weights": {"cpu_even": -1}}, "above 0 to 1000, not -1; leave the weight out"),
     "factor zero": ({"weights": {"cpu_even": 0}}, "above 0 to 1000, not 0; leave the weight out"),
     "absurd factor": ({"weights": {"cpu_even": 1e9}}, "weight cpu_even is above 0 to 1000, not 1e+09"),
-    "unknown balance": ({"balance": "even"}, "no balance 'even': did you mean"),
+    "unknown balance": ({"balance": "even_spread"}, "no balance 'even_spread': did you mean even_"),
     "unknown parameter": ({"parameters": {"HighUtilisation": 80}}, "did you mean HighUtilization?"),
     "out of range": ({"parameters": {"HighUtilization": 30}}, "HighUtilization is 50 to 99 %, not 30"),
     "above": ({"parameters": {"MaximumAllowedSwapUsage": 200}}, "is 0 to 199 %, not 200"),
