@@ -46,6 +46,9 @@ ROUTES = (
     Route("GET", "/clusters/{id}/scheduling-policy", c.GET_CLUSTERS_POLICY, SCHEDULING,
           "Get the scheduling policy that holds for a cluster",
           note="The one that it was given, or the built-in one of its `balance`."),
+    Route("GET", "/clusters/{id}/balance", c.GET_CLUSTER_BALANCE, SCHEDULING,
+          "Get which hosts of a cluster have too much, and which have room",
+          note="By the balance of the cluster's scheduling policy. Nothing is moved for it."),
     Route("POST", "/clusters/{id}/scheduling-policy", c.GIVE_SCHEDULING_POLICY, SCHEDULING,
           "Give a cluster a scheduling policy", renamed={"id": "cluster_id"},
           note="It takes the place of the one that the cluster had; `\"policy_id\": \"\"` is the built-in one of its "

@@ -11,6 +11,7 @@ from msgspec.structs import asdict, replace
 
 from services.scheduler import policy_store as sql
 from services.scheduler.policies import drafts
+from services.scheduler.policies.balance import loads
 from services.scheduler.policies.recipe import BUILT_IN, BY_BALANCE
 from services.scheduler.policies.units import MANDATORY, UNITS
 from services.scheduler.policy_store import POLICIES, Given, PolicyRow
@@ -23,12 +24,14 @@ from volery.contracts.operation import ListQuery
 from volery.contracts.scheduling_policy import (
     CREATE_SCHEDULING_POLICY,
     DELETE_SCHEDULING_POLICY,
+    GET_CLUSTER_BALANCE,
     GET_CLUSTERS_POLICY,
     GET_SCHEDULING_POLICY,
     GIVE_SCHEDULING_POLICY,
     LIST_POLICY_UNITS,
     LIST_SCHEDULING_POLICIES,
     UPDATE_SCHEDULING_POLICY,
+    ClusterBalance,
     CreateSchedulingPolicy,
     GiveSchedulingPolicy,
     ListPolicyUnits,
@@ -38,7 +41,7 @@ from volery.contracts.scheduling_policy import (
 )
 from volery.runtime import checks
 from volery.runtime.bus import Caller
-from volery.runtime.clock import utc_now
+from volery.runtime.clock import monotonic, utc_now
 from volery.runtime.pages import page
 from volery.runtime.service import Part
 from volery.runtime.tables import Change, Nothing, Stale, Taken
@@ -152,6 +155,22 @@ async def list_units(scheduler: Scheduler, ask: ListPolicyUnits, caller: Caller)
 async def of_cluster(scheduler: Scheduler, ask: GetById, caller: Caller) -> Any:
     cluster = await _cluster(scheduler, ask.id, caller)
     return await POLICIES.raw(scheduler.core.pool, cluster.policy_id or _by_balance(cluster))
+
+
+@part.answers(GET_CLUSTER_BALANCE)
+async def balance_of(scheduler: Scheduler, ask: GetById, caller: Caller) -> ClusterBalance:
+    """By the samples that this replica has heard."""
+    cluster = await _cluster(scheduler, ask.id, caller)
+    recipe = scheduler.fleet.recipe(scheduler.policy(cluster.id))
+    found = loads(scheduler.fleet, cluster.id, recipe, scheduler.config, monotonic())
+    return ClusterBalance(
+        cluster_id=cluster.id,
+        policy_id=recipe.id,
+        policy_name=recipe.name,
+        policy_revision=recipe.revision,
+        balance=recipe.balance,
+        hosts=tuple(found),
+    )
 
 
 @part.answers(GIVE_SCHEDULING_POLICY)

@@ -13,12 +13,19 @@ from volery.client import api
 from volery.client.request import Request
 from volery.client.transport import Client
 from volery.contracts.cluster import Balance
-from volery.contracts.scheduling_policy import PolicyUnit, PolicyUnits, SchedulingPolicy, Selector
+from volery.contracts.scheduling_policy import (
+    ClusterBalance,
+    PolicyUnit,
+    PolicyUnits,
+    SchedulingPolicy,
+    Selector,
+)
 
 app = typer.Typer(help="Which filters and weights decide where VMs run.", no_args_is_help=True)
 work.add_common(app, api.SCHEDULING_POLICIES)
 
 UNITS = ("kind", "name", "what_it_does", "parameters", "can_it_be_left_out", "in_ovirt")
+LOADS = ("name", "load", "cpu_percent", "memory_left_bytes", "vms", "host_id")
 
 Filters = Annotated[
     list[str] | None, typer.Option("--filter", help="A filter to add; as often as there are some.")
@@ -158,6 +165,21 @@ def policy_of(cluster: Cluster, output_format: Output = Format.TABLE) -> None:
         cluster_id = work.id_of(client, api.CLUSTERS, cluster)
         path = f"{api.CLUSTERS.path}/{cluster_id}/scheduling-policy"
         output.show(client.send(Request("GET", path, SchedulingPolicy)), output_format)
+
+
+@app.command("balance")
+def show_balance(cluster: Cluster, output_format: Output = Format.TABLE) -> None:
+    """Which hosts of a cluster have too much and which have room, as its policy sees it. Moves nothing."""
+    with work.connected() as client:
+        cluster_id = work.id_of(client, api.CLUSTERS, cluster)
+        path = f"{api.CLUSTERS.path}/{cluster_id}/balance"
+        found = client.send(Request("GET", path, ClusterBalance))
+        if output_format is not Format.TABLE:
+            output.show(found, output_format)
+            return
+        by = f"{found.balance} of scheduling policy {found.policy_name} (revision {found.policy_revision})"
+        output.out.print(by, markup=False)
+        output.show(list(found.hosts), output_format, LOADS)
 
 
 @app.command("units")

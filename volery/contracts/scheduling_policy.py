@@ -116,6 +116,41 @@ class PolicyUnits(Message):
     units: tuple[PolicyUnit, ...] = ()
 
 
+class Load(StrEnum):
+    """What a balance says of a host."""
+
+    TOO_MUCH = "too_much"
+    """VMs had better move away from it."""
+    LITTLE = "little"
+    """It does so little that it could be emptied."""
+    HAS_ROOM = "has_room"
+    """It could take VMs of others."""
+    EVEN = "even"
+    """Nothing would be moved from it or to it."""
+
+
+class HostLoad(Message):
+    host_id: str
+    name: str
+    load: Load
+    cpu_percent: float = 0.0
+    """Of its last sample."""
+    memory_left_bytes: int = 0
+    vms: int = 0
+    message: str = ""
+
+
+class ClusterBalance(Message):
+    """What the balance of a cluster's policy says of its hosts that are up. Nothing is moved for it."""
+
+    cluster_id: str
+    policy_id: str
+    policy_name: str
+    policy_revision: int
+    balance: str
+    hosts: tuple[HostLoad, ...] = ()
+
+
 CREATE_SCHEDULING_POLICY = Call(
     "scheduler.scheduling_policy.create", CreateSchedulingPolicy, SchedulingPolicy, mutates=True
 )
@@ -130,6 +165,8 @@ GIVE_SCHEDULING_POLICY = Call(
 )
 GET_CLUSTERS_POLICY = Call("scheduler.scheduling_policy.of_cluster", GetById, SchedulingPolicy)
 """The policy that holds for the cluster of this id."""
+GET_CLUSTER_BALANCE = Call("scheduler.balance.get", GetById, ClusterBalance)
+"""How the policy of the cluster of this id sees its hosts now."""
 LIST_POLICY_UNITS = Call("scheduler.scheduling_policy.units", ListPolicyUnits, PolicyUnits)
 SCHEDULING_POLICY_CHANGED = Fact("fact.scheduler.scheduling_policy.{id}.changed", SchedulingPolicy)
 SCHEDULING_POLICY_DELETED = Fact("fact.scheduler.scheduling_policy.{id}.deleted", SchedulingPolicy)
