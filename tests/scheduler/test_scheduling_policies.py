@@ -16,10 +16,12 @@ from services.scheduler.policies.filters import FILTERS
 from services.scheduler.policies.recipe import BY_BALANCE, Recipe
 from services.scheduler.policies.units import BY_KIND, MANDATORY, OPTIONAL
 from services.scheduler.policies.weights import WEIGHTS
+from services.scheduler.policy_store import POLICIES
 from services.scheduler.state import Scheduler
 from tests.scheduler.fleets import (
     GIB,
     MIB,
+    NOW,
     cluster,
     host,
     hosts_known,
@@ -30,7 +32,7 @@ from tests.scheduler.fleets import (
 )
 from tests.support.runtime import running
 from tests.support.speaker import Speaker
-from volery.contracts.base import Done, Owner
+from volery.contracts.base import Done, Owner, encode
 from volery.contracts.cluster import (
     CLUSTER_CHANGED,
     CLUSTER_DELETED,
@@ -44,11 +46,13 @@ from volery.contracts.cluster import (
 from volery.contracts.errors import Kind, Refused, not_found
 from volery.contracts.host import HOST_CHANGED, LIST_HOSTS, Host
 from volery.contracts.ids import new_id
+from volery.contracts.metrics import METRICS_SUBJECT, HostSample
 from volery.contracts.operation import ListQuery
 from volery.contracts.scheduling import GET_DECISION, PLACE, GetDecision, Placement
 from volery.contracts.scheduling_policy import (
     CREATE_SCHEDULING_POLICY,
     DELETE_SCHEDULING_POLICY,
+    GET_CLUSTER_BALANCE,
     GET_CLUSTERS_POLICY,
     GET_SCHEDULING_POLICY,
     GIVE_SCHEDULING_POLICY,
@@ -369,6 +373,50 @@ async def test_a_deleted_cluster_leaves_its_policy(configured: Settings) -> None
 
         await until(left, 20)
         assert (await at.holds()).id == policy.id
+
+
+async def test_a_policy_s_own_utilisation_says_when_a_host_is_busy(configured: Settings) -> None:
+    async with site(configured) as at:
+        at_once = {"CpuOverCommitDurationMinutes": 0.0001}
+        strict = await at.make("strict", parameters=at_once | {"HighUtilization": 75})
+        await at.give(strict.id)
+
+        async def refused() -> bool:
+            for h in at.hosts:
+                subject = METRICS_SUBJECT.format(host_id=h.id)
+                await at.bus.client.publish(subject, encode(sample(h.id, 70.0)))
+            return (await at.place(place={"dry_run": True})).excluded_by == {"cpu_overload": 2}
+
+        for _ in range(20):
+            assert not await refused()
+        await at.change(strict, parameters=at_once | {"HighUtilization": 60})
+        await until(refused)
+        seen = await at.bus.ask(GET_CLUSTER_BALANCE, GetById(id=at.cluster.id))
+        assert {(h.name, str(h.load), h.cpu_percent) for h in seen.hosts} == {
+            ("h0", "too_much", 70.0),
+            ("h1", "too_much", 70.0),
+        }
+        assert (seen.balance, seen.policy_name) == ("even_distribution", "strict")
+
+
+async def test_a_built_in_policy_that_another_release_wrote_is_put_right(configured: Settings) -> None:
+    async with site(configured) as at:
+        (mine,) = at.schedulers
+        await at.give(EVEN.id)
+        row = await POLICIES.get(mine.core.pool, EVEN.id)
+        await mine.core.commit(POLICIES.update(row, msgspec.structs.replace(row.public, weights={})))
+
+        async def right() -> bool:
+            return (await at.get(EVEN)).weights == EVEN.weights
+
+        await until(right, 20)
+        assert (await at.get(EVEN)).cluster_ids == (at.cluster.id,)
+
+
+def sample(host_id: str, cpu_percent: float) -> HostSample:
+    return HostSample(
+        host_id=host_id, boot_id="b", at=NOW, cpu_percent=cpu_percent, memory_bytes=GIB, memory_used_bytes=1
+    )
 
 
 async def test_changes_are_announced(configured: Settings) -> None:
