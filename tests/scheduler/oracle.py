@@ -3,11 +3,15 @@ formulas as `services/scheduler/policies`, but without them. What the two say mu
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import permutations, product
 
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.fleet import HostFigures, NetworkReach
 from services.scheduler.model import ClusterPolicy
+from services.scheduler.policies.affinity import Group
+from services.scheduler.policies.bound import Seat
 from volery.contracts.scheduling import Place
 from volery.contracts.scheduling_policy import SchedulingPolicy
 
@@ -28,6 +32,9 @@ class World:
     now: float = 1000.0
     given: SchedulingPolicy | None = None
     """What an administrator gave the cluster; None is the built-in policy of its balance."""
+    groups: tuple[Group, ...] = ()
+    seats: Mapping[str, Seat] = field(default_factory=dict)
+    """Where the other VMs of the groups are."""
 
 
 LEFT_OUT = ("cpu", "cpu_overload", "swap", "cluster_maintenance")
@@ -63,6 +70,84 @@ def ranked(world: World) -> bool:
 def figure(world: World, name: str, otherwise: float) -> float:
     """A parameter of the policy, or what the settings say."""
     return otherwise if world.given is None else world.given.parameters.get(name, otherwise)
+
+
+# Affinity groups
+
+
+def closure(groups: Sequence[Group], vms: Collection[str]) -> dict[tuple[str, str], bool]:
+    """Who is with whom, by Warshall."""
+    one = {
+        (v, w): v == w or any(g.vm_enforcing and g.vm_rule == "positive" and {v, w} <= g.vms for g in groups)
+        for v, w in product(vms, repeat=2)
+    }
+    for mid, v, w in product(vms, repeat=3):
+        one[v, w] = one[v, w] or (one[v, mid] and one[mid, w])
+    return one
+
+
+def allowed(groups: Sequence[Group], seats: Mapping[str, Seat], vm: str, host: str) -> tuple[bool, bool]:
+    """Whether groups let a VM run on a host, by where other VMs are and by the groups' hosts, as one would say it."""
+    vms = sorted({vm, *seats, *(v for g in groups for v in g.vms)})
+    with_ = closure(groups, vms)
+    others = [v for v in vms if v != vm and v in seats]
+    mates = [seats[v].host_ids for v in others if with_[vm, v] and seats[v].host_ids]
+    suits = not mates or (all(len(m) == 1 for m in mates) and any(host in m for m in mates))
+    for rival in (v for v in others if host in seats[v].host_ids):
+        for g in groups:
+            if g.vm_enforcing and g.vm_rule == "negative":
+                pairs = permutations(g.vms, 2)
+                suits = suits and not any(with_[vm, v] and with_[rival, w] for v, w in pairs)
+    bound = True
+    for g in groups:
+        if g.host_enforcing and any(with_[vm, v] for v in g.vms):
+            bound = bound and (g.host_rule != "positive" or host in g.hosts)
+            bound = bound and (g.host_rule != "negative" or host not in g.hosts)
+    return suits, bound
+
+
+def broken_wishes(world: World, vm: str, host: str, *, about_vms: bool) -> list[float]:
+    """The priorities of the wishes of a VM's own groups that a host breaks, the highest first."""
+    said = []
+    for g in world.groups:
+        rule, enforcing = (g.vm_rule, g.vm_enforcing) if about_vms else (g.host_rule, g.host_enforcing)
+        if vm not in g.vms or enforcing or rule == "disabled":
+            continue
+        at = g.hosts
+        if about_vms:
+            at = frozenset(h for v in g.vms - {vm} if v in world.seats for h in world.seats[v].host_ids)
+        if (at or not about_vms) and (host in at) is not (rule == "positive"):
+            said.append(g.priority)
+    return sorted(said, reverse=True)
+
+
+def wish(world: World, vm: str, host: str, *, about_vms: bool) -> float:
+    """1 for hosts that break least, 0 for those that break most, compared like words; of all hosts of the fleet."""
+    words = {h.id: broken_wishes(world, vm, h.id, about_vms=about_vms) for h in world.hosts}
+    steps = sorted({tuple(word) for word in words.values()})
+    if not any(_wishes(world, vm, about_vms=about_vms)):
+        return 0.0
+    return 1 - steps.index(tuple(words[host])) / max(len(steps) - 1, 1)
+
+
+def _wishes(world: World, vm: str, *, about_vms: bool) -> list[bool]:
+    """Whether each group of the VM wishes for anything."""
+    found = []
+    for g in world.groups:
+        rule, enforcing = (g.vm_rule, g.vm_enforcing) if about_vms else (g.host_rule, g.host_enforcing)
+        seated = any(world.seats[v].host_ids for v in g.vms - {vm} if v in world.seats)
+        found.append(vm in g.vms and not enforcing and rule != "disabled" and (seated or not about_vms))
+    return found
+
+
+def followers(world: World, vm: str) -> list[Seat]:
+    """VMs that must be with it and are nowhere; none once one of them is somewhere."""
+    with_ = closure(world.groups, sorted({vm, *world.seats, *(v for g in world.groups for v in g.vms)}))
+    mates = [seat for v, seat in world.seats.items() if v != vm and with_[vm, v]]
+    return [] if any(mate.host_ids for mate in mates) else mates
+
+
+# Rules
 
 
 def considered(world: World, place: Place) -> list[HostFigures]:
@@ -113,6 +198,11 @@ def refusals(world: World, place: Place, host: HostFigures, config: SchedulerCon
         refused.add("swap")
     if machine and host.machines and machine not in host.machines:
         refused.add("machine")
+    suits_vms, suits_hosts = allowed(world.groups, world.seats, need.vm_id, host.id)
+    if not suits_vms:
+        refused.add("affinity_vms")
+    if not suits_hosts:
+        refused.add("affinity_hosts")
     return refused - (set(LEFT_OUT) - filters(world))
 
 
@@ -122,7 +212,7 @@ def taken(place: Place, config: SchedulerConfig) -> int:
 
 
 def score(unit: str, world: World, place: Place, host: HostFigures, config: SchedulerConfig) -> float:
-    """One weight of one host, from 0 to 1. No affinity group knows these VMs; `test_affinity_rules` is about those."""
+    """One weight of one host, from 0 to 1."""
     need = place.need
     fresh = world.fresh_vcpus.get(host.id, 0) + need.vcpus
     load = world.cpu_percent.get(host.id, 0.0) / 100
@@ -151,6 +241,16 @@ def score(unit: str, world: World, place: Place, host: HostFigures, config: Sche
             return (1 - min(host.ha_guests / max(most, 1), 1.0)) / figure(world, "ScaleDown", 1)
         case "preferred_hosts":
             return float(host.id in need.preferred_host_ids)
+        case "affinity_vms_wish":
+            return wish(world, need.vm_id, host.id, about_vms=True)
+        case "affinity_hosts_wish":
+            return wish(world, need.vm_id, host.id, about_vms=False)
+        case "affinity_room":
+            mates = followers(world, need.vm_id)
+            memory = taken(place, config) + sum(mate.memory for mate in mates)
+            vcpus = need.vcpus + sum(mate.vcpus for mate in mates)
+            fits = host.memory_used_bytes + memory <= host.memory_limit_bytes
+            return float(bool(mates) and fits and host.vcpus_used + vcpus <= host.vcpus_limit)
     return 0.0
 
 

@@ -16,7 +16,7 @@ from services.scheduler.policies.decision import Decision, decide, explain, mend
 from services.scheduler.policies.request import request
 from tests.scheduler import oracle
 from tests.scheduler.oracle import World
-from tests.scheduler.worlds import CONFIG, GIB, HOSTS, MIB, fleet_of, places, worlds
+from tests.scheduler.worlds import CONFIG, GIB, HOSTS, MIB, fleet_of, places, roomy_worlds, worlds
 from tests.scheduler.worlds import asked as asked_of
 from volery.contracts.scheduling import Need, Place, Purpose
 
@@ -25,6 +25,33 @@ from volery.contracts.scheduling import Need, Place, Purpose
 @given(worlds(), places())
 def test_the_columns_decide_as_the_oracle_does(world: World, place: Place) -> None:
     """The same hosts, the same rules against each, the same weights, the same choice."""
+    check_decision(world, place)
+
+
+@settings(max_examples=200, deadline=None)
+@given(roomy_worlds(), places())
+def test_policies_choose_among_hosts_that_fit_as_the_oracle_does(world: World, place: Place) -> None:
+    """By sums and by ranks; what the placement itself asks for comes first whatever the factors."""
+    need = replace(
+        place.need,
+        memory_bytes=GIB,
+        vcpus=1,
+        cpu_model="",
+        machine="",
+        network_ids=(),
+        host_ids=(),
+        storage_host_ids=None,
+    )
+    place = replace(place, need=need, excluded_host_ids=(), target_host_id="")
+    check_decision(world, place)
+    fitting = {h.id for h in world.hosts if not oracle.refusals(world, place, h, CONFIG)}
+    chosen = oracle.best(world, place, CONFIG)
+    if liked := fitting - set(place.avoided_host_ids):
+        assert set(chosen) <= liked
+        assert place.preferred_host_id not in liked or chosen == [place.preferred_host_id]
+
+
+def check_decision(world: World, place: Place) -> None:
     fleet = fleet_of(world)
     asked = asked_of(world, place)
     decision = decide(fleet, asked)

@@ -12,6 +12,7 @@ from msgspec.structs import replace
 
 from services.scheduler.fleet import HostFigures
 from services.scheduler.model import ClusterPolicy, limits
+from services.scheduler.policies.affinity import Group
 from services.scheduler.policies.decision import decide, mend, room
 from tests.scheduler import oracle
 from tests.scheduler.oracle import World
@@ -64,6 +65,11 @@ def applied(world: World, place: Place, change: Change, less: int = 0) -> tuple[
             return with_(world, swapped=world.swapped | {change.object_id: to + less}), place
         case "cluster", "balance":
             return of_cluster(world, balance=to), place
+        case "affinity_group", field:
+            groups = tuple(
+                loosened(g, field, change) if g.id == change.object_id else g for g in world.groups
+            )
+            return with_(world, groups=groups), place
         case "scheduling_policy", "filters":
             assert world.given is not None
             kept = tuple(f for f in world.given.filters if f != change.current)
@@ -96,6 +102,20 @@ def applied(world: World, place: Place, change: Change, less: int = 0) -> tuple[
                 place, excluded_host_ids=tuple(h for h in place.excluded_host_ids if h != change.current)
             )
     raise AssertionError(f"a change that nobody can make: {change}")
+
+
+def loosened(group: Group, field: str, change: Change) -> Group:
+    match field:
+        case "vm_ids":
+            assert change.current in group.vms
+            return with_(group, vms=group.vms - {change.current})
+        case "vm_enforcing":
+            assert (change.current, change.wanted) == ("true", "false")
+            return with_(group, vm_enforcing=False)
+        case "host_ids":
+            assert change.current or change.wanted
+            return with_(group, hosts=(group.hosts - {change.current}) | ({change.wanted} - {""}))
+    raise AssertionError(f"a field that no group has: {field}")
 
 
 @settings(max_examples=300, deadline=None)
@@ -151,6 +171,7 @@ def extremes(world: World, place: Place) -> Iterator[tuple[World, Place]]:
     yield with_(world, busy_since={}), place
     yield with_(world, swapped={}), place
     yield of_cluster(world, balance="evenly_distributed"), place
+    yield with_(world, groups=()), place
     if world.given is not None:
         yield with_(world, given=replace(world.given, filters=("cpu",))), place
     yield of_cluster(world, memory_overcommit_percent=400), place

@@ -98,7 +98,7 @@ class Change(Message):
     """The rules that it satisfies."""
     kind: ChangeKind
     object_kind: str
-    """host, vm, cluster, scheduling_policy, network, disks, placement"""
+    """host, vm, cluster, scheduling_policy, affinity_group, network, disks, placement"""
     object_id: str
     object_name: str = ""
     field: str = ""

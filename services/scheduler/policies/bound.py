@@ -8,7 +8,7 @@ them (filters.py and weights.py have their rows).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -70,6 +70,9 @@ class Bound:
     host_wishes: tuple[Wish, ...] = ()
     room: tuple[int, int] = (0, 0)
     """Memory and vCPUs of the VMs that must follow it to its host."""
+    groups: tuple[Group, ...] = ()
+    """All that had a say, and `seats`: where their VMs are. From these it can be asked what would be if one let go."""
+    seats: Mapping[str, Seat] = field(default_factory=dict)
 
 
 FREE = Bound()
@@ -95,6 +98,8 @@ def resolve(around: Around, rules: ClusterRules, seats: Mapping[str, Seat]) -> B
             if group.binds_hosts(POSITIVE, enforcing=False) or group.binds_hosts(NEGATIVE, enforcing=False)
         ),
         room=_followers(around, seats),
+        groups=around.groups,
+        seats=seats,
     )
 
 
