@@ -154,20 +154,26 @@ def _followers(around: Around, seats: Mapping[str, Seat]) -> tuple[int, int]:
 # Filters
 
 
-def _mask(fleet: Fleet, demands: Sequence[Demand]) -> Bools:
+def meets(fleet: Fleet, demands: Sequence[Demand]) -> Bools:
+    """Hosts that meet all of these. Hosts that are to be left out are gathered first, since those may be many demands."""
     mask = np.ones(len(fleet), np.bool_)
+    left_out: set[str] = set()
     for demand in demands:
-        among = fleet.among(demand.host_ids)
-        mask &= among if demand.inside else ~among
+        if demand.inside:
+            mask &= fleet.among(demand.host_ids)
+        else:
+            left_out |= demand.host_ids
+    if left_out:
+        mask &= ~fleet.among(left_out)
     return mask
 
 
 def suits_vms(fleet: Fleet, request: Request) -> Bools:
-    return _mask(fleet, request.bound.vms)
+    return meets(fleet, request.bound.vms)
 
 
 def suits_hosts(fleet: Fleet, request: Request) -> Bools:
-    return _mask(fleet, request.bound.hosts)
+    return meets(fleet, request.bound.hosts)
 
 
 def _said(sentences: Sequence[tuple[str, str]]) -> tuple[str, str]:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.scheduler.policies.affinity import NEGATIVE, POSITIVE, ClusterRules, Group
-from services.scheduler.policies.bound import FREE, Bound, Seat, resolve
+from services.scheduler.policies.bound import FREE, Bound, Seat, meets, resolve
 from volery.contracts.affinity_group import AffinityRule
 from volery.contracts.scheduling import Change, ChangeKind
 
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 TRIED_TOGETHER = 8
 """Of so many things to let go of, all pairs are tried; of more, each alone."""
-REDUCED_HOSTS = 8
-"""Hosts, the best first, for which all that could be let go of is reduced to what is needed, when no pair is enough."""
+REDUCED = 8
+"""How often all that could be let go of is reduced to what one host needs, the best first, when no pair is enough."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +94,9 @@ class Loosening:
 
     def let_in(self, ties: Ties) -> Bools:
         """Which of the rows no group excludes any more."""
-        bound, hosts = self.bound(ties), np.ones(len(self.rows), np.bool_)
-        for demand in (*bound.vms, *bound.hosts):
-            among = self.fleet.among(demand.host_ids)[self.rows]
-            hosts &= among if demand.inside else ~among
-        return hosts
+        bound = self.bound(ties)
+        mask: Bools = meets(self.fleet, (*bound.vms, *bound.hosts))[self.rows]
+        return mask
 
     def smallest(self, kind: ChangeKind) -> dict[int, Ties]:
         """Position among the rows → the fewest ties of this kind that have to go there; missing where none would do."""
@@ -111,8 +109,15 @@ class Loosening:
                 found.setdefault(at, ties)
             if len(found) == len(self.rows):
                 return found
-        left = [at for at in np.flatnonzero(self.let_in(possible)).tolist() if at not in found]
-        return found | {at: self._reduced(possible, at) for at in left[:REDUCED_HOSTS]}
+        left = np.flatnonzero(self.let_in(possible)).tolist()
+        for _ in range(REDUCED):
+            first = next((at for at in left if at not in found), None)
+            if first is None:
+                break
+            ties = self._reduced(possible, first)
+            for other in np.flatnonzero(self.let_in(ties)).tolist():
+                found.setdefault(other, ties)
+        return found
 
     def _sets(self, possible: Ties) -> Iterator[Ties]:
         most = 2 if len(possible) <= TRIED_TOGETHER else 1
