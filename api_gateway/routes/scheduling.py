@@ -8,6 +8,7 @@ from volery.contracts import history as y
 from volery.contracts import liveness as l
 from volery.contracts import protection as p
 from volery.contracts import scheduling as s
+from volery.contracts import scheduling_policy as c
 from volery.contracts import start_group as g
 
 SCHEDULING, LIVENESS, HISTORY = "Scheduling", "Liveness", "History"
@@ -28,6 +29,30 @@ ROUTES = (
     Route("GET", "/affinity-groups/{id}", a.GET_AFFINITY_GROUP, SCHEDULING, "Get an affinity group"),
     Route("PATCH", "/affinity-groups/{id}", a.UPDATE_AFFINITY_GROUP, SCHEDULING, "Change an affinity group"),
     Route("DELETE", "/affinity-groups/{id}", a.DELETE_AFFINITY_GROUP, SCHEDULING, "Delete an affinity group"),
+    Route("GET", "/scheduling-policies", c.LIST_SCHEDULING_POLICIES, SCHEDULING, "List scheduling policies",
+          items=c.SchedulingPolicy, note="`filter.built_in=false` for those that administrators made."),
+    Route("POST", "/scheduling-policies", c.CREATE_SCHEDULING_POLICY, SCHEDULING, "Create a scheduling policy",
+          at="/scheduling-policies",
+          note="What isn't given is as in `copy_of`, or as in the built-in evenly_distributed. "
+               "`GET /scheduling-policy-units` has what policies are made of."),
+    Route("GET", "/scheduling-policies/{id}", c.GET_SCHEDULING_POLICY, SCHEDULING, "Get a scheduling policy"),
+    Route("PATCH", "/scheduling-policies/{id}", c.UPDATE_SCHEDULING_POLICY, SCHEDULING, "Change a scheduling policy",
+          note="The next placement in its clusters goes by it. Lists and tables that are given replace what there was. "
+               "Built-in ones can't be changed."),
+    Route("DELETE", "/scheduling-policies/{id}", c.DELETE_SCHEDULING_POLICY, SCHEDULING,
+          "Delete a scheduling policy that no cluster has"),
+    Route("GET", "/scheduling-policy-units", c.LIST_POLICY_UNITS, SCHEDULING,
+          "List what scheduling policies are made of: filters, weights, balances and their parameters"),
+    Route("GET", "/clusters/{id}/scheduling-policy", c.GET_CLUSTERS_POLICY, SCHEDULING,
+          "Get the scheduling policy that holds for a cluster",
+          note="The one that it was given, or the built-in one of its `balance`."),
+    Route("GET", "/clusters/{id}/balance", c.GET_CLUSTER_BALANCE, SCHEDULING,
+          "Get which hosts of a cluster have too much, and which have room",
+          note="By the balance of the cluster's scheduling policy. Nothing is moved for it."),
+    Route("POST", "/clusters/{id}/scheduling-policy", c.GIVE_SCHEDULING_POLICY, SCHEDULING,
+          "Give a cluster a scheduling policy", renamed={"id": "cluster_id"},
+          note="It takes the place of the one that the cluster had; `\"policy_id\": \"\"` is the built-in one of its "
+               "`balance` again. The next placement goes by it. Answers with the policy that holds now."),
     Route("GET", "/vms/{id}/decisions", s.LIST_DECISIONS, SCHEDULING, "List where a VM was placed, the newest first",
           items=s.PastDecision, renamed={"id": "vm_id"}),
     Route("GET", "/liveness", l.LIST_LIVENESS, LIVENESS, "List what is known of hosts' liveness", items=l.HostLiveness),

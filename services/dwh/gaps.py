@@ -29,6 +29,7 @@ from volery.contracts.power import (
 )
 from volery.contracts.protection import LIST_PROTECTION, LIST_RESERVES
 from volery.contracts.scheduling import LIST_CLAIMS
+from volery.contracts.scheduling_policy import LIST_SCHEDULING_POLICIES
 from volery.contracts.soft_fence import LIST_SOFT_FENCES
 from volery.contracts.start_group import LIST_START_GROUPS
 from volery.contracts.storage import LIST_DISKS, LIST_STORAGE_DOMAINS, LIST_TRANSFERS
@@ -73,6 +74,7 @@ LISTS: dict[str, Call[ListQuery, Any]] = {
     "start_group": LIST_START_GROUPS,
     "claim": LIST_CLAIMS,
     "affinity_group": LIST_AFFINITY_GROUPS,
+    "scheduling_policy": LIST_SCHEDULING_POLICIES,
 }
 """How each noun is listed."""
 

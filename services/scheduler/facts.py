@@ -9,6 +9,7 @@ from typing import Any
 
 from services.scheduler import store
 from services.scheduler.model import ClusterPolicy, Looked, limits
+from services.scheduler.scheduling_policies import keep_built_in
 from services.scheduler.state import Scheduler
 from volery.contracts.base import Call, Entity, Owner
 from volery.contracts.cluster import CLUSTER_CHANGED, CLUSTER_DELETED, LIST_CLUSTERS, Cluster
@@ -131,6 +132,7 @@ async def facts_were_lost(scheduler: Scheduler, stream: str) -> None:
 
 
 async def leadership_begins(scheduler: Scheduler) -> None:
+    await keep_built_in(scheduler)
     scheduler.listed.clear()
     scheduler.looked = Looked()
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.scheduler.model import ClusterPolicy
+from services.scheduler.policies.recipe import Recipe, by_balance
 from volery.contracts.host import HostStatus
 
 Bools = NDArray[np.bool_]
@@ -95,6 +96,8 @@ class Fleet:
     names: list[str] = field(default_factory=list)
     rows: dict[str, int] = field(default_factory=dict)
     clusters: dict[str, ClusterPolicy] = field(default_factory=dict)
+    recipes: dict[str, Recipe] = field(default_factory=dict)
+    """Scheduling policies by id."""
     networks: dict[str, NetworkReach] = field(default_factory=dict)
     _columns: dict[str, NDArray[np.int64] | NDArray[np.float64]] = field(
         default_factory=lambda: {name: np.zeros(16, dtype) for name, dtype in _COLUMNS.items()}
@@ -264,6 +267,17 @@ class Fleet:
         if mask is None:
             mask = self._masks[key] = make()
         return mask
+
+    def recipe(self, cluster: ClusterPolicy) -> Recipe:
+        """The policy that a cluster was given, or the built-in one of its balance."""
+        built_in = by_balance(cluster.balance)
+        return self.recipes.get(cluster.policy_id) or self.recipes.get(built_in.id, built_in)
+
+    def recipe_of(self, host_id: str) -> Recipe:
+        """The policy of a host's cluster."""
+        number = int(self.ints("cluster")[self.rows[host_id]]) if host_id in self.rows else -1
+        cluster_id = next((each for each, n in self._cluster_numbers.items() if n == number), "")
+        return self.recipe(self.clusters.get(cluster_id) or ClusterPolicy(cluster_id))
 
     def _cluster_number(self, cluster_id: str) -> int:
         return self._cluster_numbers.setdefault(cluster_id, len(self._cluster_numbers))

@@ -37,6 +37,8 @@ class ClusterPolicy:
     cpu_overcommit_ratio: float = 10.0
     balance: str = Balance.EVENLY_DISTRIBUTED
     reserve_host_failures: int = 0
+    policy_id: str = ""
+    """The scheduling policy that it was given; "" is the built-in one of its balance."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,7 +89,8 @@ async def _try(scheduler: Scheduler, ask: Place, caller: Caller, *, refuses: boo
 
 def _decided(scheduler: Scheduler, ask: Place, bound: Bound) -> Placement:
     policy = scheduler.policy(ask.need.cluster_id)
-    asked = request(ask, policy, scheduler.config, bound, now=monotonic())
+    recipe = scheduler.fleet.recipe(policy)
+    asked = request(ask, policy, scheduler.config, bound, recipe=recipe, now=monotonic())
     return decided(scheduler.fleet, asked, scheduler.config)
 
 
@@ -110,6 +111,10 @@ def decided(fleet: Fleet, asked: Request, config: SchedulerConfig) -> Placement:
         fitting=decision.fitting,
         excluded_by=decision.excluded_by(),
         remedies=mended,
+        policy_id=asked.recipe.id,
+        policy_name=asked.recipe.name,
+        policy_revision=asked.recipe.revision,
+        selector=asked.recipe.selector,
     )
 
 

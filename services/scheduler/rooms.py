@@ -38,7 +38,8 @@ async def find_room(scheduler: Scheduler, ask: FindRoom, caller: Caller) -> Room
         )
         model.check(place)
         policy = scheduler.policy(each.need.cluster_id)
-        asked = request(place, policy, scheduler.config, bound, now=monotonic())
+        recipe = scheduler.fleet.recipe(policy)
+        asked = request(place, policy, scheduler.config, bound, recipe=recipe, now=monotonic())
         found.append(room(scheduler.fleet, asked))
         if number % TOGETHER == TOGETHER - 1:
             await asyncio.sleep(0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from services.scheduler import affinity_groups, claims, facts, placing, reconcile, rooms
+from services.scheduler import affinity_groups, claims, facts, placing, reconcile, rooms, scheduling_policies
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.state import open_scheduler
 from volery.contracts.base import Owner
@@ -12,7 +12,15 @@ service = Service(
     name=Owner.SCHEDULER,
     open=open_scheduler,
     config=SchedulerConfig,
-    parts=[placing.part, rooms.part, claims.part, affinity_groups.part, facts.part, reconcile.part],
+    parts=[
+        placing.part,
+        rooms.part,
+        claims.part,
+        affinity_groups.part,
+        scheduling_policies.part,
+        facts.part,
+        reconcile.part,
+    ],
     on_gap=facts.facts_were_lost,
     on_lead=facts.leadership_begins,
 )

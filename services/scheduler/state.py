@@ -12,11 +12,12 @@ from weakref import WeakValueDictionary
 import msgspec
 from nats.aio.msg import Msg
 
-from services.scheduler import affinity_store, store
+from services.scheduler import affinity_store, policy_store, store
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.fleet import Fleet, Measured
 from services.scheduler.model import ClusterPolicy, Looked
 from services.scheduler.policies.affinity import ClusterRules
+from services.scheduler.policies.units import HIGH_UTILIZATION
 from volery.contracts.metrics import METRICS_SUBJECT, HostSample
 from volery.contracts.scheduling import Claim
 from volery.runtime.clock import monotonic
@@ -64,11 +65,23 @@ class Scheduler:
         return self._turns.setdefault(group_id, asyncio.Lock())
 
     async def read_rules(self, cluster_id: str) -> None:
-        found = await affinity_store.rules_of(self.core.pool, cluster_id)
+        """A cluster with its affinity groups and its scheduling policy. The groups' revision, which guards a placement
+        that is decided under all of them, is read first: what is read after it is at least as new."""
+        pool = self.core.pool
+        while True:
+            found = await affinity_store.rules_of(pool, cluster_id)
+            clusters = await store.clusters(pool, "id = $1", cluster_id)
+            recipes = await policy_store.recipes_of(pool, cluster_id)
+            known = self.rules.get(cluster_id)
+            if found is None or known is None or known.revision <= found.revision:
+                break
         if found is None:
             self.rules.pop(cluster_id, None)
-        elif (known := self.rules.get(cluster_id)) is None or known.revision < found.revision:
+        elif known is None or known.revision < found.revision:
             self.rules[cluster_id] = found
+        self.fleet.clusters.pop(cluster_id, None)
+        self.fleet.clusters.update({c.id: c for c in clusters})
+        self.fleet.recipes.update({r.id: r for r in recipes})
 
     def took(self, claim: Claim) -> None:
         """In this replica's memory, ahead of the next reading."""
@@ -87,8 +100,12 @@ class Scheduler:
 
     async def _reload(self) -> None:
         hosts = await store.hosts(self.core.pool)
-        self.fleet.clusters = {c.id: c for c in await store.clusters(self.core.pool)}
-        self.rules = await affinity_store.rules(self.core.pool)
+        rules = await affinity_store.rules(self.core.pool)
+        clusters = await store.clusters(self.core.pool)
+        recipes = await policy_store.recipes(self.core.pool)
+        self.rules = rules
+        self.fleet.clusters = {c.id: c for c in clusters}
+        self.fleet.recipes = {r.id: r for r in recipes}
         for network in (networks := await store.networks(self.core.pool)):
             self.fleet.set_network(network)
         for gone in self.fleet.networks.keys() - {n.id for n in networks}:
@@ -112,10 +129,11 @@ class Scheduler:
             if not hosts:
                 self.fleet.remove(row_id)
         elif table == "cluster":
-            found = await store.clusters(pool, "id = $1", row_id)
-            self.fleet.clusters.pop(row_id, None)
-            self.fleet.clusters.update({c.id: c for c in found})
             await self.read_rules(row_id)
+        elif table == "scheduling_policy":
+            recipes = await policy_store.recipes(pool, "id = $1", row_id)
+            self.fleet.recipes.pop(row_id, None)
+            self.fleet.recipes.update({r.id: r for r in recipes})
         elif table == "network":
             networks = await store.networks(pool, "id = $1", row_id)
             self.fleet.drop_network(row_id)
@@ -160,9 +178,10 @@ class Scheduler:
 
     def _measured(self, sample: HostSample) -> Measured:
         available = sample.memory_bytes - sample.memory_used_bytes
+        high = self.fleet.recipe_of(sample.host_id).parameters.get(HIGH_UTILIZATION)
         return Measured(
             cpu_percent=sample.cpu_percent,
-            busy=sample.cpu_percent >= self.config.high_utilization_percent,
+            busy=sample.cpu_percent >= (self.config.high_utilization_percent if high is None else high),
             at=monotonic(),
             swapped_bytes=max(sample.swap_used_bytes - available, 0),
         )

@@ -428,7 +428,7 @@ async def used(pool: Pool) -> list[tuple[str, int, int, int, int]]:
 async def clusters(pool: Pool, condition: str = "true", *arguments: Any) -> list[ClusterPolicy]:
     records = await pool.fetch(
         f"""select id, name, cpu_model, machine, memory_overcommit_percent, cpu_overcommit_ratio, balance,
-                   reserve_host_failures
+                   reserve_host_failures, policy_id
             from cluster where {condition}""",
         *arguments,
     )

@@ -16,6 +16,7 @@ from volery.cli.main import app
 from volery.contracts import affinity_group as a
 from volery.contracts import power as p
 from volery.contracts import protection as r
+from volery.contracts import scheduling_policy as c
 from volery.contracts import soft_fence as s
 from volery.contracts import start_group as g
 from volery.contracts.base import Call, Done, Entity, encode
@@ -34,6 +35,25 @@ DOMAIN = StorageDomain(**entity(name="shared", kind=DomainKind.DIRECTORY))
 WEB, DB = vm(name="web1"), vm(name="db1", high_availability=HighAvailability(enabled=True, priority=70))
 FIRST = g.StartGroup(**entity(name="databases", cluster_id=CLUSTER.id, vm_ids=(DB.id,)))
 SPREAD = a.AffinityGroup(**entity(name="spread", cluster_id=CLUSTER.id, vm_ids=(DB.id,), broken=("on h9",)))
+EVEN = c.SchedulingPolicy(
+    **entity(name="evenly_distributed", built_in=True, filters=("cpu", "swap"), weights={"cpu_even": 2.0})
+)
+OWN = c.SchedulingPolicy(
+    **entity(
+        name="own", filters=("cpu", "swap"), weights={"cpu_even": 2.0}, parameters={"HighUtilization": 70.0}
+    )
+)
+UNIT = c.PolicyUnit(
+    name="memory",
+    kind=c.UnitKind.FILTER,
+    description="has too little",
+    ovirt_name="Memory",
+    mandatory="a claim needs it",
+)
+BALANCED = c.ClusterBalance(
+    cluster_id=CLUSTER.id, policy_id=OWN.id, policy_name="own", policy_revision=7, balance="power_saving",
+    hosts=(c.HostLoad(host_id=HOST.id, name="h1", load=c.Load.LITTLE, cpu_percent=3.0),),
+)  # fmt: skip
 POWER = p.PowerManagement(
     **entity(host_name="h1", devices=(FenceDevice(agent="fence_redfish", address="bmc1"),), test_passed=True)
     | {"id": HOST.id}
@@ -139,6 +159,14 @@ ANSWERS: dict[Call[Any, Any], Any] = {
     a.CREATE_AFFINITY_GROUP: SPREAD,
     a.UPDATE_AFFINITY_GROUP: SPREAD,
     a.DELETE_AFFINITY_GROUP: Done(),
+    c.LIST_SCHEDULING_POLICIES: listed(EVEN, OWN),
+    c.CREATE_SCHEDULING_POLICY: OWN,
+    c.UPDATE_SCHEDULING_POLICY: OWN,
+    c.DELETE_SCHEDULING_POLICY: Done(),
+    c.GIVE_SCHEDULING_POLICY: OWN,
+    c.GET_CLUSTERS_POLICY: OWN,
+    c.GET_CLUSTER_BALANCE: BALANCED,
+    c.LIST_POLICY_UNITS: c.PolicyUnits(units=(UNIT,)),
     g.LIST_START_GROUPS: listed(FIRST),
     g.CREATE_START_GROUP: FIRST,
     g.UPDATE_START_GROUP: FIRST,

@@ -3,12 +3,17 @@ formulas as `services/scheduler/policies`, but without them. What the two say mu
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import permutations, product
 
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.fleet import HostFigures, NetworkReach
 from services.scheduler.model import ClusterPolicy
+from services.scheduler.policies.affinity import Group
+from services.scheduler.policies.bound import Seat
 from volery.contracts.scheduling import Place
+from volery.contracts.scheduling_policy import SchedulingPolicy
 
 MIB = 1024**2
 
@@ -25,6 +30,124 @@ class World:
     busy_since: dict[str, float] = field(default_factory=dict)
     swapped: dict[str, int] = field(default_factory=dict)
     now: float = 1000.0
+    given: SchedulingPolicy | None = None
+    """What an administrator gave the cluster; None is the built-in policy of its balance."""
+    groups: tuple[Group, ...] = ()
+    seats: Mapping[str, Seat] = field(default_factory=dict)
+    """Where the other VMs of the groups are."""
+
+
+LEFT_OUT = ("cpu", "cpu_overload", "swap", "cluster_maintenance")
+"""Filters that a policy may do without."""
+COMMON = {
+    "preferred_hosts": 99, "ha_reservation": 1, "affinity_vms_wish": 1, "affinity_hosts_wish": 20, "affinity_room": 50,
+}  # fmt: skip
+FACTORS = {
+    "none": {"cpu_even": 2, "memory_even": 1},
+    "evenly_distributed": {"cpu_even": 2, "memory_even": 1},
+    "power_saving": {"cpu_saving": 2, "memory_saving": 1},
+    "vm_evenly_distributed": {"guests_even": 2},
+    "cluster_maintenance": {"cpu_even": 2, "memory_even": 1},
+}
+
+
+def filters(world: World) -> set[str]:
+    """Of those that may be left out, the ones that count."""
+    if world.given is not None:
+        return set(world.given.filters) & set(LEFT_OUT)
+    closed = {"cluster_maintenance"} if world.policy.balance == "cluster_maintenance" else set()
+    return {"cpu", "cpu_overload", "swap"} | closed
+
+
+def factors(world: World) -> dict[str, float]:
+    return world.given.weights if world.given is not None else FACTORS[world.policy.balance] | COMMON
+
+
+def ranked(world: World) -> bool:
+    return world.given is not None and world.given.selector == "rank"
+
+
+def figure(world: World, name: str, otherwise: float) -> float:
+    """A parameter of the policy, or what the settings say."""
+    return otherwise if world.given is None else world.given.parameters.get(name, otherwise)
+
+
+# Affinity groups
+
+
+def closure(groups: Sequence[Group], vms: Collection[str]) -> dict[tuple[str, str], bool]:
+    """Who is with whom, by Warshall."""
+    one = {
+        (v, w): v == w or any(g.vm_enforcing and g.vm_rule == "positive" and {v, w} <= g.vms for g in groups)
+        for v, w in product(vms, repeat=2)
+    }
+    for mid, v, w in product(vms, repeat=3):
+        one[v, w] = one[v, w] or (one[v, mid] and one[mid, w])
+    return one
+
+
+def allowed(groups: Sequence[Group], seats: Mapping[str, Seat], vm: str, host: str) -> tuple[bool, bool]:
+    """Whether groups let a VM run on a host, by where other VMs are and by the groups' hosts, as one would say it."""
+    vms = sorted({vm, *seats, *(v for g in groups for v in g.vms)})
+    with_ = closure(groups, vms)
+    others = [v for v in vms if v != vm and v in seats]
+    mates = [seats[v].host_ids for v in others if with_[vm, v] and seats[v].host_ids]
+    suits = not mates or (all(len(m) == 1 for m in mates) and any(host in m for m in mates))
+    for rival in (v for v in others if host in seats[v].host_ids):
+        for g in groups:
+            if g.vm_enforcing and g.vm_rule == "negative":
+                pairs = permutations(g.vms, 2)
+                suits = suits and not any(with_[vm, v] and with_[rival, w] for v, w in pairs)
+    bound = True
+    for g in groups:
+        if g.host_enforcing and any(with_[vm, v] for v in g.vms):
+            bound = bound and (g.host_rule != "positive" or host in g.hosts)
+            bound = bound and (g.host_rule != "negative" or host not in g.hosts)
+    return suits, bound
+
+
+def broken_wishes(world: World, vm: str, host: str, *, about_vms: bool) -> list[float]:
+    """The priorities of the wishes of a VM's own groups that a host breaks, the highest first."""
+    said = []
+    for g in world.groups:
+        rule, enforcing = (g.vm_rule, g.vm_enforcing) if about_vms else (g.host_rule, g.host_enforcing)
+        if vm not in g.vms or enforcing or rule == "disabled":
+            continue
+        at = g.hosts
+        if about_vms:
+            at = frozenset(h for v in g.vms - {vm} if v in world.seats for h in world.seats[v].host_ids)
+        if (at or not about_vms) and (host in at) is not (rule == "positive"):
+            said.append(g.priority)
+    return sorted(said, reverse=True)
+
+
+def wish(world: World, vm: str, host: str, *, about_vms: bool) -> float:
+    """1 for hosts that break least, 0 for those that break most, compared like words; of all hosts of the fleet."""
+    words = {h.id: broken_wishes(world, vm, h.id, about_vms=about_vms) for h in world.hosts}
+    steps = sorted({tuple(word) for word in words.values()})
+    if not any(_wishes(world, vm, about_vms=about_vms)):
+        return 0.0
+    return 1 - steps.index(tuple(words[host])) / max(len(steps) - 1, 1)
+
+
+def _wishes(world: World, vm: str, *, about_vms: bool) -> list[bool]:
+    """Whether each group of the VM wishes for anything."""
+    found = []
+    for g in world.groups:
+        rule, enforcing = (g.vm_rule, g.vm_enforcing) if about_vms else (g.host_rule, g.host_enforcing)
+        seated = any(world.seats[v].host_ids for v in g.vms - {vm} if v in world.seats)
+        found.append(vm in g.vms and not enforcing and rule != "disabled" and (seated or not about_vms))
+    return found
+
+
+def followers(world: World, vm: str) -> list[Seat]:
+    """VMs that must be with it and are nowhere; none once one of them is somewhere."""
+    with_ = closure(world.groups, sorted({vm, *world.seats, *(v for g in world.groups for v in g.vms)}))
+    mates = [seat for v, seat in world.seats.items() if v != vm and with_[vm, v]]
+    return [] if any(mate.host_ids for mate in mates) else mates
+
+
+# Rules
 
 
 def considered(world: World, place: Place) -> list[HostFigures]:
@@ -64,18 +187,23 @@ def refusals(world: World, place: Place, host: HostFigures, config: SchedulerCon
         and model not in host.cpu_models
     ):
         refused.add("cpu_model")
-    starts = place.purpose == "start" and not need.high_availability
-    if policy.balance == "cluster_maintenance" and starts:
+    if place.purpose == "start" and not need.high_availability:
         refused.add("cluster_maintenance")
     busy = world.busy_since.get(host.id)
-    limit = config.overload_seconds
+    limit = 60 * figure(world, "CpuOverCommitDurationMinutes", config.overload_seconds / 60)
     if limit and place.purpose != "restart" and busy is not None and world.now - busy >= limit:
         refused.add("cpu_overload")
-    if world.swapped.get(host.id, 0) > int(host.memory_bytes * config.swap_percent / 100):
+    may_swap = figure(world, "MaximumAllowedSwapUsage", config.swap_percent)
+    if world.swapped.get(host.id, 0) > int(host.memory_bytes * may_swap / 100):
         refused.add("swap")
     if machine and host.machines and machine not in host.machines:
         refused.add("machine")
-    return refused
+    suits_vms, suits_hosts = allowed(world.groups, world.seats, need.vm_id, host.id)
+    if not suits_vms:
+        refused.add("affinity_vms")
+    if not suits_hosts:
+        refused.add("affinity_hosts")
+    return refused - (set(LEFT_OUT) - filters(world))
 
 
 def taken(place: Place, config: SchedulerConfig) -> int:
@@ -83,33 +211,67 @@ def taken(place: Place, config: SchedulerConfig) -> int:
     return place.need.memory_bytes + config.guest_overhead_mib * MIB
 
 
-def weights(world: World, place: Place, host: HostFigures, config: SchedulerConfig) -> dict[str, float]:
-    """Weight → its share of one host's sum. No affinity group knows these VMs; `test_affinity_rules` is about those."""
+def score(unit: str, world: World, place: Place, host: HostFigures, config: SchedulerConfig) -> float:
+    """One weight of one host, from 0 to 1."""
     need = place.need
     fresh = world.fresh_vcpus.get(host.id, 0) + need.vcpus
     load = world.cpu_percent.get(host.id, 0.0) / 100
     load += config.vcpu_load_percent / 100 * fresh / max(host.cpus, 1)
     share = (host.memory_used_bytes + taken(place, config)) / max(host.memory_limit_bytes, 1)
-    found = {
-        "ha_reservation": 0.0,
-        "preferred_hosts": 99.0 if host.id in need.preferred_host_ids else 0.0,
-        "wished_host": 300.0 if host.id == place.preferred_host_id else 0.0,
-        "avoided_hosts": -1000.0 if host.id in place.avoided_host_ids else 0.0,
-        **dict.fromkeys(("affinity_vms_wish", "affinity_hosts_wish", "affinity_room"), 0.0),
-    }
-    if need.high_availability and world.policy.reserve_host_failures:
-        most_ha = max((h.ha_guests for h in world.hosts if h.cluster_id == need.cluster_id), default=0)
-        found["ha_reservation"] = 1 - min(host.ha_guests / max(most_ha, 1), 1.0)
-    if world.policy.balance == "power_saving":
-        high = config.high_utilization_percent / 100
-        found["cpu_saving"] = 2 * load if load <= high else 0.0
-        found["memory_saving"] = min(share, 1.0)
-    elif world.policy.balance == "vm_evenly_distributed":
-        most = max((h.guests for h in world.hosts if h.cluster_id == need.cluster_id), default=0)
-        found["guests_even"] = 2 * (1 - min(host.guests / max(most, 1), 1.0))
-    else:
-        found["cpu_even"] = 2 * (1 - min(load, 1.0))
-        found["memory_even"] = 1 - min(share, 1.0)
+    neighbours = [h for h in world.hosts if h.cluster_id == need.cluster_id]
+    match unit:
+        case "cpu_even":
+            ratio = figure(world, "VCpuToPhysicalCpuRatio", 0)
+            too_many = ratio and host.vcpus_used + need.vcpus >= ratio * host.cpus
+            return 0.0 if too_many else 1 - min(load, 1.0)
+        case "memory_even":
+            return 1 - min(share, 1.0)
+        case "cpu_saving":
+            high = figure(world, "HighUtilization", config.high_utilization_percent) / 100
+            return min(load, 1.0) if load <= high else 0.0
+        case "memory_saving":
+            return min(share, 1.0)
+        case "guests_even":
+            most = max((h.guests for h in neighbours), default=0)
+            return 1 - min(host.guests / max(most, 1), 1.0)
+        case "ha_reservation":
+            if not (need.high_availability and world.policy.reserve_host_failures):
+                return 0.0
+            most = max((h.ha_guests for h in neighbours), default=0)
+            return (1 - min(host.ha_guests / max(most, 1), 1.0)) / figure(world, "ScaleDown", 1)
+        case "preferred_hosts":
+            return float(host.id in need.preferred_host_ids)
+        case "affinity_vms_wish":
+            return wish(world, need.vm_id, host.id, about_vms=True)
+        case "affinity_hosts_wish":
+            return wish(world, need.vm_id, host.id, about_vms=False)
+        case "affinity_room":
+            mates = followers(world, need.vm_id)
+            memory = taken(place, config) + sum(mate.memory for mate in mates)
+            vcpus = need.vcpus + sum(mate.vcpus for mate in mates)
+            fits = host.memory_used_bytes + memory <= host.memory_limit_bytes
+            return float(bool(mates) and fits and host.vcpus_used + vcpus <= host.vcpus_limit)
+    return 0.0
+
+
+def weights(world: World, place: Place, host: HostFigures, config: SchedulerConfig) -> dict[str, float]:
+    """Weight → its share of one host's sum. By rank: of those that fit, how many are no better, itself not counted."""
+    fitting = [h for h in considered(world, place) if not refusals(world, place, h, config)]
+    found = {}
+    for unit, factor in factors(world).items():
+        figures = {h.id: score(unit, world, place, h, config) for h in world.hosts}
+        found[unit] = factor * figures[host.id]
+        if ranked(world):
+            exact = {h: round(figures[h] * 1e9) for h in figures}
+            better = sum(exact[h.id] > exact[host.id] for h in fitting)
+            found[unit] = factor * (len(fitting) - 1 - better)
+    own = sum(factors(world).values())
+    wish = max(300.0, own + 1)
+    times = max(len(fitting), 1) if ranked(world) else 1
+    found["wished_host"] = times * wish if host.id == place.preferred_host_id else 0.0
+    found["avoided_hosts"] = (
+        -times * max(1000.0, own + wish + 1) if host.id in place.avoided_host_ids else 0.0
+    )
     return found
 
 

@@ -29,6 +29,7 @@ from services.scheduler.policies.bound import Seat, resolve
 from services.scheduler.policies.decision import decide, explain
 from services.scheduler.policies.request import request
 from services.scheduler.seats import hosts_of
+from tests.scheduler import oracle
 from tests.scheduler.fleets import GIB, NOW
 from volery.contracts.affinity_group import AffinityRule
 from volery.contracts.scheduling import Claim, Need, Place
@@ -156,35 +157,9 @@ def test_more_vms_apart_than_hosts_is_said_and_no_contradiction() -> None:
 # What one placement is asked
 
 
-def closure(found: Sequence[Group]) -> dict[tuple[str, str], bool]:
-    """Who is with whom, by Warshall."""
-    one = {
-        (v, w): v == w or any(g.vm_enforcing and g.vm_rule is POSITIVE and {v, w} <= g.vms for g in found)
-        for v in VMS
-        for w in VMS
-    }
-    for mid, v, w in itertools.product(VMS, repeat=3):
-        one[v, w] = one[v, w] or (one[v, mid] and one[mid, w])
-    return one
-
-
 def allowed(found: Sequence[Group], seats: dict[str, Seat], host: str) -> tuple[bool, bool]:
-    """Whether VM a may run on this host, by VMs and by hosts, as one would say it."""
-    with_ = closure(found)
-    mates = [seats[v].host_ids for v in VMS[1:] if with_["a", v] and v in seats and seats[v].host_ids]
-    suits = not mates or (all(len(m) == 1 for m in mates) and any(host in m for m in mates))
-    for rival in VMS[1:]:
-        if rival in seats and host in seats[rival].host_ids:
-            for g in found:
-                if g.vm_enforcing and g.vm_rule is NEGATIVE:
-                    pairs = itertools.permutations(g.vms, 2)
-                    suits = suits and not any(with_["a", v] and with_[rival, w] for v, w in pairs)
-    bound = True
-    for g in found:
-        if g.host_enforcing and any(with_["a", v] for v in g.vms):
-            bound = bound and (g.host_rule is not POSITIVE or host in g.hosts)
-            bound = bound and (g.host_rule is not NEGATIVE or host not in g.hosts)
-    return suits, bound
+    """Whether VM a may run on this host, by VMs and by hosts."""
+    return oracle.allowed(found, seats, "a", host)
 
 
 def word(found: Sequence[Group], seats: dict[str, Seat], host: str) -> list[float]:

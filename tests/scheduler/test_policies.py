@@ -16,7 +16,8 @@ from services.scheduler.policies.decision import Decision, decide, explain, mend
 from services.scheduler.policies.request import request
 from tests.scheduler import oracle
 from tests.scheduler.oracle import World
-from tests.scheduler.worlds import CONFIG, GIB, HOSTS, MIB, fleet_of, places, worlds
+from tests.scheduler.worlds import CONFIG, GIB, HOSTS, MIB, fleet_of, places, roomy_worlds, worlds
+from tests.scheduler.worlds import asked as asked_of
 from volery.contracts.scheduling import Need, Place, Purpose
 
 
@@ -24,8 +25,35 @@ from volery.contracts.scheduling import Need, Place, Purpose
 @given(worlds(), places())
 def test_the_columns_decide_as_the_oracle_does(world: World, place: Place) -> None:
     """The same hosts, the same rules against each, the same weights, the same choice."""
+    check_decision(world, place)
+
+
+@settings(max_examples=200, deadline=None)
+@given(roomy_worlds(), places())
+def test_policies_choose_among_hosts_that_fit_as_the_oracle_does(world: World, place: Place) -> None:
+    """By sums and by ranks; what the placement itself asks for comes first whatever the factors."""
+    need = replace(
+        place.need,
+        memory_bytes=GIB,
+        vcpus=1,
+        cpu_model="",
+        machine="",
+        network_ids=(),
+        host_ids=(),
+        storage_host_ids=None,
+    )
+    place = replace(place, need=need, excluded_host_ids=(), target_host_id="")
+    check_decision(world, place)
+    fitting = {h.id for h in world.hosts if not oracle.refusals(world, place, h, CONFIG)}
+    chosen = oracle.best(world, place, CONFIG)
+    if liked := fitting - set(place.avoided_host_ids):
+        assert set(chosen) <= liked
+        assert place.preferred_host_id not in liked or chosen == [place.preferred_host_id]
+
+
+def check_decision(world: World, place: Place) -> None:
     fleet = fleet_of(world)
-    asked = request(place, world.policy, CONFIG, now=world.now)
+    asked = asked_of(world, place)
     decision = decide(fleet, asked)
     said = {v.host_id: v for v in explain(fleet, asked, decision)}
 
@@ -35,6 +63,8 @@ def test_the_columns_decide_as_the_oracle_does(world: World, place: Place) -> No
         assert said[host.id].fits == (not refused)
         assert {v.rule for v in said[host.id].verdicts} == refused
         assert all(v.message and v.change for v in said[host.id].verdicts)
+        if refused and oracle.ranked(world):
+            continue
         row, expected = fleet.rows[host.id], oracle.weights(world, place, host, CONFIG)
         assert {name: score[row] for name, score in decision.scores.items()} == pytest.approx(
             expected, abs=1e-9
@@ -55,7 +85,7 @@ def test_the_columns_decide_as_the_oracle_does(world: World, place: Place) -> No
 @given(worlds(), places())
 def test_a_decision_counts_what_it_does_not_show(world: World, place: Place) -> None:
     fleet = fleet_of(world)
-    decision = decide(fleet, request(place, world.policy, CONFIG, now=world.now))
+    decision = decide(fleet, asked_of(world, place))
     against = [oracle.refusals(world, place, h, CONFIG) for h in oracle.considered(world, place)]
     assert decision.fitting == sum(not rules for rules in against)
     assert decision.excluded_by() == Counter(rule for rules in against for rule in rules)
@@ -75,7 +105,7 @@ def test_room_counts_as_the_oracle_does_and_names_the_host_that_would_have_to_ch
     world: World, place: Place
 ) -> None:
     place = replace(place, target_host_id="")
-    found = room(fleet_of(world), request(place, world.policy, CONFIG, now=world.now))
+    found = room(fleet_of(world), asked_of(world, place))
     refused = {
         h.id: oracle.refusals(world, place, h, CONFIG)
         for h in oracle.considered(world, place)

@@ -12,16 +12,20 @@ from msgspec.structs import replace
 
 from services.scheduler.fleet import HostFigures
 from services.scheduler.model import ClusterPolicy, limits
+from services.scheduler.policies.affinity import Group
+from services.scheduler.policies.bound import Seat
 from services.scheduler.policies.decision import decide, mend, room
-from services.scheduler.policies.request import request
 from tests.scheduler import oracle
 from tests.scheduler.oracle import World
-from tests.scheduler.worlds import CONFIG, GIB, MIB, fleet_of, places, worlds
+from tests.scheduler.worlds import CONFIG, GIB, MIB, NOW, fleet_of, places, worlds
+from tests.scheduler.worlds import asked as asked_of
+from volery.contracts.affinity_group import AffinityRule
 from volery.contracts.scheduling import Change, ChangeKind, Need, Place, Purpose, Remedy
+from volery.contracts.scheduling_policy import SchedulingPolicy
 
 
 def remedies(world: World, place: Place) -> tuple[Remedy, ...]:
-    fleet, asked = fleet_of(world), request(place, world.policy, CONFIG, now=world.now)
+    fleet, asked = fleet_of(world), asked_of(world, place)
     return mend(fleet, asked, decide(fleet, asked))
 
 
@@ -64,6 +68,15 @@ def applied(world: World, place: Place, change: Change, less: int = 0) -> tuple[
             return with_(world, swapped=world.swapped | {change.object_id: to + less}), place
         case "cluster", "balance":
             return of_cluster(world, balance=to), place
+        case "affinity_group", field:
+            groups = tuple(
+                loosened(g, field, change) if g.id == change.object_id else g for g in world.groups
+            )
+            return with_(world, groups=groups), place
+        case "scheduling_policy", "filters":
+            assert world.given is not None
+            kept = tuple(f for f in world.given.filters if f != change.current)
+            return with_(world, given=replace(world.given, filters=kept)), place
         case "cluster", "memory_overcommit_percent":
             return of_cluster(world, memory_overcommit_percent=to - less), place
         case "cluster", "cpu_overcommit_ratio":
@@ -94,6 +107,20 @@ def applied(world: World, place: Place, change: Change, less: int = 0) -> tuple[
     raise AssertionError(f"a change that nobody can make: {change}")
 
 
+def loosened(group: Group, field: str, change: Change) -> Group:
+    match field:
+        case "vm_ids":
+            assert change.current in group.vms
+            return with_(group, vms=group.vms - {change.current})
+        case "vm_enforcing":
+            assert (change.current, change.wanted) == ("true", "false")
+            return with_(group, vm_enforcing=False)
+        case "host_ids":
+            assert change.current or change.wanted
+            return with_(group, hosts=(group.hosts - {change.current}) | ({change.wanted} - {""}))
+    raise AssertionError(f"a field that no group has: {field}")
+
+
 @settings(max_examples=300, deadline=None)
 @given(worlds(), places())
 def test_a_remedy_is_enough_one_unit_less_is_not_and_none_means_that_nothing_helps(
@@ -119,7 +146,7 @@ def test_a_remedy_is_enough_one_unit_less_is_not_and_none_means_that_nothing_hel
             assert change.rules
             everything = applied(*everything, change)
         assert remedy.host_id in fitting(*everything), remedy
-        asked = request(everything[1], everything[0].policy, CONFIG, now=world.now)
+        asked = asked_of(*everything)
         assert decide(fleet_of(everything[0]), asked).best is not None
         for short in remedy.changes:
             almost = world, place
@@ -147,6 +174,9 @@ def extremes(world: World, place: Place) -> Iterator[tuple[World, Place]]:
     yield with_(world, busy_since={}), place
     yield with_(world, swapped={}), place
     yield of_cluster(world, balance="evenly_distributed"), place
+    yield with_(world, groups=()), place
+    if world.given is not None:
+        yield with_(world, given=replace(world.given, filters=("cpu",))), place
     yield of_cluster(world, memory_overcommit_percent=400), place
     yield of_cluster(world, cpu_overcommit_ratio=100.0), place
     everywhere = tuple(h.id for h in world.hosts)
@@ -281,6 +311,115 @@ def test_another_host_that_fits_is_proposed_for_the_one_that_was_asked_for() -> 
 def test_room_names_the_smallest_change_without_the_excluded_hosts() -> None:
     hosts = (figures("source"), figures("other", memory_used_bytes=14 * GIB))
     world, place = world_of(*hosts), replace(place_of(), excluded_host_ids=("source",))
-    found = room(fleet_of(world), request(place, world.policy, CONFIG, now=world.now))
+    found = room(fleet_of(world), asked_of(world, place))
     assert {r.host_id for r in found.remedies} == {"other"}
     assert [r.kind for r in found.remedies] == ["host", "vm", "cluster"]
+
+
+OWN = SchedulingPolicy(
+    id="own",
+    revision=3,
+    created_at=NOW,
+    updated_at=NOW,
+    name="own",
+    filters=("swap", "cpu_overload"),
+    weights={},
+)
+
+
+def test_an_own_policy_can_do_without_a_filter_and_a_built_in_one_can_not() -> None:
+    busy = World((figures("h1"),), ClusterPolicy("a", "A"), busy_since={"h1": 1.0}, cpu_percent={"h1": 90.0})
+    swapping = World((figures("h1"),), ClusterPolicy("a", "A"), swapped={"h1": 8 * GIB})
+    for world, rule in ((busy, "cpu_overload"), (swapping, "swap")):
+        assert said(world, place_of()).keys() == {"host"}
+        own = with_(world, policy=with_(world.policy, policy_id="own"), given=OWN)
+        assert said(own, place_of())["cluster"] == (
+            f"leave the filter {rule} out of scheduling policy own (h1 takes it then)"
+        )
+
+
+def group(name: str, vms: str, hosts: str = "", **fields: Any) -> Group:
+    made: dict[str, Any] = {
+        "id": name, "name": name, "priority": 1.0, "vms": frozenset(vms.split()), "hosts": frozenset(hosts.split()),
+        "vm_rule": AffinityRule.DISABLED, "vm_enforcing": True,
+        "host_rule": AffinityRule.DISABLED, "host_enforcing": True,
+    }  # fmt: skip
+    return Group(**(made | fields))
+
+
+APART: dict[str, Any] = {"vm_rule": AffinityRule.NEGATIVE}
+TOGETHER: dict[str, Any] = {"vm_rule": AffinityRule.POSITIVE}
+ONLY: dict[str, Any] = {"host_rule": AffinityRule.POSITIVE}
+NEVER_ON: dict[str, Any] = {"host_rule": AffinityRule.NEGATIVE}
+ON_H1 = Seat("db", frozenset({"h1"}))
+TIED: dict[str, tuple[tuple[Group, ...], dict[str, Seat], str, str]] = {
+    "apart": (
+        (group("spread", "vm db", **APART),),
+        {"db": ON_H1},
+        "take VM web out of affinity group spread",
+        "make the VM rule of affinity group spread a wish",
+    ),
+    "through its mate": (
+        (group("pair", "vm app", **TOGETHER), group("spread", "app db", **APART)),
+        {"db": ON_H1},
+        "take VM web out of affinity group pair",
+        "make the VM rule of affinity group pair a wish",
+    ),
+    "twice apart": (
+        (group("spread", "vm db", **APART), group("wide", "vm db app", **APART)),
+        {"db": ON_H1},
+        "take VM web out of affinity group spread and take VM web out of affinity group wide",
+        "make the VM rule of affinity group spread a wish and make the VM rule of affinity group wide a wish",
+    ),
+    "thrice apart": (
+        tuple(group(f"s{n}", "vm db", **APART) for n in range(3)),
+        {"db": ON_H1},
+        " and ".join(f"take VM web out of affinity group s{n}" for n in range(3)),
+        " and ".join(f"make the VM rule of affinity group s{n} a wish" for n in range(3)),
+    ),
+    "elsewhere only": (
+        (group("licence", "vm", "h9", **ONLY),),
+        {},
+        "take VM web out of affinity group licence",
+        "add h1 to the hosts of affinity group licence",
+    ),
+    "never here": (
+        (group("old", "vm", "h1", **NEVER_ON),),
+        {},
+        "take VM web out of affinity group old",
+        "take h1 out of the hosts of affinity group old",
+    ),
+    "with one that is moving": (
+        (group("pair", "vm db", **TOGETHER),),
+        {"db": Seat("db", frozenset({"h1", "h9"}))},
+        "take VM web out of affinity group pair",
+        "make the VM rule of affinity group pair a wish",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TIED)
+def test_what_a_group_could_let_go_of_is_the_smallest_set(case: str) -> None:
+    groups, seats, of_vm, of_cluster = TIED[case]
+    world = World((figures("h1"),), ClusterPolicy("a", "A"), groups=groups, seats=seats)
+    then = " (h1 takes it then)"
+    assert said(world, place_of()) == {"vm": of_vm + then, "cluster": of_cluster + then}
+
+
+def test_groups_and_other_rules_are_mended_together_and_the_host_with_fewer_changes_wins() -> None:
+    groups = (group("spread", "vm db app", **APART), group("more", "vm db", **APART))
+    seats = {"db": ON_H1, "app": Seat("app", frozenset({"h2"}))}
+    hosts = (figures("h1"), figures("h2"), figures("h3", status="maintenance"))
+    world = World(hosts, ClusterPolicy("a", "A"), groups=groups, seats=seats)
+    assert said(world, place_of()) == {
+        "host": "activate h3",
+        "vm": "take VM web out of affinity group spread (h2 takes it then)",
+        "cluster": "make the VM rule of affinity group spread a wish (h2 takes it then)",
+    }
+    full = with_(world, hosts=(figures("h1", status="maintenance"),))
+    (mixed,) = remedies(full, place_of())
+    assert [(c.object_kind, c.field, c.rules) for c in mixed.changes] == [
+        ("host", "status", ("host_state",)),
+        ("affinity_group", "vm_ids", ("affinity_vms",)),
+        ("affinity_group", "vm_ids", ("affinity_vms",)),
+    ]

@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
+import dataclasses
+from datetime import UTC, datetime
+
+import msgspec
 from hypothesis import strategies as st
 
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.fleet import Fleet, HostFigures, Measured, NetworkReach
 from services.scheduler.model import ClusterPolicy, limits
+from services.scheduler.policies.affinity import ClusterRules, Group
+from services.scheduler.policies.bound import FREE, Seat, resolve
+from services.scheduler.policies.recipe import Recipe
+from services.scheduler.policies.request import Request, request
+from services.scheduler.policies.units import BY_KIND, OPTIONAL
 from tests.scheduler.oracle import World
+from volery.contracts.affinity_group import AffinityRule
 from volery.contracts.cluster import Balance
 from volery.contracts.host import HostStatus
 from volery.contracts.scheduling import Need, Place, Purpose
+from volery.contracts.scheduling_policy import SchedulingPolicy, Selector, UnitKind
 
 MIB = 1024**2
 GIB = 1024**3
+NOW = datetime(2026, 11, 20, tzinfo=UTC)
 CONFIG = SchedulerConfig(overload_seconds=120.0, swap_percent=5.0)
 HOSTS = [f"host-{n}" for n in range(6)]
 NETWORKS = ["lan", "wan"]
 MODELS = ["Nehalem", "Skylake"]
 MACHINES = ["q35", "pc"]
+OTHERS = ["db", "app", "log"]
+"""VMs of affinity groups beside the one that is placed."""
 
 
 def fleet_of(world: World) -> Fleet:
     fleet = Fleet()
     fleet.clusters[world.policy.id] = world.policy
+    if world.given is not None:
+        fleet.recipes[world.given.id] = Recipe.of(world.given)
     for host in world.hosts:
         fleet.put(host)
         busy = world.busy_since.get(host.id)
@@ -35,6 +51,14 @@ def fleet_of(world: World) -> Fleet:
     for network in world.networks:
         fleet.set_network(network)
     return fleet
+
+
+def asked(world: World, place: Place) -> Request:
+    """The question, under the policy that its cluster has."""
+    recipe, rules = fleet_of(world).recipe(world.policy), ClusterRules(0, world.groups)
+    around = rules.around(place.need.vm_id)
+    bound = FREE if around is None else resolve(around, rules, world.seats)
+    return request(place, world.policy, CONFIG, bound, recipe=recipe, now=world.now)
 
 
 def subsets(values: list[str]) -> st.SearchStrategy[list[str]]:
@@ -55,10 +79,62 @@ def policies(draw: st.DrawFn) -> ClusterPolicy:
     )
 
 
+PARAMETER_VALUES = {
+    "HighUtilization": [50, 80, 99], "CpuOverCommitDurationMinutes": [0, 1.0, 2.0], "MaximumAllowedSwapUsage": [0, 5, 199],
+    "VCpuToPhysicalCpuRatio": [0, 0.5, 2.0], "ScaleDown": [1, 4],
+}  # fmt: skip
+
+
+@st.composite
+def given_policies(draw: st.DrawFn) -> SchedulingPolicy:
+    """Of any units; what can't be left out is there whatever it says."""
+    weights = draw(subsets(list(BY_KIND[UnitKind.WEIGHT])))
+    parameters = draw(subsets(list(PARAMETER_VALUES)))
+    return SchedulingPolicy(
+        id="own",
+        revision=draw(st.integers(1, 9)),
+        created_at=NOW,
+        updated_at=NOW,
+        name="own",
+        filters=tuple(draw(subsets(list(OPTIONAL)))),
+        weights={unit: draw(st.sampled_from([0.1, 1, 2, 99, 1000])) for unit in weights},
+        parameters={name: draw(st.sampled_from(PARAMETER_VALUES[name])) for name in parameters},
+        selector=draw(st.sampled_from(Selector)),
+    )
+
+
+@st.composite
+def affinity(draw: st.DrawFn) -> tuple[tuple[Group, ...], dict[str, Seat]]:
+    """Groups of any rules, also such that contradict each other, and where their other VMs are."""
+    groups = tuple(
+        Group(
+            id=f"g{n}",
+            name=f"G{n}",
+            priority=draw(st.sampled_from([1.0, 2.0, 3.0])),
+            vm_rule=draw(st.sampled_from(AffinityRule)),
+            vm_enforcing=draw(st.booleans()),
+            host_rule=draw(st.sampled_from(AffinityRule)),
+            host_enforcing=draw(st.booleans()),
+            vms=frozenset(draw(subsets(["vm", *OTHERS]))),
+            hosts=frozenset(draw(subsets(HOSTS))),
+        )
+        for n in range(draw(st.integers(0, 4)))
+    )
+    seats = {
+        vm: Seat(vm, frozenset(draw(subsets(HOSTS))[:places]), draw(st.sampled_from([GIB, 4 * GIB])), 2)
+        for vm in OTHERS
+        if (places := draw(st.sampled_from([-1, 0, 1, 1, 2]))) >= 0
+    }
+    return groups, seats
+
+
 @st.composite
 def worlds(draw: st.DrawFn) -> World:
     """Hosts whose limits are those of their cluster, small enough for a VM not to fit for each of many reasons."""
-    policy = draw(policies())
+    policy, given = draw(policies()), draw(st.none() | given_policies())
+    groups, seats = draw(st.just(((), {})) | affinity())
+    if given is not None:
+        policy = dataclasses.replace(policy, policy_id=given.id)
     hosts = []
     for host_id in draw(subsets(HOSTS)):
         cpus = draw(st.sampled_from([8, 8]) | st.integers(0, 8))
@@ -94,6 +170,38 @@ def worlds(draw: st.DrawFn) -> World:
             if draw(st.integers(0, 3)) == 0
         },
         {h.id: draw(st.integers(0, GIB)) for h in hosts if draw(st.integers(0, 4)) == 0},
+        given=given,
+        groups=groups,
+        seats=seats,
+    )
+
+
+@st.composite
+def roomy_worlds(draw: st.DrawFn) -> World:
+    """Hosts of one cluster with room for everything, so that weights decide, under an administrator's policy."""
+    world = draw(worlds())
+    given = dataclasses.replace(world.policy, policy_id="own", balance="none")
+    hosts = [
+        HostFigures(
+            id=host_id, name=host_id.upper(), cluster_id="a", status="up", cpus=8, memory_bytes=64 * GIB,
+            memory_limit_bytes=64 * GIB, memory_used_bytes=draw(st.sampled_from([0, GIB, 8 * GIB])), vcpus_limit=80,
+            vcpus_used=draw(st.sampled_from([0, 2, 16])), guests=draw(st.integers(0, 3)), ha_guests=draw(st.integers(0, 3)),
+        )
+        for host_id in HOSTS[: draw(st.integers(2, 6))]
+    ]  # fmt: skip
+    loads = {h.id: draw(st.sampled_from([0.0, 20.0, 20.0 + 1e-12, 70.0])) for h in hosts}
+    policy = msgspec.structs.replace(
+        draw(given_policies()), filters=("cpu",), selector=draw(st.sampled_from(Selector))
+    )
+    return dataclasses.replace(
+        world,
+        hosts=tuple(hosts),
+        policy=given,
+        given=policy,
+        cpu_percent=loads,
+        fresh_vcpus={},
+        busy_since={},
+        swapped={},
     )
 
 

@@ -25,6 +25,11 @@ MEANS: dict[tuple[str, str], tuple[str, ...]] = {
     ("services.storage.store", "table"): ("data_center", "host", "vm"),
     ("services.scheduler.store", "table"): ("host_capacity", "cluster", "network", "vm"),
     ("services.scheduler.store", "condition"): ("true", "id = $1"),
+    ("services.scheduler.policy_store", "condition"): (
+        "true",
+        "id = $1",
+        "id = (select policy_id from cluster where id = $1)",
+    ),
     ("volery.runtime.hear", "guard"): ("", "where heard.history = excluded.history"),
 }
 """Also of what is a parameter of the function that asks."""
@@ -59,8 +64,10 @@ def _module(path: Path) -> ModuleType:
 
 
 def _tables(owner: str) -> list[Table[Any, Any]]:
-    store = importlib.import_module(f"services.{owner}.store")
-    return [value for value in vars(store).values() if isinstance(value, Table)]
+    stores = [importlib.import_module(f"services.{owner}.store")]
+    if owner == "scheduler":
+        stores.append(importlib.import_module("services.scheduler.policy_store"))
+    return [value for store in stores for value in vars(store).values() if isinstance(value, Table)]
 
 
 def _of_table(table: Table[Any, Any]) -> Iterator[str]:

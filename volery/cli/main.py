@@ -11,6 +11,7 @@ from volery.cli import (
     estate,
     fencing,
     placing,
+    policies,
     protection,
     soft_fencing,
     storage,
@@ -43,6 +44,7 @@ NOUNS: dict[str, typer.Typer] = {
     "protection": protection.app,
     "start-group": protection.groups,
     "affinity-group": affinity.app,
+    "scheduling-policy": policies.app,
     "event-reader": access.readers,
     "admin": admin.app,
 }

@@ -13,6 +13,7 @@ from volery.contracts.operation import Operation
 from volery.contracts.power import FenceRecord, FencingPause, FencingPolicy, PowerManagement
 from volery.contracts.protection import ClusterReserve, VmProtection
 from volery.contracts.scheduling import Claim, PastDecision
+from volery.contracts.scheduling_policy import SchedulingPolicy
 from volery.contracts.soft_fence import SoftFence
 from volery.contracts.start_group import StartGroup
 from volery.contracts.storage import Disk, StorageDomain, Transfer
@@ -55,6 +56,12 @@ AFFINITY_GROUPS = Resource(
     "affinity-groups",
     AffinityGroup,
     ("name", "vm_rule", "vm_enforcing", "host_rule", "host_enforcing", "priority", "broken", "id"),
+)
+SCHEDULING_POLICIES = Resource(
+    "scheduling-policy",
+    "scheduling-policies",
+    SchedulingPolicy,
+    ("name", "built_in", "selector", "weights", "balance", "parameters", "revision", "id"),
 )
 START_GROUPS = Resource(
     "start-group", "start-groups", StartGroup, ("name", "vm_ids", "after", "wait_for", "wait_seconds", "id")
@@ -120,6 +127,7 @@ RESOURCES = (
     EVENT_READERS,
     CLAIMS,
     AFFINITY_GROUPS,
+    SCHEDULING_POLICIES,
     DECISIONS,
     LIVENESS,
     RESTARTS,

@@ -47,7 +47,8 @@ class UpdateDataCenter(Message):
 
 
 class Balance(StrEnum):
-    """How the scheduler weighs hosts that fit (oVirt's scheduling policies)."""
+    """The built-in scheduling policy of a cluster that wasn't given one (oVirt's). The scheduler's `scheduling_policy` has
+    more of them; none is added here, since the previous release couldn't read a cluster with it."""
 
     NONE = "none"
     EVENLY_DISTRIBUTED = "evenly_distributed"

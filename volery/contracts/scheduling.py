@@ -71,7 +71,7 @@ class HostVerdict(Message):
     """Of filters: those that excluded it (all of them, not only the first)."""
     weight: float = 0.0
     weights: dict[str, float] = {}
-    """Weigher → its share; the highest sum wins."""
+    """Weight → its share; the highest sum wins."""
 
 
 class ChangeKind(StrEnum):
@@ -98,7 +98,7 @@ class Change(Message):
     """The rules that it satisfies."""
     kind: ChangeKind
     object_kind: str
-    """host, vm, cluster, network, disks, placement"""
+    """host, vm, cluster, scheduling_policy, affinity_group, network, disks, placement"""
     object_id: str
     object_name: str = ""
     field: str = ""
@@ -147,6 +147,13 @@ class Placement(Message):
     remedies: tuple[Remedy, ...] = ()
     """When no host fits: for each kind of change the smallest that would mend that; where none alone is enough, the
     smallest mixture."""
+    policy_id: str = ""
+    """The scheduling policy that it was decided by; "" in decisions of a release that had none."""
+    policy_name: str = ""
+    policy_revision: int = 0
+    """As the policy was then."""
+    selector: str = ""
+    """How its weights were put together: weighted_sum (a host's weights are factor × score) or rank (factor × rank)."""
 
 
 class Claim(Entity):

@@ -64,6 +64,8 @@ class Around:
     """Groups of the VM itself with a rule that isn't enforcing."""
     seats: tuple[str, ...]
     """Groups whose VMs' places this VM's placement depends on."""
+    groups: tuple[Group, ...]
+    """All that name a VM of the union or a rival."""
 
     @property
     def others(self) -> frozenset[str]:
@@ -140,7 +142,8 @@ class ClusterRules:
                 if group.binds_hosts(POSITIVE) or group.binds_hosts(NEGATIVE):
                     hosts.append((group, mate))
         wishes = tuple(g for g in self._of_vm[vm_id] if not (g.vm_enforcing and g.host_enforcing))
-        return Around(vm_id, union, rivals, tuple(hosts), wishes, tuple(sorted(seats)))
+        all_groups = tuple(self.groups_of(union | rivals.keys()))
+        return Around(vm_id, union, rivals, tuple(hosts), wishes, tuple(sorted(seats)), all_groups)
 
     def _add_rivals(self, rivals: dict[str, tuple[Group, ...]], vm_id: str, mate: str, group: Group) -> None:
         for other in sorted(group.vms - {mate}):

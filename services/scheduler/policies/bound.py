@@ -8,7 +8,7 @@ them (filters.py and weights.py have their rows).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -70,6 +70,9 @@ class Bound:
     host_wishes: tuple[Wish, ...] = ()
     room: tuple[int, int] = (0, 0)
     """Memory and vCPUs of the VMs that must follow it to its host."""
+    groups: tuple[Group, ...] = ()
+    """All that had a say, and `seats`: where their VMs are. From these it can be asked what would be if one let go."""
+    seats: Mapping[str, Seat] = field(default_factory=dict)
 
 
 FREE = Bound()
@@ -95,6 +98,8 @@ def resolve(around: Around, rules: ClusterRules, seats: Mapping[str, Seat]) -> B
             if group.binds_hosts(POSITIVE, enforcing=False) or group.binds_hosts(NEGATIVE, enforcing=False)
         ),
         room=_followers(around, seats),
+        groups=around.groups,
+        seats=seats,
     )
 
 
@@ -149,20 +154,26 @@ def _followers(around: Around, seats: Mapping[str, Seat]) -> tuple[int, int]:
 # Filters
 
 
-def _mask(fleet: Fleet, demands: Sequence[Demand]) -> Bools:
+def meets(fleet: Fleet, demands: Sequence[Demand]) -> Bools:
+    """Hosts that meet all of these. Hosts that are to be left out are gathered first, since those may be many demands."""
     mask = np.ones(len(fleet), np.bool_)
+    left_out: set[str] = set()
     for demand in demands:
-        among = fleet.among(demand.host_ids)
-        mask &= among if demand.inside else ~among
+        if demand.inside:
+            mask &= fleet.among(demand.host_ids)
+        else:
+            left_out |= demand.host_ids
+    if left_out:
+        mask &= ~fleet.among(left_out)
     return mask
 
 
 def suits_vms(fleet: Fleet, request: Request) -> Bools:
-    return _mask(fleet, request.bound.vms)
+    return meets(fleet, request.bound.vms)
 
 
 def suits_hosts(fleet: Fleet, request: Request) -> Bools:
-    return _mask(fleet, request.bound.hosts)
+    return meets(fleet, request.bound.hosts)
 
 
 def _said(sentences: Sequence[tuple[str, str]]) -> tuple[str, str]:

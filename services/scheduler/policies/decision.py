@@ -11,7 +11,7 @@ from services.scheduler.fleet import Bools, Fleet, Floats, Ints
 from services.scheduler.policies.filters import FILTERS
 from services.scheduler.policies.remedies import remedies
 from services.scheduler.policies.request import Request
-from services.scheduler.policies.weights import POLICIES
+from services.scheduler.policies.weights import weigh
 from volery.contracts.scheduling import HostVerdict, Remedy, Room, Verdict
 
 NAMED_HOSTS = 5
@@ -46,16 +46,20 @@ class Decision:
 
 
 def decide(fleet: Fleet, request: Request) -> Decision:
-    masks = {f.name: f.mask(fleet, request) for f in FILTERS}
+    masks = _masks(fleet, request)
     fits = np.logical_and.reduce(list(masks.values()))
-    policy = POLICIES.get(request.policy.balance, POLICIES["none"])
-    scores = {w.name: w.factor * w.score(fleet, request) for w in policy}
+    scores = weigh(fleet, request, fits)
     total: Floats = np.sum(list(scores.values()), axis=0)
     target = fleet.among((request.place.target_host_id,))
     rows = np.flatnonzero(masks["cluster"] | target)
     against = np.sum([~mask[rows] for mask in masks.values()], axis=0)
     keys = (fleet.ranks()[rows], -total[rows].round(9), against, ~target[rows], ~fits[rows])
     return Decision(rows[np.lexsort(keys)], fits, masks, total, scores)
+
+
+def _masks(fleet: Fleet, request: Request) -> dict[str, Bools]:
+    """Of the filters that its policy has."""
+    return {f.name: f.mask(fleet, request) for f in FILTERS if request.follows(f.name)}
 
 
 def mend(fleet: Fleet, request: Request, decision: Decision) -> tuple[Remedy, ...]:
@@ -85,7 +89,7 @@ def _verdict(fleet: Fleet, request: Request, decision: Decision, row: int) -> Ho
 def _excluded(fleet: Fleet, request: Request, masks: Mapping[str, Bools], row: int) -> HostVerdict:
     verdicts = []
     for rule in FILTERS:
-        if not masks[rule.name][row]:
+        if rule.name in masks and not masks[rule.name][row]:
             message, change = rule.explain(fleet, request, row)
             verdicts.append(Verdict(rule=rule.name, passed=False, message=message, change=change))
     return HostVerdict(host_id=fleet.ids[row], name=fleet.names[row], verdicts=tuple(verdicts))
@@ -94,7 +98,7 @@ def _excluded(fleet: Fleet, request: Request, masks: Mapping[str, Bools], row: i
 def room(fleet: Fleet, request: Request) -> Room:
     """How many hosts would take the VM, and which of the others would have to change least: the fewest rules against
     it, one that is up before one that isn't. Explains only that one, so that many VMs can be asked about."""
-    masks = {f.name: f.mask(fleet, request) for f in FILTERS}
+    masks = _masks(fleet, request)
     fits = np.logical_and.reduce(list(masks.values()))
     hosts = np.flatnonzero(masks["cluster"] & masks["excluded"])
     against = np.sum([~mask for mask in masks.values()], axis=0)
@@ -123,7 +127,7 @@ def sentence(
     if decision.best is not None:
         return (
             f"{request.vm} is placed on {hosts[0].name}{_why(hosts, decision.fitting)}, of "
-            f"{len(decision.order)} in {request.cluster}"
+            f"{len(decision.order)} in {request.cluster}{_by(request)}"
         )
     if not len(decision.order):
         return (
@@ -134,7 +138,15 @@ def sentence(
         f"{host.name}: {', '.join(v.message for v in _telling(host))}" for host in hosts[:NAMED_HOSTS]
     )
     help_ = f". What would help: {'; or '.join(r.sentence for r in mended)}" if mended else ""
-    return f"no host of {request.cluster} can take {request.vm}. {named}{_others(decision)}{help_}"
+    return (
+        f"no host of {request.cluster} can take {request.vm}{_by(request)}. {named}{_others(decision)}{help_}"
+    )
+
+
+def _by(request: Request) -> str:
+    """An administrator's policy is named; a built-in one goes without saying."""
+    recipe = request.recipe
+    return "" if recipe.built_in else f" by scheduling policy {recipe.name} (revision {recipe.revision})"
 
 
 def _why(hosts: Sequence[HostVerdict], fitting: int) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 from services.scheduler.fleet import STATUSES, Bools, Fleet, Ints
 from services.scheduler.model import MIB
 from services.scheduler.policies import strain
+from services.scheduler.policies.recipe import BY_BALANCE
 from services.scheduler.policies.request import Request, size
 from volery.contracts.cluster import Balance
 from volery.contracts.host import HostStatus
@@ -129,7 +130,10 @@ def free_memory(fleet: Fleet, request: Request, row: int, amount: int) -> Change
 
 
 def _vcpus_at_most(fleet: Fleet, request: Request) -> Ints:
-    """Those that the VM can have on the host: where it has more, they must shrink to the host's threads in any case."""
+    """Those that the VM can have on the host: where it has more, they must shrink to the host's threads in any case,
+    unless its policy lets a VM have more."""
+    if not request.follows("cpu"):
+        return np.full(len(fleet), request.need.vcpus)
     return np.minimum(request.need.vcpus, np.maximum(fleet.ints("cpus"), 1))
 
 
@@ -312,11 +316,40 @@ def _own(fleet: Fleet, request: Request) -> Bools:
 
 
 def end_maintenance(fleet: Fleet, request: Request, row: int, amount: int) -> Change:
-    wanted = str(Balance.EVENLY_DISTRIBUTED)
+    """By what closes the cluster: its balance, a built-in policy that it was given, or the filter of another one."""
+    wanted = BY_BALANCE[Balance.EVENLY_DISTRIBUTED]
+    if not request.recipe.built_in:
+        return leave_out("cluster_maintenance")(fleet, request, row, amount)
+    if request.policy.policy_id:
+        return _of_cluster(
+            request, "scheduling_policy_id",
+            f"end the maintenance of {request.cluster}: give it the scheduling policy {wanted.name}",
+            current=request.policy.policy_id, wanted=wanted.id,
+        )  # fmt: skip
     return _of_cluster(
-        request, "balance", f"end the maintenance of {request.cluster}: give it the balance {wanted}",
-        current=request.policy.balance, wanted=wanted,
+        request, "balance", f"end the maintenance of {request.cluster}: give it the balance {wanted.name}",
+        current=request.policy.balance, wanted=wanted.name,
     )  # fmt: skip
+
+
+# The policy.
+
+
+def _own_policy(fleet: Fleet, request: Request) -> Ints:
+    """Where an administrator's own policy can do without a filter; a built-in one can't be changed."""
+    return _where(np.full(len(fleet), not request.recipe.built_in), _once(fleet, request))
+
+
+def leave_out(unit: str) -> Tell:
+    def told(fleet: Fleet, request: Request, row: int, amount: int) -> Change:
+        recipe = request.recipe
+        return Change(
+            rules=(), kind=ChangeKind.CLUSTER, object_kind="scheduling_policy", object_id=recipe.id,
+            object_name=recipe.name, field="filters", current=unit,
+            sentence=f"leave the filter {unit} out of scheduling policy {recipe.name}",
+        )  # fmt: skip
+
+    return told
 
 
 # Connections.
@@ -384,6 +417,8 @@ LEVERS: tuple[Lever, ...] = (
           lambda r: r.policy.memory_overcommit_percent),
     Lever("cluster_maintenance", ChangeKind.CLUSTER, "balance", _once, end_maintenance),
     Lever("cpu_overload", ChangeKind.HOST, "cpu_percent", _once, relieve),
+    Lever("cpu_overload", ChangeKind.CLUSTER, "filters cpu_overload", _own_policy, leave_out("cpu_overload")),
+    Lever("swap", ChangeKind.CLUSTER, "filters swap", _own_policy, leave_out("swap")),
     Lever("swap", ChangeKind.HOST, "swapped_bytes", _swapped_too_much, take_back_swap, lambda r: r.memory),
     Lever("storage", ChangeKind.CONNECTIONS, "storage_host_ids", _once, reach_disks),
     Lever("cpu_model", ChangeKind.VM, "cpu_model", _once, any_model),

@@ -8,7 +8,7 @@ of the way.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -18,20 +18,27 @@ from numpy.typing import NDArray
 
 from services.scheduler.fleet import Bools, Fleet, Floats, Ints
 from services.scheduler.policies.levers import LEVERS, NEVER, Lever, network_levers
+from services.scheduler.policies.loosening import Loosening
 from services.scheduler.policies.request import Request
 from volery.contracts.scheduling import Change, ChangeKind, Remedy
 
+AFFINITY = ("affinity_vms", "affinity_hosts")
 KINDS = (ChangeKind.HOST, ChangeKind.VM, ChangeKind.CLUSTER, ChangeKind.CONNECTIONS, ChangeKind.REQUEST)
 
 
 @dataclass(frozen=True, slots=True)
 class Pull:
-    """A lever with its figures for the hosts in question, in their order."""
+    """What would move an obstacle, with its figures for the hosts in question, in their order."""
 
-    lever: Lever
+    kind: ChangeKind
+    field: str
     amount: Ints
     share: Floats
     """The amount as a share of its scale; infinite where no amount would do."""
+    tell: Callable[[int, int, tuple[str, ...]], Iterable[Change]]
+    """(position of the host, amount, rules) → it in words."""
+    several: bool = False
+    """It comes to several changes; the amount is how many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +70,7 @@ def remedies(
     found = [r for kind in KINDS if (r := _best(fleet, request, obstacles, rows, [(kind,)]))]
     if found:
         return tuple(found)
-    some = [kind for kind in KINDS if any(p.lever.kind is kind for o in obstacles for p in o.pulls)]
+    some = [kind for kind in KINDS if any(p.kind is kind for o in obstacles for p in o.pulls)]
     mixtures = [kinds for number in range(2, len(some) + 1) for kinds in combinations(some, number)]
     mixed = _best(fleet, request, obstacles, rows, mixtures)
     return (mixed,) if mixed is not None else ()
@@ -76,21 +83,52 @@ def _obstacles(
     against = [
         (rule, ~mask[rows], [lever for lever in LEVERS if lever.rule == rule])
         for rule, mask in masks.items()
-        if rule != "network"
+        if rule not in ("network", *AFFINITY)
     ]
     for network_id in dict.fromkeys(request.need.network_ids):
         lacking = ~fleet.with_network(network_id)[rows]
         against.append(("network", lacking, list(network_levers(network_id))))
-    return [
+    found = [
         Obstacle(rule, excluded, [_pull(fleet, request, lever, rows) for lever in levers])
         for rule, excluded, levers in against
         if excluded.any()
     ]
+    return found + _ties(fleet, request, masks, rows)
+
+
+def _ties(
+    fleet: Fleet, request: Request, masks: Mapping[str, Bools], rows: NDArray[np.int64]
+) -> list[Obstacle]:
+    """Affinity groups, both rules as one obstacle: what one group lets go of may change what others say."""
+    by_rule = {rule: ~masks[rule][rows] for rule in AFFINITY if rule in masks}
+    against = np.logical_or.reduce([np.zeros(len(rows), np.bool_), *by_rule.values()])
+    if not against.any():
+        return []
+    bound = request.bound
+    loosening = Loosening(fleet, request, rows, bound.groups, bound.seats)
+
+    def pull(kind: ChangeKind) -> Pull:
+        found = loosening.smallest(kind)
+
+        def tell(at: int, amount: int, rules: tuple[str, ...]) -> Iterable[Change]:
+            excluding = frozenset(rule for rule, excluded in by_rule.items() if excluded[at])
+            return loosening.changes(found[at], at, excluding)
+
+        amount = np.array([len(found[at]) if at in found else NEVER for at in range(len(rows))], np.int64)
+        share = np.where(amount == NEVER, np.inf, amount)
+        return Pull(kind, "affinity", amount, share, tell, several=True)
+
+    return [Obstacle("affinity", against, [pull(ChangeKind.VM), pull(ChangeKind.CLUSTER)])]
 
 
 def _pull(fleet: Fleet, request: Request, lever: Lever, rows: NDArray[np.int64]) -> Pull:
     amount = lever.amount(fleet, request)[rows]
-    return Pull(lever, amount, np.where(amount == NEVER, np.inf, amount / lever.scale(request)))
+
+    def tell(at: int, amount: int, rules: tuple[str, ...]) -> Iterable[Change]:
+        yield replace(lever.tell(fleet, request, int(rows[at]), amount), rules=rules)
+
+    share = np.where(amount == NEVER, np.inf, amount / lever.scale(request))
+    return Pull(lever.kind, lever.field, amount, share, tell)
 
 
 def _best(
@@ -119,10 +157,11 @@ def _best(
 
 def _answer(obstacles: Sequence[Obstacle], kinds: tuple[ChangeKind, ...], hosts: int) -> Answer | None:
     """None: some obstacle stands against every host, and no lever of these kinds moves it."""
-    pulls = [[p for p in o.pulls if p.lever.kind in kinds] for o in obstacles]
+    pulls = [[p for p in o.pulls if p.kind in kinds] for o in obstacles]
     forced = _forced(obstacles, pulls, hosts)
     chosen = []
     fields: dict[tuple[ChangeKind, str], Floats] = {}
+    changes: dict[tuple[ChangeKind, str], Ints] = {}
     nowhere = np.zeros(hosts, np.bool_)
     hopeless = nowhere.copy()
     for obstacle, possible in zip(obstacles, pulls, strict=True):
@@ -141,7 +180,9 @@ def _answer(obstacles: Sequence[Obstacle], kinds: tuple[ChangeKind, ...], hosts:
         for number, pull in enumerate(possible):
             share = np.where(obstacle.against & (choice == number), pull.share, 0.0)
             fields[_key(pull)] = np.maximum(fields.get(_key(pull), np.zeros(hosts)), share)
-    count = np.sum([share > 0 for share in fields.values()], axis=0) if fields else np.zeros(hosts, np.int64)
+            each = np.where(share > 0, pull.amount if pull.several else 1, 0)
+            changes[_key(pull)] = np.maximum(changes.get(_key(pull), np.zeros(hosts, np.int64)), each)
+    count = np.sum(list(changes.values()), axis=0) if changes else np.zeros(hosts, np.int64)
     share = np.sum(list(fields.values()), axis=0) if fields else np.zeros(hosts)
     return Answer(count, np.where(hopeless, np.inf, share), chosen, pulls)
 
@@ -159,14 +200,14 @@ def _forced(
 
 
 def _key(pull: Pull) -> tuple[ChangeKind, str]:
-    return pull.lever.kind, pull.lever.field
+    return pull.kind, pull.field
 
 
 def _told(
     fleet: Fleet, request: Request, obstacles: Sequence[Obstacle], answer: Answer, at: int, row: int
 ) -> Remedy:
     """The winner in words."""
-    changes = tuple(_changes(fleet, request, obstacles, answer, at, row))
+    changes = tuple(_changes(obstacles, answer, at))
     kinds = {change.kind for change in changes}
     kind = kinds.pop() if len(kinds) == 1 else ChangeKind.MIXED
     name = fleet.names[row]
@@ -181,14 +222,12 @@ def _told(
     )
 
 
-def _changes(
-    fleet: Fleet, request: Request, obstacles: Sequence[Obstacle], answer: Answer, at: int, row: int
-) -> Iterator[Change]:
-    together: dict[tuple[ChangeKind, str], tuple[Lever, int, tuple[str, ...]]] = {}
+def _changes(obstacles: Sequence[Obstacle], answer: Answer, at: int) -> Iterator[Change]:
+    together: dict[tuple[ChangeKind, str], tuple[Pull, int, tuple[str, ...]]] = {}
     for obstacle, choice, possible in zip(obstacles, answer.chosen, answer.pulls, strict=True):
         if obstacle.against[at]:
             pull = possible[int(choice[at])]
-            lever, amount, rules = together.get(_key(pull), (pull.lever, 0, ()))
-            together[_key(pull)] = (lever, max(amount, int(pull.amount[at])), (*rules, obstacle.rule))
-    for lever, amount, rules in together.values():
-        yield replace(lever.tell(fleet, request, row, amount), rules=rules)
+            first, amount, rules = together.get(_key(pull), (pull, 0, ()))
+            together[_key(pull)] = (first, max(amount, int(pull.amount[at])), (*rules, obstacle.rule))
+    for pull, amount, rules in together.values():
+        yield from pull.tell(at, amount, rules)

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.model import MIB, ClusterPolicy, memory_taken
+from services.scheduler.policies import units
 from services.scheduler.policies.bound import FREE, Bound
+from services.scheduler.policies.recipe import Recipe, by_balance
 from volery.contracts.scheduling import Need, Place, Purpose
 
 HOSTS_OWN_MODELS = frozenset({"", "host-passthrough", "host-model", "maximum", "host", "max"})
@@ -25,12 +27,22 @@ class Request:
     machine: str
     high_utilization: float
     vcpu_load: float
+    recipe: Recipe
+    """The scheduling policy that it is decided by."""
     bound: Bound = FREE
     """By affinity groups."""
     overload_seconds: float = 0.0
     swap_percent: float = 0.0
+    vcpu_ratio: float = 0.0
+    """vCPUs per thread from which a host is the worst choice; 0: none is."""
+    scale_down: float = 1.0
+    """By what the weight of highly available VMs is divided."""
     now: float = 0.0
     """By the clock that dates the fleet's samples."""
+
+    def follows(self, unit: str) -> bool:
+        """Whether a filter is one of its policy's."""
+        return unit in self.recipe.filters
 
     @property
     def need(self) -> Need:
@@ -52,8 +64,17 @@ class Request:
 
 
 def request(
-    place: Place, policy: ClusterPolicy, config: SchedulerConfig, bound: Bound = FREE, *, now: float = 0.0
+    place: Place,
+    policy: ClusterPolicy,
+    config: SchedulerConfig,
+    bound: Bound = FREE,
+    *,
+    recipe: Recipe | None = None,
+    now: float = 0.0,
 ) -> Request:
+    """Without a recipe by the built-in policy of the cluster's balance. What a policy doesn't say is a setting."""
+    recipe = recipe or by_balance(policy.balance)
+    figures = recipe.parameters
     model = place.need.cpu_model or policy.cpu_model
     return Request(
         place=place,
@@ -63,11 +84,14 @@ def request(
         reserve=config.host_reserve_mib * MIB,
         cpu_model="" if model in HOSTS_OWN_MODELS else model,
         machine=place.need.machine or policy.machine,
-        high_utilization=config.high_utilization_percent / 100,
+        high_utilization=figures.get(units.HIGH_UTILIZATION, config.high_utilization_percent) / 100,
         vcpu_load=config.vcpu_load_percent / 100,
+        recipe=recipe,
         bound=bound,
-        overload_seconds=config.overload_seconds,
-        swap_percent=config.swap_percent,
+        overload_seconds=figures.get(units.OVERLOAD_MINUTES, config.overload_seconds / 60) * 60,
+        swap_percent=figures.get(units.SWAP_USAGE, config.swap_percent),
+        vcpu_ratio=figures.get(units.VCPU_RATIO, 0.0),
+        scale_down=figures.get(units.SCALE_DOWN, 1.0),
         now=now,
     )
 

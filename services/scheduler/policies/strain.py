@@ -54,13 +54,14 @@ def is_swapping(fleet: Fleet, request: Request, row: int) -> tuple[str, str]:
 
 
 def cluster_takes_starts(fleet: Fleet, request: Request) -> Bools:
-    closed = request.policy.balance == Balance.CLUSTER_MAINTENANCE
+    """A filter that only policies have which close their clusters."""
     starts = request.place.purpose is Purpose.START and not request.need.high_availability
-    return np.full(len(fleet), not (closed and starts))
+    return np.full(len(fleet), not starts)
 
 
 def cluster_is_maintained(fleet: Fleet, request: Request, row: int) -> tuple[str, str]:
     return (
         f"{request.cluster} is in maintenance: only highly available VMs are started in it",
-        f"give {request.cluster} another balance, e.g. {Balance.EVENLY_DISTRIBUTED}",
+        f"give {request.cluster} another {'scheduling policy' if request.policy.policy_id else 'balance'}, e.g. "
+        f"{Balance.EVENLY_DISTRIBUTED}",
     )

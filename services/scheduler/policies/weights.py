@@ -1,28 +1,21 @@
-"""Weights: each gives every host a score from 0 (worst) to 1 (best); the highest sum of factor × score wins.
+"""Weights: each gives every host a score from 0 (worst) to 1 (best).
 
-Which weights count, and how much, is a row of POLICIES, named after the cluster's balance.
+Which of them count, how much, and whether scores or ranks are summed, says the scheduling policy (recipe.py). The highest
+sum wins.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from services.scheduler.fleet import Fleet, Floats
+from services.scheduler.fleet import Bools, Fleet, Floats
 from services.scheduler.policies import bound
 from services.scheduler.policies.request import Request
-from volery.contracts.cluster import Balance
+from volery.contracts.scheduling_policy import Selector
 
 Score = Callable[[Fleet, Request], Floats]
-
-
-@dataclass(frozen=True, slots=True)
-class Weight:
-    name: str
-    factor: float
-    score: Score
 
 
 def expected_load(fleet: Fleet, request: Request) -> Floats:
@@ -39,8 +32,12 @@ def memory_share(fleet: Fleet, request: Request) -> Floats:
 
 
 def cpu_even(fleet: Fleet, request: Request) -> Floats:
-    """The less loaded, the better."""
-    return 1 - np.clip(expected_load(fleet, request), 0, 1)
+    """The less loaded, the better; a host that would have promised too many vCPUs is the worst."""
+    score = 1 - np.clip(expected_load(fleet, request), 0, 1)
+    if not request.vcpu_ratio:
+        return score
+    promised = fleet.ints("vcpus_used") + request.need.vcpus
+    return np.where(promised >= request.vcpu_ratio * fleet.ints("cpus"), 0.0, score)
 
 
 def memory_even(fleet: Fleet, request: Request) -> Floats:
@@ -75,7 +72,7 @@ def guests_even(fleet: Fleet, request: Request) -> Floats:
 def ha_spread(fleet: Fleet, request: Request) -> Floats:
     """In a cluster that reserves room for dead hosts, the fewer highly available VMs die together, the better."""
     if request.need.high_availability and request.policy.reserve_host_failures:
-        return _few(fleet, request, "ha_guests")
+        return _few(fleet, request, "ha_guests") / request.scale_down
     return np.zeros(len(fleet))
 
 
@@ -94,28 +91,44 @@ def avoided(fleet: Fleet, request: Request) -> Floats:
     return -fleet.among(request.place.avoided_host_ids).astype(np.float64)
 
 
-PREFERRED = Weight("preferred_hosts", 99.0, preferred)
-"""oVirt's factor: outweighs everything else together."""
-WISHED = Weight("wished_host", 300.0, wished)
-"""Outweighs the VM's own preferences: it is asked for once, for a reason of now."""
-AVOIDED = Weight("avoided_hosts", 1000.0, avoided)
-"""Outweighs all others together: an avoided host is taken only when no other fits."""
-GROUPS = (
-    Weight("affinity_vms_wish", 1.0, bound.vm_wishes),
-    Weight("affinity_hosts_wish", 20.0, bound.host_wishes),
-    Weight("affinity_room", 50.0, bound.room_for_all),
-)
-"""Affinity groups' wishes with oVirt's factors; and that all VMs that must be together find room, which outweighs them."""
-HA_RESERVATION = Weight("ha_reservation", 1.0, ha_spread)
-ASKED = (PREFERRED, WISHED, AVOIDED, HA_RESERVATION, *GROUPS)
-EVEN = (Weight("cpu_even", 2.0, cpu_even), Weight("memory_even", 1.0, memory_even), *ASKED)
-SAVING = (Weight("cpu_saving", 2.0, cpu_saving), Weight("memory_saving", 1.0, memory_saving), *ASKED)
-EVEN_GUESTS = (Weight("guests_even", 2.0, guests_even), *ASKED)
-
-POLICIES: dict[str, tuple[Weight, ...]] = {
-    Balance.NONE: EVEN,
-    Balance.EVENLY_DISTRIBUTED: EVEN,
-    Balance.POWER_SAVING: SAVING,
-    Balance.VM_EVENLY_DISTRIBUTED: EVEN_GUESTS,
-    Balance.CLUSTER_MAINTENANCE: EVEN,
+WEIGHTS: Mapping[str, Score] = {
+    "cpu_even": cpu_even,
+    "memory_even": memory_even,
+    "cpu_saving": cpu_saving,
+    "memory_saving": memory_saving,
+    "guests_even": guests_even,
+    "preferred_hosts": preferred,
+    "ha_reservation": ha_spread,
+    "affinity_vms_wish": bound.vm_wishes,
+    "affinity_hosts_wish": bound.host_wishes,
+    "affinity_room": bound.room_for_all,
 }
+WISHED, AVOIDED = 300.0, 1000.0
+"""What a placement itself asks for counts under every policy: a wish outweighs all of its weights together, since it is
+asked for once, for a reason of now; and an avoided host is taken only when no other fits. These factors, or more where the
+policy's own come to more."""
+
+
+def weigh(fleet: Fleet, request: Request, fits: Bools) -> dict[str, Floats]:
+    """Weight → its share of each host's sum. Ranks are among the hosts that fit; those of others say nothing."""
+    recipe = request.recipe
+    ranked = recipe.selector is Selector.RANK
+    shares = {}
+    for name, factor in recipe.weights:
+        score = WEIGHTS[name](fleet, request)
+        shares[name] = factor * (ranks(score, fits) if ranked else score)
+    most = sum(factor for _, factor in recipe.weights)
+    wish = max(WISHED, most + 1)
+    unit = max(int(fits.sum()), 1) if ranked else 1
+    shares["wished_host"] = unit * wish * wished(fleet, request)
+    shares["avoided_hosts"] = unit * max(AVOIDED, most + wish + 1) * avoided(fleet, request)
+    return shares
+
+
+def ranks(score: Floats, fits: Bools) -> Floats:
+    """The best of n hosts has rank n − 1, the next n − 2; equals, within rounding, share the better one (oVirt's)."""
+    exact = np.rint(score * 1e9)
+    ordered = np.sort(-exact[fits])
+    better = np.searchsorted(ordered, -exact, side="left")
+    found: Floats = np.where(fits, len(ordered) - 1.0 - better, 0.0)
+    return found
