@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 
 from msgspec.structs import replace
 
-from services.inventory import leases, model, restored
+from services.inventory import leases, memory, model, restored
 from services.inventory.desk import Inventory
 from services.inventory.specs import disk_ids, domain_spec, need_of
 from services.inventory.store import VMS, VmPrivate
@@ -402,6 +402,7 @@ async def _settle_running(
             await run.only_forward(
                 inv.store.place(before, epoch=epoch, host_id=host_id, state="running", boot_id=boot_id),
                 VMS.update(row, new, private),
+                *memory.given_up(inv, row.id, row.private),  # its host has removed it, if it could
             )
         except Stale:
             continue
