@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from host_agent import runningxml, suspension
+from host_agent import qemu_processes, runningxml, suspension
 from host_agent.domxml import Placement
 from host_agent.events import EventName
 from tests.support.libvirt_host import LibvirtHost
@@ -99,6 +99,22 @@ async def test_a_full_vm_starts_once_and_stops_by_its_guest(qemu: VmHost, tmp_pa
     assert stopped.method is StopMethod.GUEST_AGENT
     assert (await qemu.hypervisor.domain(spec.vm_id)).state is DomainState.GONE
     assert (await qemu.order(STOP_DOMAIN, StopDomain(vm_id=spec.vm_id))).method is None
+
+
+async def test_a_qemu_says_by_its_command_line_which_devices_it_was_started_with(
+    qemu: VmHost, libvirt_host: LibvirtHost, tmp_path: Path
+) -> None:
+    disks = (
+        qcow2_disk(tmp_path, "vda"),
+        qcow2_disk(tmp_path, "sdb", bus=DiskBus.VIRTIO_SCSI),
+        DomainDisk(disk_id="cdrom-sda", cdrom=True, target="sda"),
+    )
+    spec = tiny_spec(disks=disks, nics=(nic("br-one"), nic("")))
+    await qemu.run(spec)
+    report = await qemu.hypervisor.domain(spec.vm_id)
+    found = qemu_processes.devices(libvirt_host.qemu(spec.vm_id))
+    assert [set(ids) for ids in found] == [set(report.disk_ids), set(report.nic_ids)]
+    assert set(report.disk_ids) == {disk.disk_id for disk in disks}
 
 
 async def test_a_disk_that_another_program_has_locked_is_refused_until_it_ends(
