@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from msgspec.structs import replace
@@ -98,6 +98,25 @@ async def release_orphans(svc: Storage) -> None:
                 await svc.core.commit(*await released(svc, vm_id))
 
 
+@part.every(300.0)
+async def settle_begun(svc: Storage) -> None:
+    """What a fact should have said long ago, of VMs that were told where their disks are: it was lost, or heard by a former
+    release, or inventory was restored and doesn't know that epoch."""
+    begun = await svc.store.begun_disks()
+    noted = [(vm_id, epoch) for row in begun for vm_id, epoch in row.private.begun.items()]
+    vms = await svc.store.vms({vm_id for vm_id, _ in noted})
+    for vm_id in sorted({v for v, epoch in noted if v not in vms or vms[v].epoch < epoch}):
+        try:
+            vm = await svc.core.bus.ask(GET_VM, GetById(id=vm_id))
+        except Refused as refused:
+            if refused.kind is not Kind.NOT_FOUND:
+                continue
+            await _forget_undone(svc, begun, {}, {vm_id})
+            continue
+        await svc.core.commit(svc.store.catch_up(vm))
+        await _forget_undone(svc, begun, {vm_id: vm.epoch}, {vm_id})
+
+
 async def list_again(svc: Storage, stream: str) -> None:
     """Facts were lost for good: take inventory's lists as the truth."""
     begun = await svc.store.begun_disks()
@@ -116,16 +135,17 @@ async def list_again(svc: Storage, stream: str) -> None:
     await svc.core.commit(svc.store.forget_all_but("vm", vm_ids), svc.leases.doomed_but(vm_ids))
     for host in hosts:
         svc.core.wake(f"host:{host.id}")
-    await _forget_undone(svc, begun, {vm.id: vm.epoch for vm in vms})
+    noted = {vm_id for row in begun for vm_id in row.private.begun}
+    await _forget_undone(svc, begun, {vm.id: vm.epoch for vm in vms}, noted)
 
 
 async def _forget_undone(
-    svc: Storage, begun: Iterable[Row[Disk, DiskPrivate]], epochs: Mapping[str, int]
+    svc: Storage, begun: Iterable[Row[Disk, DiskPrivate]], epochs: Mapping[str, int], vm_ids: Collection[str]
 ) -> None:
-    """Every epoch is written before it is asked for with. One that inventory doesn't know afterwards was given by a
+    """`begun`: disks as they were before inventory was asked for the epochs of these VMs. Every epoch is written before it is asked for with. One that inventory doesn't know afterwards was given by a
     database that was since restored: no fact will ever say that it has ended."""
     for noted in begun:
-        undone = {(v, e) for v, e in noted.private.begun.items() if epochs.get(v, 0) < e}
+        undone = {(v, e) for v, e in noted.private.begun.items() if v in vm_ids and epochs.get(v, 0) < e}
 
         def without(
             row: Row[Disk, DiskPrivate], undone: set[tuple[str, int]] = undone

@@ -244,6 +244,15 @@ class Store:
             guarded=False,
         )
 
+    def catch_up(self, vm: Vm) -> Change:
+        """A VM as inventory answered; facts of the same epoch, or a later one, know better."""
+        return Change(
+            """update vm set name = {1}, host_id = {2}, status = {3}, epoch = {4}::bigint
+               where id = {0} and epoch < {4}::bigint""",
+            (vm.id, vm.name, vm.host_id, str(vm.status), vm.epoch),
+            guarded=False,
+        )
+
     def know_data_center(self, data_center_id: str, name: str) -> Change:
         return Change(
             """insert into data_center (id, name) values ({0}, {1})

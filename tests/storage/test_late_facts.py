@@ -163,3 +163,29 @@ async def test_what_a_restored_inventory_has_forgotten_is_forgotten(configured: 
         await projection.list_again(found[0], "FACTS_INVENTORY")
         with pytest.raises(Refused, match="runs with it"):
             await copy(at, disk)
+
+
+async def test_what_no_fact_says_is_asked_for(configured: Settings) -> None:
+    """It was lost, or heard by a former release that knows no epochs. An older answer changes nothing."""
+    found: list[Any] = []
+    async with scene(configured, service=captured(make_service(), found)) as (at, disk, vm):
+        await prepare(at, disk, vm, 5)
+        at.world.objects[vm.id] = replace(vm, status=VmStatus.UP, epoch=5)
+        await projection.settle_begun(found[0])
+        with pytest.raises(Refused, match="runs with it"):
+            await copy(at, disk)
+        await is_now(configured, at, vm, VmStatus.DOWN, 5)
+        at.world.objects[vm.id] = replace(vm, status=VmStatus.UP, epoch=5)
+        await projection.settle_begun(found[0])
+        await at.done(await copy(at, disk))
+        await prepare(at, disk, vm, 6)
+        at.world.objects[vm.id] = replace(vm, status=VmStatus.DOWN, epoch=6)
+        await projection.settle_begun(found[0])
+        await at.done(await copy(at, disk))
+        await prepare(at, disk, vm, 9)  # which inventory doesn't know
+        await projection.settle_begun(found[0])
+        await at.done(await copy(at, disk))
+        await prepare(at, disk, vm, 10)
+        del at.world.objects[vm.id]
+        await projection.settle_begun(found[0])
+        await at.done(await copy(at, disk))
