@@ -360,7 +360,7 @@ LOST, FAILED = -1, 1
         (FAILED, PowerState.OFF, 0, True),
         (FAILED, PowerState.ON, 0, False),  # it did not do it
         (FAILED, PowerState.UNKNOWN, FAILED, False),
-        (FAILED, PowerState.UNKNOWN, LOST, False),
+        (FAILED, PowerState.UNKNOWN, LOST, True),
     ],
 )
 def test_when_another_way_may_be_ordered(ordered: int, seen: PowerState, seen_code: int, over: bool) -> None:

@@ -38,7 +38,7 @@ def is_over(ordered: PowerAnswer, seen: PowerAnswer) -> bool:
     read after an order that got no clear answer."""
     if seen.state is not PowerState.UNKNOWN:
         return seen.state.value == ordered.action.value or is_lost(ordered)
-    return is_lost(ordered) and is_lost(seen)
+    return is_lost(seen)
 
 
 def is_lost(answer: PowerAnswer) -> bool:
