@@ -175,8 +175,8 @@ async def test_what_no_fact_says_is_asked_for(configured: Settings) -> None:
         with pytest.raises(Refused, match="runs with it"):
             await copy(at, disk)
         await is_now(configured, at, vm, VmStatus.DOWN, 5)
-        at.world.objects[vm.id] = replace(vm, status=VmStatus.UP, epoch=5)
-        await projection.settle_begun(found[0])
+        older = found[0].store.catch_up(replace(vm, status=VmStatus.UP, epoch=5))
+        await found[0].core.commit(older)  # the fact was heard between the question and this
         await at.done(await copy(at, disk))
         await prepare(at, disk, vm, 6)
         at.world.objects[vm.id] = replace(vm, status=VmStatus.DOWN, epoch=6)
