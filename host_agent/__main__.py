@@ -178,6 +178,7 @@ def main(arguments: list[str]) -> int:
     loop = uvloop.new_event_loop()
     asyncio.set_event_loop(loop)
     try:
+        config.refuse_unknown_sections()
         telemetry.configure("host_agent", config.read("VOLERY_TELEMETRY_", config.TelemetryConfig))
         return loop.run_until_complete(command(config.read("VOLERY_AGENT_", AgentConfig)))
     except Unreachable as error:

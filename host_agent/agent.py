@@ -194,7 +194,8 @@ class Agent:
             self.identity.host_id,
         )
         hypervisor = ground.hypervisor(self.config)
-        hypervisor.expect(await journal.open_objects(Owner.INVENTORY), self.config.installation)
+        epochs, told = await journal.open_objects(Owner.INVENTORY), await journal.last_told()
+        hypervisor.expect(epochs, told, self.config.installation)
         host = Host(self.config, hypervisor, Tickets(), self.identity.host_id, self._reachable)
         clock = BootClock(boot_id, journal.boot_ordinal, ground.now_ms)
         spool = Spool(journal, self.client)

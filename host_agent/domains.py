@@ -6,20 +6,24 @@ Each looks first and makes true what is not, so that a repeat, or a resumption a
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, TypeVar
 
-from host_agent import devices, disk_locks, domxml, leases, migration, runningxml
-from host_agent.action import Action, Host, Running
+from host_agent import devices, disk_locks, domxml, leases, migration, runningxml, suspension
+from host_agent.action import Action, Host, Running, to_its_end
 from host_agent.domain_waits import settled, wait_gone
 from host_agent.domxml import Placement
 from host_agent.refusals import LibvirtError, is_libvirt
-from host_agent.suspension import remove_file, restore, save_domain
+from host_agent.suspension import NOT_SPENT, discard_memory, save_domain
 from volery.contracts.agent import DomainReport
 from volery.contracts.base import Done, Message
 from volery.contracts.domain import DomainLease, DomainSpec, DomainState
 from volery.contracts.domain_orders import (
     ACT_ON_DOMAIN,
+    DISCARD_MEMORY,
     FORGET_DOMAIN,
     RUN_DOMAIN,
     SAVE_DOMAIN,
@@ -38,6 +42,7 @@ from volery.contracts.errors import Kind, Refused, conflict
 from volery.contracts.leases import DEFAULT_IO_TIMEOUT_SECONDS, LEASE_HELD, dead_seconds
 from volery.runtime.clock import monotonic
 
+log = logging.getLogger(__name__)
 Q = TypeVar("Q", bound=Message)
 A = TypeVar("A")
 
@@ -48,6 +53,8 @@ ASK_AGAIN_SECONDS = 15.0
 DESTROY_SECONDS = 60.0
 LET_GO_SECONDS = 2.0
 LOOK_AGAIN_SECONDS = 0.2
+NEVER_RAN = (NOT_SPENT, LEASE_HELD)
+"""Rules of refusals to let a restored guest run after which it surely hasn't."""
 
 
 def check_ours(now: DomainReport, installation: str | None = None) -> None:
@@ -85,11 +92,12 @@ async def run_domain(host: Host, order: RunDomain, running: Running) -> DomainRu
     if now.state not in ENDED:
         check_ours(now, spec.installation)
         check_epoch(now, running)
+        waits = _waits(now, placement)
+        if order.restore_path and (waits or now.state in ALIVE):
+            return await to_its_end(_run_on(host, order, placement, waits=waits))
         if now.state in ALIVE:
-            if now.state is DomainState.PAUSED and now.reason == "starting_up":
+            if waits:
                 await hypervisor.resume(order.vm_id)  # a start that was interrupted left it so
-            if order.restore_path:
-                await remove_file(order.restore_path)  # its memory is older than what the guest did since
             return await _running(host, order.vm_id, spec, placement)
     if order.goes_on:
         raise conflict(
@@ -103,34 +111,77 @@ async def run_domain(host: Host, order: RunDomain, running: Running) -> DomainRu
     await leases.check_lease(spec.lease)
     await devices.prepare_secrets(host, spec.disks, spec.installation)
     if order.restore_path:
-        await restore(host, order, placement)
-        return await _running(host, order.vm_id, spec, placement)
+        async with _taken_back(host, order.vm_id, placement):
+            await suspension.restore(host, order, placement)
+        return await to_its_end(_run_on(host, order, placement, waits=True))
     return await _create(host, order, placement)
 
 
-async def _create(host: Host, order: RunDomain, placement: Placement) -> DomainRunning:
-    """Cancelled, it leaves nothing behind. (A cancelled restoration does: its memory can't be restored twice.)"""
-    xml = domxml.domain_xml(order.spec, placement, host.hypervisor.machine)
+def _waits(now: DomainReport, placement: Placement) -> bool:
+    """Whether an earlier try of this order left a domain whose guest has not run yet."""
+    if now.state is DomainState.INCOMING:  # so libvirt calls one that was restored and waits
+        return _is(now, placement)
+    return now.state is DomainState.PAUSED and now.reason == "starting_up"
+
+
+def _is(now: DomainReport, placement: Placement) -> bool:
+    return (now.epoch, now.order_seq) == (placement.epoch, placement.order_seq)
+
+
+@asynccontextmanager
+async def _taken_back(host: Host, vm_id: str, placement: Placement) -> AsyncIterator[None]:
+    """Cancelled, what is done here leaves no domain behind."""
     try:
-        await _create_leased(host, order, xml)
-        await _check_held(host, order)
-        return await _running(host, order.vm_id, order.spec, placement)
+        yield
     except asyncio.CancelledError:
-        now = await host.hypervisor.domain(order.vm_id)
-        if now.state not in ENDED and (now.epoch, now.order_seq) == (placement.epoch, placement.order_seq):
-            await host.hypervisor.destroy(order.vm_id)
+        now = await host.hypervisor.domain(vm_id)
+        if now.state not in ENDED and _is(now, placement):
+            await host.hypervisor.destroy(vm_id)
         raise
 
 
-async def _create_leased(host: Host, order: RunDomain, xml: str) -> None:
+async def _create(host: Host, order: RunDomain, placement: Placement) -> DomainRunning:
+    xml = domxml.domain_xml(order.spec, placement, host.hypervisor.machine)
+
+    async def create() -> None:
+        start = host.hypervisor.create(xml, paused=order.paused)
+        await disk_locks.started("start the VM", start, order.spec.disks)
+
+    async with _taken_back(host, order.vm_id, placement):
+        await _leased(order.spec.lease, create)
+        await _check_held(host, order)
+        return await _running(host, order.vm_id, order.spec, placement)
+
+
+async def _run_on(host: Host, order: RunDomain, placement: Placement, *, waits: bool) -> DomainRunning:
+    """A restored guest goes on, once nothing can be restored from its memory any more. Not `waits`: it does already, and
+    what is left of that memory is older."""
+    path = order.restore_path
+    if waits:
+        await _mark(host, order.vm_id, order.spec, placement)  # which waits until libvirt has restored it
+        try:
+            await suspension.spend(path)
+            if not order.paused:
+                await _leased(order.spec.lease, partial(host.hypervisor.resume, order.vm_id))
+        except Refused as problem:
+            if problem.details.get("rule") in NEVER_RAN:
+                await _end(host, order.vm_id)
+                await suspension.unspend(path)
+            raise
+    try:
+        await suspension.remove_file(path)
+    except Refused as problem:
+        log.warning("VM %s runs on, and %s", order.vm_id, problem.message)
+    return await _running(host, order.vm_id, order.spec, placement)
+
+
+async def _leased(lease: DomainLease | None, start: Callable[[], Awaitable[None]]) -> None:
     """A lease whose last holder has just ended is free a moment later: sanlock writes so to the storage first."""
     deadline = monotonic() + LET_GO_SECONDS
     while True:
         try:
-            start = host.hypervisor.create(xml, paused=order.paused)
-            return await disk_locks.started("start the VM", start, order.spec.disks)
+            return await start()
         except Refused as problem:
-            lease = order.spec.lease
             if lease is None or not is_libvirt(problem, LibvirtError.RESOURCE_BUSY):
                 raise
             if monotonic() > deadline:
@@ -168,11 +219,15 @@ async def _running(host: Host, vm_id: str, spec: DomainSpec, placement: Placemen
             f"VM {vm_id} started and ended at once; look at its QEMU log on the host, /var/log/libvirt/qemu/{spec.name}.log",
             vm_id=vm_id,
         )
-    if (now.epoch, now.order_seq) != (placement.epoch, placement.order_seq):
-        element = domxml.metadata_xml(spec.title, spec.installation, placement)
-        await host.hypervisor.set_metadata(vm_id, element)
+    if not _is(now, placement):
+        await _mark(host, vm_id, spec, placement)
     root = runningxml.parsed(await host.hypervisor.domain_xml(vm_id))
     return DomainRunning(vm_id=vm_id, state=now.state, graphics_port=runningxml.graphics_port(root))
+
+
+async def _mark(host: Host, vm_id: str, spec: DomainSpec, placement: Placement) -> None:
+    """Waits for what libvirt is doing to the domain."""
+    await host.hypervisor.set_metadata(vm_id, domxml.metadata_xml(spec.title, spec.installation, placement))
 
 
 async def stop_domain(host: Host, order: StopDomain, running: Running) -> DomainStopped:
@@ -271,6 +326,7 @@ ACTIONS: tuple[Action[Any, Any], ...] = (
     Action(STOP_DOMAIN, settled(stop_domain)),
     Action(ACT_ON_DOMAIN, act_on_domain),
     Action(SAVE_DOMAIN, settled(save_domain)),
+    Action(DISCARD_MEMORY, discard_memory),
     Action(FORGET_DOMAIN, settled(forget_domain)),
     *devices.ACTIONS,
     *migration.ACTIONS,

@@ -283,6 +283,9 @@ class Hypervisor(Killing):
         def restore(connection: Any) -> None:
             if self.domain_type == "test":  # that driver knows neither flags nor another XML
                 connection.restore(path)
+                if paused:
+                    saved = runningxml.parsed(connection.saveImageGetXMLDesc(path, 0))
+                    connection.lookupByUUIDString(saved.findtext("uuid")).suspend()
             else:
                 connection.restoreFlags(path, xml, flags)
 

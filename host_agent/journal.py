@@ -12,20 +12,21 @@ sequence and order id of every object stay for ever. How facts are kept is in `f
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from host_agent import facts
+from host_agent import facts, last_told
 from host_agent.database import Database
 from host_agent.facts import FactClass, Position, Reservation, Spooled
 from host_agent.rules import CLOSES, Known, judge
 from volery.contracts.agent import (
     NO_RESULT,
     CommittedWord,
+    DomainReport,
     JournalOrder,
     OrderAck,
     OrderEnvelope,
@@ -137,7 +138,7 @@ class Journal:
     ) -> Journal:
         """Opens or makes it. A journal that another host wrote (this one was enrolled anew) gets a new generation: what
         owners confirmed to that host is no word to this one. Raises sqlite3.Error for a file that is damaged."""
-        database = open_database(path, SCHEMA + facts.SCHEMA)
+        database = open_database(path, SCHEMA + facts.SCHEMA + last_told.SCHEMA)
         journal = cls(database, boot_id, spool_max_bytes, max_waiting_orders)
         await journal._database.do(lambda db: journal._begin(db, host_id))
         return journal
@@ -349,6 +350,14 @@ class Journal:
             return dict(db.execute(sql, (owner,)))
 
         return await self._database.do(work)
+
+    async def remember_domains(self, domains: Collection[DomainReport], *, no_others: bool = False) -> None:
+        """What was told of them."""
+        write = last_told.remember_only if no_others else last_told.remember
+        await self._database.do(lambda db: write(db, domains))
+
+    async def last_told(self) -> dict[str, DomainReport]:
+        return await self._database.do(last_told.recall)
 
     # Facts
 

@@ -46,10 +46,11 @@ class Killing(Connections):
         self._watched: dict[str, int] = {}
         """VM → a descriptor of its process, of those that libvirt has given up."""
 
-    def expect(self, epochs: Mapping[str, int], installation: str) -> None:
-        """VMs that a former run of this agent was told of, and their epochs: one of them may have been given up then."""
+    def expect(self, epochs: Mapping[str, int], told: Mapping[str, DomainReport], installation: str) -> None:
+        """VMs that a former run of this agent was told of, the epochs of its orders, and what it told of them last: one of
+        them may have been given up since."""
         for vm_id, epoch in epochs.items():
-            report = DomainReport(
+            report = told.get(vm_id) or DomainReport(
                 vm_id=vm_id,
                 epoch=epoch,
                 order_seq=0,
@@ -126,6 +127,9 @@ class Killing(Connections):
             last = self._last.get(vm_id) if vm_id in found else self._last.pop(vm_id, None)
             if vm_id not in found or last is None:
                 continue
+            if not last.disk_ids and not last.nic_ids:
+                disk_ids, nic_ids = await asyncio.to_thread(qemu_processes.devices, found[vm_id])
+                last = replace(last, disk_ids=disk_ids, nic_ids=nic_ids)
             report = replace(last, reason=UNKILLABLE, responsive=False, agent_connected=False)
             self._last[vm_id] = report
             self._watch(vm_id, found[vm_id])

@@ -7,12 +7,19 @@ as one of its threads is; its first thread may have ended long before the one th
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections import Counter
 from collections.abc import Collection, Iterator
+from itertools import pairwise
 from pathlib import Path
 
+from host_agent.domxml import ALIAS
+
 _KILLED = 1 << (signal.SIGKILL - 1)
+_OURS = re.compile(rf'\bid(?:=|":\s*"){ALIAS}([^",]+)')
+"""A device of ours, in either of the forms in which QEMU takes them."""
+_NETDEV = re.compile(r'\bnetdev(?:=|":)')
 
 
 def find(vm_ids: Collection[str]) -> dict[str, int]:
@@ -46,15 +53,29 @@ def waits(pid: int) -> str:
     return ", ".join(f"{count} in {place}" for place, count in places.most_common(3))
 
 
+def devices(pid: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Ids of the disks and of the NICs with which it was started. What was plugged in later isn't among them."""
+    disks, nics = list[str](), list[str]()
+    for device in _after(_arguments(pid), "-device"):
+        if (ours := _OURS.search(device)) is not None:
+            (nics if _NETDEV.search(device) else disks).append(ours[1])
+    return tuple(disks), tuple(nics)
+
+
 def _vm_of(entry: str) -> str:
-    """By the command line, of any thread that is left; "" when none is."""
-    for task in _tasks(entry):
-        if _state(task) in ("", "Z", "X"):
-            continue
-        arguments = _read(task / "cmdline").split("\0")
-        if "-uuid" in arguments[:-1]:
-            return arguments[arguments.index("-uuid") + 1]
-    return ""
+    return next(_after(_arguments(entry), "-uuid"), "")
+
+
+def _arguments(pid: int | str) -> list[str]:
+    """The command line, of any thread that is left; empty when none is."""
+    for task in _tasks(pid):
+        if _state(task) not in ("", "Z", "X") and (said := _read(task / "cmdline")):
+            return said.split("\0")
+    return []
+
+
+def _after(arguments: list[str], option: str) -> Iterator[str]:
+    return (value for name, value in pairwise(arguments) if name == option)
 
 
 def _tasks(pid: int | str) -> Iterator[Path]:

@@ -197,6 +197,7 @@ class Reporter:
         ours = [(d.vm_id, d.epoch, d.order_seq) for d in domains if d.installation]
         await self._journal.learn(Owner.INVENTORY, ours)
         self._report_seen(domains, reservation.seq)
+        await self._journal.remember_domains(tuple(self._seen.values()), no_others=True)
         return HostReported(
             **self._from_host(),
             capabilities=capabilities,
@@ -297,6 +298,7 @@ class Reporter:
             FactClass.STATE,
             f"domain:{domain.vm_id}",
         )
+        await self._journal.remember_domains((domain,))
         self._told[domain.vm_id] = spooled.seq
         if domain.state is DomainState.GONE:
             self._seen.pop(domain.vm_id, None)

@@ -157,11 +157,16 @@ def _record(watch: Watch, row: RecordRow | None, now: float) -> Record | None:
     return Record(
         state=found.state,
         boot_id=found.boot_id,
-        offs=max(0, len(offs) - len(_ages(row, "held_back"))),
+        offs=_orders(row),
         last_off_age=min(offs, default=NEVER),
         last_on_age=min(ons, default=NEVER),
         proven_age=now - proof.at if proof is not None and proof.boot_id == found.boot_id else NEVER,
     )
+
+
+def _orders(row: RecordRow) -> int:
+    """How often it was really ordered off."""
+    return max(0, len(_ages(row, "ordered_off")) - len(_ages(row, "held_back")))
 
 
 def _ages(row: RecordRow, name: str) -> list[float]:
@@ -207,6 +212,7 @@ async def _order_off(ha: Ha, watch: Watch, record: RecordRow | None) -> Decision
         made = power.new_record(watch, "service:ha", f"silent, and its BMC says {PowerState.ON}")
         await ha.core.commit(RECORDS.insert(made, Nothing()))
         record = Row(made, Nothing())
+    tried = _orders(record)
     record = await _keep(ha, record, "peers", sentence(list(watch.peers.values())), FenceState.RUNNING)
     record = await _keep(ha, record, "ordered_off", f"boot {watch.boot_id}", FenceState.RUNNING)
     if not is_silent() or monotonic() - looked_at > DECIDED_SECONDS:
@@ -217,7 +223,7 @@ async def _order_off(ha: Ha, watch: Watch, record: RecordRow | None) -> Decision
         )
     log.warning("host %s is ordered off: boot %s", facts.name, watch.boot_id)
     watch.distrust_power()
-    answer = await power.switch_now(ha, watch, row, PowerAction.OFF, is_silent)
+    answer = await power.switch_now(ha, watch, row, PowerAction.OFF, tried, is_silent)
     await _keep(ha, record, f"answered_{answer.state}", answer.words, FenceState.RUNNING)
     return again
 
@@ -242,14 +248,15 @@ async def _past_brake(ha: Ha, watch: Watch, limit: int) -> bool:
 async def _power_on(ha: Ha, watch: Watch, row: PowerRow, record: RecordRow) -> None:
     """After its death was proven and its VMs were dealt with. What was ordered before is read first, never just repeated: one
     that is still off is ordered on again, some times; then a person looks."""
-    if _ages(record, "ordered_on"):
+    tried = len(_ages(record, "ordered_on"))
+    if tried:
         reading = await power.read(ha, watch, row)
         if reading.state is not PowerState.OFF:
             ended = FenceState.SUCCEEDED if reading.state is PowerState.ON else FenceState.FAILED
             await _keep(ha, record, str(reading.state), reading.words, ended)
             return
     record = await _keep(ha, record, "ordered_on", "", record.public.state)
-    answer = await power.switch(ha, watch, row, PowerAction.ON)
+    answer = await power.switch(ha, watch, row, PowerAction.ON, tried)
     state = record.public.state
     if answer.state is PowerState.ON:
         state = FenceState.SUCCEEDED

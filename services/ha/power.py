@@ -294,10 +294,10 @@ async def _identified(ha: Ha, watch: Watch, row: PowerRow) -> bool | None:
     return None if identity is Identity.MISMATCH else identity is Identity.CHECKED
 
 
-async def switch(ha: Ha, watch: Watch, row: PowerRow, action: PowerAction) -> PowerAnswer:
+async def switch(ha: Ha, watch: Watch, row: PowerRow, action: PowerAction, tried: int = 0) -> PowerAnswer:
     """Off or on, once, by every device (together) or the first that can. Whoever gets no clear answer reads the state."""
     async with ha.at_power[row.id]:
-        return await switch_now(ha, watch, row, action)
+        return await switch_now(ha, watch, row, action, tried)
 
 
 async def switch_now(
@@ -305,20 +305,29 @@ async def switch_now(
     watch: Watch,
     row: PowerRow,
     action: PowerAction,
+    tried: int = 0,
     may: Callable[[], bool] = lambda: True,
 ) -> PowerAnswer:
-    """The same, by whoever holds the host's power already. `may` is asked before each device that is only a way round the
-    one before: a device can take a minute to fail, and what was decided then may be wrong by now."""
+    """The same, by whoever holds the host's power already, after so many tries. `may` is asked before each device that is
+    only a way round the one before: a device can take a minute to fail, and what was decided then may be wrong by now."""
     assert action in (PowerAction.ON, PowerAction.OFF)
     ha.identified_at.pop(row.id, None)
+    ways = list(zip(row.public.devices, secrets_of(ha, row), strict=True))
     answers: list[PowerAnswer] = []
-    for device, secrets in zip(row.public.devices, secrets_of(ha, row), strict=True):
+    for device, secrets in ways if row.public.together else rules.in_turn(ways, tried):
         if not (row.public.together and answers) and not may():
             answers.append(PowerAnswer(ask_id="", action=action, words=NOT_ASKED))
             break
         answer, by = await executors.run(ha, watch, action, device, secrets)
         answers.append(answer)
-        if not row.public.together and by and answer.exit_code == 0:
+        if row.public.together or not by:
+            continue
+        if answer.exit_code == 0:
+            break
+        # What it did isn't known: it is asked before another way is taken, never told again.
+        seen, _ = await executors.run(ha, watch, PowerAction.STATUS, device, secrets)
+        if rules.is_over(answer, seen):
+            answers.append(seen)
             break
     ha.read_at.pop(row.id, None)
     state = rules.state_of([a.state for a in answers], together=row.public.together)

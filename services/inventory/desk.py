@@ -58,6 +58,8 @@ class Inventory:
     missing: dict[str, tuple[int, str]] = field(default_factory=dict)
     """VM that its host didn't name, and nobody has seen there yet → its epoch, and what the host was asked then."""
 
+    deaf: set[str] = field(default_factory=set)
+    """Hosts whose agent is too old to be told that saved memory is given up; one that reports may have been renewed."""
     evacuated: dict[str, float] = field(default_factory=dict)
     """Host → when the last evacuation of it began, on the monotonic clock."""
     stalled: dict[str, Stalled] = field(default_factory=dict)

@@ -164,7 +164,7 @@ async def attach_disk(inv: Inventory, run: Run) -> None:
     attachment = _attachment(vm, ask, disk)
     home = await _home(inv, vm.id)
     if home is not None:
-        volumes = await prepared_disks(inv, vm.id, home.host_id, (disk.id,), run.caller)
+        volumes = await prepared_disks(inv, vm.id, home.epoch, home.host_id, (disk.id,), run.caller)
         device = device_disk(attachment, volumes[disk.id])
         await run.order(
             restored.order_name(run, "plug"),
@@ -455,7 +455,7 @@ async def change_cd(inv: Inventory, run: Run) -> None:
     home = await _home(inv, ask.id)
     if home is not None:
         wanted = (ask.disk_id,) if ask.disk_id else ()
-        volumes = await prepared_disks(inv, ask.id, home.host_id, wanted, run.caller)
+        volumes = await prepared_disks(inv, ask.id, home.epoch, home.host_id, wanted, run.caller)
         source = volumes[ask.disk_id].source if ask.disk_id else None
         device = f"cdrom-{ask.target}"
         await run.order(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from msgspec.structs import replace
 
-from services.inventory import late_unplug, model
+from services.inventory import late_unplug, memory, model
 from services.inventory.desk import Inventory
 from services.inventory.endings import ended
 from services.inventory.stop_table import End, end_of
@@ -74,6 +74,8 @@ async def host_reported(inv: Inventory, fact: HostReported) -> Sequence[Change]:
         changes += await _domain(inv, fact, named.get(vm_id, gone), full=True)
     changes[0] = changes[0].and_then(lambda: inv.reported(fact.host_id, fact.asked))
     inv.core.wake(f"host/{fact.host_id}")
+    inv.deaf.discard(fact.host_id)
+    inv.core.wake(f"memory/{fact.host_id}")
     return changes
 
 
@@ -190,6 +192,7 @@ def _adopted(
     return [
         VMS.update(row, model.with_actions(new), private),
         inv.store.place(placement, epoch=report.epoch, host_id=host_id, state="running", boot_id=boot_id),
+        *memory.given_up(inv, row.id, row.private),
     ]
 
 

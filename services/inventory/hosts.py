@@ -90,7 +90,11 @@ async def delete_host(inv: Inventory, ask: DeleteById, caller: Caller) -> Done:
         external = [v for v in await inv.store.vms_on(host.id) if v.public.external]
         try:
             await inv.core.commit(
-                HOSTS.delete(row), *(VMS.delete(vm) for vm in external), caller=caller, answer=Done()
+                HOSTS.delete(row),
+                inv.store.forget_memory_on(host.id),
+                *(VMS.delete(vm) for vm in external),
+                caller=caller,
+                answer=Done(),
             )
         except Stale:
             continue

@@ -6,7 +6,7 @@ Keys: `vm/{id}` (a VM whose state is not the desired one), `claims/{id}` (capaci
 a boot that has ended by proof), `boot/{host}` (VMs there of which it isn't known under which boot they run),
 `paused/{vm}` (a VM that an I/O error paused), `away/{host}` (one that has lost storage or a network), `reports/` (what every
  host has now), `unplugged/{vm}` (a device that a guest let go of too late), `behind/{vm}` (a VM whose host has it under an
- epoch before its own, and isn't believed).
+ epoch before its own, and isn't believed), `memory/{host}` (saved memory there that was given up).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from services.inventory import memory
 from services.inventory.dead_parts import leave
 from services.inventory.desk import HOST_SECONDS, Inventory
 from services.inventory.devices import unplugged
@@ -41,7 +42,7 @@ ABANDONED_SECONDS = HOST_SECONDS + 5.0
 GIVE_UP_SECONDS = 3.0
 STRAY_SECONDS = 5.0
 CLAIM_SECONDS = 2.0
-HELD_IN_QUARANTINE = frozenset({"vm", "claims", "stray", "order", "paused", "unplugged", "behind"})
+HELD_IN_QUARANTINE = frozenset({"vm", "claims", "stray", "order", "paused", "unplugged", "behind", "memory"})
 """Looks that end, move or release something: while the database is older than the hosts, what it calls wrong is right."""
 
 
@@ -65,6 +66,7 @@ async def reconcile_all(inv: Inventory) -> Sequence[str]:
         *(f"away/{host_id}" for host_id in await inv.store.non_operational_hosts()),
         *(f"boot/{host_id}" for host_id in await inv.store.hosts_of_unknown_boots()),
         *(f"unplugged/{vm_id}" for vm_id in await inv.store.vms_unplugging()),
+        *(f"memory/{host_id}" for host_id in await memory.heard_again(inv)),
     ]
 
 
@@ -223,4 +225,5 @@ LOOKS: dict[str, Callable[[Inventory, str], Awaitable[None]]] = {
     "reports": _reports,
     "unplugged": unplugged,
     "behind": _behind,
+    "memory": memory.discard,
 }

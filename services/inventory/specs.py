@@ -66,12 +66,12 @@ def device_nic(nic: Nic, bridges: Mapping[str, NetworkBridge]) -> DomainNic:
 
 
 async def prepared_disks(
-    inv: Inventory, vm_id: str, host_id: str, disk_ids: tuple[str, ...], caller: Caller
+    inv: Inventory, vm_id: str, epoch: int, host_id: str, disk_ids: tuple[str, ...], caller: Caller
 ) -> dict[str, DomainDisk]:
-    """Disk → where it is on this host. Raises Refused with storage's sentence, or since another VM has it open."""
+    """Disk → where it is on this host, for the placement of this epoch. Raises Refused with storage's sentence, or since another VM has it open."""
     if not disk_ids:
         return {}
-    question = PrepareDisks(vm_id=vm_id, host_id=host_id, disk_ids=disk_ids)
+    question = PrepareDisks(vm_id=vm_id, host_id=host_id, disk_ids=disk_ids, epoch=epoch)
     answer = await inv.core.bus.ask(PREPARE_DISKS, question, caller)
     own = {disk.disk_id for disk in answer.disks if not (disk.shareable or disk.read_only)}
     await restored.refuse_open_elsewhere(inv, vm_id, own, "used")
@@ -107,7 +107,7 @@ async def domain_spec(
     """The VM as this host must run it. Raises Refused when the host lacks a volume or a network, or can't hold
     the VM's lease."""
     volumes, bridges, lease = await asyncio.gather(
-        prepared_disks(inv, vm.id, host_id, disk_ids(vm, run_once), caller),
+        prepared_disks(inv, vm.id, vm.epoch, host_id, disk_ids(vm, run_once), caller),
         prepared_bridges(inv, host_id, network_ids(vm), caller),
         leases.prepared(inv, vm, host_id, caller),
     )

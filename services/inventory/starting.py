@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 
 from msgspec.structs import replace
 
-from services.inventory import leases, model, restored
+from services.inventory import leases, memory, model, restored, undying
 from services.inventory.desk import Inventory
 from services.inventory.specs import disk_ids, domain_spec, need_of
 from services.inventory.store import VMS, VmPrivate
@@ -402,6 +402,7 @@ async def _settle_running(
             await run.only_forward(
                 inv.store.place(before, epoch=epoch, host_id=host_id, state="running", boot_id=boot_id),
                 VMS.update(row, new, private),
+                *memory.given_up(inv, row.id, row.private),  # its host has removed it, if it could
             )
         except Stale:
             continue
@@ -459,10 +460,18 @@ async def _stay_down(inv: Inventory, run: Run, ask: Starting) -> None:
     placement = await inv.store.placement(ask.vm_id)
     if placement.state in ("starting", "running") and placement.host_id:
         attempts = [n for n in range(MAX_HOSTS) if await inv.core.orders.exists(run.order_id(f"run-{n}"))]
-        if attempts:
-            await _give_up_host(inv, run, ask.vm_id, attempts[-1], placement.epoch, placement.host_id)
-        else:
-            await release_claim(inv, run, ask.vm_id, placement.epoch)
+        try:
+            if attempts:
+                await _give_up_host(inv, run, ask.vm_id, attempts[-1], placement.epoch, placement.host_id)
+            else:
+                await release_claim(inv, run, ask.vm_id, placement.epoch)
+        except Refused as refused:
+            if not undying.is_undying(refused):
+                raise
+            boot_id = await inv.core.orders.ended_under(run.order_id(f"forget-{attempts[-1]}"))
+            wanted = ask.purpose is Purpose.RESTART
+            await undying.stays(inv, ask.vm_id, placement, boot_id, wanted=wanted)
+            return
     while True:
         before = await inv.store.placement(ask.vm_id)
         row = await VMS.find(inv.core.pool, ask.vm_id)

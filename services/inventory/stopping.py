@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from services.inventory import model
+from services.inventory import memory, model
 from services.inventory.desk import Inventory
 from services.inventory.store import HOSTS, VMS, PlacementRow
 from volery.contracts.domain_orders import (
@@ -207,13 +207,13 @@ async def _still_up(inv: Inventory, run: Run, vm_id: str) -> None:
 
 
 async def _discard_saved(inv: Inventory, vm_id: str) -> None:
-    """Stopping a suspended VM gives its memory up; the image is overwritten by the next suspend."""
+    """Stopping a suspended VM gives its memory up."""
     while True:
         row = await VMS.get(inv.core.pool, vm_id)
         new = model.with_actions(replace(row.public, status=VmStatus.DOWN, status_reason="user"))
         private = replace(row.private, saved_path="", saved_host_id="")
         try:
-            await inv.core.commit(VMS.update(row, new, private))
+            await inv.core.commit(VMS.update(row, new, private), *memory.given_up(inv, vm_id, row.private))
         except Stale:
             continue
         return
@@ -308,12 +308,19 @@ async def suspend(inv: Inventory, run: Run) -> None:
     ask = run.input(SuspendVm)
     placement = await inv.store.placement(ask.id)
 
+    path = memory.name_for(ask.id, run.id)
+
     async def still_up() -> None:
         await _not_saved(inv, ask.id)
 
+    async def nothing_left() -> None:
+        if await inv.core.orders.exists(run.order_id("save")):
+            host_id = await inv.core.orders.host_of(run.order_id("save"))
+            await inv.core.commit(memory.noted(inv, ask.id, host_id, path))
+
     run.undo("state", still_up)
+    run.undo("memory", nothing_left)
     await _is_the_same(inv, run, "save", placement)
-    path = f"{ask.id}.save"
     await run.order(
         "save",
         "Saving its memory",

@@ -315,6 +315,33 @@ class Store:
             boot_id=before.boot_id,
         )
 
+    # Memory that was given up
+
+    def discard_memory(self, host_id: str, path: str, vm_id: str) -> Change:
+        return Change(
+            """insert into discarded_memory (host_id, path, vm_id) values ({0}, {1}, {2})
+               on conflict (host_id, path) do nothing""",
+            (host_id, path, vm_id),
+            guarded=False,
+        )
+
+    def memory_discarded(self, host_id: str, path: str) -> Change:
+        sql = "delete from discarded_memory where host_id = {0} and path = {1}"
+        return Change(sql, (host_id, path), guarded=False)
+
+    def forget_memory_on(self, host_id: str) -> Change:
+        """Of a host that was deleted."""
+        return Change("delete from discarded_memory where host_id = {0}", (host_id,), guarded=False)
+
+    async def discarded_memory(self, host_id: str) -> list[tuple[str, str]]:
+        """Path and VM of what this host still has."""
+        sql = "select path, vm_id from discarded_memory where host_id = $1 order by path"
+        return [(row["path"], row["vm_id"]) for row in await self.pool.fetch(sql, host_id)]
+
+    async def hosts_with_discarded_memory(self) -> list[str]:
+        rows = await self.pool.fetch("select distinct host_id from discarded_memory")
+        return [row["host_id"] for row in rows]
+
     async def vms_on(self, host_id: str) -> list[Row[Vm, VmPrivate]]:
         return await VMS.where(self.pool, "host_id = $1", host_id)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace as replace_row
 from urllib.parse import urlsplit
 
 import msgspec
@@ -220,6 +221,36 @@ def refuse_readers(disk: Disk, readers: tuple[str, ...], action: str) -> None:
             f"disk {disk.name} can't be {action} while {readers[0]} reads it: wait for that, or cancel it",
             readers=list(readers),
         )
+
+
+STARTING = "wait_for_launch"
+
+
+def with_begun(vms: Mapping[str, VmRow], rows: Iterable[Row[Disk, DiskPrivate]]) -> dict[str, VmRow]:
+    """These VMs, of which those run that were told since where their disks are: the facts that say so may be late."""
+    now = dict(vms)
+    for row in rows:
+        for vm_id, epoch in row.private.begun.items():
+            vm = now.get(vm_id) or VmRow(id=vm_id, name=vm_id, host_id="", status=STARTING)
+            if vm.epoch < epoch:
+                vm = replace_row(vm, status=STARTING)
+            now[vm_id] = vm
+    return now
+
+
+def begun(row: Row[Disk, DiskPrivate], vm_id: str, epoch: int) -> DiskPrivate | None:
+    """What is to be noted before this VM may run with the disk; None: nothing more. Of an image that nobody writes but
+    its upload nothing is."""
+    if row.public.content is ContentType.ISO or row.private.begun.get(vm_id, 0) >= epoch:
+        return None
+    return replace(row.private, begun={**row.private.begun, vm_id: epoch})
+
+
+def let_go(row: Row[Disk, DiskPrivate], vm_id: str) -> tuple[Disk, DiskPrivate]:
+    """The disk, which this VM doesn't have any more."""
+    uses = tuple(use for use in row.public.uses if use.vm_id != vm_id)
+    left = {other: epoch for other, epoch in row.private.begun.items() if other != vm_id}
+    return replace(row.public, uses=uses), replace(row.private, begun=left)
 
 
 def running_vm(disk: Disk, vms: Mapping[str, VmRow]) -> VmRow | None:

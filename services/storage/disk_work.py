@@ -273,7 +273,7 @@ async def drop(svc: Storage, disk_id: str) -> None:
 async def resizing(svc: Storage, run: Run) -> None:
     ask = run.input(ResizeDisk)
     disk = (await svc.disk(ask.id)).public
-    vm_id = await run.step("who", "See who runs with it", partial(_online, svc, disk), str)
+    vm_id = await run.step("who", "See who runs with it", partial(_online, svc, disk.id), str)
     if vm_id:
         question = ResizeVmDisk(vm_id=vm_id, disk_id=disk.id, size_bytes=ask.size_bytes)
         grow = partial(svc.core.bus.ask, RESIZE_VM_DISK, question, run.caller_for("grow"))
@@ -294,8 +294,9 @@ async def resizing(svc: Storage, run: Run) -> None:
     await svc.edit(DISKS, disk.id, grown)
 
 
-async def _online(svc: Storage, disk: Disk) -> str:
-    vm = disk_model.running_vm(disk, await svc.store.vms([use.vm_id for use in disk.uses]))
+async def _online(svc: Storage, disk_id: str) -> str:
+    row = await svc.disk(disk_id)
+    vm = disk_model.running_vm(row.public, await svc.users(row))
     return "" if vm is None else vm.id
 
 

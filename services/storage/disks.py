@@ -110,7 +110,7 @@ async def _source(svc: Storage, ask: CreateDisk) -> Row[Disk, DiskPrivate] | Non
         return None
     source = await svc.disk(ask.copy_of)
     disk_model.refuse_unready(source.public)
-    vms = await users(svc, source.public)
+    vms = await svc.users(source)
     if (writer := disk_model.running_writer(source.public, vms)) is not None:
         raise conflict(
             f"disk {source.public.name} can't be copied while VM {writer.name} runs with it: stop the VM first",
@@ -175,10 +175,6 @@ def _read(source: Row[Disk, DiskPrivate] | None, reader: str) -> list[Change]:
     return [DISKS.update(source, private=private)]
 
 
-async def users(svc: Storage, disk: Disk) -> Mapping[str, VmRow]:
-    return await svc.store.vms([use.vm_id for use in disk.uses])
-
-
 @part.answers(UPDATE_DISK)
 async def update(svc: Storage, ask: UpdateDisk, caller: Caller) -> Disk:
     while True:
@@ -216,7 +212,7 @@ async def resize(svc: Storage, ask: ResizeDisk, caller: Caller) -> Operation:
         disk_model.refuse_shrinking(disk, ask.size_bytes)
         disk_model.refuse_readers(disk, row.private.readers, "resized")
         disk_model.refuse_beyond_lun(disk, domain.public, ask.size_bytes)
-        _refuse_unresizable(disk, await users(svc, disk))
+        _refuse_unresizable(disk, await svc.users(row))
         if domain_model.BACKENDS[domain.public.kind].GROWS:
             domain_model.BACKENDS[domain.public.kind].place(
                 domain.public,
@@ -263,7 +259,7 @@ async def delete(svc: Storage, ask: DeleteById, caller: Caller) -> Operation:
     while True:
         row, domain = await free(svc, ask.id, ask.if_revision)
         disk = row.public
-        disk_model.refuse_attached(disk, await users(svc, disk), "deleted")
+        disk_model.refuse_attached(disk, await svc.users(row), "deleted")
         disk_model.refuse_readers(disk, row.private.readers, "deleted")
         if row.private.transfer_id:
             raise conflict(

@@ -343,7 +343,7 @@ async def _maintain(
 
 async def _refuse_in_use(svc: Storage, domain: StorageDomain) -> None:
     disks = await svc.store.disks_of(domain.id)
-    vms = await svc.store.vms({use.vm_id for disk in disks for use in disk.public.uses})
+    vms = await svc.users(*disks)
     at_work = [
         d.public.name for d in disks if d.public.busy_with or d.private.readers or d.private.transfer_id
     ]
@@ -356,7 +356,7 @@ async def _detach(
 ) -> tuple[StorageDomain, DomainPrivate]:
     used = await svc.store.used_disks(row.id)
     if used:
-        vms = await svc.store.vms({use.vm_id for disk in used for use in disk.public.uses})
+        vms = await svc.users(*used)
         names = sorted(
             {vms[u.vm_id].name if u.vm_id in vms else u.vm_id for d in used for u in d.public.uses}
         )
@@ -471,7 +471,7 @@ async def _forget_disks(svc: Storage, domain: StorageDomain) -> None:
             status=str(domain.status),
         )
     disks = await svc.store.disks_of(domain.id)
-    vms = await svc.store.vms({use.vm_id for disk in disks for use in disk.public.uses})
+    vms = await svc.users(*disks)
     for disk in disks:
         busy(disk.public, "disk", disk.public.busy_with)
         disk_model.refuse_attached(disk.public, vms, "forgotten")

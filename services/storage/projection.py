@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from msgspec.structs import replace
 
+from services.storage import disk_model
 from services.storage.storage import Storage
-from services.storage.store import DISKS
+from services.storage.store import DISKS, DiskPrivate
 from volery.contracts.base import Call
 from volery.contracts.cluster import (
     DATA_CENTER_CHANGED,
@@ -19,10 +21,11 @@ from volery.contracts.cluster import (
 from volery.contracts.errors import Kind, Refused
 from volery.contracts.host import HOST_CHANGED, HOST_DELETED, LIST_HOSTS, Host
 from volery.contracts.operation import ListQuery
+from volery.contracts.storage import Disk
 from volery.contracts.vm import GET_VM, LIST_VMS, VM_CHANGED, VM_DELETED, Vm
 from volery.runtime.listing import pages
 from volery.runtime.service import Part
-from volery.runtime.tables import Change
+from volery.runtime.tables import Change, Row
 
 part = Part()
 
@@ -64,7 +67,8 @@ async def host_deleted(svc: Storage, host: Host) -> list[Change]:
 @part.hears(VM_CHANGED)
 async def vm_changed(svc: Storage, vm: Vm) -> list[Change]:
     known = (await svc.store.vms([vm.id])).get(vm.id)
-    if known is not None and (known.name, known.host_id, known.status) == (vm.name, vm.host_id, vm.status):
+    heard = None if known is None else (known.name, known.host_id, known.status, known.epoch)
+    if heard == (vm.name, vm.host_id, vm.status, vm.epoch):
         return []
     return [svc.store.know_vm(vm)]
 
@@ -79,13 +83,8 @@ async def vm_deleted(svc: Storage, vm: Vm) -> list[Change]:
 
 async def released(svc: Storage, vm_id: str) -> list[Change]:
     """The changes that take a VM off all its disks."""
-    return [
-        DISKS.update(
-            row,
-            replace(row.public, uses=tuple(use for use in row.public.uses if use.vm_id != vm_id)),
-        )
-        for row in await svc.store.disks_used_by(vm_id)
-    ]
+    rows = await svc.store.disks_used_by(vm_id)
+    return [DISKS.update(row, *disk_model.let_go(row, vm_id)) for row in rows]
 
 
 @part.every(300.0)
@@ -99,8 +98,28 @@ async def release_orphans(svc: Storage) -> None:
                 await svc.core.commit(*await released(svc, vm_id))
 
 
+@part.every(300.0)
+async def settle_begun(svc: Storage) -> None:
+    """What a fact should have said long ago, of VMs that were told where their disks are: it was lost, or heard by a former
+    release, or inventory was restored and doesn't know that epoch."""
+    begun = await svc.store.begun_disks()
+    noted = [(vm_id, epoch) for row in begun for vm_id, epoch in row.private.begun.items()]
+    vms = await svc.store.vms({vm_id for vm_id, _ in noted})
+    for vm_id in sorted({v for v, epoch in noted if v not in vms or vms[v].epoch < epoch}):
+        try:
+            vm = await svc.core.bus.ask(GET_VM, GetById(id=vm_id))
+        except Refused as refused:
+            if refused.kind is not Kind.NOT_FOUND:
+                continue
+            await _forget_undone(svc, begun, {}, {vm_id})
+            continue
+        await svc.core.commit(svc.store.catch_up(vm))
+        await _forget_undone(svc, begun, {vm_id: vm.epoch}, {vm_id})
+
+
 async def list_again(svc: Storage, stream: str) -> None:
     """Facts were lost for good: take inventory's lists as the truth."""
+    begun = await svc.store.begun_disks()
     hosts = await _all(svc, LIST_HOSTS, Host)
     vms = await _all(svc, LIST_VMS, Vm)
     centers = await _all(svc, LIST_DATA_CENTERS, DataCenter)
@@ -116,6 +135,28 @@ async def list_again(svc: Storage, stream: str) -> None:
     await svc.core.commit(svc.store.forget_all_but("vm", vm_ids), svc.leases.doomed_but(vm_ids))
     for host in hosts:
         svc.core.wake(f"host:{host.id}")
+    noted = {vm_id for row in begun for vm_id in row.private.begun}
+    await _forget_undone(svc, begun, {vm.id: vm.epoch for vm in vms}, noted)
+
+
+async def _forget_undone(
+    svc: Storage, begun: Iterable[Row[Disk, DiskPrivate]], epochs: Mapping[str, int], vm_ids: Collection[str]
+) -> None:
+    """`begun`: disks as they were before inventory was asked for the epochs of these VMs. Every epoch is written before it is asked for with. One that inventory doesn't know afterwards was given by a
+    database that was since restored: no fact will ever say that it has ended."""
+    for noted in begun:
+        undone = {(v, e) for v, e in noted.private.begun.items() if v in vm_ids and epochs.get(v, 0) < e}
+
+        def without(
+            row: Row[Disk, DiskPrivate], undone: set[tuple[str, int]] = undone
+        ) -> tuple[Disk, DiskPrivate]:
+            left = {
+                vm_id: epoch for vm_id, epoch in row.private.begun.items() if (vm_id, epoch) not in undone
+            }
+            return row.public, replace(row.private, begun=left)
+
+        if undone:
+            await svc.edit(DISKS, noted.id, without)
 
 
 async def _all(svc: Storage, call: Call[ListQuery, Any], type_: type[Any]) -> list[Any]:

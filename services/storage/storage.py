@@ -9,10 +9,10 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from services.storage import domain_model
+from services.storage import disk_model, domain_model
 from services.storage.config import StorageConfig
 from services.storage.lease_store import LeaseStore
-from services.storage.store import DISKS, DOMAINS, DiskPrivate, DomainPrivate, HostRow, Store
+from services.storage.store import DISKS, DOMAINS, DiskPrivate, DomainPrivate, HostRow, Store, VmRow
 from volery.contracts.base import Entity, Message
 from volery.contracts.cluster import GET_DATA_CENTER, GetById
 from volery.contracts.domain import VolumeSource
@@ -90,6 +90,12 @@ class Storage:
 
     async def disk(self, disk_id: str) -> Row[Disk, DiskPrivate]:
         return await DISKS.get(self.core.pool, disk_id)
+
+    async def users(self, *rows: Row[Disk, DiskPrivate]) -> dict[str, VmRow]:
+        """The VMs that have these disks, by their ids; read after the disks, so that a change of a disk as it was read
+        proves that none has come to run since."""
+        vms = await self.store.vms({use.vm_id for row in rows for use in row.public.uses})
+        return disk_model.with_begun(vms, rows)
 
     def location(self, row: Row[StorageDomain, DomainPrivate]) -> StorageLocation:
         backend = domain_model.BACKENDS[row.public.kind]

@@ -43,6 +43,9 @@ class DomainPrivate(Message):
 class DiskPrivate(Message):
     writer_host_id: str = ""
     """The one host that may have an order at work that writes the volume; "" before the first."""
+    begun: dict[str, int] = {}
+    """VM → the newest epoch under which it was told where the volume is. It may run, whatever the facts that were heard say
+    of earlier ones."""
     readers: tuple[str, ...] = ()
     """Operations that copy it and downloads that read it: nobody may write it meanwhile."""
     transfer_id: str = ""
@@ -173,6 +176,7 @@ class VmRow:
     name: str
     host_id: str
     status: str
+    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,10 +237,19 @@ class Store:
 
     def know_vm(self, vm: Vm) -> Change:
         return Change(
-            """insert into vm (id, name, host_id, status) values ({0}, {1}, {2}, {3})
+            """insert into vm (id, name, host_id, status, epoch) values ({0}, {1}, {2}, {3}, {4})
                on conflict (id) do update set name = excluded.name, host_id = excluded.host_id,
-                   status = excluded.status""",
-            (vm.id, vm.name, vm.host_id, str(vm.status)),
+                   status = excluded.status, epoch = excluded.epoch""",
+            (vm.id, vm.name, vm.host_id, str(vm.status), vm.epoch),
+            guarded=False,
+        )
+
+    def catch_up(self, vm: Vm) -> Change:
+        """A VM as inventory answered; facts of the same epoch, or a later one, know better."""
+        return Change(
+            """update vm set name = {1}, host_id = {2}, status = {3}, epoch = {4}::bigint
+               where id = {0} and epoch < {4}::bigint""",
+            (vm.id, vm.name, vm.host_id, str(vm.status), vm.epoch),
             guarded=False,
         )
 
@@ -264,7 +277,7 @@ class Store:
 
     async def vms(self, vm_ids: Iterable[str]) -> dict[str, VmRow]:
         rows = await self.pool.fetch(
-            "select id, name, host_id, status from vm where id = any($1::text[])", list(vm_ids)
+            "select id, name, host_id, status, epoch from vm where id = any($1::text[])", list(vm_ids)
         )
         return {row["id"]: VmRow(**dict(row)) for row in rows}
 
@@ -395,6 +408,10 @@ class Store:
 
     async def disks_used_by(self, vm_id: str) -> list[Row[Disk, DiskPrivate]]:
         return await DISKS.where(self.pool, USED_BY, vm_id)
+
+    async def begun_disks(self) -> list[Row[Disk, DiskPrivate]]:
+        """Those with which a VM was to run, at some time."""
+        return await DISKS.where(self.pool, """position('"begun":{"' in private) > 0""")
 
     async def used_disks(self, domain_id: str) -> list[Row[Disk, DiskPrivate]]:
         return await DISKS.where(self.pool, "storage_domain_id = $1 and uses <> '[]'", domain_id)

@@ -82,7 +82,7 @@ async def create(svc: Storage, ask: CreateTransfer, caller: Caller) -> Operation
         domain = (await svc.domain(row.public.storage_domain_id)).public
         domain_model.refuse_unusable(domain)
         await luns.refuse_foreign(svc, row.public, domain)
-        vms = await svc.store.vms([use.vm_id for use in row.public.uses])
+        vms = await svc.users(row)
         transfer = _new(svc, ask, domain)
         op, begun = _begin(svc, "create", transfer, row.public, caller)
         private = TransferPrivate(ticket=svc.vault.seal(secrets.token_urlsafe(32)))

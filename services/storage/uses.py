@@ -5,7 +5,6 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from services.storage import disk_model, domain_model, lease_model, luns
-from services.storage.disks import users
 from services.storage.storage import Storage
 from services.storage.store import DISKS, DiskPrivate, DomainPrivate
 from volery.contracts.base import Done
@@ -34,7 +33,7 @@ from volery.contracts.storage import (
 from volery.runtime.bus import Caller
 from volery.runtime.clock import utc_now
 from volery.runtime.service import Part
-from volery.runtime.tables import Row, Stale
+from volery.runtime.tables import Change, Row, Stale
 
 part = Part()
 
@@ -45,7 +44,7 @@ async def attach(svc: Storage, ask: AttachDiskTo, caller: Caller) -> Disk:
     checked_id("VM", ask.vm_id)
     while True:
         row = await svc.disk(checked_id("disk", ask.disk_id))
-        new = disk_model.attached(row.public, ask.vm_id, ask.read_only, await users(svc, row.public))
+        new = disk_model.attached(row.public, ask.vm_id, ask.read_only, await svc.users(row))
         if new == row.public:
             await svc.core.commit(caller=caller, answer=new)
             return new
@@ -62,14 +61,12 @@ async def detach(svc: Storage, ask: DetachDiskFrom, caller: Caller) -> Done:
     done = Done()
     while True:
         row = await DISKS.find(svc.core.pool, ask.disk_id)
-        left = () if row is None else tuple(use for use in row.public.uses if use.vm_id != ask.vm_id)
-        if row is None or left == row.public.uses:
+        if row is None or not any(use.vm_id == ask.vm_id for use in row.public.uses):
             await svc.core.commit(caller=caller, answer=done)
             return done
         try:
-            await svc.core.commit(
-                DISKS.update(row, replace(row.public, uses=left)), caller=caller, answer=done
-            )
+            left = DISKS.update(row, *disk_model.let_go(row, ask.vm_id))
+            await svc.core.commit(left, caller=caller, answer=done)
         except Stale:
             continue
         return done
@@ -87,18 +84,26 @@ async def _rows(svc: Storage, disk_ids: tuple[str, ...]) -> tuple[Disks, Domains
 
 @part.answers(PREPARE_DISKS)
 async def prepare(svc: Storage, ask: PrepareDisks, caller: Caller) -> PreparedDisks:
-    """Raises Refused naming the first disk that can't be used there, and why."""
-    disks, domains = await _rows(svc, ask.disk_ids)
-    prepared = []
-    for disk_id in ask.disk_ids:
-        row = disks.get(disk_id)
-        if row is None:
-            raise not_found("disk", disk_id)
-        domain = domains[row.public.storage_domain_id]
-        refuse_unprepared(row, domain.public, ask)
-        await luns.refuse_foreign(svc, row.public, domain.public)
-        prepared.append(_prepared(svc, row.public, domain, ask.vm_id))
-    return PreparedDisks(disks=tuple(prepared))
+    """Raises Refused naming the first disk that can't be used there, and why. What is answered is noted first: whoever
+    would write one of the disks finds it so, also when no fact says yet that the VM runs."""
+    while True:
+        disks, domains = await _rows(svc, ask.disk_ids)
+        prepared, begun = [], list[Change]()
+        for disk_id in ask.disk_ids:
+            row = disks.get(disk_id)
+            if row is None:
+                raise not_found("disk", disk_id)
+            domain = domains[row.public.storage_domain_id]
+            refuse_unprepared(row, domain.public, ask)
+            await luns.refuse_foreign(svc, row.public, domain.public)
+            prepared.append(_prepared(svc, row.public, domain, ask.vm_id))
+            if (private := disk_model.begun(row, ask.vm_id, ask.epoch)) is not None:
+                begun.append(DISKS.update(row, private=private))
+        try:
+            await svc.core.commit(*begun)
+        except Stale:
+            continue
+        return PreparedDisks(disks=tuple(prepared))
 
 
 def _prepared(svc: Storage, disk: Disk, domain: Row[StorageDomain, DomainPrivate], vm_id: str) -> DomainDisk:

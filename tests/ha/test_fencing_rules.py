@@ -345,3 +345,35 @@ def test_one_device_twice_is_refused() -> None:
         with pytest.raises(Refused) as refused:
             power_rules.check_devices(wrong)
         assert refused.value.kind is Kind.INVALID
+
+
+LOST, FAILED = -1, 1
+
+
+@pytest.mark.parametrize(
+    ("ordered", "seen", "seen_code", "over"),
+    [
+        (LOST, PowerState.OFF, 0, True),
+        (LOST, PowerState.ON, 0, True),  # it may be about to
+        (LOST, PowerState.UNKNOWN, LOST, True),
+        (LOST, PowerState.UNKNOWN, FAILED, False),  # it can't be reached
+        (FAILED, PowerState.OFF, 0, True),
+        (FAILED, PowerState.ON, 0, False),  # it did not do it
+        (FAILED, PowerState.UNKNOWN, FAILED, False),
+        (FAILED, PowerState.UNKNOWN, LOST, True),
+    ],
+)
+def test_when_another_way_may_be_ordered(ordered: int, seen: PowerState, seen_code: int, over: bool) -> None:
+    order = PowerAnswer(ask_id="", action=PowerAction.OFF, exit_code=ordered)
+    status = PowerAnswer(ask_id="", action=PowerAction.STATUS, state=seen, exit_code=seen_code)
+    assert power_rules.is_over(order, status) is over
+
+
+def test_each_order_begins_with_another_way() -> None:
+    assert [power_rules.in_turn("abc", tried) for tried in range(4)] == [
+        ("a", "b", "c"),
+        ("b", "c", "a"),
+        ("c", "a", "b"),
+        ("a", "b", "c"),
+    ]
+    assert power_rules.in_turn((), 2) == ()

@@ -22,6 +22,7 @@ from host_agent.domxml import Placement, metadata_xml
 from host_agent.events import EventName
 from host_agent.facts import FactClass
 from host_agent.journal import Journal
+from tests.host_agent.test_killing import process_of
 from tests.support import toy_agent
 from tests.support.agent_process import AgentProcess, Listener, enrol_by_hand, listener
 from tests.support.libvirt_host import LibvirtHost
@@ -39,11 +40,12 @@ from volery.contracts.agent import (
     Outcome,
 )
 from volery.contracts.base import Order, encode, fill
-from volery.contracts.domain import DomainSpec, DomainState
+from volery.contracts.domain import DomainDisk, DomainSpec, DomainState, FileSource, ImageFormat
 from volery.contracts.domain_orders import (
     ACT_ON_DOMAIN,
     RUN_DOMAIN,
     STOP_DOMAIN,
+    UNKILLABLE,
     ActOnDomain,
     DomainAction,
     RunDomain,
@@ -151,6 +153,37 @@ async def test_it_says_a_new_epoch_at_once_and_keeps_it_through_a_pause(
     pause = ActOnDomain(vm_id=vm_id, action=DomainAction.PAUSE)
     await ear.send(await ear.order(ACT_ON_DOMAIN, pause, epoch=2))
     await said(2, DomainState.PAUSED)
+
+
+async def test_a_later_run_knows_what_was_told_of_a_qemu_that_libvirt_has_given_up_since(
+    agent: AgentProcess, ear: Listener, tmp_path: Path
+) -> None:
+    """The test driver's domains end with the agent; a process in QEMU's place doesn't. An order named a later epoch."""
+    vm_id = str(uuid.uuid4())
+    disk = DomainDisk(
+        disk_id=str(uuid.uuid4()), source=FileSource(path="/d", format=ImageFormat.RAW), target="vda"
+    )
+    agent.start()
+    run = RunDomain(vm_id=vm_id, spec=msgspec.structs.replace(spec(vm_id), disks=(disk,)))
+    for epoch in (3, 4):
+
+        def told_under(epoch: int = epoch) -> bool:
+            return any(domain.epoch == epoch for domain in domains_told(ear, vm_id))
+
+        await ear.send(await ear.order(RUN_DOMAIN, run, epoch=epoch))
+        await ear.until(told_under)
+    act = await ear.order(ACT_ON_DOMAIN, ActOnDomain(vm_id=vm_id, action=DomainAction.RESET), epoch=5)
+    await ear.send(act)
+    await ear.finished(act)
+    agent.kill()
+    ear.facts.clear()
+    async with process_of(vm_id, tmp_path):
+        agent.start()
+        (told, *_) = await ear.until(
+            lambda: [d for d in domains_told(ear, vm_id) if d.reason == UNKILLABLE], 30
+        )
+    assert told.state is DomainState.RUNNING
+    assert (told.epoch, told.disk_ids) == (4, (disk.disk_id,))
 
 
 async def test_a_report_under_way_does_not_hide_what_changed_since_it_looked(

@@ -112,7 +112,7 @@ def test_whole_domains_are_as_they_were(name: str, spec: DomainSpec, machine: Ma
     ET.indent(root)
     made = ET.tostring(root, encoding="unicode") + "\n"
     golden = GOLDEN / f"{name}.xml"
-    if os.environ.get("VOLERY_WRITE_GOLDEN"):
+    if os.environ.get("VOLERY_TEST_WRITE_GOLDEN"):
         golden.write_text(made)
     assert made == golden.read_text()
 

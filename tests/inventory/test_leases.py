@@ -45,10 +45,12 @@ from volery.contracts.storage import (
     StorageDomain,
 )
 from volery.contracts.vm import (
+    ATTACH_VM_DISK,
     MIGRATE_VM,
     START_VM,
     STOP_VM,
     UPDATE_VM,
+    AttachVmDisk,
     HighAvailability,
     MigrateVm,
     NewDisk,
@@ -76,6 +78,7 @@ class Storage(Speaker):
     released: list[ReleaseLease] = field(default_factory=list)
     reached: list[ReachDisks] = field(default_factory=list)
     detached: list[str] = field(default_factory=list)
+    placed: list[PrepareDisks] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.answers = [
@@ -119,6 +122,8 @@ class Storage(Speaker):
         return self.objects[ask.disk_id]
 
     async def _disks(self, _: Speaker, ask: PrepareDisks, caller: Caller) -> PreparedDisks:
+        self.placed.append(ask)
+
         def at(disk_id: str) -> DomainDisk:
             return DomainDisk(
                 disk_id=disk_id, source=FileSource(path=f"/srv/{disk_id}", format=ImageFormat.QCOW2)
@@ -181,6 +186,22 @@ async def test_a_highly_available_vm_gets_a_lease_beside_a_disk_that_it_writes(c
         read = NewDisk(disk_id=disks[2].id, read_only=True)
         assert (await world.vm(ha=True, disks=(read,))).lease == ""
         assert (await world.vm(ha=True, disks=(), lease=shared.id)).lease == shared.id
+
+
+async def test_storage_is_told_for_which_placement_it_is_asked(configured: Settings) -> None:
+    async with leased(configured) as (world, _, storage):
+        shared = storage.domain(center(world))
+        vm = await world.vm(disks=(NewDisk(disk_id=storage.disk(shared).id),))
+        await world.ended(await world.bus.ask(STOP_VM, StopVm(id=vm.id, force=True)))
+        await world.vm_is(vm.id, VmStatus.DOWN)
+        assert (await world.ended(await start(world, vm))).state is OperationState.SUCCEEDED
+        again = await world.get(vm.id)
+        plug = AttachVmDisk(id=vm.id, disk_id=storage.disk(shared).id)
+        assert (
+            await world.ended(await world.bus.ask(ATTACH_VM_DISK, plug))
+        ).state is OperationState.SUCCEEDED
+        assert again.epoch > vm.epoch > 0
+        assert [ask.epoch for ask in storage.placed] == [vm.epoch, again.epoch, again.epoch]
 
 
 async def test_a_lease_where_none_can_be_is_refused(configured: Settings) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from tests.inventory.world import Machine, World, found_cluster, inventory_of, surroundings, until, world_of
 from volery.contracts.base import Owner
-from volery.contracts.domain_orders import RUN_DOMAIN, SAVE_DOMAIN, RunDomain
+from volery.contracts.domain_orders import DISCARD_MEMORY, RUN_DOMAIN, SAVE_DOMAIN, RunDomain
 from volery.contracts.errors import Kind, Refused
 from volery.contracts.operation import Operation, OperationState
 from volery.contracts.vm import START_VM, STOP_VM, SUSPEND_VM, StartVm, StopVm, SuspendVm, VmStatus
@@ -47,7 +47,8 @@ async def test_it_goes_on_where_its_memory_is(configured: Settings) -> None:
         await done(world, await world.bus.ask(START_VM, StartVm(id=vm.id)))
         assert (await world.vm_is(vm.id, VmStatus.UP)).host_id == second.id
         assert resumed(first) == [""]
-        assert resumed(second) == ["", f"{vm.id}.save"]
+        before, memory = resumed(second)
+        assert (before, memory.startswith(vm.id)) == ("", True)
 
 
 async def test_another_host_is_refused_and_what_can_be_done_is_said(configured: Settings) -> None:
@@ -104,4 +105,68 @@ async def test_where_its_memory_is_outlives_a_crash_in_the_last_step(configured:
             world.scheduler.host_ids.reverse()
             await done(world, await world.bus.ask(START_VM, StartVm(id=vm.id)))
             assert resumed(second) == []
-            assert resumed(first) == ["", f"{vm.id}.save"]
+            assert [bool(memory) for memory in resumed(first)] == [False, True]
+
+
+async def test_memory_that_is_given_up_goes_from_its_host(configured: Settings) -> None:
+    """Also when its host was away meanwhile; what the VM's next suspension saved stays."""
+    async with world_of(configured) as (world, (first, second)):
+        vm = await world.vm()
+        await suspend(world, vm.id)
+        assert len(first.memories) == 1
+        await done(world, await world.bus.ask(STOP_VM, StopVm(id=vm.id)))
+        await none_left(first)
+        # A host that is away keeps it until it is back; the VM's next memory, on another host, stays.
+        await done(world, await world.bus.ask(START_VM, StartVm(id=vm.id, host_id=first.id)))
+        await suspend(world, vm.id)
+        await first.agent.kill()
+        await done(world, await world.bus.ask(STOP_VM, StopVm(id=vm.id)))
+        await done(world, await world.bus.ask(START_VM, StartVm(id=vm.id, host_id=second.id)))
+        await suspend(world, vm.id)
+        assert (len(first.memories), len(second.memories)) == (1, 1)
+        await first.agent.start()
+        await none_left(first)
+        assert len(second.memories) == 1
+
+
+async def test_memory_that_went_on_goes_though_its_host_could_not_remove_it(configured: Settings) -> None:
+    async with world_of(configured) as (world, (first, _)):
+        vm = await world.vm()
+        await suspend(world, vm.id)
+        await done(world, await world.bus.ask(START_VM, StartVm(id=vm.id)))
+        assert resumed(first)[-1]
+        await none_left(first)
+
+
+async def test_what_a_failed_suspension_leaves_goes_and_a_refusal_is_not_the_last_word(
+    configured: Settings,
+) -> None:
+    async with world_of(configured) as (world, (first, _)):
+        vm = await world.vm()
+        first.memories.add("half a memory")
+        first.refusals[SAVE_DOMAIN.kind] = Refused(Kind.EXHAUSTED, "no room")
+        first.refusals[DISCARD_MEMORY.kind] = Refused(Kind.UNAVAILABLE, "its directory hangs")
+        assert (await world.ended(await world.bus.ask(SUSPEND_VM, SuspendVm(id=vm.id)))).problem
+        await world.vm_is(vm.id, VmStatus.UP)
+        await until(lambda: asked_to_discard(first), "it is asked to")
+        del first.refusals[DISCARD_MEMORY.kind]
+        asked = len(first.agent.begun(DISCARD_MEMORY.kind))
+        await first.agent.report("inventory")
+
+        async def again() -> bool:
+            return len(first.agent.begun(DISCARD_MEMORY.kind)) > asked
+
+        await until(again, "it is asked again")
+        paths = {ask.path for ask in first.agent.begun(DISCARD_MEMORY.kind)}
+        assert len(paths) == 1
+
+
+async def none_left(machine: Machine) -> None:
+    async def none() -> bool:
+        return not machine.memories
+
+    await until(none, "the memory goes", seconds=60)
+
+
+async def asked_to_discard(machine: Machine) -> bool:
+    return bool(machine.agent.begun(DISCARD_MEMORY.kind))

@@ -38,6 +38,7 @@ from volery.contracts.domain_orders import (
     ATTACH_DISK,
     DETACH_DISK,
     DETACH_NIC,
+    DISCARD_MEMORY,
     FORGET_DOMAIN,
     MIGRATE_DOMAIN,
     RUN_DOMAIN,
@@ -100,6 +101,8 @@ class Machine:
     begun: asyncio.Event = field(default_factory=asyncio.Event)
     started: list[tuple[str, str]] = field(default_factory=list)
     """(boot, VM) of every domain that wasn't there and was started."""
+    memories: set[str] = field(default_factory=set)
+    """Files with the memory of suspended VMs."""
 
     def __post_init__(self) -> None:
         acts = {
@@ -113,6 +116,7 @@ class Machine:
             ATTACH_DISK: self._plug,
             DETACH_DISK: self._unplug,
             SAVE_DOMAIN: self._save,
+            DISCARD_MEMORY: self._discard,
         }
         for order, act in acts.items():
             self.agent.does(order, self.gated(order.kind, act))
@@ -169,7 +173,12 @@ class Machine:
         return DomainStopped(vm_id=ask.vm_id)
 
     async def _save(self, ask: Any) -> Done:
+        self.memories.add(ask.path)
         await self.tell(ask.vm_id, DomainState.SHUTOFF, self._epoch(ask.vm_id), "saved")
+        return Done()
+
+    async def _discard(self, ask: Any) -> Done:
+        self.memories.discard(ask.path)
         return Done()
 
     async def _forget(self, ask: Any) -> Done:

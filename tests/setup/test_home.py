@@ -74,3 +74,16 @@ def test_a_setting_that_does_not_exist_is_refused_with_those_that_do(home: Home,
         home.change_settings(wrong)
     with pytest.raises(SetupError, match=r"VOLERY_SETUP_NATSPORT is not a setting.*VOLERY_SETUP_NATS_PORT"):
         settings.take(home, wrong if place == "environment" else {})
+
+
+@pytest.mark.parametrize("place", ["environment", "file"])
+def test_a_section_that_does_not_exist_is_refused_with_the_one_that_may_be_meant(
+    home: Home, place: str
+) -> None:
+    wrong = {"VOLERY_GATWAY_LISTEN": "0.0.0.0:1"}
+    if place == "file":
+        home.change_settings(wrong)
+    with pytest.raises(
+        SetupError, match=r"VOLERY_GATWAY_LISTEN belongs to no section.*VOLERY_GATEWAY_\?.*settings.env"
+    ):
+        settings.take(home, wrong if place == "environment" else {})

@@ -15,7 +15,8 @@ class RunDomain(Message):
     spec: DomainSpec
     paused: bool = False
     restore_path: str = ""
-    """Restore this saved memory image instead of booting; deleted once the domain runs."""
+    """Restore this saved memory image instead of booting. No domain is restored from it once one has run on from it; then
+    it is deleted."""
     goes_on: bool = False
     """Only a domain that lives there gets the order's epoch: one that has ended since is not started anew."""
 
@@ -71,9 +72,17 @@ class ActOnDomain(Message):
 
 
 class SaveDomain(Message):
-    """Suspend to disk: memory to a file, then QEMU ends."""
+    """Suspend to disk: memory to a file, then QEMU ends. Another name for each suspension."""
 
     vm_id: str
+    path: str
+
+
+class DiscardMemory(Message):
+    """Saved memory that nobody goes on from any more; a file that isn't there is a success. The order's object isn't the
+    VM, which may run there again, under any epoch."""
+
+    of_vm_id: str
     path: str
 
 
@@ -177,6 +186,7 @@ RUN_DOMAIN = Order("domain.run", RunDomain, DomainRunning)
 STOP_DOMAIN = Order("domain.stop", StopDomain, DomainStopped)
 ACT_ON_DOMAIN = Order("domain.act", ActOnDomain, Done, repeat_safe=False)
 SAVE_DOMAIN = Order("domain.save", SaveDomain, Done, deadline_seconds=1800)
+DISCARD_MEMORY = Order("domain.discard_memory", DiscardMemory, Done)
 ATTACH_DISK = Order("domain.attach_disk", AttachDisk, Done)
 DETACH_DISK = Order("domain.detach_disk", DetachDisk, Done)
 CHANGE_MEDIA = Order("domain.change_media", ChangeMedia, Done)

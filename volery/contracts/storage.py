@@ -323,11 +323,17 @@ class DetachDiskFrom(Message):
 
 
 class PrepareDisks(Message):
-    """Where these disks are, as seen from this host. Refused when the host doesn't reach one of them."""
+    """Where these disks are, as seen from this host. Refused when the host doesn't reach one of them.
+
+    From the answer on the VM counts as running with them, until inventory announces that it has ended under this epoch, or
+    a later one.
+    """
 
     vm_id: str
     host_id: str
     disk_ids: tuple[str, ...]
+    epoch: int = 0
+    """Of the placement that they are for; 0 of a former release, for which nothing is noted."""
 
 
 class PreparedDisks(Message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Mapping
 from typing import TypeVar
@@ -10,6 +11,7 @@ import msgspec
 
 T = TypeVar("T", bound=msgspec.Struct)
 
+PREFIX = "VOLERY_"
 KNOWN_PREFIXES = (
     "VOLERY_AGENT_",
     "VOLERY_BUS_",
@@ -27,7 +29,8 @@ KNOWN_PREFIXES = (
     "VOLERY_TEST_",
     "VOLERY_SETUP_",
 )
-STANDALONE = {"VOLERY_HOME"}
+STANDALONE = {"VOLERY_HOME", "VOLERY_TARGET"}
+"""Of no section: where an installation is, and what `make` makes."""
 
 
 class ConfigError(Exception):
@@ -90,8 +93,17 @@ def read(prefix: str, type_: type[T], environ: Mapping[str, str] | None = None) 
 
 
 def refuse_unknown_sections(environ: Mapping[str, str] | None = None) -> None:
-    """Raises ConfigError for a VOLERY_ variable of no section, which is a typo in the section's name."""
+    """Raises ConfigError for a VOLERY_ variable of no section: a typo there would leave a setting as it is by default."""
     environ = os.environ if environ is None else environ
-    for name in environ:
-        if name.startswith("VOLERY_") and name not in STANDALONE and not name.startswith(KNOWN_PREFIXES):
-            raise ConfigError(f"{name} belongs to no section; sections are {', '.join(KNOWN_PREFIXES)}")
+    for name in sorted(environ):
+        if name.startswith(PREFIX) and name not in STANDALONE and not name.startswith(KNOWN_PREFIXES):
+            meant = difflib.get_close_matches(_section(name), map(_section, KNOWN_PREFIXES), n=1)
+            hint = f"did you mean {PREFIX}{meant[0]}_? S" if meant else "s"
+            raise ConfigError(
+                f"{name} belongs to no section of settings: {hint}ections are {', '.join(KNOWN_PREFIXES)}"
+            )
+
+
+def _section(name: str) -> str:
+    """The word after VOLERY_."""
+    return name.removeprefix(PREFIX).partition("_")[0]

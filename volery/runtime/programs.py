@@ -13,7 +13,14 @@ from typing import Any, Protocol
 import uvloop
 
 from volery.runtime import telemetry
-from volery.runtime.config import BusConfig, ConfigError, DatabaseConfig, TelemetryConfig, read
+from volery.runtime.config import (
+    BusConfig,
+    ConfigError,
+    DatabaseConfig,
+    TelemetryConfig,
+    read,
+    refuse_unknown_sections,
+)
 from volery.runtime.outside import SERVERS, Outside
 from volery.runtime.readiness import until_synced
 
@@ -83,6 +90,7 @@ def _awaits(waiter: Any) -> Iterator[str]:
 def run(*programs: Program) -> None:
     """The whole of a program's `__main__`: read the settings, run until SIGTERM or SIGINT, end cleanly."""
     try:
+        refuse_unknown_sections()
         settings = Settings(
             read("VOLERY_BUS_", BusConfig),
             read("VOLERY_DATABASE_", DatabaseConfig),

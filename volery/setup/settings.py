@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
+from volery.runtime.config import ConfigError, refuse_unknown_sections
 from volery.setup.errors import SetupError
 from volery.setup.home import Home
 
@@ -28,9 +29,13 @@ SETTINGS: Mapping[str, str] = {
 def take(home: Home, environment: Mapping[str, str] | None = None) -> None:
     """Keeps the VOLERY_SETUP_ variables of the caller's environment in settings.env.
 
-    Raises SetupError for one, there or in the file, that isn't a setting.
+    Raises SetupError for one, there or in the file, that isn't a setting, or a variable of a section that doesn't exist.
     """
     values = os.environ if environment is None else environment
+    try:
+        refuse_unknown_sections({**home.settings(), **values})
+    except ConfigError as error:
+        raise SetupError(f"{error}; look in the environment and in {home.settings_file}.") from None
     given = {key: value for key, value in values.items() if key.startswith(PREFIX)}
     for key in [*given, *(k for k in home.settings() if k.startswith(PREFIX))]:
         if key.removeprefix(PREFIX) not in SETTINGS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 from msgspec import UNSET
 
@@ -12,6 +13,7 @@ from volery.contracts.host import HostStatus
 from volery.contracts.power import Identity, NewFenceDevice
 from volery.fencing.identity import normal, same_machine
 
+W = TypeVar("W")
 MAX_DEVICES = 8
 
 
@@ -23,6 +25,25 @@ def state_of(states: Sequence[PowerState], *, together: bool) -> PowerState:
             return PowerState.ON
         return PowerState.OFF if states and all(s is PowerState.OFF for s in states) else PowerState.UNKNOWN
     return next((state for state in states if state is not PowerState.UNKNOWN), PowerState.UNKNOWN)
+
+
+def in_turn(ways: Sequence[W], tried: int) -> Sequence[W]:
+    """The ways to a machine's power, for one more order after so many that came to nothing: it begins with another."""
+    first = tried % max(len(ways), 1)
+    return (*ways[first:], *ways[:first])
+
+
+def is_over(ordered: PowerAnswer, seen: PowerAnswer) -> bool:
+    """Whether no other way may be ordered now, since this one did it, or may have. `seen` is the status by the same way,
+    read after an order that got no clear answer."""
+    if seen.state is not PowerState.UNKNOWN:
+        return seen.state.value == ordered.action.value or is_lost(ordered)
+    return is_lost(seen)
+
+
+def is_lost(answer: PowerAnswer) -> bool:
+    """Nobody heard how it ended. An agent that ended by itself said that it could not, or could not reach its device."""
+    return answer.exit_code < 0
 
 
 def identity_of(answers: Sequence[PowerAnswer], hardware_uuid: str) -> Identity:
