@@ -31,8 +31,8 @@ from volery.contracts.errors import Refused
 
 PATIENCE_SECONDS = 4.0
 """What a call on one domain may take here, before it is given up."""
-NOT_SHARED = frozenset({EventName.AGENT_LIFECYCLE, EventName.MIGRATION_ITERATION})
-"""Guests in memory have no agents, and their memory isn't copied in rounds."""
+NOT_SHARED = frozenset({EventName.AGENT_LIFECYCLE, EventName.MIGRATION_ITERATION, EventName.CONTROL_ERROR})
+"""Guests in memory have no agents, their memory isn't copied in rounds, and no QEMU ends in the middle of a word."""
 
 
 UNNOTICED = "stopped/unnoticed/gone"
