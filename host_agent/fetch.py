@@ -18,7 +18,7 @@ import sys
 import urllib.parse
 from typing import Any
 
-from host_agent import files
+from host_agent import files, sparse
 from volery.runtime.clock import monotonic
 
 MAX_REDIRECTS = 5
@@ -153,18 +153,18 @@ def get(request: dict[str, Any]) -> dict[str, Any]:
     with files.folder(request["root"], "staging") as directory:
         descriptor = files.opened(directory, request["name"], os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         try:
-            return copy(response, files.SparseFile(descriptor, 0), limit, announced)
+            return copy(response, sparse.SparseFile(descriptor, 0), limit, announced)
         finally:
             os.close(descriptor)
 
 
 def copy(
-    response: http.client.HTTPResponse, target: files.SparseFile, limit: int, announced: int
+    response: http.client.HTTPResponse, target: sparse.SparseFile, limit: int, announced: int
 ) -> dict[str, Any]:
     hashed = hashlib.sha256()
     view = memoryview(bytearray(BUFFER_BYTES))
     told = monotonic()
-    while count := files.fill(response.readinto, view):
+    while count := sparse.fill(response.readinto, view):
         if target.position + count > limit:
             files.refuse("too_large", f"the image has more than the {limit} bytes allowed here")
         hashed.update(view[:count])

@@ -33,8 +33,6 @@ DIRECTORY_MODE = 0o711
 HEAD_BYTES = 65536
 TAIL_BYTES = 512
 BLOCK_BYTES = 1024 * 1024
-HOLE_BYTES = 64 * 1024
-ZEROS = bytes(HOLE_BYTES)
 SYNC_BYTES = 256 * 1024 * 1024
 QCOW2_MAGIC = b"QFI\xfb"
 F_OFD_GETLK = 36
@@ -78,6 +76,12 @@ def checked(name: str) -> str:
     if not NAME.fullmatch(name):
         refuse("invalid", f"{name!r} can't be the name of a volume's file")
     return name
+
+
+def check_there(root: str) -> None:
+    """A file that is absent since its mount was lost is still somewhere."""
+    if not os.path.isdir(root):
+        refuse("unavailable", f"{root} isn't there: mount the shared storage on this host again")
 
 
 def opened(directory: int, name: str, flags: int = os.O_RDONLY) -> int:
@@ -251,6 +255,7 @@ def volume(directory: int, name: str, path: str) -> dict[str, Any]:
 
 def look(request: dict[str, Any]) -> dict[str, Any]:
     """Whether the file is there, its sizes, its first and last bytes, and whether a program has it open as an image."""
+    check_there(request["root"])
     try:
         with folder(request["root"], request["folder"]) as directory:
             descriptor = opened(directory, request["name"])
@@ -339,7 +344,7 @@ def refuse_in_use(directory: int, name: str) -> None:
 
 def remove(request: dict[str, Any]) -> dict[str, Any]:
     """Remove the file (absent is fine), overwritten with zeros first when `wipe`."""
-    removed = False
+    check_there(request["root"])
     with contextlib.suppress(FileNotFoundError), folder(request["root"], request["folder"]) as directory:
         name = checked(request["name"])
         refuse_in_use(directory, name)
@@ -347,8 +352,7 @@ def remove(request: dict[str, Any]) -> dict[str, Any]:
             wipe(directory, name)
         os.unlink(name, dir_fd=directory)
         os.fsync(directory)
-        removed = True
-    return {"removed": removed}
+    return {}
 
 
 def wipe(directory: int, name: str) -> None:
@@ -396,59 +400,6 @@ def write_durably(directory: int, name: str, data: bytes) -> None:
         os.fsync(file.fileno())
     os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
     os.fsync(directory)
-
-
-def fill(read_into: Callable[[memoryview], int | None], view: memoryview) -> int:
-    """Reads until the buffer is full or the source has ended; pieces that are large enough keep their holes."""
-    filled = 0
-    while filled < len(view) and (count := read_into(view[filled:])):
-        filled += count
-    return filled
-
-
-class SparseFile:
-    """A file written from `position` on: long runs of zeros become holes, its size is always what was received."""
-
-    def __init__(self, descriptor: int, position: int) -> None:
-        self.descriptor = descriptor
-        self.position = position
-        self.synced = position
-
-    def write(self, data: memoryview) -> None:
-        """Raises OSError(ENOSPC, EDQUOT, EIO, …); what was written before stays and counts."""
-        start = 0
-        while start < len(data):
-            end, zero = self._run(data, start)
-            if zero:
-                self.hole(end - start)
-            while not zero and start < end:
-                written = os.pwrite(self.descriptor, data[start:end], self.position)
-                self.position += written
-                start += written
-            start = end
-
-    def _run(self, data: memoryview, start: int) -> tuple[int, bool]:
-        """Where the run of equal kind (whole zero blocks of the file, or anything else) that begins here ends."""
-        end, zero = start, None
-        while end < len(data):
-            stop = end + HOLE_BYTES - (self.position + end - start) % HOLE_BYTES
-            piece = data[end:stop]
-            is_zero = len(piece) == HOLE_BYTES and not piece[0] and bytes(piece) == ZEROS
-            if zero is not None and is_zero is not zero:
-                break
-            zero, end = is_zero, end + len(piece)
-        return end, bool(zero)
-
-    def hole(self, length: int) -> None:
-        end = self.position + length
-        if os.fstat(self.descriptor).st_size > self.position:
-            os.ftruncate(self.descriptor, self.position)
-        os.ftruncate(self.descriptor, end)
-        self.position = end
-
-    def sync(self) -> None:
-        os.fsync(self.descriptor)
-        self.synced = self.position
 
 
 # The program

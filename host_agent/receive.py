@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from host_agent import files
+from host_agent import files, sparse
 
 BUFFER_BYTES = 1024 * 1024
 
@@ -88,7 +88,7 @@ def write(request: dict[str, Any]) -> dict[str, Any]:
         if offset > received:
             files.refuse("conflict", f"{received} bytes were received: go on from there, not from {offset}")
         os.ftruncate(descriptor, offset)
-        target = files.SparseFile(descriptor, offset)
+        target = sparse.SparseFile(descriptor, offset)
         hashed = hashlib.sha256() if offset == 0 else None
         try:
             for piece in pieces(request["size_bytes"] - offset):
@@ -111,7 +111,7 @@ def pieces(limit: int) -> Iterator[memoryview]:
     """Standard input in large pieces."""
     view = memoryview(bytearray(BUFFER_BYTES))
     while limit > 0 and (
-        count := files.fill(lambda free: os.readv(0, [free]), view[: min(len(view), limit)])
+        count := sparse.fill(lambda free: os.readv(0, [free]), view[: min(len(view), limit)])
     ):
         yield view[:count]
         limit -= count

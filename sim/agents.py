@@ -88,7 +88,7 @@ def main_of(
             return shelf.up and not machine.link.cut
 
         storage, networks = (
-            HostStorage(shelf, reachable=reachable, mounts=machine.daemon.mounts),
+            HostStorage(shelf, machine.disk.connected, reachable, machine.daemon.mounts),
             HostNetworks(),
         )
 

@@ -16,8 +16,8 @@ from host_agent.config import AgentConfig
 from host_agent.events import EventName, HypervisorEvent
 from host_agent.hypervisor import Hypervisor
 from host_agent.migration_parameters import MigrationParameters
-from host_agent.refusals import Disconnected, LibvirtError, refused
-from sim.qemu import Daemon, Domain, MemoryError_
+from host_agent.refusals import Disconnected, LibvirtError, refused, timed_out
+from sim.qemu import Busy, Daemon, Domain, MemoryError_
 from volery.contracts.domain import DomainState
 
 T = TypeVar("T")
@@ -28,6 +28,8 @@ SWITCH_SECONDS = 0.12
 """Both sides stand still."""
 FINISH_SECONDS = 0.02
 GUARD_SECONDS = 2.0
+JOB_SECONDS = 30.0
+"""For so long libvirtd lets a call wait for a migration."""
 
 
 class _View:
@@ -127,7 +129,34 @@ class MemoryHypervisor(Hypervisor):
     async def _domain_call(
         self, lane: Any, vm_id: str, doing: str, work: Callable[[Any], T], seconds: float, *, marks: bool
     ) -> T:
-        return await self._call(lane, doing, lambda c: work(c.lookupByUUIDString(vm_id)), seconds)
+        def named(connection: Any) -> T:
+            return work(connection.lookupByUUIDString(vm_id))
+
+        try:
+            return await self._call(lane, doing, named, seconds)
+        except Busy as busy:
+            call = asyncio.ensure_future(self._after_moves(busy, doing, named))
+        call.add_done_callback(_noticed)
+        limit = seconds or self.config.domain_call_seconds
+        await asyncio.wait({call}, timeout=limit)
+        if call.done():
+            return call.result()
+        if marks:
+            self._became_late(vm_id)
+            call.add_done_callback(lambda _: self._came_back(vm_id))
+        raise timed_out(doing, limit)
+
+    async def _after_moves(self, busy: Busy, doing: str, work: Callable[[Any], T]) -> T:
+        """What waits in libvirtd happens also after whoever asked for it has gone away."""
+        end = self._loop.time() + JOB_SECONDS
+        while (left := end - self._loop.time()) > 0:
+            await asyncio.wait({busy.move.done}, timeout=left)
+            try:
+                return await self._called(0.0, doing, work)
+            except Busy as again:
+                busy = again
+        held = "Timed out during operation: cannot acquire state change lock"
+        raise refused(doing, LibvirtError.OPERATION_TIMEOUT, held)
 
     async def migrate(self, vm_id: str, parameters: MigrationParameters, seconds: float) -> None:
         """As libvirt's peer-to-peer migration: it goes on in libvirtd when the agent dies."""
@@ -135,10 +164,11 @@ class MemoryHypervisor(Hypervisor):
         def begin(connection: Any) -> Move:
             domain = self._daemon.lookupByUUIDString(vm_id)
             if domain.migrating is not None:
-                raise MemoryError_(LibvirtError.RESOURCE_BUSY, "another migration of the domain is active")
+                busy = "Requested operation is not valid: another migration job is already running"
+                raise MemoryError_(LibvirtError.OPERATION_INVALID, busy)
             target = self._reach(parameters.destination_uri)
             if target is None or not target.up:
-                raise MemoryError_(LibvirtError.OPERATION_FAILED, "unable to connect to the destination")
+                raise MemoryError_(libvirt.VIR_ERR_SYSTEM_ERROR, "unable to connect to server")
             return Move(domain, target, parameters.destination_xml)
 
         self.leaving.add(vm_id)
@@ -152,16 +182,25 @@ class MemoryHypervisor(Hypervisor):
                 await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 lost.cancel()
-            if not move.done.done():
+            if self._lost.is_set() or not move.done.done():
                 raise Disconnected(f"migrate VM {vm_id}", "the connection was lost")
-            problem = move.done.result()
-            if problem:
-                raise refused(f"migrate VM {vm_id}", LibvirtError.OPERATION_FAILED, problem)
+            if (problem := move.done.result()) is not None:
+                raise refused(f"migrate VM {vm_id}", problem.get_error_code(), str(problem))
         finally:
             self.leaving.discard(vm_id)
 
 
+def _noticed(call: asyncio.Future[Any]) -> None:
+    """Nobody may be left who hears of it."""
+    if not call.cancelled():
+        call.exception()
+
+
 PHASES = ("prepare", "copy", "switch", "finish")
+
+
+def _failed(why: str) -> MemoryError_:
+    return MemoryError_(LibvirtError.OPERATION_FAILED, f"operation failed: {why}")
 
 
 @dataclass(eq=False)
@@ -174,20 +213,34 @@ class Move:
     phase: str = "prepare"
     """One of PHASES, or done."""
     reachable: Callable[[], bool] = lambda: True
-    problem: str = ""
+    problem: MemoryError_ | None = None
+    dropped: bool = False
+    """The destination's libvirtd ends what waits there, since the source's is gone."""
     aborted: asyncio.Event = field(default_factory=asyncio.Event)
-    done: asyncio.Future[str] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
-    """Why it failed; "" when the domain is there."""
+    done: asyncio.Future[MemoryError_ | None] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
+    """Why it failed; None when the domain is there."""
     started: float = field(default_factory=lambda: asyncio.get_running_loop().time())
+
+    def __post_init__(self) -> None:
+        self.paused = self.source.state is DomainState.PAUSED
+        """By somebody, before the move: then it stays so."""
 
     def _enter(self, phase: str) -> None:
         self.phase = phase
         self.source.daemon.moves(self.source, self.target, phase)
 
-    def abort(self, why: str) -> None:
+    def abort(self, why: MemoryError_) -> None:
         if self.phase in ("prepare", "copy"):
             self.problem = self.problem or why
             self.aborted.set()
+
+    def source_lost(self) -> None:
+        """The source's libvirtd went away: its connection to the destination's ends with it."""
+        if self.phase in ("prepare", "copy"):
+            self.dropped = True
+            self.abort(_failed("libvirtd of the source went away"))
 
     def stats(self) -> dict[str, Any]:
         elapsed = asyncio.get_running_loop().time() - self.started
@@ -196,16 +249,19 @@ class Move:
     async def run(self) -> None:
         source, daemon = self.source, self.source.daemon
         source.migrating = self
+        arrived = None
         try:
             arrived = self._prepare()
             if arrived is not None:
                 await self._copy(arrived)
         finally:
             source.migrating = None
+            if arrived is not None:
+                arrived.arriving = None
             if not self.done.done():
                 self.done.set_result(self.problem)
             self.phase = "done"
-        if not self.problem:
+        if self.problem is None:
             details = {"time_elapsed": 1, "data_total": 100, "data_processed": 100}
             daemon.tell(HypervisorEvent(EventName.JOB_COMPLETED, source.vm_id, details))
 
@@ -213,9 +269,10 @@ class Move:
         root = ET.fromstring(self.xml)  # noqa: S314 - the agent wrote it
         vm_id = root.findtext("uuid", "")
         if vm_id in self.target.domains:
-            self.problem = f"domain '{vm_id}' is already active on the destination"
+            taken = f"Requested operation is not valid: domain '{vm_id}' is already active"
+            self.problem = MemoryError_(LibvirtError.OPERATION_INVALID, taken)
             return None
-        arrived = Domain(self.target, vm_id, root, DomainState.INCOMING, "migration")
+        arrived = Domain(self.target, vm_id, root, DomainState.INCOMING, "migration", arriving=self)
         self.target.domains[vm_id] = arrived
         event = {"event": "started", "reason": "migrated"}
         self.target.tell(HypervisorEvent(EventName.LIFECYCLE, vm_id, event, DomainState.INCOMING))
@@ -235,47 +292,57 @@ class Move:
         self._enter("copy")
         seconds = self.source.daemon.guest_of(self.source.vm_id).migration_seconds
         end = asyncio.get_running_loop().time() + seconds
-        while not self.problem and asyncio.get_running_loop().time() < end:
+        while self.problem is None and asyncio.get_running_loop().time() < end:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(0.5, end - asyncio.get_running_loop().time())):
                     await self.aborted.wait()
             self.problem = self.problem or self._broken(arrived)
-        if self.problem:
-            self._drop(arrived)
+        if self.problem is not None:
+            self._give_up(arrived)
             return
         await self._switch(arrived)
 
-    def _broken(self, arrived: Domain) -> str:
-        if arrived.state is not DomainState.INCOMING or not self.target.up:
-            return "the destination's QEMU ended"
-        return "" if self.reachable() else "the destination can't be reached"
+    def _broken(self, arrived: Domain) -> MemoryError_ | None:
+        if not self.target.up:
+            closed = "internal error: client socket is closed"
+            return MemoryError_(libvirt.VIR_ERR_INTERNAL_ERROR, closed)
+        if arrived.state is not DomainState.INCOMING:
+            return _failed("job 'migration out' failed: Unable to write to socket")
+        return None if self.reachable() else _failed("the destination can't be reached")
 
-    def _drop(self, arrived: Domain) -> None:
-        """What waited on the destination ends: over a cut network as soon as the destination notices."""
+    def _give_up(self, arrived: Domain) -> None:
+        """What waited on the destination ends: over a cut network as soon as the destination notices. The source runs on
+        unless it was paused before."""
         if arrived.state is DomainState.INCOMING and self.reachable():
-            self.target.end(arrived, "failed")
+            if self.dropped:
+                arrived.destroy()
+            else:
+                self.target.end(arrived, "failed")
+        source = self.source
+        if (source.state, source.reason) == (DomainState.PAUSED, "migration"):
+            source.daemon.become(source, DomainState.RUNNING, "migration_canceled", "resumed", "migrated")
 
     async def _switch(self, arrived: Domain) -> None:
         """From here on nobody can call it off: a lost answer leaves the source paused."""
         source, daemon = self.source, self.source.daemon
         self._enter("switch")
-        if (now := source.state) is not DomainState.RUNNING:
-            self.problem = f"the domain is {now.value}"
-            self._drop(arrived)
-            return
-        daemon.become(source, DomainState.PAUSED, "migration", "suspended", "migrated")
-        await asyncio.sleep(SWITCH_SECONDS)
-        stands_still = source in daemon.domains.values()
-        if (broken := self._broken(arrived)) or not stands_still:
-            self.problem = broken or "the domain ended"
-            self._drop(arrived)
-            if stands_still:
-                daemon.become(source, DomainState.RUNNING, "migration_canceled", "resumed", "unpaused")
+        if source.state is DomainState.RUNNING:
+            daemon.become(source, DomainState.PAUSED, "migration", "suspended", "migrated")
+        if source.state is DomainState.PAUSED:
+            await asyncio.sleep(SWITCH_SECONDS)
+        if source.state is not DomainState.PAUSED:
+            self.problem = _failed("domain is not running")
+        self.problem = self.problem or self._broken(arrived)
+        if self.problem is not None:
+            self._give_up(arrived)
             return
         self._enter("finish")
-        self.target.become(arrived, DomainState.RUNNING, "migrated", "resumed", "migrated")
+        if self.paused:
+            self.target.become(arrived, DomainState.PAUSED, "user", "suspended", "paused")
+        else:
+            self.target.become(arrived, DomainState.RUNNING, "migrated", "resumed", "migrated")
         await asyncio.sleep(FINISH_SECONDS)
         if not self.reachable():
-            self.problem = "the destination's answer was lost; the domain stays paused here"
+            self.problem = _failed("the destination's answer was lost; the domain stays paused here")
             return
         daemon.end(source, "migrated")

@@ -23,6 +23,8 @@ class Disk:
 
     def __init__(self) -> None:
         self.files: dict[Path, sqlite3.Connection] = {}
+        self.connected: dict[str, str] = {}
+        """The agent's `storage.json`: storage domain → path."""
         self.full = False
         """Nothing can be written."""
 
@@ -40,6 +42,7 @@ class Disk:
     def lose(self) -> None:
         """A new disk."""
         self.files.clear()
+        self.connected.clear()
 
 
 class MemoryDatabase(Database):

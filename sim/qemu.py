@@ -36,7 +36,6 @@ REASONS: Mapping[tuple[DomainState, str], int] = {
     (DomainState.PAUSED, "user"): libvirt.VIR_DOMAIN_PAUSED_USER,
     (DomainState.PAUSED, "migration"): libvirt.VIR_DOMAIN_PAUSED_MIGRATION,
     (DomainState.INCOMING, "migration"): libvirt.VIR_DOMAIN_PAUSED_MIGRATION,
-    (DomainState.SHUTTING_DOWN, "user"): libvirt.VIR_DOMAIN_SHUTDOWN_USER,
 }
 GONE = DomainState.GONE
 
@@ -44,9 +43,21 @@ GONE = DomainState.GONE
 class MemoryError_(libvirt.libvirtError):  # type: ignore[misc]
     """What libvirt refuses, with its number."""
 
-    def __init__(self, code: LibvirtError, message: str) -> None:
+    def __init__(self, code: int, message: str) -> None:
         Exception.__init__(self, message)
         self.err = (int(code), 0, message, 0, "", None, None, -1, -1)
+
+
+class Busy(Exception):
+    """The domain is being moved, and libvirtd lets the call wait for that."""
+
+    def __init__(self, move: Any) -> None:
+        super().__init__("a migration has the domain")
+        self.move = move
+
+
+def _invalid(what: str) -> MemoryError_:
+    return MemoryError_(LibvirtError.OPERATION_INVALID, f"Requested operation is not valid: {what}")
 
 
 @dataclass(slots=True)
@@ -74,6 +85,8 @@ class Domain:
     reason: str = "booted"
     migrating: Any = None
     """The move under way, on its source."""
+    arriving: Any = None
+    """The same, on its destination."""
     pressed: bool = False
     described: str = ""
     """`root` as text, once it was asked for."""
@@ -108,29 +121,50 @@ class Domain:
     def state_(self) -> tuple[int, int]:
         return STATES[self.state], REASONS.get((self.state, self.reason), 0)
 
+    def _wait_for_moves(self) -> None:
+        move = self.migrating or self.arriving
+        if move is not None:
+            raise Busy(move)
+
     def destroy(self) -> None:
+        self.daemon.become(self, DomainState.SHUTTING_DOWN, "unknown", "shutdown", "host")
         self.daemon.end(self, "destroyed")
 
     def suspend(self) -> None:
-        if self.state is not DomainState.PAUSED:
+        """One that is being moved stands still until it has arrived, or the move has failed, and then runs on."""
+        if self.state in (DomainState.PAUSED, DomainState.INCOMING):
+            return
+        if self.migrating is not None:
+            self.daemon.become(self, DomainState.PAUSED, "migration", "suspended", "migrated")
+        else:
             self.daemon.become(self, DomainState.PAUSED, "user", "suspended", "paused")
 
     def resume(self) -> None:
+        self._wait_for_moves()
+        if self.state is DomainState.RUNNING:
+            raise _invalid("domain is already running")
         if self.state is DomainState.PAUSED:
             self.daemon.become(self, DomainState.RUNNING, "unpaused", "resumed", "unpaused")
 
     def reset(self, flags: int = 0) -> None:
+        self._wait_for_moves()
         self.daemon.tell(HypervisorEvent(EventName.REBOOT, self.vm_id))
 
     def reboot(self, flags: int = 0) -> None:
-        self.reset()
+        """By the guest, which may not listen."""
+        self._wait_for_moves()
+        self.daemon.press(self, reboots=True)
 
     def shutdownFlags(self, flags: int) -> None:
+        self._wait_for_moves()
+        if self.state is not DomainState.RUNNING:
+            raise _invalid("domain is not running")
         if flags == libvirt.VIR_DOMAIN_SHUTDOWN_GUEST_AGENT:
             raise MemoryError_(LibvirtError.AGENT_UNRESPONSIVE, "QEMU guest agent is not connected")
         self.daemon.press(self)
 
     def setMetadata(self, kind: int, text: str, key: str, uri: str, flags: int) -> None:
+        self._wait_for_moves()
         holder = self.root.find("metadata")
         if holder is None:
             holder = ET.SubElement(self.root, "metadata")
@@ -140,15 +174,17 @@ class Domain:
         element.tag = f"{{{NAMESPACE}}}domain"
         holder.append(element)
         self.described = ""
-        self.daemon.tell(HypervisorEvent(EventName.METADATA_CHANGED, self.vm_id))
+        details = {"kind": kind, "namespace": uri}
+        self.daemon.tell(HypervisorEvent(EventName.METADATA_CHANGED, self.vm_id, details))
 
     def migrateSetMaxDowntime(self, milliseconds: int, flags: int = 0) -> None:
         """Taken, and without effect."""
 
     def abortJob(self) -> None:
         if self.migrating is None:
-            raise MemoryError_(LibvirtError.OPERATION_INVALID, "no job is active on the domain")
-        self.migrating.abort("canceled by client")
+            raise _invalid("no job is active on the domain")
+        canceled = "operation aborted: job 'migration out' canceled by client"
+        self.migrating.abort(MemoryError_(LibvirtError.OPERATION_ABORTED, canceled))
 
     def jobStats(self) -> dict[str, Any]:
         return {} if self.migrating is None else self.migrating.stats()
@@ -205,20 +241,30 @@ class Daemon:
     def createXML(self, xml: str, flags: int = 0) -> Domain:
         root = ET.fromstring(xml)  # noqa: S314 - the agent wrote it
         vm_id = root.findtext("uuid", "")
-        if vm_id in self.domains:
-            raise MemoryError_(LibvirtError.OPERATION_FAILED, f"domain '{vm_id}' is already active")
         domain = Domain(self, vm_id, root)
+        self._check_taken(domain)
         for path in domain.disks:
             if not any(path.startswith(f"{top}/") for top in self.mounts):
-                raise MemoryError_(LibvirtError.OPERATION_FAILED, f"Could not open '{path}': No such file")
+                missing = f"Cannot access storage file '{path}': No such file or directory"
+                raise MemoryError_(libvirt.VIR_ERR_SYSTEM_ERROR, missing)
         self.domains[vm_id] = domain
-        self.tell(_life(vm_id, "started", "booted", DomainState.RUNNING))
         if flags & libvirt.VIR_DOMAIN_START_PAUSED:
             domain.state, domain.reason = DomainState.PAUSED, "user"
+            self.tell(_life(vm_id, "started", "booted", DomainState.RUNNING))
             self.tell(_life(vm_id, "suspended", "paused", DomainState.PAUSED))
         else:
             self.changed(domain, True)
+            self.tell(_life(vm_id, "resumed", "unpaused", DomainState.RUNNING))
+            self.tell(_life(vm_id, "started", "booted", DomainState.RUNNING))
         return domain
+
+    def _check_taken(self, new: Domain) -> None:
+        if new.vm_id in self.domains:
+            raise _invalid(f"domain '{new.name()}' is already active")
+        for other in self.domains.values():
+            if other.name() == new.name():
+                taken = f"operation failed: domain '{new.name()}' already exists with uuid {other.vm_id}"
+                raise MemoryError_(LibvirtError.OPERATION_FAILED, taken)
 
     # What happens to domains
 
@@ -239,7 +285,8 @@ class Daemon:
             self.changed(domain, False)
         domain.state = GONE
         if domain.migrating is not None:
-            domain.migrating.abort("the domain ended")
+            ended = MemoryError_(LibvirtError.OPERATION_FAILED, "operation failed: domain is not running")
+            domain.migrating.abort(ended)
         self.tell(_life(domain.vm_id, "stopped", detail, GONE))
 
     def crash(self, domain: Domain, *, panic: bool) -> None:
@@ -248,19 +295,24 @@ class Daemon:
             self.become(domain, DomainState.CRASHED, "panicked", "crashed", "panicked")
         self.end(domain, "crashed" if panic else "failed")
 
-    def press(self, domain: Domain) -> None:
-        """The guest's power button."""
+    def press(self, domain: Domain, *, reboots: bool = False) -> None:
+        """The guest's power button. `reboots`: libvirt resets it instead of ending it."""
         seconds = self.guest_of(domain.vm_id).shutdown_seconds
         if seconds is None or domain.pressed or domain.state is not DomainState.RUNNING:
             return
         domain.pressed = True
-        self.spawn(self.power_off(domain, seconds))
+        self.spawn(self.power_off(domain, seconds, reboots=reboots))
 
-    async def power_off(self, domain: Domain, seconds: float) -> None:
+    async def power_off(self, domain: Domain, seconds: float, *, reboots: bool = False) -> None:
         """The guest powers off by itself."""
         await asyncio.sleep(seconds)
-        if self.domains.get(domain.vm_id) is domain and domain.state is DomainState.RUNNING:
-            self.become(domain, DomainState.SHUTTING_DOWN, "user", "shutdown", "finished")
+        if self.domains.get(domain.vm_id) is not domain or domain.state is not DomainState.RUNNING:
+            return
+        if reboots:
+            domain.pressed = False
+            self.tell(HypervisorEvent(EventName.REBOOT, domain.vm_id))
+        else:
+            self.become(domain, DomainState.SHUTTING_DOWN, "unknown", "shutdown", "guest")
             self.end(domain, "shutdown")
 
     def tell(self, event: HypervisorEvent) -> None:
@@ -278,7 +330,7 @@ class Daemon:
             listener.lose()
         for domain in list(self.domains.values()):
             if domain.migrating is not None:
-                domain.migrating.abort("libvirtd of the source went away")
+                domain.migrating.source_lost()
             if domain.state is DomainState.INCOMING:
                 self.end(domain, "failed")
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from host_agent.action import Action, Host, Running
+from host_agent.volumes import check_size
 from volery.contracts.agent import BridgeReport, StorageDomainReport, VolumeReport
 from volery.contracts.base import Done, Order
-from volery.contracts.domain import FileSource, VolumeSource
-from volery.contracts.errors import Kind, Refused
+from volery.contracts.domain import FileSource
+from volery.contracts.errors import Kind, Refused, conflict, invalid, not_found
 from volery.contracts.network_orders import APPLY_NETWORKS, ApplyNetworks, NetworksApplied
 from volery.contracts.volume_orders import (
     CONNECT_STORAGE,
@@ -53,37 +54,43 @@ class Shelf:
     def closed(self, path: str, host: str) -> None:
         self.writers.get(path, {}).pop(host, None)
 
-    def put(self, source: VolumeSource, size_bytes: int) -> VolumeInfo:
-        assert isinstance(source, FileSource)
-        report = VolumeReport(
+    def put(self, source: FileSource, size_bytes: int) -> VolumeInfo:
+        self.volumes[source.path] = VolumeReport(
             path=source.path, size_bytes=size_bytes, used_bytes=1 << 20, format=source.format
         )
-        self.volumes[source.path] = report
-        return VolumeInfo(size_bytes=size_bytes, used_bytes=1 << 20, format=source.format)
+        return self.info(source)
+
+    def info(self, source: FileSource) -> VolumeInfo:
+        known = self.volumes[source.path]
+        return VolumeInfo(size_bytes=known.size_bytes, used_bytes=known.used_bytes, format=known.format)
+
+    def refuse_in_use(self, path: str) -> None:
+        if self.writers.get(path):
+            raise conflict(f"{path} is in use: a running VM or an image program has it open")
 
 
 @dataclass
 class HostStorage:
-    """What one host has connected. Lives as long as its agent's process, as mounts' checks do."""
+    """What one host has connected."""
 
     shelf: Shelf
     connected: dict[str, str] = field(default_factory=dict)
-    """Domain → path."""
+    """Domain → path, on the host's disk: the agent that is started next knows it, too."""
     reachable: Callable[[], bool] = lambda: True
     mounts: set[str] = field(default_factory=set)
     """Of the machine: they outlive the agent, not the boot."""
 
     def look(self, domain_id: str) -> StorageDomainReport:
-        path = self.connected[domain_id]
-        top = f"{path}/{domain_id}/"
-        reachable = self.reachable()
+        top = f"{self.connected[domain_id]}/{domain_id}"
+        if not self.reachable() or top not in self.mounts:
+            problem = "it doesn't answer" if top in self.mounts else "it isn't mounted"
+            return StorageDomainReport(domain_id=domain_id, reachable=False, problem=problem)
         return StorageDomainReport(
             domain_id=domain_id,
-            reachable=reachable,
-            problem="" if reachable else "it doesn't answer",
+            reachable=True,
             capacity_bytes=1000 * GIB,
             available_bytes=900 * GIB,
-            volumes=tuple(v for p, v in self.shelf.volumes.items() if p.startswith(top)),
+            volumes=tuple(v for p, v in self.shelf.volumes.items() if p.startswith(f"{top}/")),
         )
 
     async def report(self, host: Host) -> tuple[StorageDomainReport, ...]:
@@ -93,7 +100,7 @@ class HostStorage:
         def row(order: Order[Any, Any], act: Callable[[Any], Any]) -> Action[Any, Any]:
             async def run(host: Host, ask: Any, running: Running) -> Any:
                 await asyncio.sleep(WORK_SECONDS)
-                if not self.reachable():
+                if order is not DISCONNECT_STORAGE and not self.reachable():
                     raise Refused(Kind.UNAVAILABLE, "the storage doesn't answer; mend its network")
                 return act(ask)
 
@@ -123,15 +130,42 @@ class HostStorage:
         self.mounts.discard(f"{path}/{ask.domain_id}")
         return Done()
 
+    def _own(self, ask: CreateVolume | ResizeVolume | DeleteVolume) -> FileSource:
+        """Where the disk's volume is, if that is in a connected domain."""
+        source = ask.source
+        assert isinstance(source, FileSource)
+        for domain_id, path in self.connected.items():
+            if source.path == f"{path}/{domain_id}/disks/{ask.disk_id}.{source.format}":
+                return source
+        raise invalid(f"{source.path} isn't the place of disk {ask.disk_id} in a connected storage domain")
+
     def _create(self, ask: CreateVolume) -> VolumeInfo:
-        return self.shelf.put(ask.source, ask.size_bytes)
+        check_size(ask.size_bytes)
+        source = self._own(ask)
+        if source.path not in self.shelf.volumes:
+            return self.shelf.put(source, ask.size_bytes)
+        known = self.shelf.info(source)
+        if known.size_bytes != ask.size_bytes:
+            raise conflict(f"{source.path} is already there", size_bytes=known.size_bytes)
+        return known
 
     def _resize(self, ask: ResizeVolume) -> VolumeInfo:
-        return self.shelf.put(ask.source, ask.size_bytes)
+        check_size(ask.size_bytes)
+        source = self._own(ask)
+        if source.path not in self.shelf.volumes:
+            raise not_found("volume", source.path)
+        known = self.shelf.info(source)
+        if ask.size_bytes < known.size_bytes:
+            raise invalid(f"disk {ask.disk_id} can't shrink", size_bytes=known.size_bytes)
+        if ask.size_bytes == known.size_bytes:
+            return known
+        self.shelf.refuse_in_use(source.path)
+        return self.shelf.put(source, ask.size_bytes)
 
     def _delete(self, ask: DeleteVolume) -> Done:
-        if isinstance(ask.source, FileSource):
-            self.shelf.volumes.pop(ask.source.path, None)
+        source = self._own(ask)
+        self.shelf.refuse_in_use(source.path)
+        self.shelf.volumes.pop(source.path, None)
         return Done()
 
 

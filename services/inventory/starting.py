@@ -89,7 +89,7 @@ async def start_vm(inv: Inventory, ask: StartVm, caller: Caller) -> Operation:
             checks.object_id(ask.host_id, "host")
         if not ask.dry_run:  # where it could run may be asked of a running one too
             model.check_action(vm, "start")
-        host_id = _only_host(row, ask.host_id)
+        host_id = _only_host(row, ask.host_id, ask.run_once)
         await restored.refuse_old_memory(inv, row)
         op, begun = inv.core.operations.begin(
             "vm.start",
@@ -119,10 +119,15 @@ async def start_vm(inv: Inventory, ask: StartVm, caller: Caller) -> Operation:
         return op
 
 
-def _only_host(row: Row[Vm, VmPrivate], asked: str) -> str:
+def _only_host(row: Row[Vm, VmPrivate], asked: str, once: RunOnce | None) -> str:
     """The only host on which it may start; "" for any. Memory that was saved is a file of its host: elsewhere there is
-    none, or an older one, which would be restored onto disks that have changed since."""
+    none, or an older one, which would be restored onto disks that have changed since. libvirt shows what it restores paused
+    as it shows what waits for a migration, which nobody may resume."""
     saved_at = row.private.saved_host_id if row.private.saved_path else ""
+    if row.private.saved_path and once is not None and once.paused:
+        raise conflict(
+            f"VM {row.public.name} is suspended, and goes on running from its memory: start it without `paused`, and pause it then"
+        )
     if asked and saved_at and asked != saved_at:
         raise conflict(
             f"VM {row.public.name} is suspended, and its memory is on host {saved_at}: start it there, or stop it first, "

@@ -227,6 +227,29 @@ async def test_delete_twice(domain: Domain, wipe: bool, tmp_path: Path) -> None:
     assert (b"\7" in (tmp_path / "witness").read_bytes()) is not wipe
 
 
+async def test_a_volume_whose_mount_was_lost_is_neither_deleted_nor_missing(
+    domain: Domain, tmp_path: Path
+) -> None:
+    """Its owner would forget the disk, and the file would be back with the mount."""
+    disk_id, source = await domain.create()
+    domain.path.rename(tmp_path / "elsewhere")
+    domain.path.mkdir()
+    orders = (
+        volumes.delete(domain.host, DeleteVolume(disk_id=disk_id, source=source), running()),
+        volumes.resize(
+            domain.host, ResizeVolume(disk_id=disk_id, source=source, size_bytes=96 * MIB), running()
+        ),
+    )
+    for order in orders:
+        with pytest.raises(Refused, match="mount the shared storage on this host again") as refused:
+            await order
+        assert refused.value.kind is Kind.UNAVAILABLE
+    domain.path.rmdir()
+    (tmp_path / "elsewhere").rename(domain.path)
+    await volumes.delete(domain.host, DeleteVolume(disk_id=disk_id, source=source), running())
+    assert os.listdir(domain.disks) == []
+
+
 async def test_whoever_cancels_a_deletion_is_told_what_came_of_it(domain: Domain) -> None:
     """At whatever moment: cancelled means that the volume is there, done that it is gone."""
     ended = {"cancelled": 0, "done": 0}

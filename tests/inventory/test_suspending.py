@@ -12,7 +12,16 @@ from volery.contracts.base import Owner
 from volery.contracts.domain_orders import DISCARD_MEMORY, RUN_DOMAIN, SAVE_DOMAIN, RunDomain
 from volery.contracts.errors import Kind, Refused
 from volery.contracts.operation import Operation, OperationState
-from volery.contracts.vm import START_VM, STOP_VM, SUSPEND_VM, StartVm, StopVm, SuspendVm, VmStatus
+from volery.contracts.vm import (
+    START_VM,
+    STOP_VM,
+    SUSPEND_VM,
+    RunOnce,
+    StartVm,
+    StopVm,
+    SuspendVm,
+    VmStatus,
+)
 from volery.runtime.database import open_direct
 from volery.runtime.programs import Settings
 
@@ -69,6 +78,19 @@ async def test_another_host_is_refused_and_what_can_be_done_is_said(configured: 
         await done(world, await world.bus.ask(STOP_VM, StopVm(id=vm.id)))
         await done(world, await world.bus.ask(START_VM, StartVm(id=vm.id)))
         assert resumed(second) == [""]
+
+
+async def test_what_is_suspended_is_not_started_paused(configured: Settings) -> None:
+    """libvirt would show it as it shows what waits for a migration: nobody could resume it, and its memory would be lost."""
+    async with world_of(configured) as (world, (first, _)):
+        vm = await world.vm()
+        await suspend(world, vm.id)
+        with pytest.raises(Refused, match="start it without `paused`") as refused:
+            await world.bus.ask(START_VM, StartVm(id=vm.id, run_once=RunOnce(paused=True)))
+        assert refused.value.kind is Kind.CONFLICT
+        assert resumed(first) == [""]
+        await done(world, await world.bus.ask(START_VM, StartVm(id=vm.id)))
+        assert resumed(first) == ["", f"{vm.id}.save"]
 
 
 async def test_where_its_memory_is_outlives_a_crash_in_the_last_step(configured: Settings) -> None:

@@ -140,7 +140,9 @@ class VmHost:
 
 
 @asynccontextmanager
-async def vm_host(uri: str, state_dir: Path, **settings: Any) -> AsyncIterator[VmHost]:
+async def vm_host(
+    uri: str, state_dir: Path, make: Callable[[AgentConfig], Hypervisor] = Hypervisor, **settings: Any
+) -> AsyncIterator[VmHost]:
     """A connected host; whatever domains of ours it still has at the end are powered off."""
     config = AgentConfig(
         **{
@@ -151,7 +153,7 @@ async def vm_host(uri: str, state_dir: Path, **settings: Any) -> AsyncIterator[V
         }
         | settings
     )
-    hypervisor = Hypervisor(config)
+    hypervisor = make(config)
     made = VmHost(Host(config, hypervisor, Tickets(), "0192f0c4-0000-7000-8000-000000000001"))
     hypervisor.on_event(made.hear)
     await hypervisor.start()
