@@ -96,15 +96,21 @@ class BusTransport(TcpTransport):
                 self._io_writer.transport.abort()
 
     async def wait_closed(self) -> None:
-        """Not for ever, as it would with a socket that was cut off while something was still to be sent."""
+        """Not for ever, as it would with a socket that was cut off while something was still to be sent; and whoever is
+        cancelled here takes nothing from others who wait for the same."""
         if self._io_writer is None:
             return
-        with contextlib.suppress(OSError):
-            try:
-                async with asyncio.timeout(SHUTDOWN_SECONDS):
-                    await self._io_writer.wait_closed()
-            except TimeoutError:
-                self.abort()
+        closing = asyncio.ensure_future(self._io_writer.wait_closed())
+        closing.add_done_callback(_minded)
+        done, _ = await asyncio.wait({closing}, timeout=SHUTDOWN_SECONDS)
+        if not done:
+            self.abort()
+
+
+def _minded(closing: asyncio.Future[None]) -> None:
+    """However a connection ends, it has ended."""
+    if not closing.cancelled():
+        closing.exception()
 
 
 async def _reach(host: str, port: int, timeout_seconds: float) -> socket.socket:
