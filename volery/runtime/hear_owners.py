@@ -179,9 +179,7 @@ class Hearing:
             try:
                 await self._take(run[-1].position, lambda: self._decide_together(handler, run))
                 return
-            except (
-                Exception
-            ) as error:  # the runtime's own loop: one fact's trouble must not hold up those before it
+            except Exception as error:  # the runtime's own loop: the trouble of one holds up none before it
                 log.info("%s hears %d facts one by one: %r", self.bus.name, len(run), error)
         for heard in run:
             await self._take(heard.position, partial(self._decide, heard))
