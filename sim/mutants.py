@@ -389,7 +389,7 @@ MUTANTS: dict[str, Mutant] = {
         0,
         guarded="an order that comes late is too old by then, and what it would end is under a later epoch",
     ),
-    "crashes are not mended": Mutant(_crashes_are_not_mended, 1, "crashes", quick=True),
+    "crashes are not mended": Mutant(_crashes_are_not_mended, 2, "crashes", quick=True),
     "restarts are forgotten once asked": Mutant(
         _restarts_are_forgotten_once_asked,
         0,
