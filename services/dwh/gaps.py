@@ -10,7 +10,7 @@ import msgspec
 
 from services.dwh import store
 from services.dwh.state import Dwh
-from services.dwh.versions import kept
+from services.dwh.versions import version_of
 from volery.contracts.account import LIST_EVENT_READERS, LIST_TOKENS, LIST_USERS
 from volery.contracts.affinity_group import LIST_AFFINITY_GROUPS
 from volery.contracts.base import Call
@@ -39,7 +39,7 @@ from volery.runtime.bus import Caller
 from volery.runtime.listing import pages
 from volery.runtime.relay import stream_name
 from volery.runtime.service import Part
-from volery.runtime.tables import Change, Stale, commit
+from volery.runtime.tables import Stale, commit
 
 log = logging.getLogger(__name__)
 
@@ -111,17 +111,12 @@ async def list_noun(dwh: Dwh, noun: str, call: Call[ListQuery, Any]) -> None:
     """Every object as it is now; what was known before and is no more has ended."""
     before = await store.current(dwh.core.pool, noun)
     async for docs in pages(dwh.core.bus, call, msgspec.Raw):
-        changes: list[Change] = []
-        for doc in docs:
-            changes += kept(noun, doc, deleted=False)
-            before.pop(msgspec.json.decode(doc, type=_Id).id, None)
-        await commit(dwh.core.pool, changes)
+        rows = [version_of(noun, doc) for doc in docs]
+        await commit(dwh.core.pool, store.versions_said(rows))
+        for row in rows:
+            before.pop(row.id, None)
     for object_id, revision in before.items():
         await commit(dwh.core.pool, store.ended(noun, object_id, revision))
-
-
-class _Id(msgspec.Struct):
-    id: str
 
 
 @part.answers(LIST_GAPS)

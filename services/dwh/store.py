@@ -6,14 +6,14 @@ import hashlib
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from importlib.resources import files
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import asyncpg
 
 from services.dwh.model import SAMPLED, STEP, Sampled, partition_end, partition_of
 from services.dwh.sampler import Minute
 from volery.contracts.history import Interval
-from volery.runtime.tables import Change
+from volery.runtime.tables import Change, text_columns
 
 Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
 
@@ -34,28 +34,65 @@ def table(noun: str, interval: Interval) -> str:
 # Configuration versions.
 
 
-def version(
-    noun: str, object_id: str, revision: int, at: datetime, doc: str, *, deleted: bool
-) -> list[Change]:
-    """One revision, between its neighbours, whichever of them are there already. A repeat changes nothing."""
+class VersionRow(NamedTuple):
+    """One revision of an object."""
+
+    noun: str
+    id: str
+    revision: int
+    at: datetime
+    deleted: bool
+    doc: str
+
+
+_SAID = """(select v.noun, v.id, v.revision::bigint, v.at::timestamptz, v.deleted::bool, v.doc, v.former::bigint,
+                  v.later::bigint, v.later_at::timestamptz
+           from unnest({0}::text[], {1}::text[], {2}::text[], {3}::text[], {4}::text[], {5}::text[], {6}::text[], {7}::text[],
+                       {8}::text[]) as v(noun, id, revision, at, deleted, doc, former, later, later_at)) n"""
+
+
+def versions_said(rows: Sequence[VersionRow]) -> list[Change]:
+    """These revisions, between their neighbours, whichever of them are there already. A repeat changes nothing.
+
+    Two changes of one statement see nothing of each other, so each row is told its neighbours among the others.
+    """
+    if not rows:
+        return []
     close = Change(
-        """update config_version set valid_to = greatest(valid_from, {3})
-           where noun = {0} and id = {1} and (valid_to is null or valid_to > {3})
-             and revision = (select max(revision) from config_version
-                             where noun = {0} and id = {1} and revision < {2})""",
-        (noun, object_id, revision, at),
+        f"""update config_version c set valid_to = greatest(c.valid_from, n.at) from {_SAID}
+            where c.noun = n.noun and c.id = n.id and (c.valid_to is null or c.valid_to > n.at)
+              and c.revision >= n.former
+              and c.revision = (select max(o.revision) from config_version o
+                                where o.noun = n.noun and o.id = n.id and o.revision < n.revision)""",
+        _beside(rows),
         guarded=False,
     )
     insert = Change(
-        """insert into config_version (noun, id, revision, valid_from, valid_to, deleted, doc)
-           values ({0}, {1}, {2}, {3}, (select greatest(valid_from, {3}) from config_version
-                                        where noun = {0} and id = {1} and revision > {2}
-                                        order by revision limit 1), {4}, {5})
-           on conflict do nothing""",
-        (noun, object_id, revision, at, deleted, doc),
+        f"""insert into config_version (noun, id, revision, valid_from, valid_to, deleted, doc)
+            select n.noun, n.id, n.revision, n.at,
+                   coalesce((select greatest(o.valid_from, n.at) from config_version o
+                             where o.noun = n.noun and o.id = n.id and o.revision > n.revision
+                               and (n.later is null or o.revision < n.later)
+                             order by o.revision limit 1), n.later_at), n.deleted, n.doc
+            from {_SAID} on conflict do nothing""",
+        _beside(rows),
         guarded=False,
     )
     return [close, insert]
+
+
+def _beside(rows: Sequence[VersionRow]) -> tuple[list[str | None], ...]:
+    """The rows' columns, and of each the revision before and the one behind it among them (-1 and null: there is none)."""
+    ordered = sorted({row[:3]: row for row in rows}.values(), key=lambda row: row[:3])
+    before, after = [None, *ordered[:-1]], [*ordered[1:], None]
+    return text_columns(
+        (
+            *row,
+            former.revision if former and former[:2] == row[:2] else -1,
+            *((later.revision, max(later.at, row.at)) if later and later[:2] == row[:2] else (None, None)),
+        )
+        for former, row, later in zip(before, ordered, after, strict=True)
+    )
 
 
 async def current(pool: Pool, noun: str) -> dict[str, int]:

@@ -6,7 +6,7 @@ import base64
 import binascii
 import importlib
 import pkgutil
-from collections.abc import Awaitable, Callable
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
@@ -20,6 +20,7 @@ from volery.contracts.base import Fact, Owner
 from volery.contracts.errors import invalid
 from volery.contracts.history import LIST_VERSIONS, ListVersions, Version, Versions
 from volery.runtime.bus import Caller
+from volery.runtime.hear_owners import Said
 from volery.runtime.service import Part
 from volery.runtime.tables import Change
 
@@ -73,26 +74,25 @@ def noun_of(fact: Fact[Any]) -> str:
     return NOUNS.get(stem, stem.partition(".")[2])
 
 
-def kept(noun: str, doc: msgspec.Raw, *, deleted: bool) -> list[Change]:
-    """The changes that keep a document as the version it is."""
+def version_of(noun: str, doc: msgspec.Raw, *, deleted: bool = False) -> store.VersionRow:
+    """A document as the version it is."""
     head = _heads.decode(doc)
-    return store.version(noun, head.id, head.revision, head.updated_at, bytes(doc).decode(), deleted=deleted)
-
-
-def _hearer(noun: str, *, deleted: bool) -> Callable[[Dwh, msgspec.Raw], Awaitable[list[Change]]]:
-    async def hear(dwh: Dwh, doc: msgspec.Raw) -> list[Change]:
-        return kept(noun, doc, deleted=deleted)
-
-    return hear
+    return store.VersionRow(noun, head.id, head.revision, head.updated_at, deleted, bytes(doc).decode())
 
 
 FACTS = owners_facts()
 KNOWN_NOUNS = sorted({noun_of(fact) for fact in FACTS.values()})
 
-for _fact in FACTS.values():
-    # Undecoded: what is kept is what was said, also fields that this code doesn't know.
-    _raw: Fact[Any] = Fact(_fact.subject, msgspec.Raw)
-    part.hears(_raw)(_hearer(noun_of(_fact), deleted=_verb(_fact) == "deleted"))
+
+# Undecoded: what is kept is what was said, also fields that this code doesn't know.
+_RAW: list[Fact[Any]] = [Fact(fact.subject, msgspec.Raw) for fact in FACTS.values()]
+
+
+@part.hears_together(*_RAW)
+async def heard(dwh: Dwh, said: Sequence[Said]) -> list[Change]:
+    return store.versions_said(
+        [version_of(noun_of(fact), payload, deleted=_verb(fact) == "deleted") for fact, payload in said]
+    )
 
 
 @part.answers(LIST_VERSIONS)

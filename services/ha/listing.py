@@ -63,6 +63,7 @@ async def _list_hosts(ha: Ha) -> None:
 async def _list_vms(ha: Ha) -> None:
     before = await watched_vms.known(ha.core.pool)
     async for vms in pages(ha.core.bus, LIST_VMS, Vm):
-        await commit(ha.core.pool, [watched_vms.saw(vm) for vm in vms])
+        if vms:
+            await commit(ha.core.pool, [watched_vms.saw(vms)])
         before -= {vm.id for vm in vms}
     await commit(ha.core.pool, [watched_vms.gone(sorted(before))])

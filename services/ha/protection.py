@@ -34,6 +34,7 @@ from volery.contracts.storage import FIND_LEASE_PROOFS, FindLeaseProofs
 from volery.contracts.vm import VM_CHANGED, VM_DELETED, Vm
 from volery.runtime.bus import Caller
 from volery.runtime.clock import monotonic, utc_now
+from volery.runtime.hear_owners import Said
 from volery.runtime.pages import page
 from volery.runtime.service import Part
 from volery.runtime.tables import Change, Nothing, Row, Stale
@@ -57,12 +58,13 @@ async def begin(ha: Ha) -> None:
     ha.unjudged.all_due = 0.0
 
 
-@part.hears(VM_CHANGED)
-@part.hears(VM_DELETED)
-async def vm_changed(ha: Ha, vm: Vm) -> list[Change]:
-    """It is due at once; the others, since it may have taken or left room, later."""
-    if vm.high_availability.enabled or vm.id in ha.unjudged.known:
-        ha.unjudged.vm_ids.add(vm.id)
+@part.hears_together(VM_CHANGED, VM_DELETED)
+async def vms_said(ha: Ha, said: Sequence[Said]) -> list[Change]:
+    """They are due at once; the others, since these may have taken or left room, later."""
+    vms: list[Vm] = [vm for _, vm in said]
+    ha.unjudged.vm_ids.update(
+        vm.id for vm in vms if vm.high_availability.enabled or vm.id in ha.unjudged.known
+    )
     ha.unjudged.mark_all(ha.config.protection_capacity_seconds, ha.config.protection_between_seconds)
     return []
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, TypeAlias
 
@@ -22,6 +24,7 @@ from volery.contracts.operation import ENDED, GET_OPERATION, GetOperation, ListQ
 from volery.contracts.vm import RESTART_VM, VM_CHANGED, VM_DELETED, RestartVm, Vm, VmStatus
 from volery.runtime.bus import Caller
 from volery.runtime.clock import monotonic, utc_now
+from volery.runtime.hear_owners import Said
 from volery.runtime.pages import page
 from volery.runtime.service import Part
 from volery.runtime.tables import Change, Row, Stale
@@ -35,6 +38,8 @@ LOOK_SECONDS = 1.0
 FORGET_SECONDS = 30.0
 TOGETHER = 16
 """Restarts of equally important VMs that are asked for at a time."""
+WRITTEN_TOGETHER = 200
+"""Those about which is decided, and written, in one go."""
 RUNNING = frozenset(
     {VmStatus.UP, VmStatus.POWERING_UP, VmStatus.PAUSED, VmStatus.POWERING_DOWN, VmStatus.REBOOT_IN_PROGRESS}
 )
@@ -43,34 +48,80 @@ UNKNOWN_OUTCOMES = (Kind.TIMEOUT, Kind.UNAVAILABLE, Kind.EXHAUSTED, Kind.INTERNA
 """Refusals after which the same request is sent again."""
 
 
-@part.hears(VM_CHANGED)
-async def vm_changed(ha: Ha, vm: Vm) -> list[Change]:
-    before = await watched_vms.find(ha.core.pool, vm.id)
-    if before is not None and before.status in RUNNING and vm.status not in RUNNING:
+@part.hears_together(VM_CHANGED)
+async def vms_changed(ha: Ha, said: Sequence[Said]) -> list[Change]:
+    vms: list[Vm] = [vm for _, vm in said]
+    running = await watched_vms.among(ha.core.pool, [vm.id for vm in vms], RUNNING)
+    if any(vm.status not in RUNNING and vm.id in running for vm in vms):
         rooms.may_have_come(ha)
-    ha.core.wake(KEY)
-    return [watched_vms.saw(vm)]
+    return [watched_vms.saw(vms).and_then(lambda: ha.core.wake(KEY))]
 
 
-@part.hears(VM_DELETED)
-async def vm_deleted(ha: Ha, vm: Vm) -> list[Change]:
-    return [watched_vms.gone([vm.id])]
+@part.hears_together(VM_DELETED)
+async def vms_deleted(ha: Ha, said: Sequence[Said]) -> list[Change]:
+    return [watched_vms.gone([vm.id for _, vm in said])]
+
+
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """What is done about a VM that ended."""
+
+    vm: WatchedVm
+    row: RestartRow
+    change: Change | None = None
+    """What is written before it is done."""
+    asks: bool = True
 
 
 async def look(ha: Ha, key: str) -> None:
     """Every VM that ended, the most important first, equals together. One look at a time."""
     await rooms.look(ha)
     waiting = [vm for vm in await watched_vms.crashed(ha.core.pool) if ended(vm)]
-    for _, equals in itertools.groupby(waiting, key=lambda vm: vm.priority):
+    for _, group in itertools.groupby(waiting, key=lambda vm: vm.priority):
+        equals = list(group)
         order = await turns.now(ha)
-        places = asyncio.Semaphore(TOGETHER)
-        await asyncio.gather(*(_look_at(ha, vm, order, places) for vm in equals))
+        for start in range(0, len(equals), WRITTEN_TOGETHER):
+            await _treat(ha, equals[start : start + WRITTEN_TOGETHER], order)
 
 
-async def _look_at(ha: Ha, vm: WatchedVm, order: turns.Order, places: asyncio.Semaphore) -> None:
+async def _treat(ha: Ha, vms: Sequence[WatchedVm], order: turns.Order) -> None:
+    """What was decided is written before it is done, so that a crash in between neither forgets nor repeats it."""
+    ids = [vm.id for vm in vms]
+    rows = {row.id: row for row in await RESTARTS.where(ha.core.pool, "id = any($1::text[])", ids)}
+    decided = [found for vm in vms if (found := await _decide(ha, vm, rows.get(vm.id), order)) is not None]
+    written = await _written(ha, decided)
+    places = asyncio.Semaphore(TOGETHER)
+    await asyncio.gather(*(_ask_in_turn(ha, each, places) for each in written if each.asks))
+
+
+async def _written(ha: Ha, decided: Sequence[Decided]) -> list[Decided]:
+    """Those whose change, if any, was committed."""
+    written = [each for each in decided if each.change is None]
+    for new in (True, False):
+        alike = [
+            each for each in decided if each.change is not None and (each.row.public.revision == 1) is new
+        ]
+        if await _commit(ha, alike):
+            written += alike
+        else:
+            written += [each for each in alike if await _commit(ha, [each])]
+    return written
+
+
+async def _commit(ha: Ha, decided: Sequence[Decided]) -> bool:
+    """False, and nothing written, when one of them is not as it was any more: it is looked at again."""
+    try:
+        await ha.core.commit(*(each.change for each in decided if each.change is not None))
+    except Stale:
+        ha.core.wake(KEY)
+        return False
+    return True
+
+
+async def _ask_in_turn(ha: Ha, decided: Decided, places: asyncio.Semaphore) -> None:
     async with places:
         try:
-            await _treat(ha, vm, order)
+            await _ask(ha, decided.vm, decided.row)
         except Stale:
             ha.core.wake(KEY)
 
@@ -81,17 +132,19 @@ async def look_again(ha: Ha) -> None:
     ha.core.wake(KEY)
 
 
-async def _treat(ha: Ha, vm: WatchedVm, order: turns.Order) -> None:
-    row = await RESTARTS.find(ha.core.pool, vm.id)
+async def _decide(ha: Ha, vm: WatchedVm, row: RestartRow | None, order: turns.Order) -> Decided | None:
     if row is not None and row.private.pending:
-        await _ask(ha, vm, row)
-        return
+        return Decided(vm, row)
     if row is not None and row.public.last_operation_id not in ("", row.private.learned):
-        row = await _learn_outcome(ha, vm, row)
+        try:
+            row = await _learn_outcome(ha, vm, row)
+        except Stale:
+            ha.core.wake(KEY)
+            return None
         if row is None:
-            return
+            return None
     if rooms.fits_nowhere(ha, vm.id) or _is_too_early(ha, vm.id):
-        return
+        return None
     now = utc_now()
     attempts = within(row.private.attempts, now, ha.config) if row is not None else ()
     host = ha.watches.get(vm.host_id)
@@ -101,10 +154,8 @@ async def _treat(ha: Ha, vm: WatchedVm, order: turns.Order) -> None:
     if verdict.step is Step.ASK:
         verdict = await _in_turn(ha, vm, order, verdict, (now - since).total_seconds())
     elif row is not None and row.private.epoch == vm.epoch and verdict.step is Step.WAIT:
-        return  # Asked for already: what came of it is on its way, or it isn't due yet.
-    row = await _keep(ha, vm, row, verdict, attempts, now, since)
-    if verdict.step is Step.ASK:
-        await _ask(ha, vm, row)
+        return None  # Asked for already: what came of it is on its way, or it isn't due yet.
+    return _keep(vm, row, verdict, attempts, now, since)
 
 
 def _waits_since(vm: WatchedVm, row: RestartRow | None, now: datetime) -> datetime:
@@ -182,16 +233,15 @@ def _passes(ha: Ha, vm: WatchedVm, problem: Problem) -> str:
     return f"VM {vm.name} {why} is tried again every {seconds:g} s: {problem.message}"
 
 
-async def _keep(
-    ha: Ha,
+def _keep(
     vm: WatchedVm,
     row: RestartRow | None,
     verdict: Verdict,
     attempts: tuple[datetime, ...],
     now: datetime,
     waits_since: datetime,
-) -> RestartRow:
-    """Write what was decided before it is done, so that a crash in between neither forgets nor repeats it."""
+) -> Decided:
+    """The verdict as it is to be written."""
     asks = verdict.step is Step.ASK
     private = RestartPrivate(
         attempts=(*attempts, now) if asks else attempts,
@@ -216,14 +266,13 @@ async def _keep(
         message=verdict.message,
     )
     if row is None:
-        await ha.core.commit(RESTARTS.insert(new, private))
-        return Row(new, private)
+        return Decided(vm, Row(new, private), RESTARTS.insert(new, private), asks)
     if (new, private) == (row.public, row.private):
-        return row
+        return Decided(vm, row, None, asks)
     if new.gave_up and not old.gave_up:
         log.warning("%s", verdict.message)
-    await ha.core.commit(RESTARTS.update(row, new, private))
-    return Row(replace(new, revision=old.revision + 1), private)
+    change = RESTARTS.update(row, new, private)
+    return Decided(vm, Row(change.document, private), change, asks)
 
 
 async def _ask(ha: Ha, vm: WatchedVm, row: RestartRow) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 
 from msgspec.structs import replace
 
@@ -18,9 +19,10 @@ from volery.contracts.network import NETWORK_CHANGED
 from volery.contracts.protection import DESCRIBE_NEEDS, VmNeed, VmNeeds
 from volery.contracts.scheduling import CLAIM_DELETED, FIND_ROOM, FindRoom, RoomFor
 from volery.contracts.storage import STORAGE_DOMAIN_CHANGED
-from volery.contracts.vm import VM_CHANGED, Vm
+from volery.contracts.vm import VM_CHANGED
 from volery.runtime.bus import Caller
 from volery.runtime.clock import monotonic
+from volery.runtime.hear_owners import Said
 from volery.runtime.service import Part
 from volery.runtime.tables import Change
 
@@ -112,9 +114,9 @@ async def something_changed(ha: Ha, _: Entity) -> list[Change]:
     return []
 
 
-@part.hears(VM_CHANGED)
-async def vm_changed(ha: Ha, vm: Vm) -> list[Change]:
-    """It may ask for less now."""
-    if vm.id in ha.exhausted and not vm.busy_with:
+@part.hears_together(VM_CHANGED)
+async def vms_changed(ha: Ha, said: Sequence[Said]) -> list[Change]:
+    """One that fits nowhere may ask for less now."""
+    if any(vm.id in ha.exhausted and not vm.busy_with for _, vm in said):
         may_have_come(ha)
     return []

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from services.ha.policies.restart_order import WatchedVm
 from services.ha.policies.start_groups import Member
 from services.ha.store import RESTARTS, Pool, RestartPrivate
 from volery.contracts.liveness import VmRestart
-from volery.contracts.vm import RestartWhere, Vm
-from volery.runtime.tables import Change, Row
+from volery.contracts.vm import RestartWhere, Vm, VmStatus
+from volery.runtime.tables import Change, Row, text_columns
 
 _VM = "id, name, epoch, status, desired, reason, host_id, enabled, priority, busy, same_host, after_blackout, placed, cluster_id"
 
 
-def saw(vm: Vm) -> Change:
-    """Facts and lists may come twice: an older revision changes nothing, the same one says what a former release of ha
-    didn't write."""
+def saw(vms: Sequence[Vm]) -> Change:
+    """What was said of them, in its order. Facts and lists may come twice: an older revision changes nothing, the same one
+    says what a former release of ha didn't write. The host is the last one that was named: where it was before it ended."""
+    last = {vm.id: vm for vm in vms}
+    hosts = {vm.id: vm.host_id for vm in vms if vm.host_id}
     return Change(
         """insert into vm
                (id, revision, name, epoch, status, desired, reason, host_id, enabled, priority, busy, same_host,
                 agent, after_blackout, placed, cluster_id)
-           values ({0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}, {8}, {9}, {10}, {11}, {12}, {13}, {14}, {15})
+           select v.id, v.revision::bigint, v.name, v.epoch::bigint, v.status, v.desired, v.reason, v.host_id,
+                  v.enabled::bool, v.priority::int, v.busy::bool, v.same_host::bool, v.agent::bool,
+                  v.after_blackout::bool, v.placed::bool, v.cluster_id
+           from unnest({0}::text[], {1}::text[], {2}::text[], {3}::text[], {4}::text[], {5}::text[], {6}::text[],
+                       {7}::text[], {8}::text[], {9}::text[], {10}::text[], {11}::text[], {12}::text[], {13}::text[],
+                       {14}::text[], {15}::text[])
+                as v(id, revision, name, epoch, status, desired, reason, host_id, enabled, priority, busy, same_host,
+                     agent, after_blackout, placed, cluster_id)
            on conflict (id) do update set revision = excluded.revision, name = excluded.name,
                epoch = excluded.epoch, status = excluded.status, desired = excluded.desired,
                reason = excluded.reason, enabled = excluded.enabled, priority = excluded.priority,
@@ -30,25 +39,29 @@ def saw(vm: Vm) -> Change:
                cluster_id = excluded.cluster_id,
                host_id = case when excluded.host_id = '' then vm.host_id else excluded.host_id end
            where vm.revision <= excluded.revision""",
-        (
-            vm.id,
-            vm.revision,
-            vm.name,
-            vm.epoch,
-            str(vm.status),
-            str(vm.desired),
-            vm.status_reason,
-            vm.host_id,
-            vm.high_availability.enabled,
-            vm.high_availability.priority,
-            bool(vm.busy_with),
-            vm.high_availability.where is RestartWhere.SAME_HOST,
-            vm.guest.agent_connected,
-            vm.start_after_blackout is True,
-            bool(vm.host_id),
-            vm.cluster_id,
-        ),
+        text_columns(_columns(vm, hosts.get(vm.id, "")) for vm in last.values()),
         guarded=False,
+    )
+
+
+def _columns(vm: Vm, host_id: str) -> tuple[str | int | bool, ...]:
+    return (
+        vm.id,
+        vm.revision,
+        vm.name,
+        vm.epoch,
+        vm.status,
+        vm.desired,
+        vm.status_reason,
+        host_id,
+        vm.high_availability.enabled,
+        vm.high_availability.priority,
+        bool(vm.busy_with),
+        vm.high_availability.where is RestartWhere.SAME_HOST,
+        vm.guest.agent_connected,
+        vm.start_after_blackout is True,
+        bool(vm.host_id),
+        vm.cluster_id,
     )
 
 
@@ -85,6 +98,16 @@ async def wanted_on(pool: Pool, host_ids: Sequence[str]) -> list[WatchedVm]:
 
 async def highly_available(pool: Pool) -> set[str]:
     return {r["id"] for r in await pool.fetch("select id from vm where enabled")}
+
+
+async def among(pool: Pool, vm_ids: Sequence[str], statuses: Collection[VmStatus]) -> set[str]:
+    """Those of these VMs that were in one of these states, as far as was heard."""
+    records = await pool.fetch(
+        "select id from vm where id = any($1::text[]) and status = any($2::text[])",
+        list(vm_ids),
+        [str(status) for status in statuses],
+    )
+    return {r["id"] for r in records}
 
 
 async def find(pool: Pool, vm_id: str) -> WatchedVm | None:

@@ -181,11 +181,10 @@ async def _host(inv: Inventory, host_id: str) -> None:
     row = await HOSTS.find(inv.core.pool, host_id)
     if row is None:
         return
-    vms = [v.public for v in await inv.store.vms_on(host_id)]
-    committed = sum(vm.memory_bytes for vm in vms)
-    if (row.public.vm_count, row.public.memory_committed_bytes) == (len(vms), committed):
+    vms, committed = await inv.store.promised(host_id)
+    if (row.public.vm_count, row.public.memory_committed_bytes) == (vms, committed):
         return
-    new = replace(row.public, vm_count=len(vms), memory_committed_bytes=committed)
+    new = replace(row.public, vm_count=vms, memory_committed_bytes=committed)
     await inv.core.commit(HOSTS.update(row, new))
 
 

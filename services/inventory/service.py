@@ -34,15 +34,18 @@ from volery.contracts.agent import HOST_REPORTED, INVENTORY_ORDER_FINISHED, INVE
 from volery.contracts.base import Owner
 from volery.contracts.operation import Operation
 from volery.contracts.vm import DesiredState
-from volery.runtime.core import Core
+from volery.runtime.core import Core, Pace
 from volery.runtime.service import Service
 from volery.runtime.tables import Change
+
+SHOWN_SECONDS = 1.0
+"""What a host's VMs were promised is shown on it at most so often."""
 
 
 @asynccontextmanager
 async def open_inventory(core: Core) -> AsyncIterator[Inventory]:
     core.quarantine.on_end.append(lambda: core.wake("reports/"))
-    yield Inventory(core, Store(core.pool, core.wake), core.config)
+    yield Inventory(core, Store(core.pool, core.wake, Pace(core.wake, SHOWN_SECONDS)), core.config)
 
 
 async def on_follow(inv: Inventory) -> None:

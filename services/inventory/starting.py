@@ -49,7 +49,7 @@ from volery.runtime import checks
 from volery.runtime.bus import LOST, Caller
 from volery.runtime.clock import monotonic, utc_now
 from volery.runtime.deaths import host_died
-from volery.runtime.run import Run
+from volery.runtime.run import Run, Then
 from volery.runtime.service import Part
 from volery.runtime.tables import Change, Row, Stale
 
@@ -64,6 +64,7 @@ HOPELESS = {Kind.INVALID, Kind.FORBIDDEN, Kind.INTERNAL}
 
 SILENT_SECONDS = 3.0
 """Six beats: as long as ha takes to suspect a host."""
+CHOOSING, PREPARING = "Choosing a host", "Preparing disks and networks"
 EARLY_SECONDS = 0.1
 """A timer may be a moment early, and whoever was never heard would just not count as silent."""
 
@@ -77,6 +78,8 @@ class Starting(Message):
     purpose: Purpose = Purpose.START
     preferred_host_id: str = ""
     avoided_host_ids: tuple[str, ...] = ()
+    priority: int = 0
+    """Of a restart, among others."""
 
 
 @part.answers(START_VM)
@@ -151,9 +154,8 @@ async def _plan(inv: Inventory, vm: Vm, ask: StartVm, caller: Caller) -> Placeme
 async def restart_vm(inv: Inventory, ask: RestartVm, caller: Caller) -> Operation:
     """ha asks, because the VM's own host said that its QEMU ended, or the boot under which it ran has by proof."""
     while True:
-        row = await VMS.get(inv.core.pool, ask.vm_id)
+        row, placement = await inv.store.placed(ask.vm_id)
         vm = row.public
-        placement = await inv.store.placement(vm.id)
         if vm.desired is not DesiredState.UP or vm.status is not VmStatus.DOWN or placement.state != "none":
             raise conflict(
                 f"VM {vm.name} is {vm.status} and wanted {vm.desired}; there is nothing to restart",
@@ -177,6 +179,7 @@ async def restart_vm(inv: Inventory, ask: RestartVm, caller: Caller) -> Operatio
                 purpose=Purpose.RESTART,
                 preferred_host_id=ask.preferred_host_id,
                 avoided_host_ids=ask.avoided_host_ids,
+                priority=vm.high_availability.priority,
             ),
             caller=caller,
         )
@@ -225,7 +228,11 @@ async def bring_up(inv: Inventory, run: Run, ask: Starting) -> None:
     for attempt in range(MAX_HOSTS):
         async with _turn(inv, ask, [Spot("scheduler", "")]):
             epoch = await run.write(
-                f"epoch-{attempt}", "Deciding", lambda: _raised_epoch(inv, ask.vm_id), int
+                f"epoch-{attempt}",
+                "Deciding",
+                lambda: _raised_epoch(inv, ask.vm_id),
+                int,
+                then=_choosing(attempt),
             )
             placed = await _place(inv, run, ask, attempt, epoch, tuple(excluded))
         if not placed.host_id:
@@ -251,6 +258,10 @@ async def bring_up(inv: Inventory, run: Run, ask: Starting) -> None:
         return
 
 
+def _choosing(attempt: int) -> Then:
+    return lambda _: (f"place-{attempt}", CHOOSING)
+
+
 async def _say_why(inv: Inventory, vm_id: str, message: str) -> None:
     """On the VM itself, for as long as it doesn't run."""
     while True:
@@ -270,8 +281,7 @@ def _host_name(placed: Placement) -> str:
 
 async def _raised_epoch(inv: Inventory, vm_id: str) -> tuple[int, list[Change]]:
     """The epoch of the next attempt, and the changes that raise it."""
-    before = await inv.store.placement(vm_id)
-    row = await VMS.get(inv.core.pool, vm_id)
+    row, before = await inv.store.placed(vm_id)
     epoch = await inv.store.next_epoch(before)
     return epoch, [
         inv.store.place(before, epoch=epoch, host_id="", state="starting"),
@@ -302,7 +312,10 @@ async def _place(
     async def settle(placed: Placement) -> list[Change]:
         return await _host_set(inv, ask.vm_id, epoch, placed.host_id) if placed.host_id else []
 
-    return await run.step(f"place-{attempt}", "Choosing a host", place, Placement, follows=settle)
+    def then(placed: Placement) -> tuple[str, str] | None:
+        return (f"prepare-{attempt}", PREPARING) if placed.host_id else None
+
+    return await run.step(f"place-{attempt}", CHOOSING, place, Placement, follows=settle, then=then)
 
 
 async def _silent_hosts(inv: Inventory, ask: Starting, cluster_id: str) -> tuple[str, ...]:
@@ -317,10 +330,9 @@ async def _silent_hosts(inv: Inventory, ask: Starting, cluster_id: str) -> tuple
 
 
 async def _host_set(inv: Inventory, vm_id: str, epoch: int, host_id: str) -> list[Change]:
-    before = await inv.store.placement(vm_id)
+    row, before = await inv.store.placed(vm_id)
     if before.epoch != epoch or before.state != "starting":
         raise conflict(f"the placement of this VM changed meanwhile (epoch {before.epoch}, not {epoch})")
-    row = await VMS.get(inv.core.pool, vm_id)
     return [
         inv.store.place(before, epoch=epoch, host_id=host_id, state="starting"),
         VMS.update(row, replace(row.public, host_id=host_id)),
@@ -335,7 +347,7 @@ async def _run_on(inv: Inventory, run: Run, ask: Starting, attempt: int, epoch: 
         prepared.append(await domain_spec(inv, row.public, host_id, once, run.caller))
 
     async def question() -> RunDomain:
-        await run.step(f"prepare-{attempt}", "Preparing disks and networks", prepare)
+        await run.step(f"prepare-{attempt}", PREPARING, prepare)
         # Done before a crash: the spec holds secrets, so it isn't recorded with the operation.
         if not prepared:
             await prepare()
@@ -360,8 +372,7 @@ async def _turn(inv: Inventory, ask: Starting, places: Sequence[Spot]) -> AsyncI
     if ask.purpose is not Purpose.RESTART:
         yield
         return
-    priority = (await VMS.get(inv.core.pool, ask.vm_id)).public.high_availability.priority
-    async with inv.turns.turn(places, priority, inv.config):
+    async with inv.turns.turn(places, ask.priority, inv.config):
         yield
 
 
@@ -379,8 +390,7 @@ async def _settle_running(
 ) -> None:
     """The host said that QEMU runs. It may have ended again since: then its fact was here first."""
     while True:
-        before = await inv.store.placement(ask.vm_id)
-        row = await VMS.get(inv.core.pool, ask.vm_id)
+        row, before = await inv.store.placed(ask.vm_id)
         vm = row.public
         if before.epoch != epoch or before.state == "none":
             raise conflict(

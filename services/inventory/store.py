@@ -33,7 +33,8 @@ from volery.contracts.cluster import (
 from volery.contracts.host import HOST_CHANGED, HOST_DELETED, Host
 from volery.contracts.template import TEMPLATE_CHANGED, TEMPLATE_DELETED, Template
 from volery.contracts.vm import VM_CHANGED, VM_DELETED, RunOnce, Vm
-from volery.runtime.tables import Change, Nothing, Row, Table
+from volery.runtime.core import Pace
+from volery.runtime.tables import Change, Nothing, Row, Table, not_there
 
 
 class HostPrivate(Message):
@@ -181,6 +182,14 @@ def nowhere(vm_id: str) -> PlacementRow:
     return PlacementRow(vm_id, 0, "", "none", "")
 
 
+def _placement(vm_id: str, found: asyncpg.Record) -> PlacementRow:
+    """Of a VM joined with its placement, if it has one."""
+    if found["epoch"] is None:
+        return nowhere(vm_id)
+    columns = (found["epoch"], found["host_id"], found["state"], found["destination_id"], found["boot_id"])
+    return PlacementRow(vm_id, *columns)
+
+
 @dataclass(frozen=True, slots=True)
 class Store:
     """What Table does not say by itself."""
@@ -188,6 +197,8 @@ class Store:
     pool: asyncpg.Pool[asyncpg.Record]
     wake: Callable[[str], None]
     """Has the reconcile loop look at a key, once what concerns it is committed."""
+    shown: Pace
+    """Likewise, for what is only shown."""
 
     async def placement(self, vm_id: str) -> PlacementRow:
         row = await self.pool.fetchrow(
@@ -197,6 +208,17 @@ class Store:
         if row is None:
             return nowhere(vm_id)
         return PlacementRow(**dict(row))
+
+    async def placed(self, vm_id: str) -> tuple[Row[Vm, VmPrivate], PlacementRow]:
+        """A VM and where it may run, in one round trip. Raises Refused(not_found)."""
+        found = await self.pool.fetchrow(
+            """select v.doc, v.private, p.epoch, p.host_id, p.state, p.destination_id, p.boot_id
+               from vm v left join placement p on p.vm_id = v.id where v.id = $1""",
+            vm_id,
+        )
+        if found is None:
+            raise not_there(VMS.noun, vm_id)
+        return VMS.row(found), _placement(vm_id, found)
 
     async def domain_on(
         self, host_id: str, vm_id: str
@@ -212,16 +234,7 @@ class Store:
         if found is None:
             return None
         row = VMS.row(found) if found["doc"] is not None else None
-        if found["epoch"] is None:
-            return row, nowhere(vm_id)
-        return row, PlacementRow(
-            vm_id,
-            found["epoch"],
-            found["host_id"],
-            found["state"],
-            found["destination_id"],
-            found["boot_id"],
-        )
+        return row, _placement(vm_id, found)
 
     async def next_epoch(self, before: PlacementRow) -> int:
         """Above every epoch that a host can have seen, also by a database that was since restored."""
@@ -273,7 +286,7 @@ class Store:
         def wake() -> None:
             for host in dict.fromkeys((before.host_id, host_id)):
                 if host:
-                    self.wake(f"host/{host}")
+                    self.shown.add(f"host/{host}")
             if state == "none" or before.state == "moving":
                 later = asyncio.get_running_loop().call_later
                 later(claims_after_seconds, self.wake, f"claims/{before.vm_id}")
@@ -341,6 +354,16 @@ class Store:
     async def hosts_with_discarded_memory(self) -> list[str]:
         rows = await self.pool.fetch("select distinct host_id from discarded_memory")
         return [row["host_id"] for row in rows]
+
+    async def promised(self, host_id: str) -> tuple[int, int]:
+        """How many VMs are on a host, and how much memory they were promised."""
+        found = await self.pool.fetchrow(
+            """select count(*) as vms, coalesce(sum((doc::json ->> 'memory_bytes')::bigint), 0)::bigint as memory_bytes
+               from vm where host_id = $1""",
+            host_id,
+        )
+        assert found is not None
+        return found["vms"], found["memory_bytes"]
 
     async def vms_on(self, host_id: str) -> list[Row[Vm, VmPrivate]]:
         return await VMS.where(self.pool, "host_id = $1", host_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -25,6 +26,7 @@ from volery.contracts.host import HOST_CHANGED, HOST_DELETED, LIST_HOSTS, Host
 from volery.contracts.network import NETWORK_CHANGED, NETWORK_DELETED, Network
 from volery.contracts.operation import ListQuery
 from volery.contracts.vm import GET_VM, LIST_VMS, VM_CHANGED, VM_DELETED, Vm
+from volery.runtime.hear_owners import Said, newest
 from volery.runtime.listing import pages
 from volery.runtime.service import Part
 from volery.runtime.tables import Change
@@ -92,10 +94,11 @@ async def host_deleted(svc: Fabric, host: Host) -> list[Change]:
     return [gone, svc.store.forget("host_state", host.id), *going]
 
 
-@part.hears(VM_CHANGED)
-async def vm_changed(svc: Fabric, vm: Vm) -> list[Change]:
-    known = await svc.store.vm_names([vm.id])
-    return [] if known.get(vm.id) == vm.name else [svc.store.know_name("vm", vm.id, vm.name)]
+@part.hears_together(VM_CHANGED)
+async def vms_changed(svc: Fabric, said: Sequence[Said]) -> list[Change]:
+    vms: list[Vm] = newest(said)
+    known = await svc.store.vm_names([vm.id for vm in vms])
+    return [svc.store.know_name("vm", vm.id, vm.name) for vm in vms if known.get(vm.id) != vm.name]
 
 
 @part.hears(VM_DELETED)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from volery.contracts.host import HOST_CHANGED, HOST_DELETED, LIST_HOSTS, Host
 from volery.contracts.network import LIST_NETWORKS, NETWORK_CHANGED, NETWORK_DELETED, Network
 from volery.contracts.operation import ListQuery, Page
 from volery.contracts.vm import LIST_VMS, VM_CHANGED, VM_DELETED, Vm
+from volery.runtime.hear_owners import Said, newest
 from volery.runtime.listing import pages
 from volery.runtime.relay import stream_name
 from volery.runtime.service import Part
@@ -71,14 +72,14 @@ async def network_deleted(scheduler: Scheduler, network: Network) -> list[Change
     return [store.network_gone(network.id)]
 
 
-@part.hears(VM_CHANGED)
-async def vm_changed(scheduler: Scheduler, vm: Vm) -> list[Change]:
-    return [store.saw_vm(vm)]
+@part.hears_together(VM_CHANGED, VM_DELETED)
+async def vms_said(scheduler: Scheduler, said: Sequence[Said]) -> list[Change]:
+    deleted = {vm.id for fact, vm in said if fact is VM_DELETED}
+    return [store.saw_vms(newest(said), deleted)]
 
 
-@part.hears(VM_DELETED)
-async def vm_deleted(scheduler: Scheduler, vm: Vm) -> list[Change]:
-    return [store.saw_vm(vm, deleted=True)]
+async def vm_listed(scheduler: Scheduler, vm: Vm) -> list[Change]:
+    return [store.saw_vms([vm])]
 
 
 async def _policy(scheduler: Scheduler, cluster_id: str) -> ClusterPolicy:
@@ -101,7 +102,7 @@ LISTINGS: tuple[Listing, ...] = (
     # Clusters before hosts: a host's limits are its cluster's over-commit.
     Listing(Owner.INVENTORY, LIST_CLUSTERS, "cluster", Cluster, cluster_changed),
     Listing(Owner.INVENTORY, LIST_HOSTS, "host_capacity", Host, host_changed),
-    Listing(Owner.INVENTORY, LIST_VMS, "vm", Vm, vm_changed),
+    Listing(Owner.INVENTORY, LIST_VMS, "vm", Vm, vm_listed),
     Listing(Owner.NETWORK, LIST_NETWORKS, "network", Network, network_changed),
 )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import zlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import Any, TypeAlias
@@ -23,7 +23,7 @@ from volery.contracts.operation import ListQuery
 from volery.contracts.scheduling import CLAIM_CHANGED, CLAIM_DELETED, Claim, PastDecision, Placement
 from volery.contracts.vm import Vm
 from volery.runtime.pages import page, plain_page
-from volery.runtime.tables import Change, Nothing, Row, Table
+from volery.runtime.tables import Change, Nothing, Row, Table, text_columns
 
 Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
 
@@ -357,25 +357,23 @@ def network_gone(network_id: str) -> Change:
     return Change("delete from network where id = {0}", (network_id,), guarded=False)
 
 
-def saw_vm(vm: Vm, *, deleted: bool = False) -> Change:
+def saw_vms(vms: Sequence[Vm], deleted: Collection[str] = ()) -> Change:
+    """Each of them once; `deleted` are the ids of those that are no more."""
     return Change(
         """insert into vm (id, revision, name, epoch, status, host_id, memory_bytes, vcpus, deleted)
-           values ({0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}, {8})
+           select v.id, v.revision::bigint, v.name, v.epoch::bigint, v.status, v.host_id, v.memory_bytes::bigint,
+                  v.vcpus::int, v.deleted::bool
+           from unnest({0}::text[], {1}::text[], {2}::text[], {3}::text[], {4}::text[], {5}::text[], {6}::text[],
+                       {7}::text[], {8}::text[])
+                as v(id, revision, name, epoch, status, host_id, memory_bytes, vcpus, deleted)
            on conflict (id) do update set revision = excluded.revision, name = excluded.name,
                epoch = excluded.epoch, status = excluded.status, host_id = excluded.host_id,
                memory_bytes = excluded.memory_bytes, vcpus = excluded.vcpus, deleted = excluded.deleted,
                heard_at = now()
            where vm.revision < excluded.revision""",
-        (
-            vm.id,
-            vm.revision,
-            vm.name,
-            vm.epoch,
-            str(vm.status),
-            vm.host_id,
-            vm.memory_bytes,
-            vm.vcpus,
-            deleted,
+        text_columns(
+            (v.id, v.revision, v.name, v.epoch, v.status, v.host_id, v.memory_bytes, v.vcpus, v.id in deleted)
+            for v in vms
         ),
         guarded=False,
     )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from msgspec.structs import replace
 
 from services.storage import disk_model
 from services.storage.storage import Storage
-from services.storage.store import DISKS, DiskPrivate
+from services.storage.store import DISKS, DiskPrivate, VmRow
 from volery.contracts.base import Call
 from volery.contracts.cluster import (
     DATA_CENTER_CHANGED,
@@ -23,6 +23,7 @@ from volery.contracts.host import HOST_CHANGED, HOST_DELETED, LIST_HOSTS, Host
 from volery.contracts.operation import ListQuery
 from volery.contracts.storage import Disk
 from volery.contracts.vm import GET_VM, LIST_VMS, VM_CHANGED, VM_DELETED, Vm
+from volery.runtime.hear_owners import Said, newest
 from volery.runtime.listing import pages
 from volery.runtime.service import Part
 from volery.runtime.tables import Change, Row
@@ -64,13 +65,14 @@ async def host_deleted(svc: Storage, host: Host) -> list[Change]:
     ]
 
 
-@part.hears(VM_CHANGED)
-async def vm_changed(svc: Storage, vm: Vm) -> list[Change]:
-    known = (await svc.store.vms([vm.id])).get(vm.id)
-    heard = None if known is None else (known.name, known.host_id, known.status, known.epoch)
-    if heard == (vm.name, vm.host_id, vm.status, vm.epoch):
-        return []
-    return [svc.store.know_vm(vm)]
+@part.hears_together(VM_CHANGED)
+async def vms_changed(svc: Storage, said: Sequence[Said]) -> list[Change]:
+    vms: list[Vm] = newest(said)
+    known = await svc.store.vms([vm.id for vm in vms])
+    new = [
+        vm for vm in vms if known.get(vm.id) != VmRow(vm.id, vm.name, vm.host_id, str(vm.status), vm.epoch)
+    ]
+    return [svc.store.know_vms(new)] if new else []
 
 
 @part.hears(VM_DELETED)
@@ -130,7 +132,7 @@ async def list_again(svc: Storage, stream: str) -> None:
         svc.store.forget_all_but("data_center", [center.id for center in centers]),
     )
     for vm in vms:
-        await svc.core.commit(svc.store.know_vm(vm))
+        await svc.core.commit(svc.store.know_vms([vm]))
     vm_ids = [vm.id for vm in vms]
     await svc.core.commit(svc.store.forget_all_but("vm", vm_ids), svc.leases.doomed_but(vm_ids))
     for host in hosts:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -235,12 +235,22 @@ class Store:
             guarded=False,
         )
 
-    def know_vm(self, vm: Vm) -> Change:
+    def know_vms(self, vms: Sequence[Vm]) -> Change:
+        """Each of them once."""
         return Change(
-            """insert into vm (id, name, host_id, status, epoch) values ({0}, {1}, {2}, {3}, {4})
+            """insert into vm (id, name, host_id, status, epoch)
+               select v.id, v.name, v.host_id, v.status, v.epoch::bigint
+               from unnest({0}::text[], {1}::text[], {2}::text[], {3}::text[], {4}::text[])
+                   as v(id, name, host_id, status, epoch)
                on conflict (id) do update set name = excluded.name, host_id = excluded.host_id,
                    status = excluded.status, epoch = excluded.epoch""",
-            (vm.id, vm.name, vm.host_id, str(vm.status), vm.epoch),
+            (
+                [vm.id for vm in vms],
+                [vm.name for vm in vms],
+                [vm.host_id for vm in vms],
+                [str(vm.status) for vm in vms],
+                [str(vm.epoch) for vm in vms],
+            ),
             guarded=False,
         )
 

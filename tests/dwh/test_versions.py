@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -11,7 +12,7 @@ from msgspec.structs import replace
 
 from services.dwh.gaps import LISTS, list_noun
 from services.dwh.state import Dwh
-from services.dwh.store import version
+from services.dwh.store import VersionRow, versions_said
 from services.dwh.versions import FACTS, KNOWN_NOUNS
 from tests.dwh.world import connected, dwh, until
 from tests.support.runtime import running
@@ -46,6 +47,10 @@ def hours(count: float) -> datetime:
 def cluster(revision: int = 1, **fields: Any) -> Cluster:
     made = {"id": new_id(), "revision": revision, "created_at": T0, "updated_at": hours(revision)}
     return Cluster(**(made | {"name": "Default", "data_center_id": "dc"} | fields))
+
+
+def row(object_id: str, revision: int) -> VersionRow:
+    return VersionRow("cluster", object_id, revision, hours(revision), False, f'{{"name":"{revision}"}}')
 
 
 def inventory() -> Speaker:
@@ -93,16 +98,35 @@ async def test_repeats_and_any_order_end_the_same(configured: Settings, database
         for order in ([1, 2, 3], [3, 2, 1], [2, 3, 1, 2], [1, 1, 3, 3, 2, 1]):
             object_id = new_id()
             for revision in order:
-                made = version(
-                    "cluster", object_id, revision, hours(revision), f'{{"name":"{revision}"}}', deleted=False
-                )
-                await commit(opened[0].core.pool, made)
+                await commit(opened[0].core.pool, versions_said([row(object_id, revision)]))
             found = await kept(bus, id=object_id)
             assert [(v.revision, v.valid_from, v.valid_to) for v in found] == [
                 (1, hours(1), hours(2)),
                 (2, hours(2), hours(3)),
                 (3, hours(3), None),
             ], order
+
+
+async def test_versions_that_are_kept_together_end_as_one_by_one(
+    configured: Settings, database: DatabaseConfig
+) -> None:
+    opened: list[Dwh] = []
+    chance = random.Random(7)
+    async with running(configured, dwh(opened)) as bus:
+        for _ in range(60):
+            ids = [new_id(), new_id()]
+            said = [(object_id, revision) for object_id in ids for revision in range(1, 6)]
+            said += chance.sample(said, 3)
+            chance.shuffle(said)
+            while said:
+                some, said = said[: (size := chance.randint(1, 6))], said[size:]
+                await commit(opened[0].core.pool, versions_said([row(*each) for each in some]))
+            for object_id in ids:
+                found = await kept(bus, id=object_id)
+                assert [(v.revision, v.valid_from, v.valid_to) for v in found] == [
+                    *((revision, hours(revision), hours(revision + 1)) for revision in range(1, 5)),
+                    (5, hours(5), None),
+                ]
 
 
 async def test_a_rebuilt_stream_and_a_restarted_dwh_keep_each_revision_once(

@@ -294,3 +294,103 @@ async def test_a_cancellation_that_comes_meanwhile_is_kept_and_nothing_is_lost(
         assert [(step.name, step.state) for step in ended.steps] == [("raise", OperationState.SUCCEEDED)]
         assert await count(stage) == 1
     assert (raising.decided, len(raising.answers)) == (1, 1)
+
+
+@dataclass
+class Turning:
+    """Two steps, of which each is turned once more at each attempt, and what the operation looked like in the second."""
+
+    done: list[str] = field(default_factory=list)
+    seen: list[Operation] = field(default_factory=list)
+    revisions: list[int] = field(default_factory=list)
+    waits: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when the first step has been done; nothing else is written then."""
+    go_on: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def __call__(self, bench: Bench, run: Run) -> None:
+        async def first() -> int:
+            self.done.append("first")
+            return len(self.done)
+
+        async def second() -> None:
+            self.done.append("second")
+            table = run.operations.table
+            self.seen.append((await table.get(run.operations.pool, run.id)).public)
+
+        await run.step("first", "First", first, int)
+        self.revisions.append(run.operation.revision)
+        self.waits.set()
+        await self.go_on.wait()
+        await run.step("second", "Second", second)
+
+
+async def test_the_end_of_a_step_is_written_with_the_begin_of_the_next(configured: Settings) -> None:
+    turning = Turning()
+    turning.go_on.set()
+    stage = Stage(configured, turning)
+    async with stage.service():
+        await stage.begin()
+        ended = await stage.ended()
+    (seen,) = turning.seen
+    states = [(step.name, step.state) for step in seen.steps]
+    assert states == [("first", OperationState.SUCCEEDED), ("second", OperationState.RUNNING)]
+    assert [step.state for step in ended.steps] == [OperationState.SUCCEEDED] * 2
+    assert (turning.revisions, seen.revision, ended.revision) == ([2], 3, 4)
+
+
+async def test_the_end_of_a_step_is_written_soon_when_nothing_else_is(configured: Settings) -> None:
+    turning = Turning()
+    stage = Stage(configured, turning)
+    async with stage.service():
+        await stage.begin()
+        async with asyncio.timeout(30):
+            await turning.waits.wait()
+            assert stage.bus is not None
+            while True:
+                op = await stage.bus.ask(GET_OPERATION[Owner.HA], GetOperation(id=stage.op_id))
+                if op.steps and op.steps[0].state is OperationState.SUCCEEDED:
+                    break
+                await asyncio.sleep(0.02)
+    turning.go_on.set()
+    async with stage.service():
+        assert (await stage.ended()).state is OperationState.SUCCEEDED
+    assert turning.done == ["first", "second"]
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+async def test_the_begin_of_the_next_step_is_written_with_an_end_and_tried_unless_cancelled(
+    configured: Settings, cancelled: bool
+) -> None:
+    decided, done = asyncio.Event(), list[str]()
+    go_on = asyncio.Event()
+
+    async def act(bench: Bench, run: Run) -> None:
+        async def decide() -> tuple[int, list[Change]]:
+            return 1, []
+
+        async def second() -> int:
+            done.append("second")
+            return 2
+
+        await run.write("first", "First", decide, int, then=lambda answer: ("second", f"Second of {answer}"))
+        decided.set()
+        await go_on.wait()
+        await run.step("second", "Second of 1", second, int)
+
+    stage = Stage(configured, act)
+    async with stage.service():
+        await stage.begin()
+        async with asyncio.timeout(30):
+            await decided.wait()
+        assert stage.bus is not None
+        op = await stage.bus.ask(GET_OPERATION[Owner.HA], GetOperation(id=stage.op_id))
+        assert [(step.title, step.state) for step in op.steps] == [
+            ("First", OperationState.SUCCEEDED),
+            ("Second of 1", OperationState.RUNNING),
+        ]
+        if cancelled:
+            await stage.bus.ask(CANCEL_OPERATION[Owner.HA], CancelOperation(id=stage.op_id))
+        go_on.set()
+        ended = await stage.ended()
+    assert ended.state is (OperationState.CANCELLED if cancelled else OperationState.SUCCEEDED)
+    assert done == ([] if cancelled else ["second"])

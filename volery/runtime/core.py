@@ -15,6 +15,7 @@ import nats.errors
 from volery.contracts.base import Call, Owner, encode
 from volery.contracts.errors import Kind, Problem, Refused
 from volery.runtime.bus import Bus, Caller
+from volery.runtime.clock import monotonic
 from volery.runtime.config import BusConfig
 from volery.runtime.hear import HostHearing
 from volery.runtime.operations import Operations
@@ -52,6 +53,32 @@ class Keys:
         self.event.clear()
         keys, self.waiting = list(self.waiting), {}
         return keys
+
+
+@dataclass(slots=True)
+class Pace:
+    """Wakes a key at once, but no more often than every so many seconds: for what changes often and is shown now and then."""
+
+    wake: Callable[[str], None]
+    seconds: float
+    free_at: dict[str, float] = field(default_factory=dict)
+    """Key → when it may be woken again."""
+    waiting: set[str] = field(default_factory=set)
+
+    def add(self, key: str) -> None:
+        if key in self.waiting:
+            return
+        wait = self.free_at.get(key, float("-inf")) - monotonic()
+        if wait <= 0:
+            self._wake(key)
+        else:
+            self.waiting.add(key)
+            asyncio.get_running_loop().call_later(wait, self._wake, key)
+
+    def _wake(self, key: str) -> None:
+        self.waiting.discard(key)
+        self.free_at[key] = monotonic() + self.seconds
+        self.wake(key)
 
 
 @dataclass(slots=True)

@@ -1,16 +1,15 @@
-"""Consuming facts: in order, each effect committed together with the position of its cause.
+"""Consuming the hosts' facts: in order, each effect committed together with the position of its cause.
 
-Owners' facts are followed by position. Hosts' facts are numbered by their agent's journal: what was heard is
-told to the agent, which then forgets it; a new journal is admitted only with its full report. A journal that a host
-has left is never admitted again: what the stream still holds of it is history, and an agent that really goes back to
-it (an old backup of its disk) is told that it is an old copy, whereupon it makes itself a new one. A host that was told
-more to be committed than the tables have heard of it proves that they were restored from a backup.
+Hosts' facts are numbered by their agent's journal: what was heard is told to the agent, which then forgets it; a new journal
+is admitted only with its full report. A journal that a host has left is never admitted again: what the stream still holds
+of it is history, and an agent that really goes back to it (an old backup of its disk) is told that it is an old copy,
+whereupon it makes itself a new one. A host that was told more to be committed than the tables have heard of it proves that
+they were restored from a backup.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import math
 from collections.abc import Awaitable, Callable, Sequence
@@ -24,23 +23,17 @@ import nats.js.errors
 from nats.js.api import StorageType, StreamConfig
 
 from volery.contracts.agent import COMMITTED_SUBJECT, REPORT_SUBJECT, CommittedWord, FromHost
-from volery.contracts.base import Fact, Owner, encode, fill, wildcard
-from volery.contracts.errors import Refused
-from volery.contracts.health import GET_HEALTH, AskHealth
+from volery.contracts.base import Fact, encode, fill, wildcard
 from volery.runtime import telemetry
 from volery.runtime.bus import Bus
 from volery.runtime.clock import monotonic
-from volery.runtime.database import AWAY
-from volery.runtime.relay import stream_name
 from volery.runtime.tables import Change, Stale, commit
-from volery.runtime.tail import Broken, Heard, Standing, Tail, follow, last_position
+from volery.runtime.tail import Broken, Heard, follow, last_position
 from volery.runtime.tasks import end
 
 log = logging.getLogger(__name__)
 
 HOST_STREAM = "FACTS_HOST"
-CURSOR_SECONDS = 1.0
-"""How often a position is written that came without an effect: one that is lost only means hearing facts again."""
 REPLAY = 20_000
 """Facts of hosts that are read again at a start."""
 COMMIT_WORD_SECONDS = 1.0
@@ -51,131 +44,15 @@ MORE_THAN_EVER_SAID = 2**53 - 1
 FactHandler = Callable[[Any], Awaitable[Sequence[Change] | None]]
 
 
-class Envelope(msgspec.Struct, frozen=True):
-    """What the runtime reads of a CloudEvent."""
-
-    id: str
-    type: str
-    data: msgspec.Raw
-
-
-_envelope = msgspec.json.Decoder(Envelope)
-
-
 def _matches(pattern: str, subject: str) -> bool:
     wanted, given = pattern.split("."), subject.split(".")
     return len(wanted) == len(given) and all(w in ("*", g) for w, g in zip(wanted, given, strict=True))
 
 
-_FORWARD = "where heard.history = excluded.history and heard.position < excluded.position"
-
-
-@dataclass(slots=True)
-class Hearing:
-    """One service listening to another owner's stream."""
-
-    bus: Bus
-    pool: asyncpg.Pool[asyncpg.Record]
-    owner: Owner
-    handlers: dict[str, tuple[Fact[Any], FactHandler]]
-    """Wildcard subject → fact and handler."""
-    on_gap: Callable[[], Awaitable[None]] | None = None
-    """Called when facts were lost for good: behind the retention, or another history."""
-    committed: Callable[[], None] = lambda: None
-    """Told after an effect was committed, which may have said facts."""
-    position: int = 0
-    history: str = ""
-    written: int = 0
-    """The position in the database."""
-    stream: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.stream = stream_name(self.owner)
-
-    async def run(self) -> None:
-        while True:
-            try:
-                await self._load()
-                async with follow(self.bus.client, self.stream, self.position, list(self.handlers)) as tail:
-                    await self._trust(tail.standing)
-                    await self._follow(tail)
-            except nats.js.errors.NotFoundError:
-                await asyncio.sleep(0.25)
-            except (Broken, nats.errors.Error, nats.js.errors.Error, TimeoutError) as error:
-                log.info("%s follows %s again: %s", self.bus.name, self.stream, error or type(error).__name__)
-                await asyncio.sleep(0.25)
-
-    async def _trust(self, standing: Standing) -> None:
-        """A stream is never ahead of its owner's log, unless PostgreSQL was restored to an older state: what it says
-        then never happened, and must have no effect before the owner has made it anew."""
-        try:
-            owner = await self.bus.ask(GET_HEALTH[self.owner], AskHealth())
-        except Refused as refused:
-            raise Broken(f"whether it is true can't be asked: {refused.message}") from refused
-        if owner.log_history != standing.history or owner.log_position < standing.last:
-            raise Broken(f"it is ahead of the log of {self.owner}, whose database was restored")
-
-    async def _load(self) -> None:
-        row = await self.pool.fetchrow("select history, position from heard where stream = $1", self.stream)
-        self.history, self.position = (row["history"], row["position"]) if row else ("", 0)
-        self.written = self.position
-
-    async def _follow(self, tail: Tail) -> None:
-        if self.history != tail.standing.history or self.position + 1 < tail.standing.first:
-            if self.history and self.on_gap is not None:
-                await self.on_gap()
-            self.history = tail.standing.history
-            self.position = min(self.position, tail.standing.first - 1) if self.position else 0
-            await commit(self.pool, [self._cursor(tail.standing.first - 1)])
-            if self.position != 0:
-                raise Broken("the stream begins anew")
-        self.written = self.position
-        writing = asyncio.create_task(self._write_positions())
-        try:
-            async for heard in tail:
-                await self._take(heard)
-        finally:
-            await end([writing])
-
-    async def _write_positions(self) -> None:
-        """Of facts that had no effect: seldom, since every fact has a dozen hearers and most of them don't mind it."""
-        while True:
-            await asyncio.sleep(CURSOR_SECONDS)
-            if (position := self.position) > self.written:
-                with contextlib.suppress(Stale, *AWAY):
-                    await commit(self.pool, [self._cursor(position, _FORWARD)])
-                    self.written = max(self.written, position)
-
-    def _cursor(self, position: int, guard: str = "") -> Change:
-        return Change(
-            f"""insert into heard (stream, history, position) values ({{0}}, {{1}}, {{2}})
-               on conflict (stream) do update set history = excluded.history, position = excluded.position
-               {guard}""",
-            (self.stream, self.history, position),
-            guarded=False,
-        )
-
-    async def _take(self, heard: Heard) -> None:
-        if heard.position <= self.position:
-            return
-        while changes := await self._decide(heard):
-            try:
-                await commit(self.pool, [*changes, self._cursor(heard.position)])
-            except Stale:
-                continue
-            self.written = heard.position
-            self.committed()
-            break
-        self.position = heard.position
-
-    async def _decide(self, heard: Heard) -> Sequence[Change]:
-        for pattern, (fact, handler) in self.handlers.items():
-            if _matches(pattern, heard.subject):
-                event = _envelope.decode(heard.body)
-                payload = self.bus.decoder(fact.payload).decode(event.data)
-                telemetry.facts_heard.add(1, {"service": self.bus.name, "fact": fact.name})
-                return await handler(payload) or ()
-        return ()
+def wake_relay(relay: Callable[[], None], changes: Sequence[Change]) -> None:
+    """Only for what is to be relayed: most of what is heard says nothing."""
+    if any(change.facts for change in changes):
+        relay()
 
 
 @dataclass(slots=True)
@@ -274,7 +151,7 @@ class HostHearing:
                 break
             except Stale:
                 continue
-        self.committed()
+        wake_relay(self.committed, changes)
         left = self._leaves(payload)
         self.left.update((payload.host_id, generation) for generation in left)
         self.unknown -= {(payload.host_id, generation) for generation in (*left, payload.generation)}

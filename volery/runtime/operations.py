@@ -225,6 +225,8 @@ class Operations:
             await self._run(run)
         except LEFT_OPEN as error:
             log.warning("operation %s will be taken up again: %s", run.id, error or type(error).__name__)
+        finally:
+            run.drop_late()
 
     async def _run(self, run: Run) -> None:
         procedure = self.procedures.get(run.operation.kind)

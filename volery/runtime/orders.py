@@ -79,6 +79,19 @@ class Result:
         raise Refused(problem.kind, problem.message, **problem.details, outcome=str(self.outcome))
 
 
+_ORDER = """select host_id, object_id, kind, epoch, order_seq, operation_id, body, fencing_token, deadline_seconds,
+                   repeat_safe, boot_id, state, outcome, problem, result, ended_boot_id
+            from host_order where order_id = $1"""
+
+
+def _result(row: asyncpg.Record) -> Result | None:
+    """How an order of the table ended, if it has."""
+    if row["state"] != "finished":
+        return None
+    problem = msgspec.json.decode(row["problem"], type=Problem) if row["problem"] else None
+    return Result(Outcome(row["outcome"]), problem, row["result"], row["ended_boot_id"])
+
+
 @dataclass(slots=True)
 class Beats:
     """The newest beat of every host, by this process's monotonic clock."""
@@ -199,15 +212,15 @@ class Orders:
 
     async def stored(self, order_id: str) -> Result | None:
         """The result, if the order has ended."""
+        return (await self.given(order_id))[1]
+
+    async def given(self, order_id: str) -> tuple[bool, Result | None]:
+        """Whether it was given, and the result, if it has ended."""
         row = await self.pool.fetchrow(
-            """select outcome, problem, result, ended_boot_id from host_order
-               where order_id = $1 and state = 'finished'""",
+            "select state, outcome, problem, result, ended_boot_id from host_order where order_id = $1",
             order_id,
         )
-        if row is None:
-            return None
-        problem = msgspec.json.decode(row["problem"], type=Problem) if row["problem"] else None
-        return Result(Outcome(row["outcome"]), problem, row["result"], row["ended_boot_id"])
+        return row is not None, None if row is None else _result(row)
 
     async def ended_under(self, order_id: str) -> str:
         """The boot under which the host said how the order ended; "" when that isn't known."""
@@ -219,10 +232,12 @@ class Orders:
         future = self.waiting.setdefault(order_id, asyncio.get_running_loop().create_future())
         try:
             while True:
-                if (found := await self.stored(order_id)) is not None:
+                row = await self.pool.fetchrow(_ORDER, order_id)
+                assert row is not None
+                if (found := _result(row)) is not None:
                     return found
                 stop = cancelling is not None and cancelling.is_set()
-                acknowledged = await (self._cancel(order_id) if stop else self._send(order_id))
+                acknowledged = await (self._cancel(order_id) if stop else self._send(order_id, row))
                 pause = AGAIN_SECONDS if acknowledged else 0.25
                 try:
                     return await self._either(future, cancelling, pause)
@@ -297,14 +312,8 @@ class Orders:
             return future.result()
         raise TimeoutError
 
-    async def _send(self, order_id: str) -> bool:
+    async def _send(self, order_id: str, row: asyncpg.Record) -> bool:
         """Whether the agent has it."""
-        row = await self.pool.fetchrow(
-            """select host_id, object_id, kind, epoch, order_seq, operation_id, body, fencing_token,
-                      deadline_seconds, repeat_safe, boot_id from host_order where order_id = $1""",
-            order_id,
-        )
-        assert row is not None
         at = self.hosts.positions.get(row["host_id"])
         beat_seq, boot_id = self.beats.seq(row["host_id"]), self.beats.boot(row["host_id"])
         proof = self.deaths.ended.get((row["host_id"], boot_id))

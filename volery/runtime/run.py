@@ -1,6 +1,7 @@
 """One operation being carried out, as its procedure sees it: named steps and orders, undone in reverse order.
 
-A step that has completed gives its recorded answer, so that a procedure can begin anew after a crash.
+A step that has completed gives its recorded answer, so that a procedure can begin anew after a crash. An end with nothing
+else to write is written with what comes next: should it get lost, the step is done again, as it is idempotent.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -33,7 +34,12 @@ Q = TypeVar("Q", bound=Message)
 A = TypeVar("A")
 V = TypeVar("V")
 
+Then = Callable[[Any], tuple[str, str] | None]
+"""Answer → name and title of the step that comes next."""
+
 PROGRESS_SECONDS = 0.5
+LATE_SECONDS = 0.05
+"""An end is written after this when nothing else was to be written that it could go with."""
 
 
 class OperationPrivate(Message):
@@ -67,6 +73,11 @@ class Run:
     """Set while only a host can say what became of it, which may be silent for ever."""
     undoing: bool = False
     _progress_at: float = 0.0
+    _late: dict[str, msgspec.Raw] = field(default_factory=dict)
+    """Answers of steps whose end is not written yet."""
+    _announced: set[str] = field(default_factory=set)
+    """Steps whose begin was written with the end of the one before, and that nobody has tried yet."""
+    _saving: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
     def operation(self) -> Operation:
@@ -125,31 +136,41 @@ class Run:
         *,
         changes: Sequence[Change] = (),
         follows: Callable[[V], Awaitable[Sequence[Change]]] | None = None,
+        then: Then | None = None,
     ) -> V:
         """Do a step once: its answer is recorded, and given again after a crash.
 
         `type_` is what the answer decodes to (None: the step has no answer worth keeping). What `follows` from the answer
-        is written with it, and decided again when somebody changed a row first.
+        is written with it, and decided again when somebody changed a row first; then the begin of the step that comes next,
+        if any, is written with this one's end: `then` says which, as name and title.
         """
-        recorded = self.row.private.results.get(name)
+        recorded = self._recorded(name)
         if recorded is not None:
             kept: V = msgspec.json.decode(recorded, type=type_) if type_ is not None else None  # type: ignore[assignment]
             return kept
-        if not self._may_be_done(name):
-            self.checkpoint()
-        await self._begin(name, title, changes)
+        await self._enter(name, title, changes)
         answer = await self.surely(action)
         kept_answer = answer if type_ is not None else None
         if follows is None:
-            await self._end(name, kept_answer)
+            self._end_later(name, kept_answer)
             return answer
         while name not in self.row.private.results:
             try:
-                await self._end(name, kept_answer, await follows(answer))
+                await self._end(name, kept_answer, await follows(answer), then=then and then(answer))
             except Stale:
                 continue
             return answer
         return await self.step(name, title, action, type_)
+
+    async def _enter(self, name: str, title: str, changes: Sequence[Change]) -> None:
+        """The step is begun, durably. Raises what ended the operation when nothing of it can have been done."""
+        if name in self._announced:
+            self._announced.discard(name)
+            self.checkpoint()
+            return
+        if not self._may_be_done(name):
+            self.checkpoint()
+        await self._begin(name, title, changes)
 
     async def write(
         self,
@@ -157,8 +178,10 @@ class Run:
         title: str,
         decide: Callable[[], Awaitable[tuple[V, Sequence[Change]]]],
         type_: type[V],
+        then: Then | None = None,
     ) -> V:
-        """A step that is one commit: its answer and what it changes. Decided again when somebody changed a row first."""
+        """A step that is one commit: its answer and what it changes. Decided again when somebody changed a row first. `then`
+        as for `step`."""
         if (recorded := self.recorded(name, type_)) is not None:
             return recorded
         if not self._may_be_done(name):
@@ -166,7 +189,7 @@ class Run:
         while (recorded := self.recorded(name, type_)) is None:
             answer, changes = await decide()
             try:
-                await self._end(name, answer, changes, title)
+                await self._end(name, answer, changes, title, then and then(answer))
             except Stale:
                 continue
             return answer
@@ -174,8 +197,11 @@ class Run:
 
     def recorded(self, name: str, type_: type[V]) -> V | None:
         """What a step answered, if it has ended."""
-        found = self.row.private.results.get(name)
+        found = self._recorded(name)
         return None if found is None else msgspec.json.decode(found, type=type_)
+
+    def _recorded(self, name: str) -> msgspec.Raw | None:
+        return self.row.private.results.get(name) or self._late.get(name)
 
     def _may_be_done(self, name: str) -> bool:
         """Whether the step was begun and nobody knows what came of it: then it is asked about before anything is undone,
@@ -213,15 +239,15 @@ class Run:
         A question that must be made is made once: an order that was given before a crash needs none.
         """
         order_id = self.order_id(name)
-        result = await self.operations.orders.stored(order_id)
+        given, result = await self.operations.orders.given(order_id)
         if result is None:
             result = await self._carry_out(
-                order_id, name, title, order, question, host_id, object_id, epoch, on_progress
+                given, order_id, name, title, order, question, host_id, object_id, epoch, on_progress
             )
         if self.cancelling.is_set() and not self.undoing and result.outcome != "succeeded":
             self.checkpoint()
         answer: A = result.answer(order)
-        await self._end(name, None)
+        self._end_later(name, None)
         return answer
 
     def order_id(self, name: str) -> str:
@@ -230,6 +256,7 @@ class Run:
 
     async def _carry_out(
         self,
+        given: bool,
         order_id: str,
         name: str,
         title: str,
@@ -241,9 +268,9 @@ class Run:
         on_progress: Callable[[OrderProgressed], None] | None,
     ) -> Any:
         orders = self.operations.orders
-        if not await orders.exists(order_id):
+        if not given:
             self.checkpoint()
-            given = orders.give(
+            written = orders.give(
                 order,
                 question if isinstance(question, Message) else await question(),
                 order_id=order_id,
@@ -252,7 +279,7 @@ class Run:
                 epoch=epoch,
                 operation_id=self.id,
             )
-            await self._begin(name, title, given)
+            await self._begin(name, title, written)
         orders.progress[order_id] = on_progress or (lambda fact: self.say_progress(name, fact.progress))
         try:
             with self.waiting_for_host():
@@ -308,17 +335,37 @@ class Run:
         state = op.state if op.state in ENDED else running
         return replace(op, state=state, steps=(*steps, Step(name=name, title=title)))
 
-    async def _end(self, name: str, answer: Any, changes: Sequence[Change] = (), title: str = "") -> None:
+    async def _end(
+        self,
+        name: str,
+        answer: Any,
+        changes: Sequence[Change],
+        title: str = "",
+        then: tuple[str, str] | None = None,
+    ) -> None:
         """With a title: of a step whose begin nobody wrote."""
 
         def ended(op: Operation) -> Operation:
-            if title:
-                op = self._with_step(op, name, title)
-            done = OperationState.SUCCEEDED
-            steps = tuple(replace(s, state=done, progress=100.0) if s.name == name else s for s in op.steps)
-            return replace(op, steps=steps)
+            op = _with_ended(self._with_step(op, name, title) if title else op, (name,))
+            return self._with_step(op, *then) if then is not None else op
 
         await self.save(ended, results={name: msgspec.Raw(encode(answer))}, changes=changes)
+        if then is not None:
+            self._announced.add(then[0])
+
+    def _end_later(self, name: str, answer: Any) -> None:
+        if name in self.row.private.results:
+            return
+        self._late[name] = msgspec.Raw(encode(answer))
+        asyncio.get_running_loop().call_later(LATE_SECONDS, self._write_late, name)
+
+    def drop_late(self) -> None:
+        """The procedure was left: whoever takes it up does again what isn't written."""
+        self._late.clear()
+
+    def _write_late(self, name: str) -> None:
+        if name in self._late:
+            self.operations.spawn(self.save(lambda op: op))
 
     async def save(
         self,
@@ -330,12 +377,28 @@ class Run:
     ) -> None:
         """Write the operation, whoever else (a cancellation) wrote it meanwhile. Raises Stale when the changes don't hold
         any more, or another leader has recorded one of these results: what it decided counts."""
+        async with self._saving:
+            late = dict(self._late)
+            new = late | (results or {})
+
+            def written(op: Operation) -> Operation:
+                return public(_with_ended(op, late))
+
+            await self._save(written, new, changes, private or (lambda kept: kept))
+            for name in late:
+                self._late.pop(name, None)
+
+    async def _save(
+        self,
+        public: Callable[[Operation], Operation],
+        results: dict[str, msgspec.Raw],
+        changes: Sequence[Change],
+        private: Callable[[OperationPrivate], OperationPrivate],
+    ) -> None:
         table, pool = self.operations.table, self.operations.pool
         while True:
             row = self.row
-            kept = replace(row.private, results=row.private.results | (results or {}))
-            if private is not None:
-                kept = private(kept)
+            kept = private(replace(row.private, results=row.private.results | results))
             update = table.update(row, public(row.public), kept)
             try:
                 await self.operations.commit([update, *changes])
@@ -345,11 +408,21 @@ class Run:
                     raise
                 self.row = fresh
                 others = fresh.private.results.keys() - row.private.results.keys()
-                if results and results.keys() & others:
+                if results.keys() & others:
+                    self._late.clear()  # what the other leader recorded counts
                     raise
                 continue
             self.row = Row(replace(public(row.public), revision=row.public.revision + 1), kept)
             return
+
+
+def _with_ended(op: Operation, names: Collection[str]) -> Operation:
+    """The operation once these steps have succeeded."""
+    if not names:
+        return op
+    done = OperationState.SUCCEEDED
+    steps = tuple(replace(s, state=done, progress=100.0) if s.name in names else s for s in op.steps)
+    return replace(op, steps=steps)
 
 
 def _running_again(op: Operation) -> Operation:

@@ -36,7 +36,8 @@ from volery.runtime.config import read
 from volery.runtime.core import Core, once
 from volery.runtime.database import SchemaTooNew
 from volery.runtime.deaths import Deaths
-from volery.runtime.hear import FactHandler, Hearing, HostHearing, keep_host_stream, table_of
+from volery.runtime.hear import HostHearing, keep_host_stream, table_of
+from volery.runtime.hear_owners import Hearing, bound, by_owner
 from volery.runtime.operations import Operations, Procedure
 from volery.runtime.orders import Beats, Orders
 from volery.runtime.pages import page
@@ -62,6 +63,7 @@ class Part:
     answers_: list[tuple[Call[Any, Any], Any]] = field(default_factory=list)
     leader_answers_: list[tuple[Call[Any, Any], Any]] = field(default_factory=list)
     hears_: list[tuple[Fact[Any], Any]] = field(default_factory=list)
+    hears_together_: list[tuple[Fact[Any], Any]] = field(default_factory=list)
     hears_hosts_: list[tuple[Fact[Any], Any]] = field(default_factory=list)
     procedures_: list[Procedure] = field(default_factory=list)
     every_: list[tuple[float, Any]] = field(default_factory=list)
@@ -78,6 +80,16 @@ class Part:
         """Another owner's fact: `async def handler(service, payload)` returns the changes of its effect, which
         are committed with the position of the fact. May run twice; must not act beyond its changes and wakes."""
         return self._row(self.hears_, fact)
+
+    def hears_together(self, *facts: Fact[Any]) -> Callable[[F], F]:
+        """The same for all that wait of these facts, in one commit: `async def handler(service, said)` gets them in their
+        order, each with its fact. For what only writes down how things are, and of what comes in hundreds."""
+
+        def add(handler: F) -> F:
+            self.hears_together_ += [(fact, handler) for fact in facts]
+            return handler
+
+        return add
 
     def hears_hosts(self, fact: Fact[Any]) -> Callable[[F], F]:
         """A fact from the hosts, likewise."""
@@ -369,15 +381,15 @@ class Service:
             await relay.trim()
 
     def _hear(self, core: Core, made: Any) -> list[Coroutine[Any, Any, Any]]:
-        by_owner: dict[Owner, list[tuple[Fact[Any], FactHandler]]] = {}
-        for fact, handler in self.rows("hears_"):
-            by_owner.setdefault(Owner(fact.owner), []).append((fact, _bound(made, handler)))
+        one_by_one = by_owner(self.rows("hears_"), made)
+        runs = by_owner(self.rows("hears_together_"), made)
         if self.report is not None:
-            by_owner.setdefault(Owner.HA, []).append((LIVENESS_CHANGED, core.orders.deaths.heard))
+            one_by_one.setdefault(Owner.HA, []).append((LIVENESS_CHANGED, core.orders.deaths.heard))
         works: list[Coroutine[Any, Any, Any]] = []
-        for owner, facts in by_owner.items():
+        for owner in {**one_by_one, **runs}:
+            alone, several = (table_of(found.get(owner, [])) for found in (one_by_one, runs))
             gap = self._gap(made, stream_name(owner))
-            hearing = Hearing(core.bus, core.pool, owner, table_of(facts), gap)
+            hearing = Hearing(core.bus, core.pool, owner, alone, several, gap)
             hearing.committed = core.relay_wake.set
             works.append(hearing.run())
         return works
@@ -387,7 +399,7 @@ class Service:
         return None if on_gap is None else lambda: on_gap(made, stream)
 
     def _hear_hosts(self, core: Core, made: Any) -> Coroutine[Any, Any, Any]:
-        facts = [(fact, _bound(made, handler)) for fact, handler in self.rows("hears_hosts_")]
+        facts = [(fact, bound(made, handler)) for fact, handler in self.rows("hears_hosts_")]
         if self.order_finished is not None:
             facts.append((self.order_finished, core.orders.on_finished))
         if self.order_progressed is not None:
@@ -450,13 +462,6 @@ def _signer(credentials_dir: str, name: str) -> Callable[[str, bytes], str]:
 
     _, key = parse_creds(Path(credentials_dir, f"{name}.creds").read_text())
     return Signer(key.seed).sign
-
-
-def _bound(made: Any, handler: Callable[[Any, Any], Awaitable[Sequence[Change] | None]]) -> FactHandler:
-    async def bound(payload: Any) -> Sequence[Change] | None:
-        return await handler(made, payload)
-
-    return bound
 
 
 async def _every(seconds: float, work: Callable[[Any], Awaitable[None]], made: Any) -> None:

@@ -109,6 +109,17 @@ class Tail:
         self.expected += 1
         return Heard(position, message.subject, message.data)
 
+    async def at_hand(self, most: int) -> list[Heard]:
+        """The next messages, as far as they are here already."""
+        found: list[Heard] = []
+        while len(found) < most and not self.queue.empty():
+            message = self.queue.get_nowait()
+            if message.headers and "Status" in message.headers:
+                await self._status(message)
+            else:
+                found.append(self._take(message))
+        return found
+
     def waiting(self) -> bool:
         """Whether more messages are at hand already."""
         return not self.queue.empty()
