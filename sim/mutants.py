@@ -22,7 +22,7 @@ from services.ha.policies.evidence import Held
 from services.ha.policies.fencing import Decision, Silent, decide
 from services.ha.store import RESTARTS
 from services.ha.watch import Watch
-from services.inventory import migration, reconcile, starting, stopping
+from services.inventory import giving_up, migration, reconcile, stopping
 from services.inventory.store import Store
 from sim import alone, idle, slips
 from sim.alone import Play
@@ -95,9 +95,9 @@ def _boot_id_is_forgotten() -> None:
 
 def _failed_hosts_are_not_told_to_forget() -> None:
     async def only_claim(inv: Any, run: Any, vm_id: str, attempt: int, epoch: int, host_id: str) -> None:
-        await starting.release_claim(inv, run, vm_id, epoch)
+        await giving_up.release_claim(inv, run, vm_id, epoch)
 
-    starting._give_up_host = only_claim
+    giving_up.give_up_host = only_claim
 
 
 def _failed_migrations_are_believed() -> None:

@@ -14,7 +14,7 @@ from host_agent.clock import BootClock
 from host_agent.rules import BOOT_SHIFT, judge, too_old
 from services.ha import executors, fencing, listening, liveness, power, state
 from services.ha import store as ha_store
-from services.inventory import reconcile, starting
+from services.inventory import giving_up, reconcile
 from services.inventory.store import Store
 from services.scheduler import reconcile as claims
 from sim import plane
@@ -84,9 +84,9 @@ def late_starts_meet_nothing() -> None:
     cancels_are_forgotten()
 
     async def only_claim(inv: Any, run: Any, vm_id: str, attempt: int, epoch: int, host_id: str) -> None:
-        await starting.release_claim(inv, run, vm_id, epoch)
+        await giving_up.release_claim(inv, run, vm_id, epoch)
 
-    put(starting, "_give_up_host", only_claim)
+    put(giving_up, "give_up_host", only_claim)
 
 
 def what_nobody_heard_counts_as_silence() -> None:

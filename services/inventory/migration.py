@@ -11,8 +11,8 @@ from msgspec.structs import replace
 from services.inventory import model, restored
 from services.inventory.desk import Inventory
 from services.inventory.endings import down, in_blackout
+from services.inventory.giving_up import release_claim
 from services.inventory.specs import domain_spec, need_of
-from services.inventory.starting import release_claim
 from services.inventory.stop_table import End
 from services.inventory.store import CLUSTERS, HOSTS, VMS
 from volery.contracts.agent import DomainReport, OrderProgressed

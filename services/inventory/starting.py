@@ -13,22 +13,20 @@ from contextlib import asynccontextmanager
 
 from msgspec.structs import replace
 
-from services.inventory import leases, memory, model, restored, undying
+from services.inventory import giving_up, leases, memory, model, restored, undying
 from services.inventory.desk import Inventory
 from services.inventory.specs import disk_ids, domain_spec, need_of
 from services.inventory.store import VMS, VmPrivate
 from services.inventory.turns import Spot
-from volery.contracts.agent import Outcome
 from volery.contracts.base import Message
 from volery.contracts.domain import DomainSpec
-from volery.contracts.domain_orders import FORGET_DOMAIN, RUN_DOMAIN, ForgetDomain, RunDomain
+from volery.contracts.domain_orders import RUN_DOMAIN, RunDomain
 from volery.contracts.errors import Kind, Refused, conflict, unavailable
 from volery.contracts.leases import FREE_LATER
 from volery.contracts.operation import Operation
 from volery.contracts.scheduling import (
     CONFIRM_CLAIM,
     PLACE,
-    RELEASE_CLAIM,
     ClaimKey,
     Place,
     Placement,
@@ -48,7 +46,6 @@ from volery.contracts.vm import (
 from volery.runtime import checks
 from volery.runtime.bus import LOST, Caller
 from volery.runtime.clock import monotonic, utc_now
-from volery.runtime.deaths import host_died
 from volery.runtime.run import Run, Then
 from volery.runtime.service import Part
 from volery.runtime.tables import Change, Row, Stale
@@ -236,7 +233,7 @@ async def bring_up(inv: Inventory, run: Run, ask: Starting) -> None:
             )
             placed = await _place(inv, run, ask, attempt, epoch, tuple(excluded))
         if not placed.host_id:
-            await release_claim(inv, run, ask.vm_id, epoch)
+            await giving_up.release_claim(inv, run, ask.vm_id, epoch)
             await _say_why(inv, ask.vm_id, placed.message)
             tried = f" Tried already: {'; '.join(reasons)}." if reasons else ""
             raise Refused(Kind.EXHAUSTED, f"{placed.message}{tried}", placement=placed, tried=len(reasons))
@@ -246,7 +243,7 @@ async def bring_up(inv: Inventory, run: Run, ask: Starting) -> None:
             if refused.details.get(LOST):
                 raise  # another service's silence is no fault of this host
             log.info("attempt %d on %s: %s", attempt, placed.host_id, refused.message)
-            await _give_up_host(inv, run, ask.vm_id, attempt, epoch, placed.host_id)
+            await giving_up.give_up_host(inv, run, ask.vm_id, attempt, epoch, placed.host_id)
             excluded.append(placed.host_id)
             reasons.append(f"{_host_name(placed)}: {refused.message}")
             hopeless = refused.kind in HOPELESS and "outcome" not in refused.details
@@ -424,40 +421,6 @@ async def _settle_running(
         return
 
 
-async def _give_up_host(inv: Inventory, run: Run, vm_id: str, attempt: int, epoch: int, host_id: str) -> None:
-    """Nothing of this attempt stays on the host, and its claim is given back. Of what a boot that died was told to run
-    nothing is left, and no other boot takes an order that was sent to it."""
-    order_id = run.order_id(f"run-{attempt}")
-    result = await inv.core.orders.stored(order_id)
-    died = result is not None and result.outcome is Outcome.HOST_DIED
-    if not died and await inv.core.orders.exists(order_id):
-        await _forget(inv, run, vm_id, attempt, epoch, host_id)
-    await release_claim(inv, run, vm_id, epoch)
-
-
-async def _forget(inv: Inventory, run: Run, vm_id: str, attempt: int, epoch: int, host_id: str) -> None:
-    was, run.undoing = run.undoing, True
-    try:
-        await run.order(
-            f"forget-{attempt}",
-            "Making sure that nothing is left there",
-            FORGET_DOMAIN,
-            ForgetDomain(vm_id=vm_id),
-            host_id=host_id,
-            epoch=epoch,
-        )
-    except Refused as refused:
-        if not host_died(refused):
-            raise
-    finally:
-        run.undoing = was
-
-
-async def release_claim(inv: Inventory, run: Run, vm_id: str, epoch: int) -> None:
-    question = ClaimKey(vm_id=vm_id, epoch=epoch)
-    await inv.core.bus.ask(RELEASE_CLAIM, question, run.caller_for(f"release-{epoch}"))
-
-
 async def _confirm(inv: Inventory, run: Run, vm_id: str) -> None:
     """The VM runs, whatever the scheduler says: a claim that is gone is made again from what hosts report, and one
     that can't be confirmed now is confirmed by reconciling."""
@@ -477,9 +440,11 @@ async def _stay_down(inv: Inventory, run: Run, ask: Starting) -> None:
         attempts = [n for n in range(MAX_HOSTS) if await inv.core.orders.exists(run.order_id(f"run-{n}"))]
         try:
             if attempts:
-                await _give_up_host(inv, run, ask.vm_id, attempts[-1], placement.epoch, placement.host_id)
+                await giving_up.give_up_host(
+                    inv, run, ask.vm_id, attempts[-1], placement.epoch, placement.host_id
+                )
             else:
-                await release_claim(inv, run, ask.vm_id, placement.epoch)
+                await giving_up.release_claim(inv, run, ask.vm_id, placement.epoch)
         except Refused as refused:
             if not undying.is_undying(refused):
                 raise

@@ -216,8 +216,7 @@ async def update(svc: Storage, ask: UpdateStorageDomain, caller: Caller) -> Stor
             updated_at=utc_now(),
         )
         await lockspaces.refuse_change(svc, row.public, new)
-        if not new.leases:  # at once: from now on nothing is written under a lease there
-            new = lease_model.only_wanted(new, row.private.maintenance, ())
+        new = new if new.leases else lease_model.only_wanted(new, row.private.maintenance, ())
         change = svc.then_wake(DOMAINS.update(row, new), f"domain:{row.id}")
         try:
             await svc.core.commit(change, caller=caller, answer=new)
