@@ -144,8 +144,9 @@ async def list_again(svc: Storage, stream: str) -> None:
 async def _forget_undone(
     svc: Storage, begun: Iterable[Row[Disk, DiskPrivate]], epochs: Mapping[str, int], vm_ids: Collection[str]
 ) -> None:
-    """`begun`: disks as they were before inventory was asked for the epochs of these VMs. Every epoch is written before it is asked for with. One that inventory doesn't know afterwards was given by a
-    database that was since restored: no fact will ever say that it has ended."""
+    """`begun`: disks as they were before inventory was asked for the epochs of these VMs. Inventory writes every epoch before
+    it asks for disks with it. One that it doesn't know afterwards was given by a database that was since restored: no
+    fact will ever say that it has ended."""
     for noted in begun:
         undone = {(v, e) for v, e in noted.private.begun.items() if v in vm_ids and epochs.get(v, 0) < e}
 
