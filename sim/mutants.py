@@ -344,7 +344,7 @@ def _ends_of_other_placements_count() -> None:
 
 
 MUTANTS: dict[str, Mutant] = {
-    "operations are not resumed": Mutant(_operations_are_not_resumed, 1, "services"),
+    "operations are not resumed": Mutant(_operations_are_not_resumed, 3, "services"),
     "strays are left": Mutant(
         _strays_are_left,
         0,
@@ -396,7 +396,7 @@ MUTANTS: dict[str, Mutant] = {
         guarded="a VM that is still down under the same epoch is looked at again, and asked for as the next attempt",
     ),
     "restarts wait by wall time": Mutant(_restarts_wait_by_wall_time, 1, "set back", quick=True),
-    "healthy hosts are shot": Mutant(_healthy_hosts_are_shot, 1, "fences", quick=True),
+    "healthy hosts are shot": Mutant(_healthy_hosts_are_shot, 2, "fences", quick=True),
     "one reading proves death": Mutant(_one_reading_proves_death, 10, "BMC reset", quick=True),
     "silence proves death": Mutant(_silence_proves_death, 1, "fences", quick=True),
     "failed reads count as off": Mutant(_failed_reads_count_as_off, 1, "silent", quick=True),
@@ -459,7 +459,7 @@ MUTANTS: dict[str, Mutant] = {
         slips.numbers_do_not_rise_after_a_restore, 12, "everywhere since"
     ),
     "quarantine never begins": Mutant(_quarantine_never_begins, 10, "moved since"),
-    "quarantine holds no looks": Mutant(_quarantine_holds_no_looks, 4, "moved since", quick=True),
+    "quarantine holds no looks": Mutant(_quarantine_holds_no_looks, 1, "moved since", quick=True),
     "hosts that know more are not believed": Mutant(
         _hosts_that_know_more_are_not_believed, 11, "made anew", quick=True
     ),

@@ -63,13 +63,14 @@ async def stop(scene: Scene) -> None:
     if operation.state is OperationState.SUCCEEDED:
         scene.world.oracle.has_stopped(vm_id)
     else:
-        scene.world.oracle.want(vm_id, await _promised(scene.world, vm_id))
+        scene.world.oracle.want(vm_id, await _promised(scene.world, vm_id, ask.force))
 
 
-async def _promised(world: World, vm_id: str) -> Wish:
-    """What became of a stop that failed: a VM that is shown as wanted down must come to be it."""
+async def _promised(world: World, vm_id: str, force: bool) -> Wish:
+    """What became of a stop that failed: a VM that is shown as wanted down must come to be it, unless it is asked in vain."""
     vm = await world.ask(GET_VM, GetById(id=vm_id))
-    return Wish.DOWN if vm.desired is DesiredState.DOWN else Wish.ANY
+    listens = force or world.guests[vm_id].shutdown_seconds is not None
+    return Wish.DOWN if listens and vm.desired is DesiredState.DOWN else Wish.ANY
 
 
 async def restart(scene: Scene) -> None:

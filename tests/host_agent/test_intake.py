@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from host_agent import fetch, files, intake
+from host_agent import fetch, intake, sparse
 from tests.support.agent_host import make_host, qemu_img, qemu_io, running
 from tests.support.storage_domain import MIB, Domain, connected_domain
 from volery.contracts.domain import ImageFormat
@@ -243,7 +243,7 @@ def test_a_sparse_file_has_the_bytes_and_the_holes(
 ) -> None:
     data = os.urandom(100_000) + bytes(1_000_000) + os.urandom(5) + bytes(300_000) + b"end" + bytes(70_000)
     descriptor = os.open(tmp_path / "f", os.O_RDWR | os.O_CREAT)
-    target = files.SparseFile(descriptor, 0)
+    target = sparse.SparseFile(descriptor, 0)
     start = 0
     while start < len(data):
         size = pieces[start % len(pieces)]

@@ -90,7 +90,7 @@ async def test_what_is_suspended_is_not_started_paused(configured: Settings) -> 
         assert refused.value.kind is Kind.CONFLICT
         assert resumed(first) == [""]
         await done(world, await world.bus.ask(START_VM, StartVm(id=vm.id)))
-        assert resumed(first) == ["", f"{vm.id}.save"]
+        assert [path.startswith(vm.id) for path in resumed(first)] == [False, True]
 
 
 async def test_where_its_memory_is_outlives_a_crash_in_the_last_step(configured: Settings) -> None:

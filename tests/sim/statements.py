@@ -30,7 +30,10 @@ MEANS: dict[tuple[str, str], tuple[str, ...]] = {
         "id = $1",
         "id = (select policy_id from cluster where id = $1)",
     ),
-    ("volery.runtime.hear", "guard"): ("", "where heard.history = excluded.history"),
+    ("volery.runtime.hear_owners", "guard"): (
+        "",
+        "where heard.history = excluded.history and heard.position < excluded.position",
+    ),
 }
 """Also of what is a parameter of the function that asks."""
 BUILT = {"volery.runtime.tables", "volery.runtime.pages"}

