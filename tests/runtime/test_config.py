@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from volery.runtime.config import ConfigError, refuse_unknown_sections
+from volery.runtime.config import ConfigError, TelemetryConfig, read, refuse_unknown_sections
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,6 +40,25 @@ def test_what_exists_is_no_typo() -> None:
     refuse_unknown_sections(
         {"VOLERY_HOME": "/x", "VOLERY_TARGET": "up", "VOLERY_BUS_SERVERS": "s", "VOLERYX": "1", "HOME": "/"}
     )
+
+
+LINKS = {
+    "_PORT": "tcp://10.0.0.7:8080",
+    "_PORT_8080_TCP": "tcp://10.0.0.7:8080",
+    "_PORT_8080_TCP_ADDR": "10.0.0.7",
+    "_SERVICE_HOST": "10.0.0.7",
+    "_SERVICE_PORT": "8080",
+    "_SERVICE_PORT_HTTPS": "8080",
+}
+
+
+@pytest.mark.parametrize("service", ["VOLERY", "VOLERY_CONSOLE", "VOLERY_TELEMETRY"])
+def test_where_kubernetes_has_services_of_that_name_is_no_setting(service: str) -> None:
+    environ = {service + link: value for link, value in LINKS.items()}
+    refuse_unknown_sections(environ)
+    assert read("VOLERY_TELEMETRY_", TelemetryConfig, environ) == TelemetryConfig()
+    with pytest.raises(ConfigError, match="VOLERY_STUP_NATS_PORT belongs to no section"):
+        refuse_unknown_sections(environ | {"VOLERY_STUP_NATS_PORT": "4222"})
 
 
 @pytest.mark.parametrize("program", ["services", "services.storage", "api_gateway", "host_agent"])

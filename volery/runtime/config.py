@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -80,7 +81,11 @@ def read(prefix: str, type_: type[T], environ: Mapping[str, str] | None = None) 
     """
     environ = os.environ if environ is None else environ
     fields = {f.name for f in msgspec.structs.fields(type_)}
-    given = {k[len(prefix) :].lower(): v for k, v in environ.items() if k.startswith(prefix)}
+    given = {
+        name[len(prefix) :].lower(): value
+        for name, value in environ.items()
+        if name.startswith(prefix) and not _is_service_link(name, value)
+    }
     for name in sorted(given.keys() - fields):
         raise ConfigError(
             f"{prefix}{name.upper()} is not a setting; the settings are "
@@ -95,13 +100,23 @@ def read(prefix: str, type_: type[T], environ: Mapping[str, str] | None = None) 
 def refuse_unknown_sections(environ: Mapping[str, str] | None = None) -> None:
     """Raises ConfigError for a VOLERY_ variable of no section: a typo there would leave a setting as it is by default."""
     environ = os.environ if environ is None else environ
-    for name in sorted(environ):
-        if name.startswith(PREFIX) and name not in STANDALONE and not name.startswith(KNOWN_PREFIXES):
+    for name, value in sorted(environ.items()):
+        if _is_service_link(name, value) or name in STANDALONE:
+            continue
+        if name.startswith(PREFIX) and not name.startswith(KNOWN_PREFIXES):
             meant = difflib.get_close_matches(_section(name), map(_section, KNOWN_PREFIXES), n=1)
             hint = f"did you mean {PREFIX}{meant[0]}_? S" if meant else "s"
             raise ConfigError(
                 f"{name} belongs to no section of settings: {hint}ections are {', '.join(KNOWN_PREFIXES)}"
             )
+
+
+_SERVICE_LINK = re.compile(r"\w+_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)")
+
+
+def _is_service_link(name: str, value: str) -> bool:
+    """Kubernetes tells every container where the services of its namespace are, also of one whose name begins with volery."""
+    return _SERVICE_LINK.fullmatch(name) is not None or (name.endswith("_PORT") and "://" in value)
 
 
 def _section(name: str) -> str:
