@@ -17,13 +17,10 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(params=["redfish", "ipmi"])
+@pytest.fixture(params=machines.KINDS)
 def machine(request: pytest.FixtureRequest, tmp_path: Path, certificate: Path) -> Iterator[Machine]:
-    """A machine that is on, reached by each real agent."""
-    made = machines.redfish(tmp_path, certificate) if request.param == "redfish" else machines.ipmi(tmp_path)
-    with made as one:
-        one.chassis.power_on()
-        (one.chassis.directory / "switched").unlink()
+    """Reached by each real agent."""
+    with machines.switched_on(request.param, tmp_path, certificate) as one:
         yield one
 
 

@@ -131,6 +131,18 @@ def ipmi(directory: Path) -> Iterator[Machine]:
         process.wait()
 
 
+KINDS = ("redfish", "ipmi")
+
+
+@contextlib.contextmanager
+def switched_on(kind: str, directory: Path, certificate: Path) -> Iterator[Machine]:
+    """A machine of this kind that is on, and of which nothing was asked yet."""
+    with redfish(directory, certificate) if kind == "redfish" else ipmi(directory) as one:
+        one.chassis.power_on()
+        (one.chassis.directory / "switched").unlink()
+        yield one
+
+
 def _wait_for_port(process: subprocess.Popen[bytes], port: int) -> None:
     """ipmi_sim announces nothing; the kernel's table of sockets says that it listens."""
     deadline = time.monotonic() + 20

@@ -76,6 +76,7 @@ class BusTransport(TcpTransport):
             )
 
     # Python 3.11.2, as in Debian 12, has let go of TLS when it was closed: what is tried then raises AttributeError.
+    # (The ignored types are nats-py's, whose transports have none.)
 
     def write(self, payload: bytes) -> None:
         try:

@@ -179,7 +179,8 @@ class Hearing:
             try:
                 await self._take(run[-1].position, lambda: self._decide_together(handler, run))
                 return
-            except Exception as error:  # the runtime's own loop: the trouble of one holds up none before it
+            # Any: the trouble of one, whatever it is, holds up none before it, and is raised below when its turn comes.
+            except Exception as error:
                 log.info("%s hears %d facts one by one: %r", self.bus.name, len(run), error)
         for heard in run:
             await self._take(heard.position, partial(self._decide, heard))
