@@ -88,7 +88,7 @@ async def decisions(world: World) -> list[Line]:
         ask = Place(need=need(dice, figures), epoch=1)
         for times in (cold, warm):
             began = time.perf_counter()
-            decide(fleet, request(ask, POLICY, CONFIG))
+            decide(fleet, request(ask, POLICY, CONFIG)).first(CONFIG.explained_hosts)
             times.append((time.perf_counter() - began) * 1000)
         large = replace(ask, need=replace(ask.need, memory_bytes=2048 * GIB))
         began = time.perf_counter()

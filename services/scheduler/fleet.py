@@ -83,6 +83,8 @@ _COLUMNS: dict[str, type] = {
     "ha_guests": np.int64,
     "busy_since": np.float64,
     "swapped": np.int64,
+    "models": np.int64,
+    "machines": np.int64,
 }
 IDLE = 0.0
 """`busy_since` of a host that isn't busy."""
@@ -103,8 +105,10 @@ class Fleet:
         default_factory=lambda: {name: np.zeros(16, dtype) for name, dtype in _COLUMNS.items()}
     )
     _cluster_numbers: dict[str, int] = field(default_factory=dict)
-    _models: list[frozenset[str]] = field(default_factory=list)
-    _machines: list[frozenset[str]] = field(default_factory=list)
+    _sets: dict[frozenset[str], int] = field(default_factory=dict)
+    """What hosts can do, numbered: a fleet has few kinds of hosts."""
+    _lists: list[frozenset[str]] = field(default_factory=list)
+    """The same by number."""
     _masks: dict[tuple[str, str], Bools] = field(default_factory=dict)
     _ranks: Ints | None = None
 
@@ -122,10 +126,7 @@ class Fleet:
         row = self.rows.get(host.id)
         if row is None:
             row = self._append(host)
-        elif self._models[row] != host.cpu_models or self._machines[row] != host.machines:
-            self._masks.clear()
         self.names[row] = host.name
-        self._models[row], self._machines[row] = host.cpu_models, host.machines
         figures = {
             "cluster": self._cluster_number(host.cluster_id),
             "status": STATUSES.index(host.status) if host.status in STATUSES else -1,
@@ -137,6 +138,8 @@ class Fleet:
             "vcpus_used": host.vcpus_used,
             "guests": host.guests,
             "ha_guests": host.ha_guests,
+            "models": self._set_number(host.cpu_models),
+            "machines": self._set_number(host.machines),
         }
         for name, value in figures.items():
             self._columns[name][row] = value
@@ -149,8 +152,6 @@ class Fleet:
             column[row] = 0
         self.ids.append(host.id)
         self.names.append(host.name)
-        self._models.append(host.cpu_models)
-        self._machines.append(host.machines)
         self.rows[host.id] = row
         self._forget_order()
         return row
@@ -166,9 +167,6 @@ class Fleet:
         for texts in (self.ids, self.names):
             texts[row] = texts[last]
             texts.pop()
-        for sets in (self._models, self._machines):
-            sets[row] = sets[last]
-            sets.pop()
         if row != last:
             self.rows[self.ids[row]] = row
         self._forget_order()
@@ -238,7 +236,7 @@ class Fleet:
     def among(self, host_ids: Iterable[str]) -> Bools:
         """Whether each host is one of these."""
         mask = np.zeros(len(self.ids), np.bool_)
-        mask[[self.rows[h] for h in host_ids if h in self.rows]] = True
+        mask[[row for row in map(self.rows.get, host_ids) if row is not None]] = True
         return mask
 
     def with_network(self, network_id: str) -> Bools:
@@ -247,20 +245,28 @@ class Fleet:
         return self._kept(("network", network_id), lambda: self.among(hosts))
 
     def with_model(self, model: str) -> Bools:
-        return self._kept(("model", model), lambda: self._having(self._models, model))
+        return self._having("models", model)
 
     def with_machine(self, machine: str) -> Bools:
-        return self._kept(("machine", machine), lambda: self._having(self._machines, machine))
+        return self._having("machines", machine)
 
     def models_of(self, row: int) -> frozenset[str]:
-        return self._models[row]
+        return self._lists[int(self.ints("models")[row])]
 
     def machines_of(self, row: int) -> frozenset[str]:
-        return self._machines[row]
+        return self._lists[int(self.ints("machines")[row])]
 
-    def _having(self, sets: list[frozenset[str]], name: str) -> Bools:
+    def _having(self, column: str, name: str) -> Bools:
         # A host that reports no list is not excluded by it: libvirt has the last word there.
-        return np.fromiter((not s or name in s for s in sets), np.bool_, len(sets))
+        having = np.fromiter((not s or name in s for s in self._lists), np.bool_, len(self._lists))
+        mask: Bools = having[self.ints(column)]
+        return mask
+
+    def _set_number(self, names: frozenset[str]) -> int:
+        number = self._sets.setdefault(names, len(self._lists))
+        if number == len(self._lists):
+            self._lists.append(names)
+        return number
 
     def _kept(self, key: tuple[str, str], make: Callable[[], Bools]) -> Bools:
         mask = self._masks.get(key)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
+import numpy as np
 from msgspec.structs import replace
 
 from services.scheduler import affinity, model, store
@@ -107,7 +108,7 @@ def decided(fleet: Fleet, asked: Request, config: SchedulerConfig) -> Placement:
         message=sentence(fleet, asked, decision, hosts, mended),
         vm_name=asked.need.name,
         purpose=asked.place.purpose,
-        considered=len(decision.order),
+        considered=int(np.count_nonzero(decision.considered)),
         fitting=decision.fitting,
         excluded_by=decision.excluded_by(),
         remedies=mended,

@@ -94,6 +94,16 @@ def test_a_decision_counts_what_it_does_not_show(world: World, place: Place) -> 
         assert order == sorted(order) or place.target_host_id
 
 
+@settings(max_examples=200, deadline=None)
+@given(worlds(), places())
+def test_the_first_hosts_are_those_of_the_whole_order(world: World, place: Place) -> None:
+    decision = decide(fleet_of(world), asked_of(world, place))
+    for count in range(1, len(decision.order) + 2):
+        assert decision.first(count).tolist() == decision.order[:count].tolist()
+    best = decision.order[0] if len(decision.order) and decision.fits[decision.order[0]] else None
+    assert decision.best == best
+
+
 def _in_order(world: World, place: Place, fleet: Fleet, decision: Decision) -> list[set[str]]:
     hosts = {h.id: h for h in world.hosts}
     return [oracle.refusals(world, place, hosts[fleet.ids[row]], CONFIG) for row in decision.order]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -20,28 +21,54 @@ NAMED_WEIGHTS = 3
 """Weights that a choice's sentence compares with the runner-up's."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Decision:
-    """Rows of the hosts that were considered, best first (of those that don't fit, the one with the fewest rules
-    against it), and what every rule said of them."""
+    """What every rule said of every host. Sorted is only what is asked for: of ten thousand hosts that fit, few are."""
 
-    order: Ints
+    considered: Bools
+    """Hosts of its cluster, and the one that was asked for."""
+    target: Bools
     fits: Bools
     masks: dict[str, Bools]
     total: Floats
+    """Rounded to what counts as equal."""
     scores: dict[str, Floats]
+    ranks: Ints
+    """What decides between equals."""
 
-    @property
+    @cached_property
+    def order(self) -> Ints:
+        """Rows of the hosts that were considered, best first: of those that don't fit, the one with the fewest rules
+        against it."""
+        rows = np.flatnonzero(self.considered)
+        against = np.sum([~mask[rows] for mask in self.masks.values()], axis=0)
+        keys = (self.ranks[rows], -self.total[rows], against, ~self.target[rows], ~self.fits[rows])
+        ordered: Ints = rows[np.lexsort(keys)]
+        return ordered
+
+    def first(self, count: int) -> Ints:
+        """The first so many of the order."""
+        rows = np.flatnonzero(self.considered & self.fits)
+        if len(rows) < count:
+            return self.order[:count]
+        total = self.total[rows]
+        least = np.partition(total, len(rows) - count)[len(rows) - count]
+        near = rows[(total >= least) | self.target[rows]]
+        keys = (self.ranks[near], -self.total[near], ~self.target[near])
+        ordered: Ints = near[np.lexsort(keys)]
+        return ordered[:count]
+
+    @cached_property
     def best(self) -> int | None:
-        return int(self.order[0]) if len(self.order) and self.fits[self.order[0]] else None
+        return int(self.first(1)[0]) if self.fitting else None
 
-    @property
+    @cached_property
     def fitting(self) -> int:
-        return int(self.fits[self.order].sum())
+        return int(np.count_nonzero(self.considered & self.fits))
 
     def excluded_by(self) -> dict[str, int]:
         """Rule → how many of the hosts it excludes."""
-        counts = {rule: int((~mask[self.order]).sum()) for rule, mask in self.masks.items()}
+        counts = {rule: int(np.count_nonzero(self.considered & ~mask)) for rule, mask in self.masks.items()}
         return {rule: count for rule, count in counts.items() if count}
 
 
@@ -49,12 +76,9 @@ def decide(fleet: Fleet, request: Request) -> Decision:
     masks = _masks(fleet, request)
     fits = np.logical_and.reduce(list(masks.values()))
     scores = weigh(fleet, request, fits)
-    total: Floats = np.sum(list(scores.values()), axis=0)
+    total: Floats = np.sum(list(scores.values()), axis=0).round(9)
     target = fleet.among((request.place.target_host_id,))
-    rows = np.flatnonzero(masks["cluster"] | target)
-    against = np.sum([~mask[rows] for mask in masks.values()], axis=0)
-    keys = (fleet.ranks()[rows], -total[rows].round(9), against, ~target[rows], ~fits[rows])
-    return Decision(rows[np.lexsort(keys)], fits, masks, total, scores)
+    return Decision(masks["cluster"] | target, target, fits, masks, total, scores, fleet.ranks())
 
 
 def _masks(fleet: Fleet, request: Request) -> dict[str, Bools]:
@@ -71,7 +95,11 @@ def explain(
     fleet: Fleet, request: Request, decision: Decision, most: int | None = None
 ) -> tuple[HostVerdict, ...]:
     """Host by host, the best first, no more than `most`."""
-    return tuple(_verdict(fleet, request, decision, row) for row in decision.order[:most].tolist())
+    return tuple(_verdict(fleet, request, decision, row) for row in _shown(decision, most).tolist())
+
+
+def _shown(decision: Decision, most: int | None) -> Ints:
+    return decision.order if most is None else decision.first(most)
 
 
 def _verdict(fleet: Fleet, request: Request, decision: Decision, row: int) -> HostVerdict:
@@ -127,9 +155,9 @@ def sentence(
     if decision.best is not None:
         return (
             f"{request.vm} is placed on {hosts[0].name}{_why(hosts, decision.fitting)}, of "
-            f"{len(decision.order)} in {request.cluster}{_by(request)}"
+            f"{np.count_nonzero(decision.considered)} in {request.cluster}{_by(request)}"
         )
-    if not len(decision.order):
+    if not decision.considered.any():
         return (
             f"no host can take {request.vm}: {request.cluster} has no hosts; add one, or move the VM to a "
             "cluster that has"
