@@ -83,8 +83,10 @@ async def decisions(world: World) -> list[Line]:
     fleet = fleet_of(figures, dice)
     cold, warm, refused, sizes = [], [], [], []
     for number in range(ROUNDS):
-        # A host whose abilities changed makes the fleet forget every mask that it has kept.
+        # A host whose abilities changed, and networks heard of anew: no mask is kept from the decision before.
         fleet.put(with_(figures[0], machines=MACHINES[number % 2]))
+        for network in tuple(fleet.networks.values()):
+            fleet.set_network(network)
         ask = Place(need=need(dice, figures), epoch=1)
         for times in (cold, warm):
             began = time.perf_counter()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import repeat
 
 import numpy as np
 from numpy.typing import NDArray
@@ -235,9 +236,10 @@ class Fleet:
 
     def among(self, host_ids: Iterable[str]) -> Bools:
         """Whether each host is one of these."""
-        mask = np.zeros(len(self.ids), np.bool_)
-        mask[[row for row in map(self.rows.get, host_ids) if row is not None]] = True
-        return mask
+        unknown = len(self.ids)  # one cell more, for those that aren't hosts of this fleet
+        mask = np.zeros(unknown + 1, np.bool_)
+        mask[np.fromiter(map(self.rows.get, host_ids, repeat(unknown)), np.int64)] = True
+        return mask[:unknown]
 
     def with_network(self, network_id: str) -> Bools:
         reach = self.networks.get(network_id)
