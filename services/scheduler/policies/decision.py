@@ -47,15 +47,14 @@ class Decision:
         return ordered
 
     def first(self, count: int) -> Ints:
-        """The first so many of the order."""
+        """The first so many of the order. (Where a host was asked for, no other fits.)"""
         rows = np.flatnonzero(self.considered & self.fits)
         if len(rows) < count:
             return self.order[:count]
         total = self.total[rows]
         least = np.partition(total, len(rows) - count)[len(rows) - count]
-        near = rows[(total >= least) | self.target[rows]]
-        keys = (self.ranks[near], -self.total[near], ~self.target[near])
-        ordered: Ints = near[np.lexsort(keys)]
+        near = rows[total >= least]
+        ordered: Ints = near[np.lexsort((self.ranks[near], -self.total[near]))]
         return ordered[:count]
 
     @cached_property
