@@ -81,7 +81,10 @@ async def decisions(world: World) -> list[Line]:
     dice = random.Random(SEED)
     figures = list(hosts(dice))
     fleet = fleet_of(figures, dice)
-    cold, warm, refused, sizes = [], [], [], []
+    cold: list[float] = []
+    warm: list[float] = []
+    refused: list[float] = []
+    sizes: list[int] = []
     for number in range(ROUNDS):
         # A host whose abilities changed makes the fleet forget every mask that it has kept.
         fleet.put(with_(figures[0], machines=MACHINES[number % 2]))
