@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace as with_fields
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -52,6 +55,8 @@ log = logging.getLogger(__name__)
 
 part = Part()
 
+CONCLUDED_AT_ONCE = 6
+"""Judgements that are written at the same time: most of ha's sessions with its database."""
 FORMER_PROOFS = 16
 """How many earlier deaths a host's liveness tells of."""
 SUSPICIOUS = (LivenessState.CONNECTING, LivenessState.NON_RESPONSIVE)
@@ -161,12 +166,23 @@ async def tick(ha: Ha) -> None:
     for (_, watch), judgement in zip(watches, judged, strict=True):
         watch.suspected = judgement.state in (*SUSPICIOUS, DEAD)
     held = await _holds(ha, [watch.state for _, watch in watches], [j.state for j in judged], calm, now)
+    differing: list[Callable[[], Awaitable[HostLiveness | None]]] = []
     for (host_id, watch), each, judgement in zip(watches, seen, judged, strict=True):
         if held and judgement.state in SUSPICIOUS:
             continue
         news = judgement.state in SUSPICIOUS and _news(each) != watch.announced
         if news or _differs(watch, judgement):
-            await conclude(ha, host_id, watch, each, judgement)
+            differing.append(partial(conclude, ha, host_id, watch, each, judgement))
+    await _at_once(differing)
+
+
+async def _at_once(works: Sequence[Callable[[], Awaitable[object]]]) -> None:
+    """Some at a time: a rack falls silent in one moment. Raises what the first that failed raised, once all have ended."""
+    for at in range(0, len(works), CONCLUDED_AT_ONCE):
+        batch = works[at : at + CONCLUDED_AT_ONCE]
+        for ended in await asyncio.gather(*(work() for work in batch), return_exceptions=True):
+            if isinstance(ended, BaseException):
+                raise ended
 
 
 def _uncertain(ha: Ha, now: float) -> tuple[int, list[tuple[str, Watch]]]:
