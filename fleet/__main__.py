@@ -14,6 +14,7 @@ import sys
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 import uvloop
 
@@ -160,6 +161,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--kill", type=int, default=100, help="hosts that are cut off at once, at the end")
     parser.add_argument("--changing", action="store_true", help="each VM changes once a minute")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="where the rows are written")
     given = parser.parse_args()
     if not 1 <= given.kill <= given.hosts:
         parser.error(f"--kill is 1 to {given.hosts}, not {given.kill}")
@@ -167,7 +169,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     lines = uvloop.run(run(Asked(given.hosts, given.vms, given.minutes, given.kill, given.changing)))
     print_table(lines)
-    keep(RESULTS, lines)
+    keep(given.output, lines)
 
 
 if __name__ == "__main__":
