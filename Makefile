@@ -9,9 +9,11 @@ WORKERS ?= 0
 SEEDS ?= 200
 SEED ?=
 N ?= 30
+VMS ?= 20000
+MINUTES ?= 10
 export VOLERY_HOME YES
 
-.PHONY: help up down clean status test check sim lab lab-down bench ha-trials docs fmt lock
+.PHONY: help up down clean status test check sim lab lab-down bench fleet ha-trials docs fmt lock
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -60,6 +62,11 @@ lab-down: ## end the lab
 bench: ## measure; prints a table and writes bench/results.json
 	@VOLERY_TARGET=bench deploy/bootstrap.sh test
 	@$(PYTHON) -m bench
+
+fleet: HOSTS := 1000
+fleet: ## HOSTS=10000 VMS=200000 simulated agents, each on its own connection, against the real services; measured
+	@VOLERY_TARGET=bench deploy/bootstrap.sh test
+	@$(PYTHON) -m fleet --hosts $(HOSTS) --vms $(VMS) --minutes $(MINUTES)
 
 ha-trials: ## N=30 times a host breaks in a lab, and its VM comes back elsewhere; measured (more than an hour)
 	@VOLERY_TARGET=bench deploy/bootstrap.sh test

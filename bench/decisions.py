@@ -81,7 +81,10 @@ async def decisions(world: World) -> list[Line]:
     dice = random.Random(SEED)
     figures = list(hosts(dice))
     fleet = fleet_of(figures, dice)
-    cold, warm, refused, sizes = [], [], [], []
+    cold: list[float] = []
+    warm: list[float] = []
+    refused: list[float] = []
+    sizes: list[int] = []
     for number in range(ROUNDS):
         # A host whose abilities changed, and networks heard of anew: no mask is kept from the decision before.
         fleet.put(with_(figures[0], machines=MACHINES[number % 2]))

@@ -61,6 +61,7 @@ class FleetHost(ScriptedAgent):
     domains: dict[str, DomainReport] = field(default_factory=dict)
     ordered: dict[str, datetime] = field(default_factory=dict)
     """VM → when it was last ordered to run it."""
+    changes: int = 0
 
     async def start(self) -> None:
         self.client = self.shared
@@ -109,42 +110,50 @@ class FleetHost(ScriptedAgent):
 
     async def _beat(self) -> None:
         while True:
-            self.beat_seq = next(self.beats)
-            beat = Beat(
-                host_id=self.host_id,
-                generation=self.generation,
-                boot_id=self.boot_id,
-                beat_seq=self.beat_seq,
-                clock_ms=int(time.time() * 1000),
-            )
-            assert self.client is not None
-            await self.client.publish(BEAT_SUBJECT.format(host_id=self.host_id), encode(beat))
+            await self.beat()
             await asyncio.sleep(BEAT_SECONDS)
 
     async def _sample(self) -> None:
         while True:
             await asyncio.sleep(SAMPLE_SECONDS * random.uniform(0.9, 1.1))
-            vms = tuple(VmSample(vm_id=vm_id, cpu_percent=3.0, memory_bytes=GIB) for vm_id in self.domains)
-            sample = HostSample(
-                host_id=self.host_id, boot_id=self.boot_id, at=datetime.now(UTC), cpu_percent=5.0, vms=vms
-            )
-            assert self.client is not None
-            await self.client.publish(METRICS_SUBJECT.format(host_id=self.host_id), encode(sample))
+            await self.sample()
 
     async def _change(self) -> None:
-        """One domain after the other gets another address, which its owner must write and announce."""
-        number = 0
         while True:
             await asyncio.sleep(CHANGE_SECONDS / max(1, len(self.domains)))
-            if not self.domains:
-                continue
-            number += 1
-            vm_id = list(self.domains)[number % len(self.domains)]
-            now = msgspec.structs.replace(
-                self.domains[vm_id], agent_connected=True, ip_addresses=(f"10.0.0.{number % 250}",)
-            )
-            self.domains[vm_id] = now
-            await self.say("inventory", DOMAIN_CHANGED, domain=now)
+            await self.change()
+
+    async def beat(self) -> None:
+        self.beat_seq = next(self.beats)
+        beat = Beat(
+            host_id=self.host_id,
+            generation=self.generation,
+            boot_id=self.boot_id,
+            beat_seq=self.beat_seq,
+            clock_ms=int(time.time() * 1000),
+        )
+        assert self.client is not None
+        await self.client.publish(BEAT_SUBJECT.format(host_id=self.host_id), encode(beat))
+
+    async def sample(self) -> None:
+        vms = tuple(VmSample(vm_id=vm_id, cpu_percent=3.0, memory_bytes=GIB) for vm_id in self.domains)
+        sample = HostSample(
+            host_id=self.host_id, boot_id=self.boot_id, at=datetime.now(UTC), cpu_percent=5.0, vms=vms
+        )
+        assert self.client is not None
+        await self.client.publish(METRICS_SUBJECT.format(host_id=self.host_id), encode(sample))
+
+    async def change(self) -> None:
+        """One domain after the other gets another address, which its owner must write and announce."""
+        if not self.domains:
+            return
+        self.changes += 1
+        vm_id = list(self.domains)[self.changes % len(self.domains)]
+        now = msgspec.structs.replace(
+            self.domains[vm_id], agent_connected=True, ip_addresses=(f"10.0.0.{self.changes % 250}",)
+        )
+        self.domains[vm_id] = now
+        await self.say("inventory", DOMAIN_CHANGED, domain=now)
 
 
 async def _enrolled(bus: Bus, name: str, cluster_id: str) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace as with_fields
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -52,6 +55,8 @@ log = logging.getLogger(__name__)
 
 part = Part()
 
+CONCLUDED_AT_ONCE = 6
+"""Judgements that are written at the same time: most of ha's sessions with its database."""
 FORMER_PROOFS = 16
 """How many earlier deaths a host's liveness tells of."""
 SUSPICIOUS = (LivenessState.CONNECTING, LivenessState.NON_RESPONSIVE)
@@ -155,18 +160,44 @@ async def tick(ha: Ha) -> None:
     if not listening.goes_on(ha):
         return
     now = monotonic()
-    watches = [(host_id, watch) for host_id, watch in ha.watches.items() if watch.known]
+    calm, watches = _uncertain(ha, now)
     seen = [watch.seen(ha.listening_since, now) for _, watch in watches]
     judged = [judge(each, ha.config, 0.0) for each in seen]
     for (_, watch), judgement in zip(watches, judged, strict=True):
         watch.suspected = judgement.state in (*SUSPICIOUS, DEAD)
-    held = await _holds(ha, [watch.state for _, watch in watches], [j.state for j in judged], now)
+    held = await _holds(ha, [watch.state for _, watch in watches], [j.state for j in judged], calm, now)
+    differing: list[Callable[[], Awaitable[HostLiveness | None]]] = []
     for (host_id, watch), each, judgement in zip(watches, seen, judged, strict=True):
         if held and judgement.state in SUSPICIOUS:
             continue
         news = judgement.state in SUSPICIOUS and _news(each) != watch.announced
         if news or _differs(watch, judgement):
-            await conclude(ha, host_id, watch, each, judgement)
+            differing.append(partial(conclude, ha, host_id, watch, each, judgement))
+    await _at_once(differing)
+
+
+async def _at_once(works: Sequence[Callable[[], Awaitable[object]]]) -> None:
+    """Some at a time: a rack falls silent in one moment. Raises what the first that failed raised, once all have ended."""
+    for at in range(0, len(works), CONCLUDED_AT_ONCE):
+        batch = works[at : at + CONCLUDED_AT_ONCE]
+        for ended in await asyncio.gather(*(work() for work in batch), return_exceptions=True):
+            if isinstance(ended, BaseException):
+                raise ended
+
+
+def _uncertain(ha: Ha, now: float) -> tuple[int, list[tuple[str, Watch]]]:
+    """How many hosts are up beyond doubt; and the others, which are judged."""
+    found: list[tuple[str, Watch]] = []
+    calm, since, seconds = 0, ha.listening_since, ha.config.suspect_seconds
+    for host_id, watch in ha.watches.items():
+        if not watch.known:
+            continue
+        if watch.calm(since, now, seconds):
+            calm += 1
+            watch.suspected = False
+        else:
+            found.append((host_id, watch))
+    return calm, found
 
 
 def _differs(watch: Watch, judgement: Judgement) -> bool:
@@ -190,9 +221,11 @@ def _is_new(watch: Watch, judgement: Judgement) -> bool:
     return new is not None and (old is None or (old.boot_id, old.kind) != (new.boot_id, new.kind))
 
 
-async def _holds(ha: Ha, before: list[LivenessState], after: list[LivenessState], now: float) -> bool:
-    """Whether judgement is suspended since most hosts fell silent at once."""
-    if not is_storm(before, after):
+async def _holds(
+    ha: Ha, before: list[LivenessState], after: list[LivenessState], calm: int, now: float
+) -> bool:
+    """Whether judgement is suspended since most hosts fell silent at once; `calm` more are up and stay so."""
+    if not is_storm(before, after, calm):
         ha.storm_since = None
         return False
     if ha.storm_since is None:

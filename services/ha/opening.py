@@ -13,7 +13,6 @@ from nats.aio.client import Client
 from services.ha import kdump, listening
 from services.ha.config import HaConfig
 from services.ha.state import Ha
-from volery.contracts.metrics import BEAT_SUBJECT
 from volery.runtime.connection import settle
 from volery.runtime.core import Core
 from volery.runtime.signing import Signer, parse_creds
@@ -33,7 +32,7 @@ async def open_ha(core: Core) -> AsyncIterator[Ha]:
         stack.push_async_callback(orders.close)
         ha = Ha(core, open_vault(config.key_file, "VOLERY_HA_KEY_FILE"), orders, _signer(core))
         core.beats.listeners.append(ha.hear_beat)
-        await core.bus.client.subscribe(BEAT_SUBJECT.format(host_id="*"), cb=core.beats.hear)
+        await core.beats.listen(core.bus.client)
         await settle(core.bus.client)
         system = await _watch_connections(ha)
         if system is not None:

@@ -31,7 +31,7 @@ from volery.runtime.clock import utc_now
 from volery.runtime.core import shown_once
 from volery.runtime.identity import Realm, mint_agent
 from volery.runtime.service import Part
-from volery.runtime.tables import Row, Stale, Taken
+from volery.runtime.tables import Stale, Taken
 from volery.setup.errors import SetupError
 from volery.setup.pki import Authority, fingerprint
 
@@ -145,7 +145,7 @@ async def enrol(inv: Inventory, ask: Enrol, caller: Caller) -> Enrolled:
                 "another host",
                 host_id=row.id,
             )
-        if _twin(await inv.store.hosts(), row.id, ask.capabilities.hardware_uuid):
+        if await _twin(inv, row.id, ask.capabilities.hardware_uuid):
             raise conflict(
                 f"this machine (hardware {ask.capabilities.hardware_uuid}) is enrolled as another host already; "
                 "delete that host first",
@@ -169,14 +169,12 @@ def _fresh(private: HostPrivate) -> bool:
     return private.token_expires_at is not None and private.token_expires_at > utc_now()
 
 
-def _twin(hosts: list[Row[Host, HostPrivate]], host_id: str, hardware_uuid: str) -> bool:
+async def _twin(inv: Inventory, host_id: str, hardware_uuid: str) -> bool:
     """Whether another host already is this machine."""
-    return bool(hardware_uuid) and any(
-        row.id != host_id
-        and row.private.public_key
-        and row.public.capabilities.hardware_uuid == hardware_uuid
-        for row in hosts
-    )
+    if not hardware_uuid:
+        return False
+    found = await inv.store.hosts_of_machine(hardware_uuid)
+    return any(row.id != host_id and row.private.public_key for row in found)
 
 
 async def _enrolled(

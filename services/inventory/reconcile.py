@@ -56,11 +56,10 @@ async def reconcile(inv: Inventory, key: str) -> None:
 async def reconcile_all(inv: Inventory) -> Sequence[str]:
     """Everything that may need a look, whatever was heard or missed."""
     vms = await inv.store.unsettled_vms()
-    hosts = await inv.store.hosts()
     orders = await inv.core.orders.abandoned(ABANDONED_SECONDS)
     return [
         *(f"vm/{vm_id}" for vm_id in vms),
-        *(f"host/{row.id}" for row in hosts),
+        *(f"host/{host_id}" for host_id in await inv.store.hosts_shown_wrong()),
         *(f"order/{order_id}" for order_id in orders),
         *(f"lost/{row.host_id}" for row in await inv.store.lost_placements()),
         *(f"away/{host_id}" for host_id in await inv.store.non_operational_hosts()),

@@ -365,6 +365,24 @@ class Store:
         assert found is not None
         return found["vms"], found["memory_bytes"]
 
+    async def hosts_shown_wrong(self) -> list[str]:
+        """Hosts whose documents say other figures than `promised` would."""
+        rows = await self.pool.fetch(
+            """select h.id from host h
+               left join (select host_id, count(*) as vms,
+                                 sum((doc::json ->> 'memory_bytes')::bigint)::bigint as memory_bytes
+                          from vm where host_id <> '' group by host_id) v on v.host_id = h.id
+               where (coalesce(v.vms, 0), coalesce(v.memory_bytes, 0)) is distinct from
+                     (coalesce((h.doc::json ->> 'vm_count')::bigint, 0),
+                      coalesce((h.doc::json ->> 'memory_committed_bytes')::bigint, 0))"""
+        )
+        return [row["id"] for row in rows]
+
+    async def hosts_of_machine(self, hardware_uuid: str) -> list[Row[Host, HostPrivate]]:
+        return await HOSTS.where(
+            self.pool, "doc::json -> 'capabilities' ->> 'hardware_uuid' = $1", hardware_uuid
+        )
+
     async def vms_on(self, host_id: str) -> list[Row[Vm, VmPrivate]]:
         return await VMS.where(self.pool, "host_id = $1", host_id)
 

@@ -30,6 +30,7 @@ from volery.contracts.network_orders import (
     APPLY_NETWORKS,
     ApplyNetworks,
     HostNetwork,
+    NetworkKind,
     NetworksApplied,
 )
 from volery.contracts.operation import Operation
@@ -42,6 +43,8 @@ from volery.runtime.tables import Change, Nothing, Row, Stale
 log = logging.getLogger(__name__)
 
 part = Part()
+PAUSE_EVERY = 100
+"""Hosts that are compared in one go."""
 LOOK_SECONDS = 1.0
 """How often a waiting start looks, should it have missed the event."""
 ONE_BY_ONE = 16
@@ -52,7 +55,29 @@ THE_SET_S_FAULT = frozenset({Kind.INVALID, Kind.CONFLICT, Kind.NOT_FOUND})
 
 async def desired(svc: Fabric, host: HostRow, attachments: Sequence[Attachment]) -> model.Desired:
     networks = [row.public for row in await svc.store.networks_in(host.data_center_id)]
-    return model.desired(host, networks, attachments, await svc.neighbours(host))
+    around = await svc.neighbours(host) if any(n.kind is NetworkKind.VXLAN for n in networks) else ()
+    return model.desired(host, networks, attachments, around)
+
+
+async def unsettled(svc: Fabric) -> list[str]:
+    """Hosts whose networks aren't what they should be: all are compared in one look at the tables."""
+    states, found = await svc.store.states(), list[str]()
+    networks, attachments = await svc.store.networks(), await svc.store.attachments()
+    hosts = await svc.store.hosts()
+    around: dict[str, list[HostRow]] = {}
+    for host in hosts:
+        around.setdefault(host.data_center_id, []).append(host)
+    for number, host in enumerate(hosts):
+        if number % PAUSE_EVERY == 0:
+            await asyncio.sleep(0)  # others have their turn meanwhile
+        if host.status not in model.CAN_APPLY:
+            continue
+        here = networks.get(host.data_center_id, ())
+        wanted = model.desired(host, here, attachments.get(host.id, ()), around[host.data_center_id])
+        state = states.get(host.id)
+        if state is None or _due(svc, host.id, state, wanted, again=False):
+            found.append(host.id)
+    return found
 
 
 async def reconcile_host(svc: Fabric, host_id: str, *, again: bool = False) -> None:

@@ -192,10 +192,10 @@ def desired(
 ) -> Desired:
     """What this host must have: every network that belongs to it, on the NIC that was chosen for it.
 
-    `hosts` are all hosts of the data center. A host that is only silent stays a VXLAN peer, since its VMs may run.
+    `hosts` are all hosts of the data center; they count where a network is a VXLAN. A host that is only silent stays a VXLAN peer, since its VMs may run.
     """
     nics = {a.network_id: a.nic for a in attachments if a.host_id == host.id}
-    everybody = sorted(hosts, key=lambda h: h.id)
+    everybody = tuple(hosts)
     found: list[HostNetwork] = []
     problems: dict[str, str] = {}
     carried: dict[tuple[str, int], str] = {}

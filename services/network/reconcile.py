@@ -18,9 +18,8 @@ async def reconcile(svc: Fabric, key: str) -> None:
 async def reconcile_all(svc: Fabric) -> Sequence[str]:
     for row in await svc.store.stray_attachments():
         await svc.core.commit(ATTACHMENTS.delete(row))
-    known = await svc.store.hosts()
     return [
-        *(f"host:{host.id}" for host in known),
+        *(f"host:{host_id}" for host_id in await hosts.unsettled(svc)),
         *(f"network:{network_id}" for network_id in await svc.store.network_ids()),
         *(f"pool:{pool_id}" for pool_id in await svc.store.pool_ids()),
     ]

@@ -225,6 +225,13 @@ class Store:
     async def networks_in(self, data_center_id: str) -> list[Row[Network, Nothing]]:
         return await NETWORKS.where(self.pool, "data_center_id = $1", data_center_id)
 
+    async def networks(self) -> dict[str, list[Network]]:
+        """By data center."""
+        found: dict[str, list[Network]] = {}
+        for row in await NETWORKS.where(self.pool):
+            found.setdefault(row.public.data_center_id, []).append(row.public)
+        return found
+
     async def networks_with(self, ids: Iterable[str]) -> dict[str, Row[Network, Nothing]]:
         rows = await NETWORKS.where(self.pool, "id = any($1::text[])", list(ids))
         return {row.id: row for row in rows}
@@ -262,6 +269,13 @@ class Store:
 
     async def attachments_of(self, host_id: str) -> list[Row[Attachment, Nothing]]:
         return await ATTACHMENTS.where(self.pool, "host_id = $1", host_id)
+
+    async def attachments(self) -> dict[str, list[Attachment]]:
+        """By host."""
+        found: dict[str, list[Attachment]] = {}
+        for row in await ATTACHMENTS.where(self.pool):
+            found.setdefault(row.public.host_id, []).append(row.public)
+        return found
 
     async def attachments_for(self, network_id: str) -> list[Row[Attachment, Nothing]]:
         return await ATTACHMENTS.where(self.pool, "network_id = $1", network_id)

@@ -310,6 +310,7 @@ class History:
         is_new = proof is not None and (old is None or (old.boot_id, old.kind) != (proof.boot_id, proof.kind))
         if (found.state, found.boot_id) == (watch.state, watch.boot_id) and not is_new and not found.voided:
             return
+        assert not watch.calm(self.listening, self.now, CONFIG.suspect_seconds)
         at = self.start + timedelta(seconds=self.now)
         before = self.said[-1]
         told = before.proof
@@ -403,6 +404,25 @@ def test_most_hosts_silent_at_once_is_a_storm() -> None:
     assert not is_storm([UP] * 2, [CONNECTING] * 2)
     assert not is_storm([NON_RESPONSIVE] * 5, [NON_RESPONSIVE] * 5)
     assert not is_storm(up5, [DEAD] * 5)
+    assert is_storm([UP] * 3, [CONNECTING] * 3, calm=2)
+    assert not is_storm([UP] * 3, [CONNECTING] * 3, calm=3)
+
+
+def test_who_beats_and_of_whom_nothing_else_is_known_needs_no_judgement() -> None:
+    history = History()
+    watch = history.watch
+    history.beat(B1)
+    history.tick()
+    assert watch.calm(history.listening, history.now + 2.9, CONFIG.suspect_seconds)
+    assert not watch.calm(history.listening, history.now + 3.1, CONFIG.suspect_seconds)
+    watch.disconnected_at = history.now + 0.1
+    assert not watch.calm(history.listening, history.now + 0.2, CONFIG.suspect_seconds)
+    history.now += 0.5
+    history.beat(B1)
+    assert watch.calm(history.listening, history.now, CONFIG.suspect_seconds)
+    history.now += 0.5
+    history.beat(B2)
+    assert not watch.calm(history.listening, history.now, CONFIG.suspect_seconds)
 
 
 def test_a_host_tells_of_a_few_earlier_deaths() -> None:

@@ -246,7 +246,7 @@ async def test_ha_has_a_real_agent_switch_a_machine_over_the_bus(
         user = await nats_realm.open_user(server, realm.creds_path("ha"), "ha")
         beats, heard = Beats(), asyncio.Event()
         beats.listeners.append(lambda _beat, _now: heard.set())
-        await user.nc.subscribe(f"beat.host.{HOST_ID}", cb=beats.hear)
+        await beats.listen(user.nc)
         _, key = parse_creds(realm.creds_path("ha").read_text())
         signer = Signer(key.seed)
         settings = AgentConfig(

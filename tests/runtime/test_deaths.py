@@ -92,7 +92,7 @@ async def owner_of(configured: Settings) -> AsyncIterator[Party]:
     async with running(configured, ha.service()) as bus, open_pool(configured.database, "inventory") as pool:
         await make_host_stream(bus, 1)
         beats = Beats()
-        await bus.client.subscribe("beat.host.*", cb=beats.hear)
+        await beats.listen(bus.client)
         hearing = HostHearing(bus, pool, "inventory", {}, HOST_REPORTED)
         deaths = Deaths(bus, pool)
         orders = Orders("inventory", pool, bus.client, hearing, beats, lambda subject, body: "", deaths)

@@ -20,7 +20,6 @@ import asyncpg
 import msgspec
 import nats.errors
 from nats.aio.client import Client
-from nats.aio.msg import Msg
 
 from volery.contracts.agent import (
     CANCEL_SUBJECT,
@@ -39,6 +38,7 @@ from volery.contracts.errors import Kind, Problem, Refused
 from volery.contracts.ids import random_id
 from volery.contracts.metrics import BEAT_SUBJECT, Beat
 from volery.runtime import telemetry
+from volery.runtime.bus_client import hear_often
 from volery.runtime.clock import monotonic
 from volery.runtime.deaths import Deaths
 from volery.runtime.hear import HostHearing
@@ -79,6 +79,8 @@ class Result:
         raise Refused(problem.kind, problem.message, **problem.details, outcome=str(self.outcome))
 
 
+BEAT_OF = BEAT_SUBJECT.format(host_id="").encode()
+
 _ORDER = """select host_id, object_id, kind, epoch, order_seq, operation_id, body, fencing_token, deadline_seconds,
                    repeat_safe, boot_id, state, outcome, problem, result, ended_boot_id
             from host_order where order_id = $1"""
@@ -101,15 +103,23 @@ class Beats:
     """Host → its boots that this process has heard beat."""
     since: float = field(default_factory=monotonic)
     """When this process began to listen."""
+    listening: bool = False
     decoder: msgspec.json.Decoder[Beat] = field(default_factory=lambda: msgspec.json.Decoder(Beat))
     listeners: list[Callable[[Beat, float], None]] = field(default_factory=list)
 
-    async def hear(self, message: Msg) -> None:
+    async def listen(self, client: Client) -> None:
+        """Unless another program of this process does, which shares this."""
+        if self.listening:
+            return
+        self.listening, self.since = True, monotonic()
+        await hear_often(client, BEAT_SUBJECT.format(host_id="*"), self.hear)
+
+    def hear(self, subject: bytes, data: bytes) -> None:
         try:
-            beat = self.decoder.decode(message.data)
+            beat = self.decoder.decode(data)
         except msgspec.DecodeError:
             return
-        if message.subject == fill(BEAT_SUBJECT, beat):
+        if subject == BEAT_OF + beat.host_id.encode():
             now = monotonic()
             self.newest[beat.host_id] = (beat, now)
             self.boots.setdefault(beat.host_id, set()).add(beat.boot_id)

@@ -21,6 +21,7 @@ from volery.runtime.config import (
     read,
     refuse_unknown_sections,
 )
+from volery.runtime.orders import Beats
 from volery.runtime.outside import SERVERS, Outside
 from volery.runtime.readiness import until_synced
 
@@ -40,6 +41,9 @@ class Settings:
     environ: Mapping[str, str] | None = None
     """Where each program reads its own section; None is the process's environment."""
     outside: Outside = SERVERS
+    beats: Beats | None = None
+    """Those who give orders share what one of them hears. ha hears for itself: what it concludes from silence must hold for
+    its own connection."""
 
 
 class Program(Protocol):
@@ -95,6 +99,7 @@ def run(*programs: Program) -> None:
             read("VOLERY_BUS_", BusConfig),
             read("VOLERY_DATABASE_", DatabaseConfig),
             read("VOLERY_TELEMETRY_", TelemetryConfig),
+            beats=Beats(),
         )
         for program in programs:
             read(f"VOLERY_{program.name.upper()}_", program.config)

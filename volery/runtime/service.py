@@ -198,7 +198,7 @@ class Service:
     async def _core(
         self, settings: Settings, stack: AsyncExitStack, bus: Bus, pool: asyncpg.Pool[asyncpg.Record]
     ) -> Core:
-        beats = Beats()
+        beats = Beats() if self.report is None else settings.beats or Beats()
         hosts = HostHearing(bus, pool, self.name, {}, self.report or _NO_REPORT)
         client = bus.client
         sign: Callable[[str, bytes], str] = lambda subject, payload: ""  # noqa: E731
@@ -207,7 +207,7 @@ class Service:
                 settings.bus, self.name, never_queue=True, on_closed=_set(bus.lost)
             )
             stack.push_async_callback(client.close)
-            await bus.client.subscribe("beat.host.*", cb=beats.hear)
+            await beats.listen(bus.client)
             if settings.bus.credentials_dir:
                 sign = _signer(settings.bus.credentials_dir, self.name)
         orders = Orders(self.name, pool, client, hosts, beats, sign, Deaths(bus, pool))

@@ -278,11 +278,11 @@ def _left(seen: Observations, config: HaConfig, now: float) -> bool:
     return now - max(at, seen.listening_since) >= config.disconnect_seconds
 
 
-def is_storm(before: Iterable[LivenessState], after: Iterable[LivenessState]) -> bool:
-    """Whether most of the hosts that were up are believed silent at the same moment."""
+def is_storm(before: Iterable[LivenessState], after: Iterable[LivenessState], calm: int = 0) -> bool:
+    """Whether most of the hosts that were up are believed silent at the same moment; `calm` more were and are up."""
     pairs = [(b, a) for b, a in zip(before, after, strict=True) if b in (UP, CONNECTING)]
     silent = sum(a in (CONNECTING, NON_RESPONSIVE) for _, a in pairs)
-    return silent >= STORM_HOSTS and silent * 2 > len(pairs)
+    return silent >= STORM_HOSTS and silent * 2 > len(pairs) + calm
 
 
 SENTENCES: dict[LivenessState, str] = {
