@@ -165,3 +165,13 @@ class Looked:
     """Revision of its groups, and its hosts with their names."""
     again: set[str] = field(default_factory=set)
     """Groups that somebody changed while they were looked at."""
+
+
+@dataclass(slots=True)
+class Audit:
+    """The leader's last look at a cluster's promise."""
+
+    seen: int = 0
+    """A hash of all that was looked at."""
+    next_at: float = 0.0
+    """Not before: looking takes a small share of the time, however large the cluster is."""

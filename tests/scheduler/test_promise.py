@@ -249,9 +249,12 @@ def test_one_more_vm_is_judged_as_all_losses_before_and_after_it(
         for v, g in world.guests.items()
     }
     world.changed()
+    taken = columns_of(world)
     admission = admit(world, new, 1)
+    assert columns_of(world) == taken
     found = {each.vm_id for loss in admission.broken for each in loss.homeless}
     before = {each.vm_id for loss in kept.values() for each in loss.homeless}
+    world.put(new)
     refuges = {v: g.refuge for v, g in world.guests.items()} | dict(admission.refuges)
     if found:
         assert not found & before

@@ -372,9 +372,11 @@ def sets(world: World, failures: int, most: int = MOST_SETS) -> tuple[list[tuple
     reach = count
     while comb(reach + 1, count) <= most // 2:
         reach += 1
-    worst = [s for s in combinations(hosts[:reach], count) if any(brings[h] for h in s)]
+    worst: list[tuple[str, ...]] = [
+        s for s in combinations(hosts[:reach], count) if any(brings[h] for h in s)
+    ]
     partners = [(h, *[o for o in hosts if o != h][: count - 1]) for h in alone[: most - len(worst)]]
-    return found + list(dict.fromkeys(tuple(sorted(s)) for s in [*worst, *partners])), False
+    return found + list(dict.fromkeys(tuple(sorted(s)) for s in (*worst, *partners))), False
 
 
 def begin(world: World) -> Loss:
@@ -429,13 +431,10 @@ class Admission:
 
 
 def admit(world: World, guest: Guest, failures: int, most: int = MOST_AT_START) -> Admission:
-    """What if this VM ran there? The world has it not, or at its place before; afterwards it has it there."""
+    """What if this VM ran there? The world has it not, or at its place before, and has it so again afterwards."""
     before = world.guests.get(guest.vm_id)
-    if before is not None:
-        world.remove(guest.vm_id)
-    world.changed()
-    world.put(guest)
-    wanted = [(host_id,) for host_id in touched(world, guest)]
+    _swap(world, before, guest)
+    wanted: list[tuple[str, ...]] = [(host_id,) for host_id in touched(world, guest)]
     if failures > 1:
         wanted += [s for s in sets(world, failures, most)[0] if len(s) > 1]
     broken: list[Loss] = []
@@ -446,16 +445,21 @@ def admit(world: World, guest: Guest, failures: int, most: int = MOST_AT_START) 
             refuges |= after.places
         if after.homeless and (new := _without_before(world, guest, before, after)):
             broken.append(replace(after, homeless=new))
+    _swap(world, guest, before)
     return Admission(tuple(broken), refuges)
+
+
+def _swap(world: World, old: Guest | None, new: Guest | None) -> None:
+    if old is not None:
+        world.remove(old.vm_id)
+    if new is not None:
+        world.put(new)
+    world.changed()
 
 
 def _without_before(world: World, guest: Guest, before: Guest | None, after: Loss) -> tuple[Homeless, ...]:
     """Those that had a place before this VM ran there."""
-    world.remove(guest.vm_id)
-    if before is not None:
-        world.put(before)
+    _swap(world, guest, before)
     had_none = {each.vm_id for each in lose(world, after.hosts).homeless}
-    if before is not None:
-        world.remove(guest.vm_id)
-    world.put(guest)
+    _swap(world, before, guest)
     return tuple(each for each in after.homeless if each.vm_id not in had_none)

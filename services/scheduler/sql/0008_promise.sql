@@ -9,13 +9,10 @@ create table promised_vm (
     vm_id text primary key,
     cluster_id text not null,
     need text not null,
-    protected boolean not null,
-    priority integer not null,
     lost_host_id text not null default '',     -- its refuge is for the loss of this host
     refuge_host_id text not null default '',   -- there it is brought back, unless that changes; '': nowhere, or not known
     asked_at timestamptz not null default now()
 );
-create index promised_vm_cluster on promised_vm (cluster_id);
 
 -- Changes that their owner asked about and is about to make: they count as made until they are heard of.
 create table promise_hold (
