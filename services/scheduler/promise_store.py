@@ -163,9 +163,22 @@ async def holds(pool: Pool, cluster_id: str) -> list[PlannedChange]:
 
 def hold(planned: PlannedChange) -> Change:
     return Change(
-        """insert into promise_hold (id, cluster_id, doc, until)
-           values ({0}, {1}, {2}, now() + make_interval(secs => {3})) returning 1""",
-        (new_id(), planned.cluster_id, encode(planned).decode(), HOLD_SECONDS),
+        """insert into promise_hold (id, cluster_id, doc, of_cluster, until)
+           values ({0}, {1}, {2}, {3}, now() + make_interval(secs => {4})) returning 1""",
+        (
+            new_id(),
+            planned.cluster_id,
+            encode(planned).decode(),
+            planned.admission_control is not None or planned.reserve_host_failures is not None,
+            HOLD_SECONDS,
+        ),
+    )
+
+
+def heard_of_cluster(cluster_id: str) -> Change:
+    """What was planned for the cluster itself is done."""
+    return Change(
+        "delete from promise_hold where of_cluster and cluster_id = {0}", (cluster_id,), guarded=False
     )
 
 

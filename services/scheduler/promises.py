@@ -99,10 +99,9 @@ async def admit_change(scheduler: Scheduler, ask: PlannedChange, caller: Caller)
 async def _admit(scheduler: Scheduler, ask: PlannedChange, caller: Caller) -> Done:
     await tell_needs(scheduler, [ask.cluster_id])
     world, count = await world_of(scheduler, ask.cluster_id, fresh=True)
-    enforced = world.policy.enforces
     planned.change(world, ask)
     broken = homeless((await everything(world))[0])
-    if broken and enforced:
+    if broken and scheduler.policy(ask.cluster_id).enforces:
         before, _ = await world_of(scheduler, ask.cluster_id)
         without = {each.vm_id for loss in (await everything(before))[0] for each in loss.homeless}
         broken = homeless(broken, without)

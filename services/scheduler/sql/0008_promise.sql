@@ -19,6 +19,7 @@ create table promise_hold (
     id text primary key,
     cluster_id text not null,
     doc text not null,
+    of_cluster boolean not null,               -- of the cluster itself: over with the next that is heard of it
     until timestamptz not null
 );
 
