@@ -54,10 +54,11 @@ def counted(same_groups: Change, seen: int | None) -> Change:
     )
 
 
-def raise_count(cluster_ids: Collection[str]) -> Change:
+def raise_count(cluster_ids: Collection[str], by: int = 1) -> Change:
+    """By none it only takes the turn of whoever writes about the cluster's VMs."""
     return Change(
-        "update cluster set promises = promises + 1 where id = any({0}::text[])",
-        (sorted(cluster_ids),),
+        "update cluster set promises = promises + {1} where id = any({0}::text[])",
+        (sorted(cluster_ids), by),
         guarded=False,
     )
 

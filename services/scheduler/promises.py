@@ -284,9 +284,9 @@ async def tell_needs(scheduler: Scheduler, cluster_ids: Sequence[str]) -> None:
             return
         known = await store.needs(pool, some)
         needs = [vm.need for vm in told]
-        changed = {need.cluster_id for need in needs if known.get(need.vm_id) != need}
-        changes = [store.raise_count(changed)] if changed else []
-        await scheduler.core.commit(*changes)
+        changed = any(known.get(need.vm_id) != need for need in needs)
+        clusters = {need.cluster_id for need in needs}
+        await scheduler.core.commit(store.raise_count(clusters, int(changed)), store.keep_needs(needs))
 
 
 @part.every(FORGET_SECONDS)

@@ -219,22 +219,35 @@ def test_what_is_promised_is_kept_by_real_restarts_in_any_order_and_by_brute_for
 def test_how_often_it_says_no_where_a_place_exists() -> None:
     """Greedy placing may fail where brute force doesn't; the rate is in docs/architecture/scheduling.md."""
     dice, losses, possible, promised = random.Random(7), 0, 0, 0
-    for _ in range(400):
-        guests = [
-            guest(f"vm{n}", dice.choice(HOSTS), dice.randint(1, 4), dice.randint(1, 3))
-            for n in range(dice.randint(3, 9))
-        ]
-        held = {h: sum(g.memory for g in guests if g.host_id == h) // GIB for h in HOSTS}
-        world = world_of({h: (held[h] + dice.randint(0, 4), 24) for h in HOSTS}, guests)
-        for host_id in HOSTS:
-            losses += 1
-            exists = places_exist(world, {host_id})
-            kept = not lose(world, [host_id]).homeless
-            assert exists or not kept
-            possible, promised = possible + exists, promised + kept
+    for _ in range(600):
+        guests = []
+        for number in range(dice.randint(6, 14)):
+            pins = tuple(dice.sample(HOSTS, 3)) if dice.random() < 0.2 else ()
+            where = "h0" if dice.random() < 0.4 else dice.choice(HOSTS)
+            guests.append(guest(f"vm{number}", where, dice.randint(1, 6), dice.randint(1, 4), host_ids=pins))
+        held = {h: [g for g in guests if g.host_id == h] for h in HOSTS}
+        lost = sum(g.memory for g in held["h0"]) // GIB
+        room = [lost // 3 + dice.randint(0, 2) for _ in HOSTS]
+        world = world_of(
+            {
+                h: (
+                    sum(g.memory for g in held[h]) // GIB + room[n],
+                    sum(g.vcpus for g in held[h]) + 2 * len(held["h0"]),
+                )
+                for n, h in enumerate(HOSTS)
+            },
+            guests,
+        )
+        if len(held["h0"]) > 6:
+            continue
+        losses += 1
+        exists = places_exist(world, {"h0"})
+        kept = not lose(world, ["h0"]).homeless
+        assert exists or not kept
+        possible, promised = possible + exists, promised + kept
     print(f"{losses} losses, {possible} survivable, {possible - promised} of them not promised")
-    assert possible > 800
-    assert possible - promised <= possible * 0.005
+    assert possible > 200
+    assert possible - promised <= possible * 0.05
 
 
 @settings(max_examples=200, deadline=None)
