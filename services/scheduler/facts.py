@@ -54,7 +54,7 @@ async def cluster_changed(scheduler: Scheduler, cluster: Cluster) -> list[Change
     )
     hosts = await store.hosts_of(scheduler.core.pool, cluster.id)
     new = {h.id: limits(h.memory_bytes, h.cpus, policy, scheduler.config) for h in hosts}
-    return [store.saw_cluster(cluster), store.set_limits(new), promise_store.heard_of_cluster(cluster.id)]
+    return [store.saw_cluster(cluster), store.set_limits(new), *promise_store.heard_of_cluster(cluster.id)]
 
 
 @part.hears(CLUSTER_DELETED)

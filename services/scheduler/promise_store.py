@@ -31,33 +31,24 @@ HOLD_SECONDS = 15.0
 
 async def count(pool: Pool, cluster_id: str) -> int:
     """How often something changed that may change whether the cluster's promise holds; read before all else."""
-    found: int | None = await pool.fetchval("select promises from cluster where id = $1", cluster_id)
+    found: int | None = await pool.fetchval(
+        "select changes from promise_count where cluster_id = $1", cluster_id
+    )
     return -1 if found is None else found
 
 
 def next_count(cluster_id: str, seen: int) -> Change:
     """Guards what was checked: nothing changed since the count was read."""
     return Change(
-        "update cluster set promises = promises + 1 where id = {0} and promises = {1} returning 1",
+        """update promise_count set changes = changes + 1 where cluster_id = {0} and changes = {1} returning 1""",
         (cluster_id, seen),
-    )
-
-
-def counted(same_groups: Change, seen: int | None) -> Change:
-    """The guard of a placement that its cluster's groups are still the same, and of the count, too; None: whatever that
-    is. A lock that is shared first and wanted alone then would be waited for by both of two for ever."""
-    cluster_id, revision = same_groups.arguments
-    return Change(
-        """update cluster set promises = promises + 1
-           where id = {0} and groups_revision = {1} and ({2}::bigint is null or promises = {2}) returning 1""",
-        (cluster_id, revision, seen),
     )
 
 
 def raise_count(cluster_ids: Collection[str], by: int = 1) -> Change:
     """By none it only takes the turn of whoever writes about the cluster's VMs."""
     return Change(
-        "update cluster set promises = promises + {1} where id = any({0}::text[])",
+        "update promise_count set changes = changes + {1} where cluster_id = any({0}::text[])",
         (sorted(cluster_ids), by),
         guarded=False,
     )
@@ -176,11 +167,19 @@ def hold(planned: PlannedChange) -> Change:
     )
 
 
-def heard_of_cluster(cluster_id: str) -> Change:
+def heard_of_cluster(cluster_id: str) -> list[Change]:
     """What was planned for the cluster itself is done."""
-    return Change(
-        "delete from promise_hold where of_cluster and cluster_id = {0}", (cluster_id,), guarded=False
-    )
+    return [
+        Change(
+            """insert into promise_count (cluster_id, changes) values ({0}, 0)
+               on conflict (cluster_id) do update set changes = promise_count.changes + 1""",
+            (cluster_id,),
+            guarded=False,
+        ),
+        Change(
+            "delete from promise_hold where of_cluster and cluster_id = {0}", (cluster_id,), guarded=False
+        ),
+    ]
 
 
 async def forget(pool: Pool) -> None:

@@ -90,12 +90,12 @@ async def admitted(
     fresh: bool = False,
 ) -> tuple[Placement, list[Change]]:
     """The placement, on another host if need be, and what is committed with it. Without a host when every host that
-    was tried would break the promise. `guards` are those of affinity groups, the one of the cluster's row first."""
+    was tried would break the promise. `guards` are those of affinity groups."""
     cluster_id, policy = ask.need.cluster_id, scheduler.policy(ask.need.cluster_id)
     if not placement.host_id or not policy.promises:
         return placement, list(guards)
     if not policy.enforces or ask.purpose is Purpose.RESTART:
-        return placement, [*_counted(guards, None), store.keep_needs([ask.need])]
+        return placement, [*guards, store.raise_count([cluster_id]), store.keep_needs([ask.need])]
     world, count = await world_of(scheduler, cluster_id, fresh=fresh)
     leaving = _is_leaving(scheduler, ask, world)
     if ask.purpose is Purpose.START:
@@ -109,8 +109,8 @@ async def admitted(
     while placement.host_id and placement.host_id not in tried and len(tried) < HOSTS_TRIED:
         admission = promise.admit(world, _guest(scheduler, ask, placement.host_id), failures)
         if not admission.broken or leaving:
-            changes = _changes(scheduler, ask, placement, admission, count)
-            return placement, [*_counted(guards, count), *changes]
+            changes = _changes(scheduler, ask, placement, admission, count, world)
+            return placement, [*guards, store.next_count(cluster_id, count), *changes]
         tried[placement.host_id] = admission
         placement = decide(replace(ask, avoided_host_ids=(*ask.avoided_host_ids, *tried)))
     return (_refused(world, ask, first, tried) if tried else placement), []
@@ -141,17 +141,18 @@ def _guest(scheduler: Scheduler, ask: Place, host_id: str) -> Guest:
     return Guest(ask.need, host_id, memory, ask.need.vcpus)
 
 
-def _counted(guards: Sequence[Change], count: int | None) -> list[Change]:
-    """One write of the cluster's row guards its groups and its promise: two would wait for each other for ever."""
-    return [store.counted(guards[0], count), *guards[1:]] if guards else []
-
-
 def _changes(
-    scheduler: Scheduler, ask: Place, placement: Placement, admission: Admission, count: int
+    scheduler: Scheduler, ask: Place, placement: Placement, admission: Admission, count: int, world: World
 ) -> list[Change]:
+    """What a VM takes and where others go from now on. A VM of a host that is lost already keeps the place that was found
+    for it."""
     cluster_id, guest = ask.need.cluster_id, _guest(scheduler, ask, placement.host_id)
     known = scheduler.guests[cluster_id][1]
-    refuges = {v: (_at(known, guest, v), host_id) for v, host_id in admission.refuges.items()}
+    refuges = {
+        vm_id: (guest.host_id if vm_id == guest.vm_id else known[vm_id].host_id, host_id)
+        for vm_id, host_id in admission.refuges.items()
+        if vm_id == guest.vm_id or known[vm_id].host_id == world.guests[vm_id].host_id
+    }
 
     def committed() -> None:
         if scheduler.guests.get(cluster_id, (-1, {}))[0] == count:
@@ -160,10 +161,6 @@ def _changes(
             scheduler.guests[cluster_id] = count + 1, known
 
     return [store.keep_needs([ask.need]).and_then(committed), store.keep_refuges(refuges)]
-
-
-def _at(known: dict[str, Guest], guest: Guest, vm_id: str) -> str:
-    return guest.host_id if vm_id == guest.vm_id else known[vm_id].host_id
 
 
 def keep(known: dict[str, Guest], refuges: dict[str, tuple[str, str]]) -> None:

@@ -306,7 +306,7 @@ def saw_cluster(cluster: Cluster) -> Change:
                memory_overcommit_percent = excluded.memory_overcommit_percent,
                cpu_overcommit_ratio = excluded.cpu_overcommit_ratio, balance = excluded.balance,
                reserve_host_failures = excluded.reserve_host_failures,
-               admission_control = excluded.admission_control, promises = cluster.promises + 1
+               admission_control = excluded.admission_control
            where cluster.revision < excluded.revision
               or cluster.revision = excluded.revision
                  and (cluster.reserve_host_failures, cluster.admission_control)

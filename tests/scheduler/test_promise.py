@@ -75,7 +75,7 @@ def worlds(draw: st.DrawFn) -> World:
                 network_ids=tuple(draw(st.sampled_from([[], [], ["lan"]]))),
             )
         )
-    names = [g.vm_id for g in guests]
+    names = [*(g.vm_id for g in guests), "new"]
     groups = tuple(
         Group(
             f"g{n}", f"G{n}", 1.0, draw(st.sampled_from(RULES)), True, draw(st.sampled_from(RULES)), True,
@@ -287,6 +287,32 @@ def test_a_cluster_without_room_names_the_vm_and_what_would_help() -> None:
     assert "no host of cluster A can take VM db" in loss.homeless[0].message
     assert "h1 has 4.0 GiB left" in loss.homeless[0].message
     assert loss.homeless[0].change
+
+
+def group(rule: AffinityRule, *vms: str) -> Group:
+    return Group("g", "G", 1.0, rule, True, AffinityRule.DISABLED, False, frozenset(vms), frozenset())
+
+
+def test_vms_that_belong_together_go_together_to_where_all_have_room() -> None:
+    """By itself the first would fill the smaller host best."""
+    guests = [guest("a", "h0", 3), guest("b", "h0", 2)]
+    sizes = {"h0": (8, 16), "h1": (4, 16), "h2": (6, 16)}
+    assert lose(world_of(sizes, guests), ["h0"]).places["a"] == "h1"
+    together = world_of(sizes, guests, (group(AffinityRule.POSITIVE, "a", "b"),))
+    assert lose(together, ["h0"]).places == {"a": "h2", "b": "h2"}
+
+
+def test_a_vm_that_starts_where_a_rival_was_to_go_has_it_placed_anew() -> None:
+    """On the host of the refuge there is room for both, but they must be apart."""
+    rivals = (group(AffinityRule.NEGATIVE, "db", "new"),)
+    db = dataclasses.replace(guest("db", "h0", 2), lost_host_id="h0", refuge="h1")
+    world = world_of({"h0": (8, 16), "h1": (8, 16), "h2": (8, 16)}, [db], rivals)
+    admission = admit(world, guest("new", "h1", high_availability=False), 1)
+    assert (admission.broken, admission.refuges) == ((), {"db": "h2"})
+    world = world_of({"h0": (8, 16), "h1": (8, 16)}, [db], rivals)
+    broken = admit(world, guest("new", "h1", high_availability=False), 1).broken
+    assert [each.vm_id for loss in broken for each in loss.homeless] == ["db"]
+    assert "affinity group G keeps VM db off the host of VM new" in broken[0].homeless[0].message
 
 
 def test_fragmentation_counts_though_the_sums_would_do() -> None:

@@ -1,19 +1,14 @@
--- The promise that a cluster survives the loss of hosts. `promises` counts what may change whether it holds: a claim in a
--- cluster that enforces it is committed only under the count that its check was made under.
+-- The promise that a cluster survives the loss of hosts.
 
 alter table cluster add column admission_control text not null default 'off';
-alter table cluster add column promises bigint not null default 0;
 
--- The count is no news to anybody: notifying at every claim would make commits wait for each other.
-drop trigger tell_fleet on cluster;
-create trigger tell_fleet_rows after insert or delete on cluster
-    for each row execute function tell_fleet();
-create trigger tell_fleet_changes after update on cluster
-    for each row when (
-        (old.revision, old.groups_revision, old.policy_id, old.reserve_host_failures, old.admission_control)
-        is distinct from
-        (new.revision, new.groups_revision, new.policy_id, new.reserve_host_failures, new.admission_control))
-    execute function tell_fleet();
+-- Counts what may change whether a cluster's promise holds: a claim in a cluster that enforces it is committed only under the
+-- count that its check was made under. A row of its own, since a change of `cluster` is told to every replica.
+create table promise_count (
+    cluster_id text primary key,
+    changes bigint not null
+);
+insert into promise_count (cluster_id, changes) select id, 0 from cluster;
 
 -- What a VM that holds capacity would ask of another host, as its owner said last, and where it would go.
 create table promised_vm (
