@@ -145,6 +145,24 @@ async def test_two_that_race_through_two_schedulers_dont_break_it_together(confi
         assert promise.exhaustive
 
 
+async def test_of_two_that_race_for_the_last_place_one_wins_again_and_again(configured: Settings) -> None:
+    c = promising()
+    hosts = hosts_of(c, 2, 2)
+    owner = owner_of({})
+    async with running(configured, owner.service(), scheduler(), scheduler()) as bus:
+        await owner.says(CLUSTER_CHANGED, c)
+        await owner.says(HOST_CHANGED, *hosts)
+        await hosts_known(bus, 2)
+        on = [{"target_host_id": each.id} for each in hosts]
+        assert (await place(bus, ha(c, name="first", place=on[0]))).claimed
+        for number in range(12):
+            asks = [ha(c, name=f"vm{number}", place=each) for each in on]
+            placed = await asyncio.gather(*(place(bus, ask) for ask in asks))
+            assert sum(p.claimed for p in placed) == 1, "each host had room for one, the promise didn't"
+            for ask in asks:
+                await bus.ask(RELEASE_VM_CLAIMS, ReleaseVm(vm_id=ask.need.vm_id), Caller("t", new_id()))
+
+
 async def test_a_start_goes_to_a_host_on_which_the_promise_holds(configured: Settings) -> None:
     """The best host by weights isn't one of them."""
     c = promising()
@@ -270,6 +288,32 @@ async def test_restarts_go_to_the_places_that_the_promise_was_made_for(configure
         again = [replace(ask, epoch=2, purpose=Purpose.RESTART, target_host_id="") for ask in (small, large)]
         assert (await place(bus, again[0])).host_id == hosts[2].id
         assert (await place(bus, again[1])).host_id == hosts[1].id
+
+
+async def test_who_waits_for_its_restart_keeps_its_place_whatever_starts_meanwhile(
+    configured: Settings,
+) -> None:
+    c = promising()
+    hosts = hosts_of(c, 8, 6, 7, 9)
+    owner = owner_of({})
+    async with running(configured, owner.service(), scheduler()) as bus:
+        await owner.says(CLUSTER_CHANGED, c)
+        await owner.says(HOST_CHANGED, *hosts)
+        await hosts_known(bus, 4)
+        large = ha(c, 6, name="large", place={"target_host_id": hosts[0].id})
+        assert (await place(bus, large)).claimed
+        await kept(bus)
+        await owner.says(HOST_CHANGED, replace(hosts[0], revision=2, status=HostStatus.DOWN))
+
+        async def down() -> bool:
+            ask = ha(c, name="any", place={"dry_run": True, "target_host_id": hosts[0].id})
+            return not (await place(bus, ask)).host_id
+
+        await until(down)
+        small = await place(bus, ha(c, name="small", place={"target_host_id": hosts[2].id}))
+        assert small.claimed, small.message
+        again = replace(large, epoch=2, purpose=Purpose.RESTART, target_host_id="")
+        assert (await place(bus, again)).host_id == hosts[1].id
 
 
 async def test_a_stop_makes_room_for_the_next_start(configured: Settings) -> None:
