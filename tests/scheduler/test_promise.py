@@ -216,6 +216,22 @@ def test_what_is_promised_is_kept_by_real_restarts_in_any_order_and_by_brute_for
             assert restarts(world, {host_id}, dict(loss.places), mine) == []
 
 
+@settings(max_examples=150, deadline=None)
+@given(worlds(), st.randoms(use_true_random=False))
+def test_two_hosts_are_survived_by_brute_force_too_and_their_vms_come_back_in_any_order(
+    world: World, dice: random.Random
+) -> None:
+    """The places are those that are found when both are lost."""
+    for pair in itertools.combinations(world.fleet.ids, 2):
+        loss = lose(world, pair)
+        if loss.homeless:
+            continue
+        assert places_exist(world, set(pair))
+        mine = sorted(loss.places)
+        dice.shuffle(mine)
+        assert restarts(world, set(pair), dict(loss.places), mine) == []
+
+
 def test_how_often_it_says_no_where_a_place_exists() -> None:
     """Greedy placing may fail where brute force doesn't; the rate is in docs/architecture/scheduling.md."""
     dice, losses, possible, promised = random.Random(7), 0, 0, 0
