@@ -6,6 +6,7 @@ from api_gateway.route import Route
 from volery.contracts import affinity_group as a
 from volery.contracts import history as y
 from volery.contracts import liveness as l
+from volery.contracts import promise as m
 from volery.contracts import protection as p
 from volery.contracts import scheduling as s
 from volery.contracts import scheduling_policy as c
@@ -68,6 +69,17 @@ ROUTES = (
           items=p.ClusterReserve,
           note="Clusters with `reserve_host_failures`. `filter.kept=false` for those that would have no room."),
     Route("GET", "/clusters/{id}/reserve", p.GET_RESERVE, LIVENESS, "Get whether a cluster keeps its reserve"),
+    Route("GET", "/promises", m.LIST_PROMISES, LIVENESS, "List clusters that promise to survive the loss of hosts",
+          items=m.ClusterPromise,
+          note="Clusters with `reserve_host_failures` whose `admission_control` is warn or enforce. `filter.kept=false` for "
+               "those whose promise doesn't hold now."),
+    Route("GET", "/clusters/{id}/protection", m.GET_PROMISE, LIVENESS,
+          "Get whether a cluster would survive the loss of hosts, as it promises",
+          note="Checked by placing every highly available VM of the hosts on what is left. `breaking` has the losses that it "
+               "would not survive, with the VMs that would have no place and why."),
+    Route("POST", "/clusters/{id}/what-if", m.LOSE_HOSTS, LIVENESS,
+          "Get where VMs would go if hosts of a cluster were lost together",
+          note="`host_ids` are the hosts. Nothing is changed. VMs without a place come first, each with the reason."),
     Route("GET", "/start-groups", g.LIST_START_GROUPS, LIVENESS, "List start groups", items=g.StartGroup),
     Route("POST", "/start-groups", g.CREATE_START_GROUP, LIVENESS, "Create a start group", at="/start-groups",
           note="Its VMs are brought back once every VM of the groups in `after` that is being brought back runs, answers "

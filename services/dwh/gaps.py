@@ -27,6 +27,7 @@ from volery.contracts.power import (
     LIST_FENCING_POLICIES,
     LIST_POWER_MANAGEMENT,
 )
+from volery.contracts.promise import LIST_PROMISES
 from volery.contracts.protection import LIST_PROTECTION, LIST_RESERVES
 from volery.contracts.scheduling import LIST_CLAIMS
 from volery.contracts.scheduling_policy import LIST_SCHEDULING_POLICIES
@@ -71,6 +72,7 @@ LISTS: dict[str, Call[ListQuery, Any]] = {
     "fence_record": LIST_FENCE_RECORDS,
     "protection": LIST_PROTECTION,
     "reserve": LIST_RESERVES,
+    "promise": LIST_PROMISES,
     "start_group": LIST_START_GROUPS,
     "claim": LIST_CLAIMS,
     "affinity_group": LIST_AFFINITY_GROUPS,

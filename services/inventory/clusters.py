@@ -7,7 +7,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from services.inventory import model
+from services.inventory import admission, model
 from services.inventory.desk import Inventory
 from services.inventory.store import CLUSTERS, DATA_CENTERS, TEMPLATES
 from volery.contracts.base import Done
@@ -146,6 +146,7 @@ async def update_cluster(inv: Inventory, ask: UpdateCluster, caller: Caller) -> 
             new.cpu_overcommit_ratio,
             new.reserve_host_failures,
         )
+        await admission.of_cluster(inv, row.public, new, caller)
         try:
             update = CLUSTERS.update(row, new)
             await inv.core.commit(update, caller=caller, answer=update.document)

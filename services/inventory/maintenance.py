@@ -10,7 +10,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from services.inventory import model
+from services.inventory import admission, model
 from services.inventory.clearing import Clearing, to_clear
 from services.inventory.desk import Inventory
 from services.inventory.specs import need_of
@@ -47,6 +47,7 @@ async def maintain_host(inv: Inventory, ask: MaintainHost, caller: Caller) -> Op
         busy(host, "host", host.busy_with)
         if host.status in (HostStatus.MAINTENANCE, HostStatus.INSTALLING):
             raise conflict(f"host {host.name} is {host.status}; there is nothing to move", status=host.status)
+        await admission.of_leaving(inv, host, caller, stops_vms=ask.stop_vms, dry_run=ask.dry_run)
         op, begun = inv.core.operations.begin(
             "host.maintain",
             object_kind="host",

@@ -214,6 +214,14 @@ def edited(vm: Vm, ask: UpdateVm) -> Vm:
     return replace(new, next_run=vm.next_run or later)
 
 
+ASKED = ("memory_bytes", "vcpus", "cpu_model", "machine", "affinity", "high_availability")
+"""What a VM asks of the host on which it is brought back, as far as an edit goes."""
+
+
+def asks_anew(old: Vm, new: Vm) -> bool:
+    return any(getattr(old, name) != getattr(new, name) for name in ASKED)
+
+
 def check_cluster(
     name: str,
     description: str,

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from services.inventory import model
+from services.inventory import admission, model
 from services.inventory.desk import Inventory
 from services.inventory.specs import disk_ids, need
 from services.inventory.store import CLUSTERS, DATA_CENTERS
@@ -56,6 +56,8 @@ async def check_vm_restartable(inv: Inventory, vm: Vm, caller: Caller, *more: st
     """The same for a VM as it will be, and disks that it will get."""
     disks = (*disk_ids(vm), *more)
     await check_restartable(inv, vm.name, vm.cluster_id, vm.high_availability, vm.affinity, disks, caller)
+    if more:
+        await admission.of_vm(inv, vm, caller, *more)
 
 
 @part.answers(DESCRIBE_NEEDS)

@@ -17,7 +17,7 @@ from volery.contracts.errors import Kind, Refused
 from volery.contracts.network import PREPARE_NETWORKS, NetworkBridge, PrepareNetworks
 from volery.contracts.scheduling import Need
 from volery.contracts.storage import PREPARE_DISKS, REACH_DISKS, DiskReach, PrepareDisks, ReachDisks
-from volery.contracts.vm import CdRom, DiskAttachment, Nic, RunOnce, Vm
+from volery.contracts.vm import CdRom, DiskAttachment, Nic, RestartWhere, RunOnce, Vm
 from volery.runtime.bus import Caller
 
 UNSAFE = re.compile(r"[^A-Za-z0-9_.-]+")
@@ -175,4 +175,6 @@ def need(vm: Vm, cluster: Cluster, reach: DiskReach) -> Need:
         preferred_host_ids=vm.affinity.preferred_host_ids,
         storage_host_ids=None if reach.any_host else reach.host_ids,
         high_availability=vm.high_availability.enabled,
+        priority=vm.high_availability.priority,
+        same_host=vm.high_availability.where is RestartWhere.SAME_HOST,
     )

@@ -9,7 +9,7 @@ from typing import Any
 from msgspec import UNSET
 from msgspec.structs import replace
 
-from services.inventory import leases, model, restored
+from services.inventory import admission, leases, model, restored
 from services.inventory.clusters import name_taken
 from services.inventory.desk import Inventory
 from services.inventory.protection import check_restartable, check_vm_restartable
@@ -342,6 +342,8 @@ async def update_vm(inv: Inventory, ask: UpdateVm, caller: Caller) -> Any:
         new = await leases.for_edited(inv, row.public, ask, model.edited(row.public, ask), asking)
         if ask.high_availability is not UNSET or ask.affinity is not UNSET:
             await check_vm_restartable(inv, new, caller)
+        if model.asks_anew(row.public, new):
+            await admission.of_vm(inv, new, caller)
         try:
             update = VMS.update(row, new)
             await inv.core.commit(update, caller=caller, answer=update.document)

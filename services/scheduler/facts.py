@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from services.scheduler import store
+from services.scheduler import promise_store, store
 from services.scheduler.model import ClusterPolicy, Looked, limits
 from services.scheduler.scheduling_policies import keep_built_in
 from services.scheduler.state import Scheduler
@@ -54,7 +54,7 @@ async def cluster_changed(scheduler: Scheduler, cluster: Cluster) -> list[Change
     )
     hosts = await store.hosts_of(scheduler.core.pool, cluster.id)
     new = {h.id: limits(h.memory_bytes, h.cpus, policy, scheduler.config) for h in hosts}
-    return [store.saw_cluster(cluster), store.set_limits(new)]
+    return [store.saw_cluster(cluster), store.set_limits(new), *promise_store.heard_of_cluster(cluster.id)]
 
 
 @part.hears(CLUSTER_DELETED)

@@ -234,6 +234,23 @@ class Fleet:
         mask: Bools = self.ints("cluster") == self._cluster_numbers.get(cluster_id, -1)
         return mask
 
+    def part(self, cluster_id: str) -> Fleet:
+        """A copy of one cluster's hosts, to try things on."""
+        rows = np.flatnonzero(self.in_cluster(cluster_id)).tolist()
+        ids = [self.ids[row] for row in rows]
+        return Fleet(
+            ids=ids,
+            names=[self.names[row] for row in rows],
+            rows={host_id: row for row, host_id in enumerate(ids)},
+            clusters=dict(self.clusters),
+            recipes=dict(self.recipes),
+            networks=dict(self.networks),
+            _columns={name: column[rows] for name, column in self._columns.items()},
+            _cluster_numbers=dict(self._cluster_numbers),
+            _models=[self._models[row] for row in rows],
+            _machines=[self._machines[row] for row in rows],
+        )
+
     def among(self, host_ids: Iterable[str]) -> Bools:
         """Whether each host is one of these."""
         unknown = len(self.ids)  # one cell more, for those that aren't hosts of this fleet

@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 
 from services.scheduler.config import SchedulerConfig
-from volery.contracts.cluster import Balance
+from volery.contracts.cluster import AdmissionControl, Balance
 from volery.contracts.errors import invalid
 from volery.contracts.scheduling import Claim, Need, Place
 from volery.contracts.vm import VmStatus
@@ -37,8 +37,18 @@ class ClusterPolicy:
     cpu_overcommit_ratio: float = 10.0
     balance: str = Balance.EVENLY_DISTRIBUTED
     reserve_host_failures: int = 0
+    admission_control: str = AdmissionControl.OFF
     policy_id: str = ""
     """The scheduling policy that it was given; "" is the built-in one of its balance."""
+
+    @property
+    def promises(self) -> bool:
+        """Whether it is checked by placing that the cluster survives the loss of hosts."""
+        return self.reserve_host_failures > 0 and self.admission_control != AdmissionControl.OFF
+
+    @property
+    def enforces(self) -> bool:
+        return self.promises and self.admission_control == AdmissionControl.ENFORCE
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,3 +165,13 @@ class Looked:
     """Revision of its groups, and its hosts with their names."""
     again: set[str] = field(default_factory=set)
     """Groups that somebody changed while they were looked at."""
+
+
+@dataclass(slots=True)
+class Audit:
+    """The leader's last look at a cluster's promise."""
+
+    seen: int = 0
+    """A hash of all that was looked at."""
+    next_at: float = 0.0
+    """Not before: looking takes a small share of the time, however large the cluster is."""

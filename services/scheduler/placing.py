@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
 import numpy as np
 from msgspec.structs import replace
 
-from services.scheduler import affinity, model, store
+from services.scheduler import affinity, model, promising, store
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.fleet import Fleet
 from services.scheduler.policies.bound import Bound
@@ -50,15 +51,17 @@ async def place(scheduler: Scheduler, ask: Place, caller: Caller) -> Placement:
     model.check(ask)
     if ask.dry_run:
         bound, _ = await affinity.bind(scheduler, ask.need)
-        return _decided(scheduler, ask, bound)
+        again = partial(_decided, scheduler, bound=bound)
+        return (await promising.admitted(scheduler, ask, again(ask), again))[0]
     claims = await store.claims_of(scheduler.core.pool, ask.need.vm_id)
     if (first := await _first_answer(scheduler, ask, claims)) is not None:
         return first
     await _make_way(scheduler, ask, claims)
+    ask = await promising.with_refuge(scheduler, ask)
     waited = False
     for _ in range(TRIES):
         try:
-            async with affinity.turn(scheduler, ask.need):
+            async with affinity.turn(scheduler, ask.need), promising.turn(scheduler, ask.need.cluster_id):
                 placement = await _try(scheduler, ask, caller, refuses=waited)
             if placement is not None:
                 return placement
@@ -82,7 +85,8 @@ async def place(scheduler: Scheduler, ask: Place, caller: Caller) -> Placement:
 async def _try(scheduler: Scheduler, ask: Place, caller: Caller, *, refuses: bool) -> Placement | None:
     """None when no host fits and that isn't to be said yet. Raises Stale when it lost its place to another."""
     bound, guards = await affinity.bind(scheduler, ask.need)
-    placement = _decided(scheduler, ask, bound)
+    again = partial(_decided, scheduler, bound=bound)
+    placement, guards = await promising.admitted(scheduler, ask, again(ask), again, guards, fresh=refuses)
     if not placement.host_id and not refuses:
         return None
     return await _commit(scheduler, ask, placement, guards, caller)

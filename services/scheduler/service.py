@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from services.scheduler import affinity_groups, claims, facts, placing, reconcile, rooms, scheduling_policies
+from services.scheduler import (
+    affinity_groups,
+    claims,
+    facts,
+    placing,
+    promises,
+    reconcile,
+    rooms,
+    scheduling_policies,
+)
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.state import open_scheduler
 from volery.contracts.base import Owner
@@ -15,6 +24,7 @@ service = Service(
     parts=[
         placing.part,
         rooms.part,
+        promises.part,
         claims.part,
         affinity_groups.part,
         scheduling_policies.part,

@@ -15,8 +15,9 @@ from nats.aio.msg import Msg
 from services.scheduler import affinity_store, policy_store, store
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.fleet import Fleet, Measured
-from services.scheduler.model import ClusterPolicy, Looked
+from services.scheduler.model import Audit, ClusterPolicy, Looked
 from services.scheduler.policies.affinity import ClusterRules
+from services.scheduler.policies.promise import Guest
 from services.scheduler.policies.units import HIGH_UTILIZATION
 from volery.contracts.metrics import METRICS_SUBJECT, HostSample
 from volery.contracts.scheduling import Claim
@@ -41,6 +42,10 @@ class Scheduler:
     """Streams whose owners were listed since this process leads."""
     rules: dict[str, ClusterRules] = field(default_factory=dict)
     """Cluster → its affinity groups; a guard in the database has the last word here, too."""
+    guests: dict[str, tuple[int, dict[str, Guest]]] = field(default_factory=dict)
+    """Cluster that promises to survive losses → the VMs there, as of a count of what changes that; guarded the same way."""
+    audits: dict[str, Audit] = field(default_factory=dict)
+    """The leader's last look at each promise."""
     looked: Looked = field(default_factory=Looked)
     """The leader's last look at the groups."""
     _turns: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)

@@ -299,16 +299,18 @@ def saw_cluster(cluster: Cluster) -> Change:
     """The same revision again says what the previous release didn't take over."""
     return Change(
         """insert into cluster (id, revision, name, cpu_model, machine, memory_overcommit_percent,
-               cpu_overcommit_ratio, balance, reserve_host_failures)
-           values ({0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}, {8})
+               cpu_overcommit_ratio, balance, reserve_host_failures, admission_control)
+           values ({0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}, {8}, {9})
            on conflict (id) do update set revision = excluded.revision, name = excluded.name,
                cpu_model = excluded.cpu_model, machine = excluded.machine,
                memory_overcommit_percent = excluded.memory_overcommit_percent,
                cpu_overcommit_ratio = excluded.cpu_overcommit_ratio, balance = excluded.balance,
-               reserve_host_failures = excluded.reserve_host_failures
+               reserve_host_failures = excluded.reserve_host_failures,
+               admission_control = excluded.admission_control
            where cluster.revision < excluded.revision
               or cluster.revision = excluded.revision
-                 and cluster.reserve_host_failures <> excluded.reserve_host_failures""",
+                 and (cluster.reserve_host_failures, cluster.admission_control)
+                     is distinct from (excluded.reserve_host_failures, excluded.admission_control)""",
         (
             cluster.id,
             cluster.revision,
@@ -319,6 +321,7 @@ def saw_cluster(cluster: Cluster) -> Change:
             cluster.cpu_overcommit_ratio,
             str(cluster.balance),
             cluster.reserve_host_failures,
+            str(cluster.admission_control),
         ),
         guarded=False,
     )
@@ -426,7 +429,7 @@ async def used(pool: Pool) -> list[tuple[str, int, int, int, int]]:
 async def clusters(pool: Pool, condition: str = "true", *arguments: Any) -> list[ClusterPolicy]:
     records = await pool.fetch(
         f"""select id, name, cpu_model, machine, memory_overcommit_percent, cpu_overcommit_ratio, balance,
-                   reserve_host_failures, policy_id
+                   reserve_host_failures, admission_control, policy_id
             from cluster where {condition}""",
         *arguments,
     )

@@ -23,6 +23,7 @@ INTERNAL = {
     "inventory.host.renew_certificate",
     "scheduler.place",
     "scheduler.room.find",
+    "scheduler.promise.admit",
     "scheduler.claim.confirm",
     "scheduler.claim.release",
     "scheduler.claim.release_vm",

@@ -15,6 +15,7 @@ from tests.api_gateway.scripted import NOW, Deployed, entity, operation, vm
 from volery.cli.main import app
 from volery.contracts import affinity_group as a
 from volery.contracts import power as p
+from volery.contracts import promise as m
 from volery.contracts import protection as r
 from volery.contracts import scheduling_policy as c
 from volery.contracts import soft_fence as s
@@ -93,6 +94,26 @@ UNPROTECTED = r.VmProtection(
     )
 )
 PROTECTED = r.VmProtection(**entity(vm_id=DB.id, vm_name="db1", protected=True))
+LOSS = m.HostLoss(
+    host_ids=(HOST.id,),
+    host_names=("h1",),
+    survived=False,
+    vms=(
+        m.LostVm(vm_id=WEB.id, name="web1", message="no host can take VM web1"),
+        m.LostVm(vm_id=DB.id, name="db1", host_id="h2", host_name="h2"),
+    ),
+)
+PROMISE = m.ClusterPromise(
+    **entity(
+        cluster_id=CLUSTER.id,
+        cluster_name="Default",
+        host_failures=1,
+        kept=False,
+        message="if h1 were lost, VM web1 would have no place",
+        change="add a host",
+        breaking=(LOSS,),
+    )
+)
 RESERVE = r.ClusterReserve(
     **entity(
         cluster_id=CLUSTER.id,
@@ -155,6 +176,9 @@ ANSWERS: dict[Call[Any, Any], Any] = {
     r.LIST_PROTECTION: listed(UNPROTECTED, PROTECTED),
     r.GET_PROTECTION: UNPROTECTED,
     r.LIST_RESERVES: listed(RESERVE),
+    m.LIST_PROMISES: listed(PROMISE),
+    m.GET_PROMISE: PROMISE,
+    m.LOSE_HOSTS: LOSS,
     a.LIST_AFFINITY_GROUPS: Page(items=(msgspec.Raw(encode(SPREAD)),)),
     a.CREATE_AFFINITY_GROUP: SPREAD,
     a.UPDATE_AFFINITY_GROUP: SPREAD,

@@ -23,11 +23,12 @@ from tests.cli.desk import (
 )
 from volery.contracts import affinity_group as a
 from volery.contracts import power as p
+from volery.contracts import promise as m
 from volery.contracts import protection as r
 from volery.contracts import soft_fence as s
 from volery.contracts import start_group as g
 from volery.contracts.base import Call
-from volery.contracts.cluster import UPDATE_CLUSTER
+from volery.contracts.cluster import UPDATE_CLUSTER, AdmissionControl
 from volery.contracts.fencing import PowerAction
 from volery.contracts.liveness import GET_LIVENESS
 from volery.contracts.vm import CREATE_VM, UPDATE_VM
@@ -181,6 +182,24 @@ ROWS = (
         "protection reserve Default 2",
         UPDATE_CLUSTER,
         {"id": CLUSTER.id, "reserve_host_failures": 2, "if_revision": CLUSTER.revision},
+    ),
+    Row("protection promises", m.LIST_PROMISES, {}, ("VM web1 would have no", "add a host")),
+    Row("protection of Default", m.GET_PROMISE, {"id": CLUSTER.id}, ("if h1 were lost", "web1", "nowhere")),
+    Row(
+        "protection promise Default 2",
+        UPDATE_CLUSTER,
+        {"id": CLUSTER.id, "reserve_host_failures": 2, "admission_control": AdmissionControl.ENFORCE},
+    ),
+    Row(
+        "protection promise Default 1 --control warn",
+        UPDATE_CLUSTER,
+        {"reserve_host_failures": 1, "admission_control": AdmissionControl.WARN},
+    ),
+    Row(
+        "protection what-if Default --lose h1",
+        m.LOSE_HOSTS,
+        {"id": CLUSTER.id, "host_ids": (HOST.id,)},
+        ("web1", "nowhere", "db1", "h2"),
     ),
     Row(
         "start-group create applications --vm web1 --after databases --wait-for guest_agent --wait-seconds 90",

@@ -11,6 +11,9 @@ from volery.cli.output import Format
 from volery.cli.work import Output
 from volery.client import api
 from volery.client.request import Request
+from volery.contracts.base import encode
+from volery.contracts.cluster import AdmissionControl
+from volery.contracts.promise import ClusterPromise, HostLoss
 from volery.contracts.protection import VmProtection
 from volery.contracts.start_group import CreateStartGroup, WaitFor
 
@@ -24,6 +27,7 @@ Vms = Annotated[
 After = Annotated[list[str] | None, typer.Option(help="Name or id of a group that comes before it.")]
 Seconds = Annotated[float, typer.Option(help="Later groups wait no longer than this for it, 0 to 600.")]
 
+LOST = ("if lost", "vm", "goes to", "why")
 COLUMNS = ("vm", "protected", "why", "change")
 
 
@@ -76,6 +80,75 @@ def set_reserve(
         found = client.find(api.CLUSTERS, cluster)
         fields = {"reserve_host_failures": host_failures}
         output.show(client.send(api.CLUSTERS.update(found.id, fields, found.revision)), output_format)
+
+
+@app.command("promises")
+def list_promises(output_format: Output = Format.TABLE) -> None:
+    """Clusters that promise to survive the loss of hosts, and whether they would."""
+    work.show_all(api.PROMISES, output_format)
+
+
+@app.command("promise")
+def set_promise(
+    cluster: Annotated[str, typer.Argument(help="Name or id of the cluster.")],
+    host_failures: Annotated[
+        int, typer.Argument(help="Hosts whose loss it is to survive; 0 promises nothing.")
+    ],
+    control: Annotated[
+        AdmissionControl, typer.Option(help="enforce refuses what would break it; warn only tells.")
+    ] = AdmissionControl.ENFORCE,
+    output_format: Output = Format.TABLE,
+) -> None:
+    """Let a cluster promise to survive the loss of so many hosts."""
+    with work.connected() as client:
+        found = client.find(api.CLUSTERS, cluster)
+        fields = {"reserve_host_failures": host_failures, "admission_control": control}
+        output.show(client.send(api.CLUSTERS.update(found.id, fields, found.revision)), output_format)
+
+
+@app.command("of")
+def show_promise(
+    cluster: Annotated[str, typer.Argument(help="Name or id of the cluster.")],
+    output_format: Output = Format.TABLE,
+) -> None:
+    """Whether a cluster's promise holds: each loss that it would not survive, with the VMs left without a place."""
+    with work.connected() as client:
+        found = client.find(api.CLUSTERS, cluster)
+        promise = client.send(Request("GET", f"clusters/{found.id}/protection", ClusterPromise))
+        if output_format is not Format.TABLE:
+            output.show(promise, output_format)
+            return
+        kept = f"cluster {promise.cluster_name} would survive the loss of {promise.host_failures} hosts"
+        output.out.print(kept if promise.kept else promise.message)
+        output.show([line for loss in promise.breaking for line in losses(loss)], output_format, LOST)
+
+
+@app.command("what-if")
+def what_if(
+    cluster: Annotated[str, typer.Argument(help="Name or id of the cluster.")],
+    lose: Annotated[
+        list[str], typer.Option("--lose", help="Name or id of a host; as often as there are some.")
+    ],
+    output_format: Output = Format.TABLE,
+) -> None:
+    """Where VMs would go if these hosts were lost together, or why nowhere. Nothing is changed."""
+    with work.connected() as client:
+        found = client.find(api.CLUSTERS, cluster)
+        ids = {"host_ids": [work.id_of(client, api.HOSTS, text) for text in lose]}
+        loss = client.send(Request("POST", f"clusters/{found.id}/what-if", HostLoss, encode(ids)))
+        if output_format is not Format.TABLE:
+            output.show(loss, output_format)
+            return
+        output.show(losses(loss), output_format, LOST)
+
+
+def losses(loss: HostLoss) -> list[dict[str, Any]]:
+    """A loss in a table: one line for each VM."""
+    lost = " and ".join(loss.host_names)
+    return [
+        {"if lost": lost, "vm": vm.name, "goes to": vm.host_name or "nowhere", "why": vm.message}
+        for vm in loss.vms
+    ]
 
 
 @app.command("show")

@@ -11,6 +11,7 @@ from volery.contracts.liveness import HostLiveness, VmRestart
 from volery.contracts.network import MacPool, Network
 from volery.contracts.operation import Operation
 from volery.contracts.power import FenceRecord, FencingPause, FencingPolicy, PowerManagement
+from volery.contracts.promise import ClusterPromise
 from volery.contracts.protection import ClusterReserve, VmProtection
 from volery.contracts.scheduling import Claim, PastDecision
 from volery.contracts.scheduling_policy import SchedulingPolicy
@@ -68,6 +69,12 @@ START_GROUPS = Resource(
 )
 RESERVES = Resource(
     "reserve", "reserves", ClusterReserve, ("cluster_name", "host_failures", "kept", "message", "change")
+)
+PROMISES = Resource(
+    "promise",
+    "promises",
+    ClusterPromise,
+    ("cluster_name", "host_failures", "admission_control", "kept", "message", "change"),
 )
 PROTECTION = Resource(
     "protection", "protection", VmProtection, ("vm_name", "protected", "reasons", "host_id", "vm_id")
@@ -133,6 +140,7 @@ RESOURCES = (
     RESTARTS,
     PROTECTION,
     RESERVES,
+    PROMISES,
     START_GROUPS,
     POWER_MANAGEMENT,
     FENCE_RECORDS,

@@ -59,6 +59,17 @@ class Balance(StrEnum):
     """Only highly available VMs are started; what runs goes on, and is weighed as evenly distributed."""
 
 
+class AdmissionControl(StrEnum):
+    """What is done for the promise that a cluster survives the loss of `reserve_host_failures` hosts."""
+
+    OFF = "off"
+    """It is a goal: counted, not placed; ha says whether it is met."""
+    WARN = "warn"
+    """It is checked by placing, and announced when it doesn't hold."""
+    ENFORCE = "enforce"
+    """What would break it is refused, too; restarts never are."""
+
+
 class Cluster(Entity):
     name: str
     data_center_id: str
@@ -73,8 +84,9 @@ class Cluster(Entity):
     migration_bandwidth_mib_per_second: int = 0
     tags: tuple[str, ...] = ()
     reserve_host_failures: int = 0
-    """So many hosts should be able to die with room left for their highly available VMs; 0 to 16. ha says whether it is
-    so. A goal, no limit: nothing is refused for it."""
+    """So many hosts should be able to die with room left for their highly available VMs; 0 to 16. What is done for it is
+    said by `admission_control`."""
+    admission_control: AdmissionControl = AdmissionControl.OFF
 
 
 class CreateCluster(Message):
@@ -89,6 +101,7 @@ class CreateCluster(Message):
     migration_bandwidth_mib_per_second: int = 0
     tags: tuple[str, ...] = ()
     reserve_host_failures: int = 0
+    admission_control: AdmissionControl = AdmissionControl.OFF
 
 
 class UpdateCluster(Message):
@@ -104,6 +117,7 @@ class UpdateCluster(Message):
     migration_bandwidth_mib_per_second: int | UnsetType = UNSET
     tags: tuple[str, ...] | UnsetType = UNSET
     reserve_host_failures: int | UnsetType = UNSET
+    admission_control: AdmissionControl | UnsetType = UNSET
 
 
 CREATE_DATA_CENTER = Call("inventory.data_center.create", CreateDataCenter, DataCenter, mutates=True)

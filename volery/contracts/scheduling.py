@@ -25,6 +25,10 @@ class Need(Message):
     storage_host_ids: tuple[str, ...] | None = None
     """Hosts that reach its disks; None: no disk restricts it."""
     high_availability: bool = False
+    priority: int = 1
+    """With which it is brought back before others."""
+    same_host: bool = False
+    """It is to be brought back on its own host only: no cluster can promise anything for it."""
 
 
 class Purpose(StrEnum):
