@@ -41,12 +41,28 @@ class Stalled:
     tries: int = 0
 
 
+class Seen(dict[tuple[str, str], DomainReport]):
+    """By host and VM. A host's are found without looking at all others', of which there may be hundreds of thousands."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._on: dict[str, set[str]] = {}
+
+    def __setitem__(self, key: tuple[str, str], report: DomainReport) -> None:
+        super().__setitem__(key, report)
+        self._on.setdefault(key[0], set()).add(key[1])
+
+    def forget(self, host_id: str) -> None:
+        for vm_id in self._on.pop(host_id, ()):
+            self.pop((host_id, vm_id), None)
+
+
 @dataclass(slots=True)
 class Inventory:
     core: Core
     store: Store
     config: InventoryConfig
-    seen: dict[tuple[str, str], DomainReport] = field(default_factory=dict)
+    seen: Seen = field(default_factory=Seen)
     """(host, VM) → the newest report of its domain. A cache: decisions that need it ask for a report first."""
     boots: dict[tuple[str, str], str] = field(default_factory=dict)
     """(host, VM) → the boot whose report that was."""

@@ -55,8 +55,7 @@ async def host_reported(inv: Inventory, fact: HostReported) -> Sequence[Change]:
     host = row.public
     new_boot = host.boot_id not in ("", fact.boot_id)
     named = {domain.vm_id: domain for domain in fact.domains}
-    for key in [k for k in inv.seen if k[0] == fact.host_id]:
-        del inv.seen[key]
+    inv.seen.forget(fact.host_id)
     for domain in fact.domains:
         _see(inv, fact, domain)
     changes: list[Change] = [_host_change(inv, row, fact)]
