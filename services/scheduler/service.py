@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from services.scheduler import affinity_groups, claims, facts, placing, reconcile, rooms, scheduling_policies
+from services.scheduler import (
+    affinity_groups,
+    claims,
+    facts,
+    placing,
+    plan_runs,
+    plans,
+    reconcile,
+    rooms,
+    scheduling_policies,
+)
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.state import open_scheduler
 from volery.contracts.base import Owner
@@ -18,6 +28,8 @@ service = Service(
         claims.part,
         affinity_groups.part,
         scheduling_policies.part,
+        plans.part,
+        plan_runs.part,
         facts.part,
         reconcile.part,
     ],

@@ -89,6 +89,10 @@ class _Scale:
         return rise
 
 
+def cost(board: Board, aims: Aims) -> float:
+    return _Scale(board, aims).cost()
+
+
 class _Search:
     """The gain of every single move, kept up to date."""
 
@@ -160,20 +164,20 @@ def balance(
     """The board itself stays as it is. `reserved`: hosts whose highly available VMs would find room elsewhere if they died
     stay such hosts. Each further try takes the moves in another order, drawn with its number; the cheapest plan counts,
     with the least gain as the price of each move."""
-    floor = max(least_gain * _Scale(board, aims).cost(), 1e-12)
+    floor = max(least_gain * cost(board, aims), 1e-12)
     found = (_tried(board, aims, floor, reserved, most, seed) for seed in tries)
     return min(found, key=lambda plan: plan.after + floor * len(plan.steps))
 
 
 def _tried(board: Board, aims: Aims, floor: float, reserved: bool, most: int, seed: int) -> Balanced:
-    before = _Scale(board, aims).cost()
+    before = cost(board, aims)
     reached = board.copy()
     found = _descend(reached, aims, floor, reserved, most, seed=seed)
     wanted = {n: int(reached.at[n]) for n in np.flatnonzero(reached.at != board.at).tolist()}
     wanted = _worth_it(board, aims, wanted, floor)
     ordered = board.copy()
     steps = _descend(ordered, aims, 0.0, reserved, most, wanted)
-    after, best = _Scale(ordered, aims).cost(), _Scale(reached, aims).cost()
+    after, best = cost(ordered, aims), cost(reached, aims)
     if after > best + len(found) * floor:
         # The way led over moves that cancelled or were given up: without them it is closed.
         return Balanced(tuple(found), before, best)

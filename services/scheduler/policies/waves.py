@@ -22,7 +22,7 @@ def waves(board: Board, steps: Iterable[Step], per_host: int = PER_HOST) -> list
     cut: list[list[Step]] = []
     wave: list[Step] = []
     for step in steps:
-        if wave and not _joins(board, wave, step, per_host):
+        if wave and not joins(board, wave, step, per_host):
             cut.append(wave)
             for moved in wave:
                 board.move(moved)
@@ -31,8 +31,9 @@ def waves(board: Board, steps: Iterable[Step], per_host: int = PER_HOST) -> list
     return [*cut, wave] if wave else cut
 
 
-def _joins(board: Board, wave: list[Step], step: Step, per_host: int) -> bool:
-    """Whether a step can run beside those of the wave, none of which has ended."""
+def joins(board: Board, wave: list[Step], step: Step, per_host: int) -> bool:
+    """Whether a step can begin beside those of the wave, none of which has ended. VMs that must be together aren't looked at:
+    the plan takes them to one host."""
     if any(other.guest == step.guest for other in wave):
         return False
     at = Counter(host for other in (*wave, step) for host in (other.source, other.target))
