@@ -118,7 +118,9 @@ async def test_broken_groups_are_mended_by_the_scheduler_itself(configured: Sett
         assert plans[0]["principal"] == "service:scheduler"
 
 
-async def test_a_union_moves_one_after_the_other_to_the_host_that_its_rule_names(configured: Settings) -> None:
+async def test_a_union_moves_one_after_the_other_to_the_host_that_its_rule_names(
+    configured: Settings,
+) -> None:
     """No member could be the first by itself."""
     async with desk(planning(configured, 0)) as (http, world):
         assert world.cluster is not None
