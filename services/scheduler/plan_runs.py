@@ -31,7 +31,6 @@ part = Part()
 
 ASK_SECONDS = 2.0
 """How often a migration is asked about whose end nobody has told."""
-BEGUN = (PlanStepState.MOVING, PlanStepState.DONE)
 
 
 @part.runs("plan.carry_out", deadline_seconds=plans.PLAN_SECONDS)
@@ -84,8 +83,7 @@ async def _recheck(scheduler: Scheduler, plan: Plan, wave: int, up: list[str]) -
         raise conflict(f"host {min(names)} is no longer up, and what becomes of its VMs goes before any plan")
     board = await boards.look(scheduler, plan.cluster_id, closed=plan.host_ids)
     now = [step for step in rest if step.wave == wave]
-    moving = [step.vm_id for step in plan.steps if step.wave == wave and step.state is PlanStepState.MOVING]
-    if why := wrong_now(board, plan, now, moving):
+    if why := wrong_now(board, now):
         raise conflict(f"things are no longer as they were planned: {why}")
     if useless_now(board, plans.wanted_of(scheduler, plan.kind, plan.cluster_id), rest):
         raise conflict("the rest of the plan would no longer make the cluster more even")

@@ -21,13 +21,14 @@ from services.scheduler.fleet import UP
 from services.scheduler.plan_store import PLANS
 from services.scheduler.policies.balance import BALANCES, Thresholds, nothing
 from services.scheduler.policies.balancing import AIMS, Aims
-from services.scheduler.policies.enforcing import broken
 from services.scheduler.policies.planning import Draft, Wanted, draft
 from services.scheduler.policies.recipe import Recipe
 from services.scheduler.policies.units import OVERLOAD_MINUTES
 from services.scheduler.state import Scheduler
+from services.scheduler.store import GROUPS
 from volery.contracts.cluster import GET_CLUSTER, GetById
 from volery.contracts.errors import Kind, Refused, conflict, invalid
+from volery.contracts.host import HostStatus
 from volery.contracts.ids import new_id
 from volery.contracts.operation import ListQuery, Operation
 from volery.contracts.plan import (
@@ -55,6 +56,11 @@ PLAN_SECONDS = 4 * 3600.0
 LOOK_SECONDS = 5.0
 FORGET_SECONDS = 3600.0
 MOST_MOVES = 10_000
+GOES_BEFORE = frozenset(
+    {HostStatus.CONNECTING, HostStatus.NON_RESPONSIVE, HostStatus.PREPARING_FOR_MAINTENANCE}
+)
+"""While a host of a cluster is one of these, ha or a maintenance needs room there, and the scheduler begins no plan by
+itself."""
 
 
 @part.answers(MAKE_PLAN)
@@ -266,12 +272,19 @@ def _calls_for(scheduler: Scheduler, cluster_id: str, kind: PlanKind) -> bool:
 
 
 async def _is_broken(scheduler: Scheduler, cluster_id: str) -> bool:
-    board = await boards.look(scheduler, cluster_id)
-    return any(broken(board, board.rules.groups))
+    """By the last look at the cluster's groups."""
+    return any(
+        row.public.broken for row in await GROUPS.where(scheduler.core.pool, "cluster_id = $1", cluster_id)
+    )
 
 
 async def _may(scheduler: Scheduler, cluster_id: str) -> bool:
-    """Whether no plan is under way there, nor was one stopped a moment ago."""
+    """Whether no plan is under way there, nor was one stopped a moment ago, and nothing goes before one."""
+    fleet = scheduler.fleet
+    if any(
+        fleet.status_of(row) in GOES_BEFORE for row in np.flatnonzero(fleet.in_cluster(cluster_id)).tolist()
+    ):
+        return False
     last = await sql.newest(scheduler.core.pool, cluster_id)
     if last is None:
         return True

@@ -12,7 +12,7 @@ from services.scheduler.policies.board import Board, Step
 from services.scheduler.policies.enforcing import enforce
 from services.scheduler.policies.evacuating import evacuate
 from services.scheduler.policies.waves import PER_HOST, joins, waves
-from volery.contracts.plan import Plan, PlanKind, PlanStep, Unplaced
+from volery.contracts.plan import PlanKind, PlanStep, Unplaced
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +93,8 @@ def _steps(board: Board, steps: Sequence[Step]) -> tuple[PlanStep, ...]:
     )
 
 
-def wrong_now(board: Board, plan: Plan, steps: Collection[PlanStep], running: Collection[str]) -> str:
-    """Why these steps of one wave aren't to be begun any more, as things are now; "" when they are. `running`: VMs of the
-    wave that move already."""
+def wrong_now(board: Board, steps: Collection[PlanStep]) -> str:
+    """Why these steps of one wave aren't to be begun any more, as things are now; "" when they are."""
     wave: list[Step] = []
     for step in steps:
         name = f"VM {step.vm_name}"
@@ -112,7 +111,7 @@ def wrong_now(board: Board, plan: Plan, steps: Collection[PlanStep], running: Co
         if not board.allowed[guest, target]:
             return f"host {step.target_host_name} doesn't suit {name} any more"
         found = board.step(guest, target)
-        if not joins(board, wave, found, PER_HOST * 2 if running else PER_HOST):
+        if not joins(board, wave, found, PER_HOST):
             return f"host {step.target_host_name} has no room for {name} any more, or affinity groups keep it off"
         wave.append(found)
     return ""
