@@ -8,13 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from services.scheduler.policies.affinity import Group
 from services.scheduler.policies.balancing import Aims, balance
-from services.scheduler.policies.board import Board
+from services.scheduler.policies.board import Board, Guest, Place
 from services.scheduler.policies.enforcing import broken, enforce
 from services.scheduler.policies.evacuating import evacuate
 from services.scheduler.policies.survival import Survival
 from tests.scheduler.boards import Case, cases
 from tests.scheduler.replay import Replay
+from tests.scheduler.worlds import GIB
+from volery.contracts.affinity_group import AffinityRule
 
 AIMS = {
     "even": (Aims(cpu=1.0, memory=1.0), {"load": 1.0, "memory": 1.0}),
@@ -139,3 +142,13 @@ def test_what_stays_broken_no_single_move_mends(case: Case) -> None:
     for step in plan.steps:
         board.move(step)
     assert not single_mends(case, board)
+
+
+def test_who_must_be_with_a_vm_that_stays_stays_too() -> None:
+    guests = [Guest("a", "A", "h0", GIB, 1), Guest("b", "B", "h0", GIB, 1, kept="pinned")]
+    places = [Place(f"h{n}", f"H{n}", 8 * GIB, (2 - 2 * n) * GIB, 8, 2 - 2 * n, 4) for n in range(2)]
+    disabled, positive = AffinityRule.DISABLED, AffinityRule.POSITIVE
+    pair = Group("g", "G", 1.0, positive, True, disabled, True, frozenset("ab"), frozenset())
+    plan = evacuate(Case(places, guests, {"a": ["h1"], "b": ["h1"]}, (pair,)).board(), [0])
+    assert plan.steps == ()
+    assert [s.reason for s in plan.stuck] == ["it must be with VM B, which no plan moves", "pinned"]
