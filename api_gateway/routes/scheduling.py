@@ -6,6 +6,7 @@ from api_gateway.route import Route
 from volery.contracts import affinity_group as a
 from volery.contracts import history as y
 from volery.contracts import liveness as l
+from volery.contracts import plan as n
 from volery.contracts import promise as m
 from volery.contracts import protection as p
 from volery.contracts import scheduling as s
@@ -50,6 +51,21 @@ ROUTES = (
     Route("GET", "/clusters/{id}/balance", c.GET_CLUSTER_BALANCE, SCHEDULING,
           "Get which hosts of a cluster have too much, and which have room",
           note="By the balance of the cluster's scheduling policy. Nothing is moved for it."),
+    Route("POST", "/clusters/{id}/balance", n.MAKE_PLAN, SCHEDULING, "Balance a cluster",
+          renamed={"id": "cluster_id"}, fixed={"kind": n.PlanKind.BALANCE}, hidden=("host_ids",), body_name="BalanceCluster",
+          note="A plan is computed as a whole, by what the cluster's scheduling policy balances, and carried out. "
+               "`?dry_run=true` only shows it, in the operation's `result`."),
+    Route("GET", "/plans", n.LIST_PLANS, SCHEDULING, "List plans", items=n.Plan,
+          note="`filter.cluster_id=…`, `filter.kind=…`, `filter.state=running`. Those that ended are kept for a month "
+               "(`VOLERY_SCHEDULER_PLAN_DAYS`)."),
+    Route("POST", "/plans", n.MAKE_PLAN, SCHEDULING, "Make a plan and carry it out",
+          note="Of the kind `balance`, `affinity` (broken affinity groups are mended) or `evacuation` (the hosts `host_ids` "
+               "are emptied). Every step is legal in its order, and none makes it worse. `?dry_run=true` only shows it, in "
+               "the operation's `result`. A VM or host is in one active plan at a time: what goes before another kind takes "
+               "its place, anything else is refused with the plan's id."),
+    Route("GET", "/plans/{id}", n.GET_PLAN, SCHEDULING, "Get a plan, with how far its steps are"),
+    Route("POST", "/plans/{id}/cancel", n.CANCEL_PLAN, SCHEDULING, "Cancel a plan",
+          note="What is on its way arrives; nothing more begins. Answers with the operation that carries it out."),
     Route("POST", "/clusters/{id}/scheduling-policy", c.GIVE_SCHEDULING_POLICY, SCHEDULING,
           "Give a cluster a scheduling policy", renamed={"id": "cluster_id"},
           note="It takes the place of the one that the cluster had; `\"policy_id\": \"\"` is the built-in one of its "

@@ -21,6 +21,7 @@ from volery.contracts.host import LIST_HOSTS
 from volery.contracts.liveness import LIST_LIVENESS, LIST_RESTARTS
 from volery.contracts.network import LIST_ATTACHMENTS, LIST_MAC_POOLS, LIST_NETWORKS
 from volery.contracts.operation import ListQuery
+from volery.contracts.plan import LIST_PLANS
 from volery.contracts.power import (
     LIST_FENCE_RECORDS,
     LIST_FENCING_PAUSES,
@@ -77,6 +78,7 @@ LISTS: dict[str, Call[ListQuery, Any]] = {
     "claim": LIST_CLAIMS,
     "affinity_group": LIST_AFFINITY_GROUPS,
     "scheduling_policy": LIST_SCHEDULING_POLICIES,
+    "plan": LIST_PLANS,
 }
 """How each noun is listed."""
 

@@ -10,7 +10,7 @@ from services.inventory.desk import Inventory
 from services.inventory.specs import disk_ids, need
 from services.inventory.store import CLUSTERS, DATA_CENTERS
 from volery.contracts.cluster import Cluster
-from volery.contracts.errors import invalid
+from volery.contracts.errors import Refused, invalid
 from volery.contracts.protection import DESCRIBE_NEEDS, VmNeed, VmNeeds, VmNeedsAnswer
 from volery.contracts.storage import (
     REACH_DISKS,
@@ -88,4 +88,17 @@ def _told(vm: Vm, cluster: Cluster, reach: DiskReach) -> VmNeed:
         settled=not vm.busy_with and (down or vm.status in SETTLED),
         local_host_id=reach.local_host_id,
         unready=tuple(str(why) for why in reach.unready.values()),
+        kept=_kept(vm),
+        priority=vm.high_availability.priority,
     )
+
+
+def _kept(vm: Vm) -> str:
+    """Why it can't be migrated now, as a migration would be refused."""
+    if not vm.migration.allowed:
+        return "its migration policy forbids to move it"
+    try:
+        model.check_action(vm, "migrate")
+    except Refused as refused:
+        return refused.message
+    return ""

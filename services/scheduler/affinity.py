@@ -8,11 +8,12 @@ they don't make each other lose.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 
 from services.scheduler import affinity_store as store
-from services.scheduler import seats
+from services.scheduler import plan_store, seats
 from services.scheduler.policies.affinity import Around, ClusterRules
 from services.scheduler.policies.bound import FREE, Bound, Seat, resolve
 from services.scheduler.state import Scheduler
@@ -47,6 +48,7 @@ async def bind(scheduler: Scheduler, need: Need) -> tuple[Bound, list[Change]]:
     # Counted first: who gets a claim after that makes the guard fail.
     counted = await store.placements(scheduler.core.pool, around.seats) if around.seats else {}
     found = await _seats(scheduler, around.others)
+    found |= await _coming(scheduler, around, found)
     guards += [store.next_placement(group_id, counted.get(group_id, -1)) for group_id in around.seats]
     return resolve(around, rules, found), guards
 
@@ -59,6 +61,19 @@ async def _seats(
     vms = await store.seen_vms(scheduler.core.pool, vm_ids)
     claims = await store.claims_of_all(scheduler.core.pool, vm_ids)
     return seats.seats(vm_ids, claims, vms, scheduler.config, without)
+
+
+async def _coming(scheduler: Scheduler, around: Around, found: Mapping[str, Seat]) -> dict[str, Seat]:
+    """VMs of its union that an active plan takes to the same host as this one: they count as there, since one of them has to
+    be the first to move."""
+    if len(around.union) < 2:
+        return {}
+    planned = await plan_store.targets(scheduler.core.pool, around.union)
+    own = planned.get(around.vm_id)
+    if own is None:
+        return {}
+    mates = [v for v in around.union - {around.vm_id} if v in found and planned.get(v) == own]
+    return {v: replace(found[v], host_ids=frozenset({own[1]})) for v in mates if found[v].host_ids}
 
 
 async def bind_each(scheduler: Scheduler, asks: Sequence[RoomFor]) -> list[Bound]:

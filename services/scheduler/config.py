@@ -33,3 +33,16 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     VM (oVirt's MaximumAllowedSwapUsage)."""
     vcpu_load_percent: float = 10.0
     """Assumed load of a vCPU that was placed after the host's last sample (oVirt's VcpuConsumptionPercentage)."""
+    plan_seconds: float = 60.0
+    """How often the leader looks whether a cluster needs a plan: a broken affinity group, or a host with too much by the
+    balance of the cluster's scheduling policy (oVirt's VdsLoadBalancingIntervalInMinutes, 1 there). 0: it makes none by
+    itself."""
+    plan_after_seconds: float = 120.0
+    """How long a host must have been busy before the scheduler moves VMs away from it by itself, where the policy doesn't
+    say (oVirt's CpuOverCommitDurationMinutes, 2 there)."""
+    plan_moves: int = 20
+    """Moves of a balance that the scheduler begins by itself; it looks again a minute later."""
+    plan_pause_seconds: float = 300.0
+    """After a plan that was stopped, the scheduler leaves its cluster alone for so long."""
+    plan_days: int = 30
+    """How long plans that ended stay readable."""

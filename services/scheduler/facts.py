@@ -75,6 +75,9 @@ async def network_deleted(scheduler: Scheduler, network: Network) -> list[Change
 @part.hears_together(VM_CHANGED, VM_DELETED)
 async def vms_said(scheduler: Scheduler, said: Sequence[Said]) -> list[Change]:
     deleted = {vm.id for fact, vm in said if fact is VM_DELETED}
+    for _, vm in said:
+        if vm.id in scheduler.moving:
+            scheduler.moving[vm.id].set()
     return [store.saw_vms(newest(said), deleted)]
 
 

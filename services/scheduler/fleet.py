@@ -247,8 +247,8 @@ class Fleet:
             networks=dict(self.networks),
             _columns={name: column[rows] for name, column in self._columns.items()},
             _cluster_numbers=dict(self._cluster_numbers),
-            _models=[self._models[row] for row in rows],
-            _machines=[self._machines[row] for row in rows],
+            _sets=dict(self._sets),
+            _lists=list(self._lists),
         )
 
     def among(self, host_ids: Iterable[str]) -> Bools:

@@ -48,6 +48,12 @@ class Scheduler:
     """The leader's last look at each promise."""
     looked: Looked = field(default_factory=Looked)
     """The leader's last look at the groups."""
+    loads: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Host → its VMs → how many CPUs' worth of work each does, by the host's last sample."""
+    moving: dict[str, asyncio.Event] = field(default_factory=dict)
+    """VM that a plan moves → set when inventory says something of it."""
+    planned_at: dict[str, float] = field(default_factory=dict)
+    """Cluster → when the leader last looked whether it needs a plan."""
     _turns: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
     _reading: asyncio.Lock = field(default_factory=asyncio.Lock)
     _read_at: float = 0.0
@@ -180,6 +186,7 @@ class Scheduler:
             return
         if message.subject == METRICS_SUBJECT.format(host_id=sample.host_id):
             self.fleet.sample(sample.host_id, self._measured(sample))
+            self.loads[sample.host_id] = {vm.vm_id: vm.cpu_percent / 100 for vm in sample.vms}
 
     def _measured(self, sample: HostSample) -> Measured:
         available = sample.memory_bytes - sample.memory_used_bytes

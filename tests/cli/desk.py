@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 from tests.api_gateway.scripted import NOW, Deployed, entity, operation, vm
 from volery.cli.main import app
 from volery.contracts import affinity_group as a
+from volery.contracts import plan as n
 from volery.contracts import power as p
 from volery.contracts import promise as m
 from volery.contracts import protection as r
@@ -42,6 +43,19 @@ EVEN = c.SchedulingPolicy(
 OWN = c.SchedulingPolicy(
     **entity(
         name="own", filters=("cpu", "swap"), weights={"cpu_even": 2.0}, parameters={"HighUtilization": 70.0}
+    )
+)
+MOVE = n.PlanStep(
+    vm_id=new_id(), vm_name="web1", source_host_id=HOST.id, source_host_name="h1", target_host_id=new_id(),
+    target_host_name="h2",
+)  # fmt: skip
+MOVES = n.Plan(
+    **entity(
+        cluster_id=CLUSTER.id,
+        kind=n.PlanKind.BALANCE,
+        message="moves 1 VM away from 1 host",
+        steps=(MOVE,),
+        unplaced=(n.Unplaced(vm_id=new_id(), vm_name="db", reason="it is pinned"),),
     )
 )
 UNIT = c.PolicyUnit(
@@ -183,6 +197,10 @@ ANSWERS: dict[Call[Any, Any], Any] = {
     a.CREATE_AFFINITY_GROUP: SPREAD,
     a.UPDATE_AFFINITY_GROUP: SPREAD,
     a.DELETE_AFFINITY_GROUP: Done(),
+    n.MAKE_PLAN: operation(id="", result={"plan": MOVES}),
+    n.LIST_PLANS: listed(MOVES),
+    n.GET_PLAN: MOVES,
+    n.CANCEL_PLAN: operation(),
     c.LIST_SCHEDULING_POLICIES: listed(EVEN, OWN),
     c.CREATE_SCHEDULING_POLICY: OWN,
     c.UPDATE_SCHEDULING_POLICY: OWN,

@@ -69,7 +69,9 @@ def _module(path: Path) -> ModuleType:
 def _tables(owner: str) -> list[Table[Any, Any]]:
     stores = [importlib.import_module(f"services.{owner}.store")]
     if owner == "scheduler":
-        stores.append(importlib.import_module("services.scheduler.policy_store"))
+        stores += [
+            importlib.import_module(f"services.scheduler.{name}") for name in ("policy_store", "plan_store")
+        ]
     return [value for store in stores for value in vars(store).values() if isinstance(value, Table)]
 
 

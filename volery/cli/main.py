@@ -11,6 +11,7 @@ from volery.cli import (
     estate,
     fencing,
     placing,
+    plans,
     policies,
     protection,
     soft_fencing,
@@ -45,12 +46,14 @@ NOUNS: dict[str, typer.Typer] = {
     "start-group": protection.groups,
     "affinity-group": affinity.app,
     "scheduling-policy": policies.app,
+    "plan": plans.app,
     "event-reader": access.readers,
     "admin": admin.app,
 }
 for _name, _noun in NOUNS.items():
     app.add_typer(_noun, name=_name)
 estate.clusters.add_typer(fencing.policies, name="fencing-policy")
+estate.clusters.command("balance")(plans.balance)
 estate.hosts.add_typer(fencing.power_management, name="power-management")
 estate.hosts.add_typer(soft_fencing.app, name="soft-fencing")
 estate.hosts.command()(fencing.power)

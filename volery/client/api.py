@@ -10,6 +10,7 @@ from volery.contracts.host import Host
 from volery.contracts.liveness import HostLiveness, VmRestart
 from volery.contracts.network import MacPool, Network
 from volery.contracts.operation import Operation
+from volery.contracts.plan import Plan
 from volery.contracts.power import FenceRecord, FencingPause, FencingPolicy, PowerManagement
 from volery.contracts.promise import ClusterPromise
 from volery.contracts.protection import ClusterReserve, VmProtection
@@ -63,6 +64,12 @@ SCHEDULING_POLICIES = Resource(
     "scheduling-policies",
     SchedulingPolicy,
     ("name", "built_in", "selector", "weights", "balance", "parameters", "revision", "id"),
+)
+PLANS = Resource(
+    "plan",
+    "plans",
+    Plan,
+    ("created_at", "kind", "state", "message", "reason", "principal", "cluster_id", "id"),
 )
 START_GROUPS = Resource(
     "start-group", "start-groups", StartGroup, ("name", "vm_ids", "after", "wait_for", "wait_seconds", "id")
@@ -135,6 +142,7 @@ RESOURCES = (
     CLAIMS,
     AFFINITY_GROUPS,
     SCHEDULING_POLICIES,
+    PLANS,
     DECISIONS,
     LIVENESS,
     RESTARTS,

@@ -91,6 +91,10 @@ class VmNeed(Message):
     """The one host whose local directory holds a disk of it."""
     unready: tuple[str, ...] = ()
     """Why disks of it can't be used now."""
+    kept: str = ""
+    """Why it can't be migrated now; "" when it can."""
+    priority: int = 0
+    """Of its high availability."""
 
 
 class VmNeedsAnswer(Message):

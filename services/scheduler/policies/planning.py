@@ -1,0 +1,128 @@
+"""One plan, computed whole: what its kind asks, its steps in waves, and whether a wave is still right later. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from services.scheduler.policies.balancing import MOST_MOVES, Aims, balance, cost
+from services.scheduler.policies.board import Board, Step
+from services.scheduler.policies.enforcing import enforce
+from services.scheduler.policies.evacuating import evacuate
+from services.scheduler.policies.waves import PER_HOST, joins, waves
+from volery.contracts.plan import PlanKind, PlanStep, Unplaced
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a plan is made for."""
+
+    kind: PlanKind
+    aims: Aims
+    reserved: bool = False
+    host_ids: tuple[str, ...] = ()
+    most: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A plan's contents."""
+
+    steps: tuple[PlanStep, ...] = ()
+    unplaced: tuple[Unplaced, ...] = ()
+    broken_groups: tuple[str, ...] = ()
+    before: float = 0.0
+    after: float = 0.0
+
+    @property
+    def message(self) -> str:
+        vms = len({step.vm_id for step in self.steps})
+        hosts = len({step.source_host_id for step in self.steps})
+        moves = (
+            f"moves {vms} VM{'s' if vms != 1 else ''} away from {hosts} host{'s' if hosts != 1 else ''}"
+            if self.steps
+            else "there is nothing to move"
+        )
+        left = [
+            f"{len(self.unplaced)} VMs have no place" if self.unplaced else "",
+            f"affinity groups {', '.join(self.broken_groups)} stay broken" if self.broken_groups else "",
+        ]
+        return "; ".join([moves, *(each for each in left if each)])
+
+
+def draft(board: Board, wanted: Wanted) -> Draft:
+    match wanted.kind:
+        case PlanKind.BALANCE:
+            most = wanted.most or MOST_MOVES
+            balanced = balance(board, wanted.aims, reserved=wanted.reserved, most=most)
+            return Draft(_steps(board, balanced.steps), before=balanced.before, after=balanced.after)
+        case PlanKind.AFFINITY:
+            mended = enforce(board, reserved=wanted.reserved)
+            return Draft(
+                _steps(board, mended.steps),
+                broken_groups=mended.left,
+                before=sum(mended.before),
+                after=sum(mended.after),
+            )
+        case PlanKind.EVACUATION:
+            rows = [board.row[host] for host in wanted.host_ids if host in board.row]
+            emptied = evacuate(board, rows)
+            unplaced = tuple(
+                Unplaced(vm_id=board.guests[s.guest].id, vm_name=board.guests[s.guest].name, reason=s.reason)
+                for s in emptied.stuck
+            )
+            on = int(np.isin(board.at, rows).sum())
+            return Draft(_steps(board, emptied.steps), unplaced, before=float(on), after=float(len(unplaced)))
+
+
+def _steps(board: Board, steps: Sequence[Step]) -> tuple[PlanStep, ...]:
+    return tuple(
+        PlanStep(
+            vm_id=board.guests[step.guest].id,
+            vm_name=board.guests[step.guest].name,
+            source_host_id=board.places[step.source].id,
+            source_host_name=board.places[step.source].name,
+            target_host_id=board.places[step.target].id,
+            target_host_name=board.places[step.target].name,
+            wave=number,
+        )
+        for number, wave in enumerate(waves(board, steps))
+        for step in wave
+    )
+
+
+def wrong_now(board: Board, steps: Collection[PlanStep]) -> str:
+    """Why these steps of one wave aren't to be begun any more, as things are now; "" when they are."""
+    wave: list[Step] = []
+    for step in steps:
+        name = f"VM {step.vm_name}"
+        if step.vm_id not in board.number:
+            return f"{name} no longer runs settled on {step.source_host_name}"
+        guest = board.number[step.vm_id]
+        if board.places[int(board.at[guest])].id != step.source_host_id:
+            return f"{name} is on {board.places[int(board.at[guest])].name}, not on {step.source_host_name} any more"
+        if board.guests[guest].kept:
+            return f"{name} can't be moved now: {board.guests[guest].kept}"
+        target = board.row.get(step.target_host_id)
+        if target is None or not board.open[target]:
+            return f"host {step.target_host_name} takes no VMs any more"
+        if not board.allowed[guest, target]:
+            return f"host {step.target_host_name} doesn't suit {name} any more"
+        found = board.step(guest, target)
+        if not joins(board, wave, found, PER_HOST):
+            return f"host {step.target_host_name} has no room for {name} any more, or affinity groups keep it off"
+        wave.append(found)
+    return ""
+
+
+def useless_now(board: Board, wanted: Wanted, steps: Collection[PlanStep]) -> bool:
+    """Whether the rest of a balance would no longer make its cluster more even."""
+    if wanted.kind is not PlanKind.BALANCE:
+        return False
+    end = board.copy()
+    for step in steps:
+        if step.vm_id in end.number and step.target_host_id in end.row:
+            end.move(end.step(end.number[step.vm_id], end.row[step.target_host_id]))
+    return cost(end, wanted.aims) >= cost(board, wanted.aims)

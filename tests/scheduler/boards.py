@@ -1,0 +1,99 @@
+"""Random boards for tests of plans: few hosts, so full and so different that much is illegal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from hypothesis import assume
+from hypothesis import strategies as st
+
+from services.scheduler.policies.affinity import ClusterRules, Group, conflicts
+from services.scheduler.policies.board import Board, Guest, Place, Step
+from services.scheduler.policies.waves import PER_HOST, waves
+from tests.scheduler.oracle import allowed
+from tests.scheduler.replay import Replay
+from tests.scheduler.worlds import GIB, subsets
+from volery.contracts.affinity_group import AffinityRule
+
+
+@dataclass
+class Case:
+    places: list[Place]
+    guests: list[Guest]
+    suits: dict[str, list[str]]
+    groups: tuple[Group, ...]
+
+    def board(self) -> Board:
+        mask = np.zeros((len(self.guests), len(self.places)), np.bool_)
+        for n, guest in enumerate(self.guests):
+            for m, place in enumerate(self.places):
+                bound = allowed(self.groups, {}, guest.id, place.id)[1]
+                mask[n, m] = place.id in self.suits[guest.id] and bound and place.open
+        return Board(self.places, self.guests, mask, ClusterRules(0, self.groups))
+
+    def replay(self) -> Replay:
+        return Replay(self.places, self.guests, self.suits, self.groups)
+
+    def played(self, steps: tuple[Step, ...], board: Board) -> list[str]:
+        """What is wrong with the plan, carried out in waves; several steps of a VM are several places on its way."""
+        replay, wrong = self.replay(), []
+        target = {self.guests[s.guest].id: self.places[s.target].id for s in steps}
+        for wave in waves(board, steps):
+            named = [(self.guests[s.guest].id, self.places[s.target].id) for s in wave]
+            wrong += replay.play(named, PER_HOST, target)
+        return wrong
+
+
+@st.composite
+def cases(draw: st.DrawFn, *, with_groups: bool = True) -> Case:
+    hosts = [f"h{n}" for n in range(draw(st.integers(2, 5)))]
+    vms = [f"v{n}" for n in range(draw(st.integers(1, 9)))]
+    guests = [
+        Guest(
+            id=vm,
+            name=vm.upper(),
+            host_id=draw(st.sampled_from(hosts)),
+            memory=draw(st.sampled_from([1, 2, 3, 5])) * GIB,
+            vcpus=draw(st.integers(1, 4)),
+            load=draw(st.sampled_from([0.0, 0.5, 1.0, 3.0])),
+            high_availability=draw(st.booleans()),
+            priority=draw(st.integers(0, 2)),
+            kept=draw(st.sampled_from(["", "", "", "", "its migration policy forbids to move it"])),
+        )
+        for vm in vms
+    ]
+    places = []
+    for host in hosts:
+        here = [g for g in guests if g.host_id == host]
+        foreign = draw(st.sampled_from([0, 0, 1]))
+        places.append(
+            Place(
+                id=host,
+                name=host.upper(),
+                memory_limit=draw(st.integers(4, 20)) * GIB,
+                memory_used=sum(g.memory for g in here) + foreign * GIB,
+                vcpus_limit=draw(st.sampled_from([8, 16, 32])),
+                vcpus_used=sum(g.vcpus for g in here) + foreign,
+                cpus=draw(st.sampled_from([4, 8])),
+                load=sum(g.load for g in here) + foreign * 0.25,
+                open=draw(st.sampled_from([True, True, True, False])),
+            )
+        )
+    suits = {vm: draw(st.just(hosts) | subsets(hosts)) for vm in vms}
+    groups = tuple(
+        Group(
+            id=f"g{n}",
+            name=f"G{n}",
+            priority=draw(st.sampled_from([1.0, 2.0])),
+            vm_rule=draw(st.sampled_from(AffinityRule)),
+            vm_enforcing=draw(st.booleans()),
+            host_rule=draw(st.sampled_from(AffinityRule)),
+            host_enforcing=draw(st.booleans()),
+            vms=frozenset(draw(subsets(vms))),
+            hosts=frozenset(draw(subsets(hosts))),
+        )
+        for n in range(draw(st.integers(0, 3)) if with_groups else 0)
+    )
+    assume(not conflicts(groups))
+    return Case(places, guests, suits, groups)
