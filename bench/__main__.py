@@ -14,7 +14,7 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
-from bench import calls, decisions, leader, machines, memory, reads, restarts, streams, writes
+from bench import calls, decisions, leader, machines, memory, placements, reads, restarts, streams, writes
 from bench.rows import PAIRS, Line, keep
 from bench.world import World
 
@@ -33,6 +33,7 @@ ROWS: dict[str, Row] = {
     "restarts": restarts.ordered,
     "leader": leader.killed,
     "decisions": decisions.decisions,
+    "placements": placements.placements,
     "idle": memory.idle,
     "fleet": memory.under_load,
 }
