@@ -14,7 +14,19 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
-from bench import calls, decisions, leader, machines, memory, plans, reads, restarts, streams, writes
+from bench import (
+    calls,
+    decisions,
+    leader,
+    machines,
+    memory,
+    placements,
+    plans,
+    reads,
+    restarts,
+    streams,
+    writes,
+)
 from bench.rows import PAIRS, Line, keep
 from bench.world import World
 
@@ -34,6 +46,7 @@ ROWS: dict[str, Row] = {
     "leader": leader.killed,
     "decisions": decisions.decisions,
     "plans": plans.plans,
+    "placements": placements.placements,
     "idle": memory.idle,
     "fleet": memory.under_load,
 }
