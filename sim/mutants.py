@@ -399,10 +399,10 @@ MUTANTS: dict[str, Mutant] = {
     "healthy hosts are shot": Mutant(_healthy_hosts_are_shot, 2, "fences", quick=True),
     "one reading proves death": Mutant(_one_reading_proves_death, 10, "BMC reset", quick=True),
     "silence proves death": Mutant(_silence_proves_death, 1, "fences", quick=True),
-    "failed reads count as off": Mutant(_failed_reads_count_as_off, 1, "silent", quick=True),
+    "failed reads count as off": Mutant(_failed_reads_count_as_off, 10, "silent", quick=True),
     "signs of life void nothing": Mutant(_signs_of_life_void_nothing, 10, "wrong machine"),
     "signs of life don't count against off": Mutant(_signs_of_life_do_not_count_against_off, 10, "BMC reset"),
-    "suspects are fenced at once": Mutant(_suspects_are_fenced_at_once, 1, "moments", quick=True),
+    "suspects are fenced at once": Mutant(_suspects_are_fenced_at_once, 10, "moments", quick=True),
     "cut off leaders fence": Mutant(
         _cut_off_leaders_fence,
         0,
