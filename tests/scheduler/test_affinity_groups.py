@@ -365,7 +365,9 @@ async def test_after_its_hosts_death_a_group_restarts_on_one_host_or_is_named(co
 
         async def both_ended() -> bool:
             found = await affinity_store.seen_vms(at.schedulers[0].core.pool, [a.id, b.id])
-            return all(v.status == VmStatus.DOWN for v in found.values())
+            fleets = [scheduler.fleet for scheduler in at.schedulers]
+            known = all(fleet.status_of(fleet.rows[dead]) == HostStatus.DOWN for fleet in fleets)
+            return known and all(v.status == VmStatus.DOWN for v in found.values())
 
         await until(both_ended)
         back = await asyncio.gather(*(at.place(v, 2, purpose=Purpose.RESTART) for v in (a, b)))
