@@ -158,7 +158,19 @@ async def need_of(inv: Inventory, vm: Vm, caller: Caller, run_once: RunOnce | No
         )
     if reach.lease_problem:
         raise Refused(Kind.EXHAUSTED, f"VM {vm.name} can run nowhere now: {reach.lease_problem}", vm_id=vm.id)
-    return need(vm, (await CLUSTERS.get(inv.core.pool, vm.cluster_id)).public, reach)
+    return _as_it_runs(inv, vm, need(vm, (await CLUSTERS.get(inv.core.pool, vm.cluster_id)).public, reach))
+
+
+def _as_it_runs(inv: Inventory, vm: Vm, asked: Need) -> Need:
+    """A VM that runs takes what its domain has: an edit that waits for its next start gives nothing back before."""
+    seen = inv.seen.get((vm.host_id, vm.id))
+    if seen is None:
+        return asked
+    return replace(
+        asked,
+        memory_bytes=max(asked.memory_bytes, seen.memory_bytes),
+        vcpus=max(asked.vcpus, seen.vcpus),
+    )
 
 
 def need(vm: Vm, cluster: Cluster, reach: DiskReach) -> Need:

@@ -6,6 +6,8 @@ import asyncio
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
+from msgspec.structs import replace
+
 from tests.inventory.test_deaths import deadline_now, pass_the_deadline
 from tests.inventory.world import (
     Machine,
@@ -199,6 +201,21 @@ async def test_a_report_from_before_it_arrived_does_not_end_it(configured: Setti
         there.domains.clear()
         await there.agent.report("inventory")
         await world.vm_is(vm.id, VmStatus.DOWN)
+
+
+async def test_a_vm_that_was_edited_smaller_asks_for_what_its_domain_has_until_it_is_started_anew(
+    configured: Settings,
+) -> None:
+    async with world_of(configured) as (world, (here, there)):
+        vm = await world.vm()
+        domain = here.domains[vm.id]
+        here.domains[vm.id] = replace(domain, memory_bytes=4 * vm.memory_bytes, vcpus=6)
+        await here.agent.report("inventory")
+        await here.agent.until_committed("inventory")
+        op = await world.bus.ask(MIGRATE_VM, MigrateVm(id=vm.id, host_id=there.id))
+        assert (await world.ended(op)).state is OperationState.SUCCEEDED
+        need = world.scheduler.asked[-1].need
+        assert (need.memory_bytes, need.vcpus) == (4 * vm.memory_bytes, 6)
 
 
 async def test_one_that_arrived_and_that_nobody_saw_there_ends_once_its_host_was_asked(
