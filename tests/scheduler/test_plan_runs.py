@@ -140,7 +140,8 @@ class Site:
         await until(enough)
 
     def at(self) -> list[str]:
-        return [self.owner.objects[v.id].host_id for v in self.vms]  # type: ignore[attr-defined]
+        objects: dict[str, Any] = self.owner.objects  # of every noun; these are VMs
+        return [objects[v.id].host_id for v in self.vms]
 
 
 def by_hand(configured: Settings) -> Settings:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -28,11 +29,11 @@ RULES = [AffinityRule.POSITIVE, AffinityRule.NEGATIVE, AffinityRule.NEGATIVE, Af
 
 
 def world_of(
-    sizes: dict[str, tuple[int, int]], guests: list[Guest], groups: tuple[Group, ...] = (), **policy: object
+    sizes: dict[str, tuple[int, int]], guests: list[Guest], groups: tuple[Group, ...] = (), **policy: Any
 ) -> World:
     """Hosts by GiB and vCPUs, with what guests hold taken of them."""
     fleet = Fleet()
-    cluster = ClusterPolicy("a", "A", reserve_host_failures=1, admission_control="enforce", **policy)  # type: ignore[arg-type]
+    cluster = ClusterPolicy("a", "A", reserve_host_failures=1, admission_control="enforce", **policy)
     fleet.clusters["a"] = cluster
     for host_id, (memory, vcpus) in sizes.items():
         held = [g for g in guests if g.host_id == host_id]
@@ -48,9 +49,15 @@ def world_of(
     return World(fleet, cluster, CONFIG, rules, {g.vm_id: g for g in guests})
 
 
-def guest(vm_id: str, host_id: str, gib: int = 1, vcpus: int = 1, **need: object) -> Guest:
-    wanted = {"vm_id": vm_id, "cluster_id": "a", "memory_bytes": gib * GIB, "vcpus": vcpus, "name": vm_id}
-    full = Need(**({"high_availability": True} | wanted | need))  # type: ignore[arg-type]
+def guest(vm_id: str, host_id: str, gib: int = 1, vcpus: int = 1, **need: Any) -> Guest:
+    wanted: dict[str, Any] = {
+        "vm_id": vm_id,
+        "cluster_id": "a",
+        "memory_bytes": gib * GIB,
+        "vcpus": vcpus,
+        "name": vm_id,
+    }
+    full = Need(**({"high_availability": True} | wanted | need))
     return Guest(full, host_id, memory_taken(gib * GIB, CONFIG), vcpus)
 
 

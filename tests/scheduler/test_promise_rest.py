@@ -18,13 +18,14 @@ async def test_a_promise_is_made_kept_refuses_and_explains(configured: Settings)
     """Two hosts with 15.75 GiB each, so three VMs of 5 GiB fit on one."""
     async with desk(configured) as (http, world):
         assert world.cluster is not None
-        path, first = f"/clusters/{world.cluster.id}", next(iter(world.machines))
+        cluster_id = world.cluster.id
+        path, first = f"/clusters/{cluster_id}", next(iter(world.machines))
         promised = {"reserve_host_failures": 1, "admission_control": "enforce"}
         made = await http.patch(path, json=promised)
         assert made.status_code == 200, made.text
 
         async def start(name: str, **fields: Any) -> dict[str, Any]:
-            body = {"name": name, "cluster_id": world.cluster.id, "memory_bytes": 5 * GIB, "start": True}  # type: ignore[union-attr]
+            body = {"name": name, "cluster_id": cluster_id, "memory_bytes": 5 * GIB, "start": True}
             body |= {"high_availability": {"enabled": True}} | fields
             found: dict[str, Any] = await ends(http, await http.post("/vms", json=body))
             return found

@@ -4,6 +4,8 @@ refused is announced."""
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 import msgspec
@@ -61,6 +63,24 @@ def owner_of(needs: dict[str, Need]) -> Speaker:
     )
 
 
+@asynccontextmanager
+async def site(
+    configured: Settings,
+    c: Cluster,
+    hosts: Sequence[Host],
+    *,
+    needs: dict[str, Need] | None = None,
+    schedulers: int = 1,
+) -> AsyncIterator[tuple[Speaker, Bus]]:
+    """Schedulers that know a cluster and its hosts, and the inventory that told them."""
+    owner = owner_of(needs if needs is not None else {})
+    async with running(configured, owner.service(), *(scheduler() for _ in range(schedulers))) as bus:
+        await owner.says(CLUSTER_CHANGED, c)
+        await owner.says(HOST_CHANGED, *hosts)
+        await hosts_known(bus, len(hosts))
+        yield owner, bus
+
+
 def promising(failures: int = 1, **fields: Any) -> Cluster:
     made = {"reserve_host_failures": failures, "admission_control": AdmissionControl.ENFORCE}
     return cluster(**(made | fields))
@@ -102,11 +122,7 @@ async def test_a_start_that_would_break_the_promise_is_refused_and_says_what_to_
 ) -> None:
     c = promising()
     hosts = hosts_of(c, 4, 4)
-    owner = owner_of({})
-    async with running(configured, owner.service(), scheduler()) as bus:
-        await owner.says(CLUSTER_CHANGED, c)
-        await owner.says(HOST_CHANGED, *hosts)
-        await hosts_known(bus, 2)
+    async with site(configured, c, hosts) as (_, bus):
         for number in range(4):
             placed = await place(bus, ha(c, name=f"vm{number}"))
             assert placed.claimed, placed.message
@@ -133,11 +149,7 @@ async def test_two_that_race_through_two_schedulers_dont_break_it_together(confi
     """Room for one more, on either host; many ask at once."""
     c = promising()
     hosts = hosts_of(c, 6, 6)
-    owner = owner_of({})
-    async with running(configured, owner.service(), scheduler(), scheduler()) as bus:
-        await owner.says(CLUSTER_CHANGED, c)
-        await owner.says(HOST_CHANGED, *hosts)
-        await hosts_known(bus, 2)
+    async with site(configured, c, hosts, schedulers=2) as (_, bus):
         placed = await asyncio.gather(*(place(bus, ha(c, name=f"vm{n}")) for n in range(16)))
         assert sum(p.claimed for p in placed) == 6
         promise = await kept(bus)
@@ -148,11 +160,7 @@ async def test_two_that_race_through_two_schedulers_dont_break_it_together(confi
 async def test_of_two_that_race_for_the_last_place_one_wins_again_and_again(configured: Settings) -> None:
     c = promising()
     hosts = hosts_of(c, 2, 2)
-    owner = owner_of({})
-    async with running(configured, owner.service(), scheduler(), scheduler()) as bus:
-        await owner.says(CLUSTER_CHANGED, c)
-        await owner.says(HOST_CHANGED, *hosts)
-        await hosts_known(bus, 2)
+    async with site(configured, c, hosts, schedulers=2) as (_, bus):
         on = [{"target_host_id": each.id} for each in hosts]
         assert (await place(bus, ha(c, name="first", place=on[0]))).claimed
         for number in range(12):
@@ -167,11 +175,7 @@ async def test_a_start_goes_to_a_host_on_which_the_promise_holds(configured: Set
     """The best host by weights isn't one of them."""
     c = promising()
     hosts = hosts_of(c, 3, 12, 4)
-    owner = owner_of({})
-    async with running(configured, owner.service(), scheduler()) as bus:
-        await owner.says(CLUSTER_CHANGED, c)
-        await owner.says(HOST_CHANGED, *hosts)
-        await hosts_known(bus, 3)
+    async with site(configured, c, hosts) as (_, bus):
         big = await place(bus, ha(c, 4, name="big", place={"target_host_id": hosts[2].id}))
         assert big.claimed, big.message
         for n in range(2):
@@ -185,11 +189,7 @@ async def test_maintenance_over_commit_and_edits_are_checked_and_hold_until_they
     c = promising()
     hosts = hosts_of(c, 4, 4, 4)
     needs: dict[str, Need] = {}
-    owner = owner_of(needs)
-    async with running(configured, owner.service(), scheduler(), scheduler()) as bus:
-        await owner.says(CLUSTER_CHANGED, c)
-        await owner.says(HOST_CHANGED, *hosts)
-        await hosts_known(bus, 3)
+    async with site(configured, c, hosts, needs=needs, schedulers=2) as (_, bus):
         asks = [ha(c, name=f"vm{n}") for n in range(4)]
         needs.update({ask.need.vm_id: ask.need for ask in asks})
         first = await place(bus, asks[0])
@@ -217,11 +217,7 @@ async def test_maintenance_over_commit_and_edits_are_checked_and_hold_until_they
 async def test_a_leaving_host_counts_as_gone_from_the_answer_on(configured: Settings) -> None:
     c = promising()
     hosts = hosts_of(c, 4, 4, 4)
-    owner = owner_of({})
-    async with running(configured, owner.service(), scheduler(), scheduler()) as bus:
-        await owner.says(CLUSTER_CHANGED, c)
-        await owner.says(HOST_CHANGED, *hosts)
-        await hosts_known(bus, 3)
+    async with site(configured, c, hosts, schedulers=2) as (_, bus):
         for n in range(4):
             assert (await place(bus, ha(c, name=f"vm{n}"))).claimed
         leaves = PlannedChange(cluster_id=c.id, what="this", leaving_host_ids=(hosts[0].id,))
@@ -232,11 +228,7 @@ async def test_a_leaving_host_counts_as_gone_from_the_answer_on(configured: Sett
 async def test_what_cant_be_refused_is_announced_and_clears_itself(configured: Settings) -> None:
     c = promising()
     hosts = hosts_of(c, 4, 4, 4)
-    owner = owner_of({})
-    async with running(configured, owner.service(), scheduler()) as bus:
-        await owner.says(CLUSTER_CHANGED, c)
-        await owner.says(HOST_CHANGED, *hosts)
-        await hosts_known(bus, 3)
+    async with site(configured, c, hosts) as (owner, bus):
         for n in range(8):
             assert (await place(bus, ha(c, name=f"vm{n}"))).claimed
         await kept(bus)
@@ -267,11 +259,7 @@ async def test_restarts_go_to_the_places_that_the_promise_was_made_for(configure
     """By weights the small VM, brought back first, would take the only host that the large one fits on."""
     c = promising()
     hosts = hosts_of(c, 8, 6, 3)
-    owner = owner_of({})
-    async with running(configured, owner.service(), scheduler()) as bus:
-        await owner.says(CLUSTER_CHANGED, c)
-        await owner.says(HOST_CHANGED, *hosts)
-        await hosts_known(bus, 3)
+    async with site(configured, c, hosts) as (owner, bus):
         on_first = {"target_host_id": hosts[0].id}
         small, large = ha(c, 2, name="small", place=on_first), ha(c, 6, name="large", place=on_first)
         assert (await place(bus, small)).claimed
@@ -296,11 +284,7 @@ async def test_who_waits_for_its_restart_keeps_its_place_whatever_starts_meanwhi
 ) -> None:
     c = promising()
     hosts = hosts_of(c, 8, 6, 7, 9)
-    owner = owner_of({})
-    async with running(configured, owner.service(), scheduler()) as bus:
-        await owner.says(CLUSTER_CHANGED, c)
-        await owner.says(HOST_CHANGED, *hosts)
-        await hosts_known(bus, 4)
+    async with site(configured, c, hosts) as (owner, bus):
         large = ha(c, 6, name="large", place={"target_host_id": hosts[0].id})
         assert (await place(bus, large)).claimed
         await kept(bus)
@@ -320,11 +304,7 @@ async def test_who_waits_for_its_restart_keeps_its_place_whatever_starts_meanwhi
 async def test_a_stop_makes_room_for_the_next_start(configured: Settings) -> None:
     c = promising()
     hosts = hosts_of(c, 2, 2)
-    owner = owner_of({})
-    async with running(configured, owner.service(), scheduler(), scheduler()) as bus:
-        await owner.says(CLUSTER_CHANGED, c)
-        await owner.says(HOST_CHANGED, *hosts)
-        await hosts_known(bus, 2)
+    async with site(configured, c, hosts, schedulers=2) as (_, bus):
         first = ha(c, name="first")
         for ask in (first, ha(c, name="second")):
             assert (await place(bus, ask)).claimed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from services.scheduler.fleet import Fleet
 from services.scheduler.model import ClusterPolicy, limits
@@ -21,7 +22,8 @@ def policy_after(policy: ClusterPolicy, planned: PlannedChange) -> ClusterPolicy
         "reserve_host_failures": planned.reserve_host_failures,
         "admission_control": planned.admission_control,
     }
-    return replace(policy, **{name: value for name, value in asked.items() if value is not None})  # type: ignore[arg-type]
+    given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    return replace(policy, **given)
 
 
 def change(world: World, planned: PlannedChange) -> None:
