@@ -61,6 +61,7 @@ class Movers:
     refuses: set[str] = field(default_factory=set)
     """Names of VMs that can't be migrated after all."""
     moving: set[str] = field(default_factory=set)
+    placed: set[str] = field(default_factory=set)
 
     def speaker(self) -> Speaker:
         lists = [(LIST_CLUSTERS, Cluster), (LIST_HOSTS, Host), (LIST_VMS, Vm)]
@@ -96,6 +97,7 @@ class Movers:
         )  # fmt: skip
         placed = await owner.core.bus.ask(PLACE, question, run.caller_for("place"))
         assert placed.host_id == ask.host_id, placed.message
+        self.placed.add(ask.id)
         await self.gate.wait()
         self.moved.append((ask.id, ask.host_id))
         new = replace(v, revision=v.revision + 1, host_id=ask.host_id, epoch=v.epoch + 1)
@@ -103,6 +105,7 @@ class Movers:
         await owner.core.bus.ask(CONFIRM_CLAIM, ClaimKey(vm_id=v.id, epoch=new.epoch), run.caller_for("sure"))
         await owner.core.bus.ask(RELEASE_VM_CLAIMS, keep, run.caller_for("rest"))
         self.moving.discard(ask.id)
+        self.placed.discard(ask.id)
         await owner.says(VM_CHANGED, new)
 
 
@@ -135,7 +138,7 @@ class Site:
         """So many migrations are under way."""
 
         async def enough() -> bool:
-            return len(self.movers.moving) == count
+            return len(self.movers.placed) == count  # what a host's loss would refuse has been asked
 
         await until(enough)
 
