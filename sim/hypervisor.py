@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
-import xml.etree.ElementTree as ET
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -17,7 +16,7 @@ from host_agent.events import EventName, HypervisorEvent
 from host_agent.hypervisor import Hypervisor
 from host_agent.migration_parameters import MigrationParameters
 from host_agent.refusals import Disconnected, LibvirtError, refused, timed_out
-from sim.qemu import Busy, Daemon, Domain, MemoryError_
+from sim.qemu import Busy, Daemon, Domain, MemoryError_, in_kibibytes
 from volery.contracts.domain import DomainState
 
 T = TypeVar("T")
@@ -266,7 +265,7 @@ class Move:
             daemon.tell(HypervisorEvent(EventName.JOB_COMPLETED, source.vm_id, details))
 
     def _prepare(self) -> Domain | None:
-        root = ET.fromstring(self.xml)  # noqa: S314 - the agent wrote it
+        root = in_kibibytes(self.xml)
         vm_id = root.findtext("uuid", "")
         if vm_id in self.target.domains:
             taken = f"Requested operation is not valid: domain '{vm_id}' is already active"

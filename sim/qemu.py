@@ -190,6 +190,17 @@ class Domain:
         return {} if self.migrating is None else self.migrating.stats()
 
 
+def in_kibibytes(xml: str) -> ET.Element:
+    """A domain as libvirt keeps it: in whatever unit its memory was asked for, it's told in KiB."""
+    root = ET.fromstring(xml)  # noqa: S314 - the agent wrote it
+    for name in ("memory", "currentMemory", "maxMemory"):
+        found = root.find(name)
+        if found is not None and found.get("unit") == "b":
+            found.set("unit", "KiB")
+            found.text = str(int(found.text or "0") // 1024)
+    return root
+
+
 @dataclass(eq=False)
 class Daemon:
     """`changed(domain, executes)` is told whenever a domain's vCPUs begin or cease to run."""
@@ -239,7 +250,7 @@ class Daemon:
         return found
 
     def createXML(self, xml: str, flags: int = 0) -> Domain:
-        root = ET.fromstring(xml)  # noqa: S314 - the agent wrote it
+        root = in_kibibytes(xml)
         vm_id = root.findtext("uuid", "")
         domain = Domain(self, vm_id, root)
         self._check_taken(domain)

@@ -83,6 +83,7 @@ async def what_is_started_runs_and_is_listed(stage: Stage) -> None:
     (report,) = await hypervisor.list_domains()
     assert (report.vm_id, report.name, report.epoch, report.order_seq) == (vm.vm_id, vm.name, 3, 1)
     assert (report.installation, report.responsive, report.state) == ("testing", True, RUNS)
+    assert (report.memory_bytes, report.vcpus) == (vm.memory_bytes, vm.vcpus)
     assert vm.vm_id in await hypervisor.domain_xml(vm.vm_id)
     await hypervisor.destroy(vm.vm_id)
     assert await stage.here.state(vm) == ENDED
