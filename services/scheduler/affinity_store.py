@@ -9,12 +9,13 @@ import msgspec
 
 from services.scheduler.model import SeenVm
 from services.scheduler.policies.affinity import ClusterRules, Group
-from services.scheduler.store import CLAIMS, Pool
+from services.scheduler.store import CLAIMS, ClaimPrivate, Pool
 from volery.contracts.affinity_group import AffinityGroup
 from volery.contracts.scheduling import Claim
 from volery.runtime.tables import Change, Nothing, Row
 
 GroupRow = Row[AffinityGroup, Nothing]
+ClaimRow = Row[Claim, ClaimPrivate]
 
 
 async def rules(pool: Pool) -> dict[str, ClusterRules]:
@@ -90,8 +91,12 @@ async def seen_vms(pool: Pool, vm_ids: Collection[str]) -> dict[str, SeenVm]:
     return {r["id"]: SeenVm(**dict(r)) for r in records}
 
 
+async def claim_rows(pool: Pool, vm_ids: Collection[str]) -> list[ClaimRow]:
+    return await CLAIMS.where(pool, "vm_id = any($1::text[])", sorted(vm_ids))
+
+
 async def claims_of_all(pool: Pool, vm_ids: Collection[str]) -> list[Claim]:
-    return [row.public for row in await CLAIMS.where(pool, "vm_id = any($1::text[])", sorted(vm_ids))]
+    return [row.public for row in await claim_rows(pool, vm_ids)]
 
 
 async def heard_since(pool: Pool, since: datetime | None) -> set[str]:

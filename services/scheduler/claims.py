@@ -8,6 +8,7 @@ import msgspec
 from msgspec.structs import replace
 
 from services.scheduler import model, store
+from services.scheduler.granting import Asked
 from services.scheduler.state import Scheduler
 from volery.contracts.base import Done
 from volery.contracts.errors import Kind, Refused
@@ -18,14 +19,13 @@ from volery.contracts.scheduling import (
     LIST_CLAIMS,
     RELEASE_CLAIM,
     RELEASE_VM_CLAIMS,
-    Claim,
     ClaimKey,
     ReleaseVm,
 )
 from volery.runtime.bus import Caller
 from volery.runtime.pages import page
 from volery.runtime.service import Part
-from volery.runtime.tables import Row, Stale
+from volery.runtime.tables import Stale
 
 part = Part()
 
@@ -60,32 +60,15 @@ async def confirm(scheduler: Scheduler, ask: ClaimKey, caller: Caller) -> Done:
 
 
 @part.answers(RELEASE_CLAIM)
-async def release(scheduler: Scheduler, ask: ClaimKey, caller: Caller) -> Done:
-    while True:
-        row = await store.claim_of(scheduler.core.pool, ask.vm_id, ask.epoch)
-        if await _release(scheduler, [row] if row else [], caller):
-            return DONE
+async def release(scheduler: Scheduler, ask: ClaimKey, caller: Caller) -> Any:
+    asked = Asked(vm_id=ask.vm_id, caller=caller, epochs=frozenset({ask.epoch}))
+    return await scheduler.rounds.ask(asked)
 
 
 @part.answers(RELEASE_VM_CLAIMS)
-async def release_vm(scheduler: Scheduler, ask: ReleaseVm, caller: Caller) -> Done:
-    while True:
-        rows = await store.claims_of(scheduler.core.pool, ask.vm_id)
-        if await _release(scheduler, [r for r in rows if r.public.epoch not in ask.keep_epochs], caller):
-            return DONE
-
-
-async def _release(scheduler: Scheduler, rows: list[Row[Claim, store.ClaimPrivate]], caller: Caller) -> bool:
-    """Whether all were given back; False: somebody changed one meanwhile."""
-    by_host = sorted(rows, key=lambda row: (row.public.host_id, row.id))
-    changes = [change for row in by_host for change in store.release(row)]
-    try:
-        await scheduler.core.commit(*changes, caller=caller, answer=DONE)
-    except Stale:
-        return False
-    for row in rows:
-        scheduler.gave_back(row.public)
-    return True
+async def release_vm(scheduler: Scheduler, ask: ReleaseVm, caller: Caller) -> Any:
+    asked = Asked(vm_id=ask.vm_id, caller=caller, epochs=frozenset(ask.keep_epochs), keep=True)
+    return await scheduler.rounds.ask(asked)
 
 
 @part.answers(LIST_CLAIMS)

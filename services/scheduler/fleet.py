@@ -87,6 +87,8 @@ _COLUMNS: dict[str, type] = {
     "models": np.int64,
     "machines": np.int64,
 }
+_USED = ("memory_used", "vcpus_used", "guests", "ha_guests")
+"""What claims take, in the order in which it is told."""
 IDLE = 0.0
 """`busy_since` of a host that isn't busy."""
 
@@ -105,6 +107,8 @@ class Fleet:
     _columns: dict[str, NDArray[np.int64] | NDArray[np.float64]] = field(
         default_factory=lambda: {name: np.zeros(16, dtype) for name, dtype in _COLUMNS.items()}
     )
+    _booked: dict[str, Ints] = field(default_factory=dict)
+    """Host → what was given away of it here and isn't committed yet: what is read meanwhile doesn't contain it."""
     _cluster_numbers: dict[str, int] = field(default_factory=dict)
     _sets: dict[frozenset[str], int] = field(default_factory=dict)
     """What hosts can do, numbered: a fleet has few kinds of hosts."""
@@ -144,6 +148,7 @@ class Fleet:
         }
         for name, value in figures.items():
             self._columns[name][row] = value
+        self._add_booked(host.id, row)
 
     def _append(self, host: HostFigures) -> int:
         row = len(self.ids)
@@ -180,6 +185,27 @@ class Fleet:
         for gone in set(self.ids) - set(host_ids):
             self.remove(gone)
 
+    def book(self, host_id: str, *amounts: int) -> None:
+        """Given away (or, negative, back) by what is about to be committed: as `use`, until `booked` is told."""
+        self._note(host_id, np.array(amounts))
+        self.use(host_id, *amounts)
+
+    def booked(self, host_id: str, *amounts: int, committed: bool) -> None:
+        """What was booked is in the database now, or will never be."""
+        self._note(host_id, -np.array(amounts))
+        if not committed:
+            self.use(host_id, *(-amount for amount in amounts))
+
+    def _note(self, host_id: str, amounts: Ints) -> None:
+        left = self._booked.pop(host_id, 0) + amounts
+        if left.any():
+            self._booked[host_id] = left
+
+    def _add_booked(self, host_id: str, row: int) -> None:
+        if (amounts := self._booked.get(host_id)) is not None:
+            for name, amount in zip(_USED, amounts.tolist(), strict=False):
+                self._columns[name][row] += amount
+
     def use(self, host_id: str, memory_bytes: int, vcpus: int, guests: int = 0, ha_guests: int = 0) -> None:
         """Capacity taken (or, negative, given back) since the row was read."""
         row = self.rows.get(host_id)
@@ -199,6 +225,7 @@ class Fleet:
             self._columns["vcpus_used"][row] = vcpus
             self._columns["guests"][row] = guests
             self._columns["ha_guests"][row] = ha_guests
+            self._add_booked(host_id, row)
 
     def sample(self, host_id: str, measured: Measured) -> None:
         """A measured load contains the VMs that were started before it."""

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import msgspec
-import numpy as np
 from msgspec.structs import replace
 
-from services.scheduler import affinity, model, promising, store
-from services.scheduler.config import SchedulerConfig
-from services.scheduler.fleet import Fleet
-from services.scheduler.policies.bound import Bound
-from services.scheduler.policies.decision import NAMED_HOSTS, decide, explain, mend, sentence
-from services.scheduler.policies.request import Request, request
+from services.scheduler import affinity, choice, granting, model, promising, store
 from services.scheduler.state import Scheduler
-from volery.contracts.errors import Kind, Refused, conflict, not_found
+from volery.contracts.base import encode
+from volery.contracts.errors import Kind, Refused, not_found
 from volery.contracts.ids import new_id
 from volery.contracts.operation import ListQuery
 from volery.contracts.scheduling import (
@@ -27,13 +21,11 @@ from volery.contracts.scheduling import (
     PLACE,
     Claim,
     GetDecision,
-    PastDecision,
     Place,
     Placement,
     Purpose,
 )
 from volery.runtime.bus import Caller
-from volery.runtime.clock import monotonic, utc_now
 from volery.runtime.service import Part
 from volery.runtime.tables import Change, Row, Stale, Taken
 
@@ -46,15 +38,25 @@ TRIES = 50
 
 
 @part.answers(PLACE)
-async def place(scheduler: Scheduler, ask: Place, caller: Caller) -> Placement:
+async def place(scheduler: Scheduler, ask: Place, caller: Caller) -> Any:
     """Raises Refused(invalid) for an impossible need; that no host fits is an answer, not a refusal."""
     model.check(ask)
     if ask.dry_run:
         bound, _ = await affinity.bind(scheduler, ask.need)
-        again = partial(_decided, scheduler, bound=bound)
+        again = partial(choice.choose, scheduler, bound=bound)
         return (await promising.admitted(scheduler, ask, again(ask), again))[0]
+    if not scheduler.policy(ask.need.cluster_id).promises:
+        try:
+            return await scheduler.rounds.ask(granting.placing(scheduler, ask, caller))
+        except granting.Promises:
+            pass
+    return await _promising(scheduler, ask, caller)
+
+
+async def _promising(scheduler: Scheduler, ask: Place, caller: Caller) -> Placement:
+    """In a cluster whose promise is checked before the claim is committed: one after the other."""
     claims = await store.claims_of(scheduler.core.pool, ask.need.vm_id)
-    if (first := await _first_answer(scheduler, ask, claims)) is not None:
+    if (first := await choice.first_answer(scheduler, ask, claims)) is not None:
         return first
     await _make_way(scheduler, ask, claims)
     ask = await promising.with_refuge(scheduler, ask)
@@ -66,7 +68,7 @@ async def place(scheduler: Scheduler, ask: Place, caller: Caller) -> Placement:
             if placement is not None:
                 return placement
             waited = True
-            await _hear_more(scheduler)
+            await scheduler.hear_more()
         except Stale:
             await scheduler.read_used()
             await scheduler.read_rules(ask.need.cluster_id)
@@ -74,7 +76,7 @@ async def place(scheduler: Scheduler, ask: Place, caller: Caller) -> Placement:
             if taken.constraint != store.CLAIM_TAKEN:
                 raise
             claims = await store.claims_of(scheduler.core.pool, ask.need.vm_id)
-            if (first := await _first_answer(scheduler, ask, claims)) is not None:
+            if (first := await choice.first_answer(scheduler, ask, claims)) is not None:
                 return first
     raise Refused(
         Kind.EXHAUSTED,
@@ -85,52 +87,11 @@ async def place(scheduler: Scheduler, ask: Place, caller: Caller) -> Placement:
 async def _try(scheduler: Scheduler, ask: Place, caller: Caller, *, refuses: bool) -> Placement | None:
     """None when no host fits and that isn't to be said yet. Raises Stale when it lost its place to another."""
     bound, guards = await affinity.bind(scheduler, ask.need)
-    again = partial(_decided, scheduler, bound=bound)
+    again = partial(choice.choose, scheduler, bound=bound)
     placement, guards = await promising.admitted(scheduler, ask, again(ask), again, guards, fresh=refuses)
     if not placement.host_id and not refuses:
         return None
     return await _commit(scheduler, ask, placement, guards, caller)
-
-
-def _decided(scheduler: Scheduler, ask: Place, bound: Bound) -> Placement:
-    policy = scheduler.policy(ask.need.cluster_id)
-    recipe = scheduler.fleet.recipe(policy)
-    asked = request(ask, policy, scheduler.config, bound, recipe=recipe, now=monotonic())
-    return decided(scheduler.fleet, asked, scheduler.config)
-
-
-def decided(fleet: Fleet, asked: Request, config: SchedulerConfig) -> Placement:
-    """The decision and its explanation; nothing is claimed or kept yet."""
-    decision = decide(fleet, asked)
-    hosts = explain(fleet, asked, decision, _shown(config))
-    best, mended = decision.best, mend(fleet, asked, decision)
-    return Placement(
-        vm_id=asked.need.vm_id,
-        epoch=asked.place.epoch,
-        host_id=fleet.ids[best] if best is not None else "",
-        hosts=hosts,
-        message=sentence(fleet, asked, decision, hosts, mended),
-        vm_name=asked.need.name,
-        purpose=asked.place.purpose,
-        considered=int(np.count_nonzero(decision.considered)),
-        fitting=decision.fitting,
-        excluded_by=decision.excluded_by(),
-        remedies=mended,
-        policy_id=asked.recipe.id,
-        policy_name=asked.recipe.name,
-        policy_revision=asked.recipe.revision,
-        selector=asked.recipe.selector,
-    )
-
-
-async def _hear_more(scheduler: Scheduler) -> None:
-    """What would make room may be on its way: read all again, and give facts a moment to arrive."""
-    scheduler.changed.clear()
-    try:
-        async with asyncio.timeout(scheduler.config.refusal_wait_seconds):
-            await scheduler.changed.wait()
-    except TimeoutError:
-        await scheduler.reload()
 
 
 async def _make_way(scheduler: Scheduler, ask: Place, claims: Claims) -> None:
@@ -145,43 +106,6 @@ async def _make_way(scheduler: Scheduler, ask: Place, claims: Claims) -> None:
         scheduler.gave_back(row.public)
 
 
-async def _first_answer(scheduler: Scheduler, ask: Place, claims: Claims) -> Placement | None:
-    """The placement that holds the claim of (vm_id, epoch), if there is one.
-
-    Raises Refused(conflict) for a question from the past, and for a claim where this placement may not be.
-    """
-    newest = max((row.public.epoch for row in claims), default=0)
-    if newest > ask.epoch:
-        raise conflict(
-            f"VM {ask.need.name or ask.need.vm_id} was placed under epoch {newest} meanwhile; a placement under epoch "
-            f"{ask.epoch} comes too late",
-            epoch=newest,
-        )
-    row = next((row for row in claims if row.public.epoch == ask.epoch), None)
-    if row is None:
-        return None
-    host_id = row.public.host_id
-    if host_id in ask.excluded_host_ids or ask.target_host_id not in ("", host_id):
-        raise conflict(
-            f"VM {ask.need.name or ask.need.vm_id} holds a claim on host {host_id} under epoch {ask.epoch}, which "
-            "this placement leaves out; release it, or place under a higher epoch",
-            host_id=host_id,
-            claim_id=row.id,
-        )
-    kept = await store.decision(scheduler.core.pool, row.private.decision_id)
-    if kept is None:
-        return Placement(
-            vm_id=ask.need.vm_id,
-            epoch=ask.epoch,
-            host_id=host_id,
-            claimed=True,
-            message="placed before; the explanation is no longer kept",
-        )
-    first = msgspec.json.decode(kept, type=Placement)
-    # A decision of the previous release explains every host of its cluster.
-    return replace(first, hosts=first.hosts[: _shown(scheduler.config)])
-
-
 async def _commit(
     scheduler: Scheduler, ask: Place, placement: Placement, guards: Sequence[Change], caller: Caller
 ) -> Placement:
@@ -190,58 +114,21 @@ async def _commit(
     placement = replace(placement, decision_id=decision_id, claimed=bool(placement.host_id))
     changes: list[Change] = []
     if placement.host_id:
-        claim = _claim(scheduler, ask, placement.host_id)
+        claim = choice.claim_of(scheduler, ask, placement.host_id)
         changes = [
             *guards,
             store.take_capacity(claim),
             store.CLAIMS.insert(claim, store.ClaimPrivate(decision_id=decision_id)),
         ]
     await scheduler.core.commit(
-        *changes, store.keep_decision(placement, _in_short(placement)), caller=caller, answer=placement
+        *changes,
+        store.keep_decision(encode(placement), choice.in_short(placement)),
+        caller=caller,
+        answer=placement,
     )
     if placement.host_id:
         scheduler.took(claim)
     return placement
-
-
-def _claim(scheduler: Scheduler, ask: Place, host_id: str) -> Claim:
-    now = utc_now()
-    return Claim(
-        id=new_id(),
-        revision=1,
-        created_at=now,
-        updated_at=now,
-        vm_id=ask.need.vm_id,
-        epoch=ask.epoch,
-        host_id=host_id,
-        memory_bytes=model.memory_taken(ask.need.memory_bytes, scheduler.config),
-        vcpus=ask.need.vcpus,
-        state=model.TENTATIVE,
-        purpose=ask.purpose,
-        high_availability=ask.need.high_availability,
-    )
-
-
-def _in_short(placement: Placement) -> PastDecision:
-    now = utc_now()
-    return PastDecision(
-        id=placement.decision_id,
-        revision=1,
-        created_at=now,
-        updated_at=now,
-        vm_id=placement.vm_id,
-        vm_name=placement.vm_name,
-        epoch=placement.epoch,
-        purpose=placement.purpose,
-        host_id=placement.host_id,
-        host_name=placement.hosts[0].name if placement.host_id else "",
-        message=placement.message,
-    )
-
-
-def _shown(config: SchedulerConfig) -> int:
-    """Decisions stay small however large the cluster is; but a sentence's hosts are always explained."""
-    return max(config.explained_hosts, NAMED_HOSTS)
 
 
 @part.answers(GET_DECISION)

@@ -15,7 +15,7 @@ from services.scheduler import (
     scheduling_policies,
 )
 from services.scheduler.config import SchedulerConfig
-from services.scheduler.state import open_scheduler
+from services.scheduler.opening import open_scheduler
 from volery.contracts.base import Owner
 from volery.runtime.service import Service
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import Any
 from weakref import WeakValueDictionary
 
 import msgspec
@@ -19,10 +19,10 @@ from services.scheduler.model import Audit, ClusterPolicy, Looked
 from services.scheduler.policies.affinity import ClusterRules
 from services.scheduler.policies.promise import Guest
 from services.scheduler.policies.units import HIGH_UTILIZATION
+from services.scheduler.rounds import Rounds
 from volery.contracts.metrics import METRICS_SUBJECT, HostSample
 from volery.contracts.scheduling import Claim
 from volery.runtime.clock import monotonic
-from volery.runtime.connection import settle
 from volery.runtime.core import Core
 
 log = logging.getLogger(__name__)
@@ -54,6 +54,8 @@ class Scheduler:
     """VM that a plan moves → set when inventory says something of it."""
     planned_at: dict[str, float] = field(default_factory=dict)
     """Cluster → when the leader last looked whether it needs a plan."""
+    rounds: Rounds[Any] = field(init=False)
+    """Placements and releases on their way (granting.py)."""
     _turns: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
     _reading: asyncio.Lock = field(default_factory=asyncio.Lock)
     _read_at: float = 0.0
@@ -131,14 +133,27 @@ class Scheduler:
         for host_id, *held in await store.used(self.core.pool):
             self.fleet.used(host_id, *held)
 
+    async def read_hosts(self, host_ids: Collection[str]) -> None:
+        """These hosts as the tables have them, with what claims hold of them."""
+        found = await store.hosts(self.core.pool, "id = any($1) and not gone", list(host_ids))
+        for host in found:
+            self.fleet.put(host)
+        for gone in set(host_ids) - {host.id for host in found}:
+            self.fleet.remove(gone)
+
+    async def hear_more(self) -> None:
+        """What would make room may be on its way: give facts a moment to arrive, or else read all again."""
+        self.changed.clear()
+        try:
+            async with asyncio.timeout(self.config.refusal_wait_seconds):
+                await self.changed.wait()
+        except TimeoutError:
+            await self.reload()
+
     async def _read_row(self, table: str, row_id: str) -> None:
         pool = self.core.pool
         if table == "host_capacity":
-            hosts = await store.hosts(pool, "id = $1 and not gone", row_id)
-            for host in hosts:
-                self.fleet.put(host)
-            if not hosts:
-                self.fleet.remove(row_id)
+            await self.read_hosts([row_id])
         elif table == "cluster":
             await self.read_rules(row_id)
         elif table == "scheduling_policy":
@@ -163,12 +178,16 @@ class Scheduler:
             await asyncio.sleep(RETRY_SECONDS)
 
     async def _follow(self, changes: asyncio.Queue[str]) -> None:
+        read_at = monotonic()
         while True:
+            if (left := read_at + USED_SECONDS - monotonic()) <= 0:
+                await self.read_used()
+                read_at = monotonic()
+                continue
             try:
-                async with asyncio.timeout(USED_SECONDS):
+                async with asyncio.timeout(left):
                     told = {await changes.get()}
             except TimeoutError:
-                await self.read_used()
                 continue
             while not changes.empty():
                 told.add(changes.get_nowait())
@@ -197,18 +216,3 @@ class Scheduler:
             at=monotonic(),
             swapped_bytes=max(sample.swap_used_bytes - available, 0),
         )
-
-
-@asynccontextmanager
-async def open_scheduler(core: Core) -> AsyncIterator[Scheduler]:
-    """The fleet is complete when this yields, so that the first question gets a right answer."""
-    scheduler = Scheduler(core)
-    await scheduler.reload()
-    await core.bus.client.subscribe(METRICS_SUBJECT.format(host_id="*"), cb=scheduler.hear_sample)
-    await settle(core.bus.client)
-    following = asyncio.create_task(scheduler.follow())
-    try:
-        yield scheduler
-    finally:
-        following.cancel()
-        await asyncio.gather(following, return_exceptions=True)

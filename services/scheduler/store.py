@@ -20,7 +20,7 @@ from volery.contracts.cluster import Cluster
 from volery.contracts.host import Host
 from volery.contracts.network import Network
 from volery.contracts.operation import ListQuery
-from volery.contracts.scheduling import CLAIM_CHANGED, CLAIM_DELETED, Claim, PastDecision, Placement
+from volery.contracts.scheduling import CLAIM_CHANGED, CLAIM_DELETED, Claim, PastDecision
 from volery.contracts.vm import Vm
 from volery.runtime.pages import page, plain_page
 from volery.runtime.tables import Change, Nothing, Row, Table, text_columns
@@ -231,7 +231,8 @@ async def forget_gone(pool: Pool) -> None:
 # Decisions.
 
 
-def keep_decision(placement: Placement, short: PastDecision) -> Change:
+def keep_decision(placement: bytes, short: PastDecision) -> Change:
+    """The placement as JSON."""
     return Change(
         "insert into decision (id, vm_id, host_id, doc, body) values ({0}, {1}, {2}, {3}, {4}::bytea) returning 1",
         (
@@ -239,7 +240,7 @@ def keep_decision(placement: Placement, short: PastDecision) -> Change:
             short.vm_id,
             short.host_id,
             encode(short).decode(),
-            zlib.compress(encode(placement), level=1),
+            zlib.compress(placement, level=1),
         ),
     )
 

@@ -213,6 +213,14 @@ def _convert_from(scope: Scope, arguments: list[exp.Expr]) -> Compiled:
     return Compiled(strict(bytes.decode, expression(scope, body, "bytea").run), "text")
 
 
+def _cardinality(scope: Scope, arguments: list[exp.Expr]) -> Compiled:
+    (array,) = arguments
+    made = expression(scope, array, "unknown")
+    if not made.kind.endswith("[]"):
+        raise undefined(f"function cardinality({types.spoken(made.kind)}) does not exist")
+    return Compiled(strict(len, made.run), "int4")
+
+
 def _hash_text(scope: Scope, arguments: list[exp.Expr]) -> Compiled:
     """As good as PostgreSQL's for telling texts apart, but another number."""
     (text,) = arguments
@@ -243,6 +251,7 @@ _BY_NAME: dict[str, Callable[[Scope, list[exp.Expr]], Compiled]] = {
     "convert_to": _convert_to,
     "convert_from": _convert_from,
     "hashtext": _hash_text,
+    "cardinality": _cardinality,
     "json_build_object": _build_object,
     "pg_advisory_lock": _locking("advisory_lock", "void"),
     "pg_try_advisory_lock": _locking("try_advisory_lock", "bool"),

@@ -137,14 +137,15 @@ def _frames(step: Step) -> Frames:
 
 
 def _locked(step: Step, node: exp.Select, items: list[Item]) -> Step:
+    """Whatever the order: a statement that has to wait for one row lets go of all of them meanwhile."""
     (lock,) = node.args["locks"]
     only(lock, "update", "wait")
     slots = [item.source.slot for item in items]
     if any(item.source.table is None or item.outer for item in items) or _groups(node):
         raise refuse(node)
     for_update, skips = bool(lock.args.get("update")), lock.args.get("wait") is False
-    if skips or node.args.get("limit") or node.args.get("order"):
-        raise Unsupported("SKIP LOCKED, or row locks in an ordered query", node.sql(dialect="postgres"))
+    if skips or node.args.get("limit"):
+        raise Unsupported("SKIP LOCKED, or row locks in a limited query", node.sql(dialect="postgres"))
 
     def locked(f: Frame) -> Any:
         command = f[COMMAND]

@@ -88,7 +88,8 @@ def _of_table(table: Table[Any, Any]) -> Iterator[str]:
 def _numbered(text: str) -> str:
     numbered = _SLOT.sub(lambda slot: f"${int(slot[1]) + 1}", text)
     if "{prev}" in numbered:
-        return f"with c0 as (select 1::bigint as seq) {numbered.replace('{prev}', 'c0')}"
+        before = "select 1::bigint as seq, ''::text as id, true as takes"
+        return f"with c0 as ({before}) {numbered.replace('{prev}', 'c0')}"
     return numbered
 
 

@@ -23,6 +23,7 @@ from volery.runtime.orders import Beats, Orders
 from volery.runtime.outside import SERVERS, Outside
 from volery.runtime.quarantine import Quarantine
 from volery.runtime.tables import Change, Taken, commit
+from volery.runtime.together import Together
 
 REQUEST_CONSTRAINT = "request_pkey"
 ANSWER_FIRST_SECONDS = 0.002
@@ -98,22 +99,44 @@ class Core:
     relay_wake: asyncio.Event = field(default_factory=asyncio.Event)
     reconcile_keys: Keys = field(default_factory=Keys)
     quarantine: Quarantine = field(init=False)
+    answered: Together[tuple[str, str], asyncpg.Record] = field(init=False)
+    """Who asked under which id → the first answer and the hash of what was asked."""
 
     def __post_init__(self) -> None:
         self.quarantine = Quarantine(str(self.owner), self.pool)
+        self.answered = Together(self._answered)
+
+    async def _answered(self, keys: Sequence[tuple[str, str]]) -> dict[tuple[str, str], asyncpg.Record]:
+        records = await self.pool.fetch(
+            """select r.principal, r.key, r.hash, r.answer
+               from unnest($1::text[], $2::text[]) as asked(principal, key)
+               join request r on r.principal = asked.principal and r.key = asked.key""",
+            [principal for principal, _ in keys],
+            [key for _, key in keys],
+        )
+        return {(r["principal"], r["key"]): r for r in records}
 
     def wake(self, key: str) -> None:
         """Have the reconcile loop look at this object soon."""
         self.reconcile_keys.add(key)
 
-    async def commit(self, *changes: Change, caller: Caller | None = None, answer: Any = None) -> None:
-        """All changes with their facts, and the answer under the caller's request id, in one statement.
+    async def commit(
+        self,
+        *changes: Change,
+        caller: Caller | None = None,
+        answer: Any = None,
+        answers: Sequence[tuple[Caller, Any]] = (),
+    ) -> None:
+        """All changes with their facts, and the answer under the caller's request id, in one statement; or `answers` to
+        many callers.
 
         Raises Stale, Taken, or Repeated when the same request was answered meanwhile.
         """
         all_changes = list(changes)
         if caller is not None and caller.request_id:
             all_changes.append(_request(caller, answer))
+        elif named := [(each, reply) for each, reply in answers if each.request_id]:
+            all_changes.append(_requests(named))
         try:
             await commit(self.pool, all_changes)
         except Taken as taken:
@@ -121,7 +144,7 @@ class Core:
                 raise Repeated from None
             raise
         if any(change.facts for change in changes):
-            if caller is None:
+            if caller is None and not answers:
                 self.relay_wake.set()
             else:
                 asyncio.get_running_loop().call_later(ANSWER_FIRST_SECONDS, self.relay_wake.set)
@@ -140,11 +163,7 @@ class Core:
 
     async def first_answer(self, caller: Caller) -> msgspec.Raw | None:
         """What this request was answered before. Raises Refused(mismatch) if it asked for something else."""
-        row = await self.pool.fetchrow(
-            "select hash, answer from request where principal = $1 and key = $2",
-            caller.principal,
-            caller.request_id,
-        )
+        row = await self.answered.get((caller.principal, caller.request_id))
         if row is None:
             return None
         if row["hash"] != caller.request_hash:
@@ -165,11 +184,30 @@ def shown_once(refused: Refused) -> bytes:
 
 
 def _request(caller: Caller, answer: Any) -> Change:
-    body = bytes(answer) if isinstance(answer, msgspec.Raw | bytes) else encode(answer)
     return Change(
         """insert into request (principal, key, hash, answer) values ({0}, {1}, {2}, {3}::bytea) returning 1""",
-        (caller.principal, caller.request_id, caller.request_hash, body),
+        (caller.principal, caller.request_id, caller.request_hash, _body(answer)),
     )
+
+
+def _requests(answers: Sequence[tuple[Caller, Any]]) -> Change:
+    return Change(
+        """insert into request (principal, key, hash, answer)
+           select n.principal, n.key, n.hash, n.answer
+           from unnest({0}::text[], {1}::text[], {2}::text[], {3}::bytea[]) as n(principal, key, hash, answer)
+           returning 1""",
+        (
+            [caller.principal for caller, _ in answers],
+            [caller.request_id for caller, _ in answers],
+            [caller.request_hash for caller, _ in answers],
+            [_body(answer) for _, answer in answers],
+        ),
+        each_of=1,
+    )
+
+
+def _body(answer: Any) -> bytes:
+    return bytes(answer) if isinstance(answer, msgspec.Raw | bytes) else encode(answer)
 
 
 def once(

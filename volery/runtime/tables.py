@@ -70,6 +70,8 @@ class Change(msgspec.Struct, frozen=True):
     facts: tuple[tuple[str, bytes], ...] = ()
     guarded: bool = True
     """False: it may touch any number of rows."""
+    each_of: int | None = None
+    """The argument, an array, of which each element must have returned a row; its guard holds only then."""
     then: Callable[[], None] | None = None
     """Called once it is committed."""
     document: Any = None
@@ -305,14 +307,15 @@ def _are_alike(changes: Sequence[Change]) -> bool:
     """Whether all are one statement with other arguments, guarded, with one fact each."""
     sql = changes[0].sql
     return "{prev}" not in sql and all(
-        change.sql == sql and change.guarded and len(change.facts) == 1 for change in changes
+        change.sql == sql and change.guarded and change.each_of is None and len(change.facts) == 1
+        for change in changes
     )
 
 
 def compose(changes: Sequence[Change]) -> tuple[str, list[Any]]:
     """One statement for all changes and facts. The facts are written only when every guard held, and a division by
     zero undoes everything when one did not."""
-    shapes = tuple((change.sql, len(change.arguments), change.guarded) for change in changes)
+    shapes = tuple((c.sql, len(c.arguments), c.guarded, c.each_of) for c in changes)
     facts = [fact for change in changes for fact in change.facts]
     arguments: list[Any] = [argument for change in changes for argument in change.arguments]
     if facts:
@@ -321,15 +324,20 @@ def compose(changes: Sequence[Change]) -> tuple[str, list[Any]]:
 
 
 @lru_cache(maxsize=STATEMENTS_KEPT)
-def _statement(shapes: tuple[tuple[str, int, bool], ...], with_facts: bool) -> str:
-    """The text for changes of these (sql, number of arguments, guarded): a service has few of them."""
+def _statement(shapes: tuple[tuple[str, int, bool, int | None], ...], with_facts: bool) -> str:
+    """The text for changes of these (sql, number of arguments, guarded, each_of): a service has few of them."""
     parts: list[str] = []
     guards: list[str] = []
     base = 0
-    for number, (text, count, guarded) in enumerate(shapes):
+    for number, (text, count, guarded, each_of) in enumerate(shapes):
         sql = _SLOT.sub(partial(_numbered, base), text).replace("{prev}", f"c{number - 1}")
         parts.append(f"c{number} as ({sql})")
-        if guarded:
+        if each_of is not None:
+            array = f"${base + each_of + 1}"
+            guards.append(
+                f"(select case when count(*) = cardinality({array}) then 1 else 0 end from c{number})"
+            )
+        elif guarded:
             guards.append(f"(select count(*) from c{number})")
         base += count
     wanted = len(guards)

@@ -1,0 +1,132 @@
+"""Choosing: a decision with its explanation, and what is kept of it. Nothing is claimed or written here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+from msgspec.structs import replace
+
+from services.scheduler import model, store
+from services.scheduler.config import SchedulerConfig
+from services.scheduler.fleet import Fleet
+from services.scheduler.policies.bound import Bound
+from services.scheduler.policies.decision import NAMED_HOSTS, decide, explain, mend, sentence
+from services.scheduler.policies.request import Request, request
+from services.scheduler.state import Scheduler
+from volery.contracts.errors import conflict
+from volery.contracts.ids import new_id
+from volery.contracts.scheduling import Claim, PastDecision, Place, Placement
+from volery.runtime.clock import monotonic, utc_now
+from volery.runtime.tables import Row
+
+Claims = Sequence[Row[Claim, store.ClaimPrivate]]
+
+
+def choose(scheduler: Scheduler, ask: Place, bound: Bound) -> Placement:
+    policy = scheduler.policy(ask.need.cluster_id)
+    recipe = scheduler.fleet.recipe(policy)
+    asked = request(ask, policy, scheduler.config, bound, recipe=recipe, now=monotonic())
+    return decided(scheduler.fleet, asked, scheduler.config)
+
+
+def decided(fleet: Fleet, asked: Request, config: SchedulerConfig) -> Placement:
+    """The decision and its explanation; nothing is claimed or kept yet."""
+    decision = decide(fleet, asked)
+    hosts = explain(fleet, asked, decision, shown(config))
+    best, mended = decision.best, mend(fleet, asked, decision)
+    return Placement(
+        vm_id=asked.need.vm_id,
+        epoch=asked.place.epoch,
+        host_id=fleet.ids[best] if best is not None else "",
+        hosts=hosts,
+        message=sentence(fleet, asked, decision, hosts, mended),
+        vm_name=asked.need.name,
+        purpose=asked.place.purpose,
+        considered=int(np.count_nonzero(decision.considered)),
+        fitting=decision.fitting,
+        excluded_by=decision.excluded_by(),
+        remedies=mended,
+        policy_id=asked.recipe.id,
+        policy_name=asked.recipe.name,
+        policy_revision=asked.recipe.revision,
+        selector=asked.recipe.selector,
+    )
+
+
+async def first_answer(scheduler: Scheduler, ask: Place, claims: Claims) -> Placement | None:
+    """The placement that holds the claim of (vm_id, epoch), if there is one.
+
+    Raises Refused(conflict) for a question from the past, and for a claim where this placement may not be.
+    """
+    newest = max((row.public.epoch for row in claims), default=0)
+    if newest > ask.epoch:
+        raise conflict(
+            f"VM {ask.need.name or ask.need.vm_id} was placed under epoch {newest} meanwhile; a placement under epoch "
+            f"{ask.epoch} comes too late",
+            epoch=newest,
+        )
+    row = next((row for row in claims if row.public.epoch == ask.epoch), None)
+    if row is None:
+        return None
+    host_id = row.public.host_id
+    if host_id in ask.excluded_host_ids or ask.target_host_id not in ("", host_id):
+        raise conflict(
+            f"VM {ask.need.name or ask.need.vm_id} holds a claim on host {host_id} under epoch {ask.epoch}, which "
+            "this placement leaves out; release it, or place under a higher epoch",
+            host_id=host_id,
+            claim_id=row.id,
+        )
+    kept = await store.decision(scheduler.core.pool, row.private.decision_id)
+    if kept is None:
+        return Placement(
+            vm_id=ask.need.vm_id,
+            epoch=ask.epoch,
+            host_id=host_id,
+            claimed=True,
+            message="placed before; the explanation is no longer kept",
+        )
+    first = msgspec.json.decode(kept, type=Placement)
+    # A decision of the previous release explains every host of its cluster.
+    return replace(first, hosts=first.hosts[: shown(scheduler.config)])
+
+
+def claim_of(scheduler: Scheduler, ask: Place, host_id: str) -> Claim:
+    now = utc_now()
+    return Claim(
+        id=new_id(),
+        revision=1,
+        created_at=now,
+        updated_at=now,
+        vm_id=ask.need.vm_id,
+        epoch=ask.epoch,
+        host_id=host_id,
+        memory_bytes=model.memory_taken(ask.need.memory_bytes, scheduler.config),
+        vcpus=ask.need.vcpus,
+        state=model.TENTATIVE,
+        purpose=ask.purpose,
+        high_availability=ask.need.high_availability,
+    )
+
+
+def in_short(placement: Placement) -> PastDecision:
+    now = utc_now()
+    return PastDecision(
+        id=placement.decision_id,
+        revision=1,
+        created_at=now,
+        updated_at=now,
+        vm_id=placement.vm_id,
+        vm_name=placement.vm_name,
+        epoch=placement.epoch,
+        purpose=placement.purpose,
+        host_id=placement.host_id,
+        host_name=placement.hosts[0].name if placement.host_id else "",
+        message=placement.message,
+    )
+
+
+def shown(config: SchedulerConfig) -> int:
+    """Decisions stay small however large the cluster is; but a sentence's hosts are always explained."""
+    return max(config.explained_hosts, NAMED_HOSTS)

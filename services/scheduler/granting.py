@@ -1,0 +1,237 @@
+"""Granting: one round of placements and releases, decided one after the other in memory and committed in one statement.
+
+What is decided is booked in this replica's fleet at once, so that the next decision, also of the next round, sees it. The
+guards of the statement have the last word: when one fails nothing was written, what was booked is taken back, the hosts
+concerned are read again and all decide again. Who has lost three times gets a round of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from msgspec import Raw
+from msgspec.structs import replace
+
+from services.scheduler import affinity, choice, round_store, store
+from services.scheduler.affinity_store import ClaimRow
+from services.scheduler.round_store import HostChange
+from services.scheduler.rounds import Rounds, Waiting
+from services.scheduler.state import Scheduler
+from volery.contracts.base import Done, encode
+from volery.contracts.errors import Kind, Refused
+from volery.contracts.ids import new_id
+from volery.contracts.scheduling import Claim, Place, Purpose
+from volery.runtime.bus import Caller
+from volery.runtime.core import Repeated
+from volery.runtime.tables import Change, Row, Stale, Taken
+
+DONE = encode(Done())
+TRIES = 50
+"""Rounds lost in a row before a question gives up: each means that somebody else got something."""
+TOGETHER = 3
+"""Rounds lost with others; after that it goes alone, so that it keeps nobody back."""
+DECIDED_TOGETHER = 16
+"""Decisions after which others get their turn."""
+
+
+class Promises(Exception):
+    """Its cluster promises to survive losses by now: such placements are made one after the other (promising.py)."""
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Asked(Waiting):
+    """A placement (`place`), or the release of those of the VM's claims that have or don't have these epochs."""
+
+    caller: Caller
+    place: Place | None = None
+    patient: bool = True
+    """That no host fits isn't to be said yet."""
+    epochs: frozenset[int] = frozenset()
+    keep: bool = False
+    """These epochs' claims are the ones that stay."""
+
+    def releases(self, claim: Claim) -> bool:
+        return (claim.epoch in self.epochs) is not self.keep
+
+
+def placing(scheduler: Scheduler, ask: Place, caller: Caller) -> Asked:
+    keys = frozenset(affinity.groups_of(scheduler, ask.need))
+    return Asked(vm_id=ask.need.vm_id, keys=keys, caller=caller, place=ask)
+
+
+def rounds_of(scheduler: Scheduler) -> Rounds[Asked]:
+    return Rounds(partial(play, scheduler))
+
+
+@dataclass(slots=True)
+class Ledger:
+    """What a round will write, and to whom it will answer then."""
+
+    scheduler: Scheduler
+    near: affinity.Surroundings
+    booked: list[tuple[Claim, int]] = field(default_factory=list)
+    """Claims made (1) and given back (-1)."""
+    inserts: list[Change] = field(default_factory=list)
+    released: list[ClaimRow] = field(default_factory=list)
+    decisions: list[Change] = field(default_factory=list)
+    cluster_ids: set[str] = field(default_factory=set)
+    placements: dict[str, int] = field(default_factory=dict)
+    """Group → how many of its VMs are placed."""
+    answers: list[tuple[Asked, bytes]] = field(default_factory=list)
+
+    def release(self, row: ClaimRow) -> None:
+        self.released.append(row)
+        self.near.rows[row.public.vm_id].remove(row)
+        self._book(row.public, -1)
+
+    def take(self, ask: Place, claim: Claim, decision_id: str) -> None:
+        private = store.ClaimPrivate(decision_id=decision_id)
+        self.inserts.append(store.CLAIMS.insert(claim, private))
+        self.near.rows.setdefault(claim.vm_id, []).append(Row(claim, private))
+        self.cluster_ids.add(ask.need.cluster_id)
+        for group_id in affinity.groups_of(self.scheduler, ask.need):
+            self.placements[group_id] = self.placements.get(group_id, 0) + 1
+        self._book(claim, 1)
+
+    def _book(self, claim: Claim, times: int) -> None:
+        self.booked.append((claim, times))
+        self.scheduler.fleet.book(claim.host_id, *_amounts(claim, times))
+
+    def close(self, *, committed: bool) -> None:
+        for claim, times in self.booked:
+            self.scheduler.fleet.booked(claim.host_id, *_amounts(claim, times), committed=committed)
+        self.booked.clear()
+
+    def changes(self) -> list[Change]:
+        """Guards first, then hosts in the order of their ids: the order of locks that all placements have."""
+        found = [affinity.guard(self.scheduler, each) for each in sorted(self.cluster_ids)]
+        if self.placements:
+            counted = {g: (self.near.counted.get(g, -1), more) for g, more in self.placements.items()}
+            found.append(round_store.next_placements(counted))
+        if self.booked:
+            hosts: dict[str, HostChange] = {}
+            for claim, times in self.booked:
+                hosts.setdefault(claim.host_id, HostChange()).add(claim, times)
+            found += round_store.change_capacity(hosts)
+        if self.released:
+            found.append(round_store.delete_claims(self.released))
+        if self.inserts:
+            found.append(round_store.insert_claims(self.inserts))
+        if self.decisions:
+            found.append(round_store.keep_decisions(self.decisions))
+        return found
+
+
+def _amounts(claim: Claim, times: int) -> tuple[int, ...]:
+    taken = (claim.memory_bytes, claim.vcpus, 1, int(claim.high_availability))
+    return tuple(times * amount for amount in taken)
+
+
+async def play(scheduler: Scheduler, members: Sequence[Asked]) -> list[Asked]:
+    """Those who lost, for another round."""
+    needs = [member.place.need for member in members if member.place is not None]
+    near = await affinity.surroundings(scheduler, needs, {member.vm_id for member in members})
+    ledger = Ledger(scheduler, near)
+    later: list[Asked] = []
+    committed = False
+    try:
+        for number, member in enumerate(members, 1):
+            await _enter(ledger, member, later)
+            if number % DECIDED_TOGETHER == 0:
+                await asyncio.sleep(0)
+        await _commit(ledger)
+        committed = True
+    except (Stale, Taken, Repeated) as lost:
+        left = [member for member in members if not member.answer.done()]
+        return await _lost(ledger, left, lost)
+    finally:
+        ledger.close(committed=committed)
+    for member, body in ledger.answers:
+        member.resolve(Raw(body))
+    for member in later:
+        member.patient = False
+        scheduler.rounds.join_after(member, scheduler.hear_more())
+    return []
+
+
+async def _enter(ledger: Ledger, member: Asked, later: list[Asked]) -> None:
+    try:
+        if member.place is None:
+            _release(ledger, member)
+        else:
+            await _place(ledger, member, member.place, later)
+    except (Refused, Promises) as refused:
+        member.fail(refused)
+
+
+def _release(ledger: Ledger, member: Asked) -> None:
+    for row in tuple(ledger.near.rows.get(member.vm_id, ())):
+        if member.releases(row.public):
+            ledger.release(row)
+    ledger.answers.append((member, DONE))
+
+
+async def _place(ledger: Ledger, member: Asked, ask: Place, later: list[Asked]) -> None:
+    scheduler = ledger.scheduler
+    if scheduler.policy(ask.need.cluster_id).promises:
+        raise Promises
+    rows = ledger.near.rows.get(member.vm_id, ())
+    if (first := await choice.first_answer(scheduler, ask, rows)) is not None:
+        member.resolve(first)
+        return
+    if ask.purpose is not Purpose.MIGRATE:
+        # Who starts a VM has made sure that it runs nowhere: what it held before is free, also for itself.
+        for row in tuple(rows):
+            ledger.release(row)
+    placement = choice.choose(scheduler, ask, affinity.bound_of(scheduler, ask.need, ledger.near))
+    if not placement.host_id and member.patient:
+        later.append(member)
+        return
+    placement = replace(placement, decision_id=new_id(), claimed=bool(placement.host_id))
+    body = encode(placement)
+    ledger.decisions.append(store.keep_decision(body, choice.in_short(placement)))
+    ledger.answers.append((member, body))
+    if placement.host_id:
+        ledger.take(ask, choice.claim_of(scheduler, ask, placement.host_id), placement.decision_id)
+
+
+async def _commit(ledger: Ledger) -> None:
+    answers = [(member.caller, body) for member, body in ledger.answers]
+    if changes := ledger.changes():
+        await ledger.scheduler.core.commit(*changes, answers=answers)
+    elif answers:
+        await ledger.scheduler.core.commit(answers=answers)
+
+
+async def _lost(ledger: Ledger, members: Sequence[Asked], lost: Exception) -> list[Asked]:
+    """What this replica believed is read again: the hosts, groups and policies that the round was about."""
+    if len(members) == 1 and not _decides_again(lost):
+        members[0].fail(lost)
+        return []
+    await ledger.scheduler.read_hosts(sorted({claim.host_id for claim, _ in ledger.booked}))
+    for cluster_id in sorted(ledger.cluster_ids):
+        await ledger.scheduler.read_rules(cluster_id)
+    again = []
+    for member in members:
+        member.tries += 1
+        member.alone = member.tries >= TOGETHER or not isinstance(lost, Stale)
+        if member.tries < TRIES:
+            again.append(member)
+        else:
+            member.fail(_gives_up(member))
+    return again
+
+
+def _decides_again(lost: Exception) -> bool:
+    """A VM that holds a claim by now gets that one."""
+    return isinstance(lost, Stale) or (isinstance(lost, Taken) and lost.constraint == store.CLAIM_TAKEN)
+
+
+def _gives_up(member: Asked) -> Refused:
+    name = member.place.need.name if member.place is not None else ""
+    return Refused(
+        Kind.EXHAUSTED, f"VM {name or member.vm_id} lost its place to others {TRIES} times; try again shortly"
+    )

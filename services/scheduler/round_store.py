@@ -1,0 +1,126 @@
+"""The SQL of rounds: many claims, releases, decisions and what they guard, each kind in one change over arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from services.scheduler.store import CLAIMS, ClaimPrivate
+from volery.contracts.scheduling import Claim
+from volery.runtime.tables import Change, Row
+
+
+@dataclass(slots=True)
+class HostChange:
+    """What one round takes of a host, less what it gives back there."""
+
+    memory_bytes: int = 0
+    vcpus: int = 0
+    guests: int = 0
+    ha_guests: int = 0
+    takes: bool = False
+    """At least one VM was placed there."""
+
+    def add(self, claim: Claim, times: int) -> None:
+        self.memory_bytes += times * claim.memory_bytes
+        self.vcpus += times * claim.vcpus
+        self.guests += times
+        self.ha_guests += times * int(claim.high_availability)
+        self.takes = self.takes or times > 0
+
+
+def change_capacity(changes: Mapping[str, HostChange]) -> list[Change]:
+    """The guard fails when a host that takes a VM would have more than it may promise afterwards, or is no longer up. One
+    that only gets back needs nothing.
+
+    Hosts are locked in the order of their ids, so that rounds of several replicas wait for each other and never in a circle.
+    """
+    ids = sorted(changes)
+    found = [changes[host_id] for host_id in ids]
+    update = Change(
+        """update host_capacity h
+           set memory_used_bytes = h.memory_used_bytes + n.memory, vcpus_used = h.vcpus_used + n.vcpus,
+               guests = h.guests + n.guests, ha_guests = h.ha_guests + n.ha_guests
+           from (select a.* from unnest({0}::text[], {1}::bigint[], {2}::integer[], {3}::integer[], {4}::integer[],
+                                        {5}::boolean[]) as a(id, memory, vcpus, guests, ha_guests, takes)
+                 join (select id from host_capacity where id = any({0}::text[]) order by id for update) l
+                     on l.id = a.id) n
+           where h.id = n.id
+             and (not n.takes
+                  or h.status = 'up' and not h.gone and h.memory_used_bytes + n.memory <= h.memory_limit_bytes
+                     and h.vcpus_used + n.vcpus <= h.vcpus_limit)
+           returning h.id, n.takes""",
+        (
+            ids,
+            [change.memory_bytes for change in found],
+            [change.vcpus for change in found],
+            [change.guests for change in found],
+            [change.ha_guests for change in found],
+            [change.takes for change in found],
+        ),
+        guarded=False,
+    )
+    takers = Change(
+        "select 1 from {prev} took where took.takes and took.id = any({0}::text[])",
+        ([host_id for host_id in ids if changes[host_id].takes],),
+        each_of=0,
+    )
+    return [update, takers]
+
+
+def next_placements(counted: Mapping[str, tuple[int, int]]) -> Change:
+    """Group → the placements that were counted before its VMs' places were read, and how many are added. Guards that
+    nobody else placed one of its VMs since."""
+    ids = sorted(counted)
+    return Change(
+        """update affinity_group g set placements = g.placements + n.more
+           from (select a.* from unnest({0}::text[], {1}::bigint[], {2}::bigint[]) as a(id, seen, more)
+                 join (select id from affinity_group where id = any({0}::text[]) order by id for update) l
+                     on l.id = a.id) n
+           where g.id = n.id and g.placements = n.seen
+           returning 1""",
+        (ids, [counted[group_id][0] for group_id in ids], [counted[group_id][1] for group_id in ids]),
+        each_of=0,
+    )
+
+
+def insert_claims(inserts: Sequence[Change]) -> Change:
+    """Many of `CLAIMS.insert` at once."""
+    columns = zip(*(change.arguments for change in inserts), strict=True)
+    return Change(
+        """insert into claim (id, revision, doc, private, vm_id, epoch, host_id, state, memory_bytes, vcpus,
+               high_availability, created_at, updated_at)
+           select * from unnest({0}::text[], {1}::bigint[], {2}::text[], {3}::text[], {4}::text[], {5}::bigint[],
+               {6}::text[], {7}::text[], {8}::bigint[], {9}::integer[], {10}::boolean[], {11}::timestamptz[],
+               {12}::timestamptz[]) as n(id, revision, doc, private, vm_id, epoch, host_id, state, memory_bytes, vcpus,
+               high_availability, created_at, updated_at)
+           returning 1""",
+        tuple(list(column) for column in columns),
+        facts=tuple(fact for change in inserts for fact in change.facts),
+        each_of=0,
+    )
+
+
+def delete_claims(rows: Sequence[Row[Claim, ClaimPrivate]]) -> Change:
+    """Many of `CLAIMS.delete` at once."""
+    return Change(
+        """delete from claim c using unnest({0}::text[], {1}::bigint[]) as n(id, revision)
+           where c.id = n.id and c.revision = n.revision
+           returning 1""",
+        ([row.id for row in rows], [row.public.revision for row in rows]),
+        facts=tuple(fact for row in rows for fact in CLAIMS.delete(row).facts),
+        each_of=0,
+    )
+
+
+def keep_decisions(kept: Sequence[Change]) -> Change:
+    """Many of `store.keep_decision` at once."""
+    columns = zip(*(change.arguments for change in kept), strict=True)
+    return Change(
+        """insert into decision (id, vm_id, host_id, doc, body)
+           select * from unnest({0}::text[], {1}::text[], {2}::text[], {3}::text[], {4}::bytea[])
+               as n(id, vm_id, host_id, doc, body)
+           returning 1""",
+        tuple(list(column) for column in columns),
+        each_of=0,
+    )
