@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import msgspec
 import numpy as np
@@ -12,7 +13,15 @@ from services.scheduler import model, store
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.fleet import Fleet
 from services.scheduler.policies.bound import Bound
-from services.scheduler.policies.decision import NAMED_HOSTS, decide, explain, mend, sentence
+from services.scheduler.policies.decision import (
+    NAMED_HOSTS,
+    Decision,
+    decide,
+    explain,
+    hopeless,
+    mend,
+    sentence,
+)
 from services.scheduler.policies.request import Request, request
 from services.scheduler.state import Scheduler
 from volery.contracts.errors import conflict
@@ -25,34 +34,56 @@ Claims = Sequence[Row[Claim, store.ClaimPrivate]]
 
 
 def choose(scheduler: Scheduler, ask: Place, bound: Bound) -> Placement:
+    """As a dry run shows it."""
+    return look(scheduler, ask, bound).told(shown(scheduler.config))
+
+
+def look(scheduler: Scheduler, ask: Place, bound: Bound) -> Look:
     policy = scheduler.policy(ask.need.cluster_id)
     recipe = scheduler.fleet.recipe(policy)
     asked = request(ask, policy, scheduler.config, bound, recipe=recipe, now=monotonic())
-    return decided(scheduler.fleet, asked, scheduler.config)
+    return Look(scheduler.fleet, asked, decide(scheduler.fleet, asked))
 
 
-def decided(fleet: Fleet, asked: Request, config: SchedulerConfig) -> Placement:
-    """The decision and its explanation; nothing is claimed or kept yet."""
-    decision = decide(fleet, asked)
-    hosts = explain(fleet, asked, decision, shown(config))
-    best, mended = decision.best, mend(fleet, asked, decision)
-    return Placement(
-        vm_id=asked.need.vm_id,
-        epoch=asked.place.epoch,
-        host_id=fleet.ids[best] if best is not None else "",
-        hosts=hosts,
-        message=sentence(fleet, asked, decision, hosts, mended),
-        vm_name=asked.need.name,
-        purpose=asked.place.purpose,
-        considered=int(np.count_nonzero(decision.considered)),
-        fitting=decision.fitting,
-        excluded_by=decision.excluded_by(),
-        remedies=mended,
-        policy_id=asked.recipe.id,
-        policy_name=asked.recipe.name,
-        policy_revision=asked.recipe.revision,
-        selector=asked.recipe.selector,
-    )
+@dataclass(frozen=True, slots=True)
+class Look:
+    """A decision that is explained only when somebody asks: that costs more than the decision."""
+
+    fleet: Fleet
+    asked: Request
+    decision: Decision
+
+    @property
+    def fits(self) -> bool:
+        return self.decision.best is not None
+
+    @property
+    def hopeless(self) -> bool:
+        """What may be on its way to this replica would not help."""
+        return hopeless(self.fleet, self.asked, self.decision)
+
+    def told(self, most: int) -> Placement:
+        """With no more than `most` hosts explained. Nothing is claimed or kept yet."""
+        fleet, asked, decision = self.fleet, self.asked, self.decision
+        hosts = explain(fleet, asked, decision, most)
+        best, mended = decision.best, mend(fleet, asked, decision)
+        return Placement(
+            vm_id=asked.need.vm_id,
+            epoch=asked.place.epoch,
+            host_id=fleet.ids[best] if best is not None else "",
+            hosts=hosts,
+            message=sentence(fleet, asked, decision, hosts, mended),
+            vm_name=asked.need.name,
+            purpose=asked.place.purpose,
+            considered=int(np.count_nonzero(decision.considered)),
+            fitting=decision.fitting,
+            excluded_by=decision.excluded_by(),
+            remedies=mended,
+            policy_id=asked.recipe.id,
+            policy_name=asked.recipe.name,
+            policy_revision=asked.recipe.revision,
+            selector=asked.recipe.selector,
+        )
 
 
 async def first_answer(scheduler: Scheduler, ask: Place, claims: Claims) -> Placement | None:

@@ -17,6 +17,7 @@ from msgspec.structs import replace
 
 from services.scheduler import affinity, choice, round_store, store
 from services.scheduler.affinity_store import ClaimRow
+from services.scheduler.policies.decision import NAMED_HOSTS
 from services.scheduler.round_store import HostChange
 from services.scheduler.rounds import Rounds, Waiting
 from services.scheduler.state import Scheduler
@@ -186,11 +187,12 @@ async def _place(ledger: Ledger, member: Asked, ask: Place, later: list[Asked]) 
         # Who starts a VM has made sure that it runs nowhere: what it held before is free, also for itself.
         for row in tuple(rows):
             ledger.release(row)
-    placement = choice.choose(scheduler, ask, affinity.bound_of(scheduler, ask.need, ledger.near))
-    if not placement.host_id and member.patient:
+    look = choice.look(scheduler, ask, affinity.bound_of(scheduler, ask.need, ledger.near))
+    if not look.fits and member.patient and not look.hopeless:
         later.append(member)
         return
-    placement = replace(placement, decision_id=new_id(), claimed=bool(placement.host_id))
+    told = look.told(NAMED_HOSTS if look.fits else choice.shown(scheduler.config))
+    placement = replace(told, decision_id=new_id(), claimed=look.fits)
     body = encode(placement)
     ledger.decisions.append(store.keep_decision(body, choice.in_short(placement)))
     ledger.answers.append((member, body))

@@ -24,6 +24,7 @@ from volery.contracts.metrics import METRICS_SUBJECT, HostSample
 from volery.contracts.scheduling import Claim
 from volery.runtime.clock import monotonic
 from volery.runtime.core import Core
+from volery.runtime.together import Together
 
 log = logging.getLogger(__name__)
 
@@ -54,15 +55,18 @@ class Scheduler:
     """VM that a plan moves → set when inventory says something of it."""
     planned_at: dict[str, float] = field(default_factory=dict)
     """Cluster → when the leader last looked whether it needs a plan."""
+    following: bool = False
+    """Each change of the tables is told to this replica."""
     rounds: Rounds[Any] = field(init=False)
     """Placements and releases on their way (granting.py)."""
     _turns: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
-    _reading: asyncio.Lock = field(default_factory=asyncio.Lock)
-    _read_at: float = 0.0
-    """When the last whole reading began."""
+    _readings: Together[str, bool] = field(init=False)
     _samples: msgspec.json.Decoder[HostSample] = field(
         default_factory=lambda: msgspec.json.Decoder(HostSample)
     )
+
+    def __post_init__(self) -> None:
+        self._readings = Together(self._read)
 
     @property
     def config(self) -> SchedulerConfig:
@@ -105,11 +109,14 @@ class Scheduler:
 
     async def reload(self) -> None:
         """The whole fleet anew from the tables, as of now or later. Those who ask together share one reading."""
-        asked = monotonic()
-        async with self._reading:
-            if self._read_at <= asked:
-                self._read_at = monotonic()
-                await self._reload()
+        await self._readings.get("all")
+
+    async def _read(self, asked: Collection[str]) -> dict[str, bool]:
+        if "all" in asked:
+            await self._reload()
+        else:
+            await self._read_used()
+        return {}
 
     async def _reload(self) -> None:
         hosts = await store.hosts(self.core.pool)
@@ -129,7 +136,10 @@ class Scheduler:
         self.changed.set()
 
     async def read_used(self) -> None:
-        """Only what claims hold, which changes most."""
+        """The same of what claims hold, which changes most."""
+        await self._readings.get("used")
+
+    async def _read_used(self) -> None:
         for host_id, *held in await store.used(self.core.pool):
             self.fleet.used(host_id, *held)
 
@@ -142,13 +152,14 @@ class Scheduler:
             self.fleet.remove(gone)
 
     async def hear_more(self) -> None:
-        """What would make room may be on its way: give facts a moment to arrive, or else read all again."""
+        """What would make room may be on its way: give facts a moment to arrive. Claims are told to nobody, so they are
+        read; and so is everything while nothing is followed."""
         self.changed.clear()
         try:
             async with asyncio.timeout(self.config.refusal_wait_seconds):
                 await self.changed.wait()
         except TimeoutError:
-            await self.reload()
+            await (self.read_used() if self.following else self.reload())
 
     async def _read_row(self, table: str, row_id: str) -> None:
         pool = self.core.pool
@@ -172,9 +183,12 @@ class Scheduler:
             try:
                 async with store.fleet_changes(self.core.pool) as changes:
                     await self.reload()
+                    self.following = True
                     await self._follow(changes)
             except store.LOST as error:
                 log.info("the fleet is read anew: %s", error or type(error).__name__)
+            finally:
+                self.following = False
             await asyncio.sleep(RETRY_SECONDS)
 
     async def _follow(self, changes: asyncio.Queue[str]) -> None:

@@ -85,6 +85,18 @@ def _masks(fleet: Fleet, request: Request) -> dict[str, Bools]:
     return {f.name: f.mask(fleet, request) for f in FILTERS if request.follows(f.name)}
 
 
+LASTING = ("cluster", "target", "pinned", "excluded", "cpu", "cpu_model", "machine", "cluster_maintenance")
+"""Filters whose answer doesn't change by what happens to other VMs, or to the state of hosts, networks and storage."""
+
+
+def hopeless(fleet: Fleet, request: Request, decision: Decision) -> bool:
+    """There are hosts that are up, and none of the cluster's could take the VM even if it had no other."""
+    lasting = [decision.masks[name] for name in LASTING if name in decision.masks]
+    roomy = (request.memory <= fleet.ints("memory_limit")) & (request.need.vcpus <= fleet.ints("vcpus_limit"))
+    up = decision.considered & decision.masks["host_state"]
+    return bool(up.any()) and not np.logical_and.reduce([*lasting, roomy]).any()
+
+
 def mend(fleet: Fleet, request: Request, decision: Decision) -> tuple[Remedy, ...]:
     """The smallest changes that would let it fit, when it doesn't."""
     return () if decision.best is not None else remedies(fleet, request, decision.masks, decision.order)
