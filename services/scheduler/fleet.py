@@ -6,7 +6,7 @@ decides what is tried; what is granted is decided by the database.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
 
@@ -116,6 +116,8 @@ class Fleet:
     """The same by number."""
     _masks: dict[tuple[str, str], Bools] = field(default_factory=dict)
     _ranks: Ints | None = None
+    _everyone: Bools | None = None
+    _nothing: Floats | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -148,7 +150,7 @@ class Fleet:
         }
         for name, value in figures.items():
             self._columns[name][row] = value
-        self._add_booked(host.id, row)
+        self._add_booked(host.id)
 
     def _append(self, host: HostFigures) -> int:
         row = len(self.ids)
@@ -179,7 +181,7 @@ class Fleet:
 
     def _forget_order(self) -> None:
         self._masks.clear()
-        self._ranks = None
+        self._ranks = self._everyone = self._nothing = None
 
     def keep_only(self, host_ids: Iterable[str]) -> None:
         for gone in set(self.ids) - set(host_ids):
@@ -201,9 +203,10 @@ class Fleet:
         if left.any():
             self._booked[host_id] = left
 
-    def _add_booked(self, host_id: str, row: int) -> None:
-        if (amounts := self._booked.get(host_id)) is not None:
-            for name, amount in zip(_USED, amounts.tolist(), strict=False):
+    def _add_booked(self, host_id: str) -> None:
+        row, amounts = self.rows.get(host_id), self._booked.get(host_id)
+        if row is not None and amounts is not None:
+            for name, amount in zip(_USED, amounts.tolist(), strict=True):
                 self._columns[name][row] += amount
 
     def use(self, host_id: str, memory_bytes: int, vcpus: int, guests: int = 0, ha_guests: int = 0) -> None:
@@ -217,15 +220,17 @@ class Fleet:
         self._columns["ha_guests"][row] += ha_guests
         self._columns["fresh_vcpus"][row] = max(self._columns["fresh_vcpus"][row] + vcpus, 0)
 
-    def used(self, host_id: str, memory_bytes: int, vcpus: int, guests: int, ha_guests: int) -> None:
-        """What the database says is used."""
-        row = self.rows.get(host_id)
-        if row is not None:
-            self._columns["memory_used"][row] = memory_bytes
-            self._columns["vcpus_used"][row] = vcpus
-            self._columns["guests"][row] = guests
-            self._columns["ha_guests"][row] = ha_guests
-            self._add_booked(host_id, row)
+    def used(self, held: Sequence[tuple[str, int, int, int, int]]) -> None:
+        """What the database says is used: host, bytes, vCPUs, guests, highly available guests."""
+        if not held:
+            return
+        ids, *columns = zip(*held, strict=True)
+        rows = np.fromiter(map(self.rows.get, ids, repeat(-1)), np.int64, len(ids))
+        known = rows >= 0
+        for name, column in zip(_USED, columns, strict=True):
+            self._columns[name][rows[known]] = np.array(column)[known]
+        for host_id in self._booked.keys() & set(ids):
+            self._add_booked(host_id)
 
     def sample(self, host_id: str, measured: Measured) -> None:
         """A measured load contains the VMs that were started before it."""
@@ -256,6 +261,22 @@ class Fleet:
             self._ranks = np.empty(len(self.ids), np.int64)
             self._ranks[sorted(range(len(self.ids)), key=self.ids.__getitem__)] = np.arange(len(self.ids))
         return self._ranks
+
+    @property
+    def everyone(self) -> Bools:
+        """The mask of a rule that excludes no host. Nobody writes to it, and it is known by its identity."""
+        if self._everyone is None:
+            self._everyone = np.ones(len(self.ids), np.bool_)
+            self._everyone.flags.writeable = False
+        return self._everyone
+
+    @property
+    def nothing(self) -> Floats:
+        """The score of a rule that says nothing; the same."""
+        if self._nothing is None:
+            self._nothing = np.zeros(len(self.ids))
+            self._nothing.flags.writeable = False
+        return self._nothing
 
     def in_cluster(self, cluster_id: str) -> Bools:
         mask: Bools = self.ints("cluster") == self._cluster_numbers.get(cluster_id, -1)

@@ -140,8 +140,7 @@ class Scheduler:
         await self._readings.get("used")
 
     async def _read_used(self) -> None:
-        for host_id, *held in await store.used(self.core.pool):
-            self.fleet.used(host_id, *held)
+        self.fleet.used(await store.used(self.core.pool))
 
     async def read_hosts(self, host_ids: Collection[str]) -> None:
         """These hosts as the tables have them, with what claims hold of them."""

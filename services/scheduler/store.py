@@ -424,7 +424,7 @@ async def used(pool: Pool) -> list[tuple[str, int, int, int, int]]:
     records = await pool.fetch(
         "select id, memory_used_bytes, vcpus_used, guests, ha_guests from host_capacity where not gone"
     )
-    return [(r[0], r[1], r[2], r[3], r[4]) for r in records]
+    return [tuple(r) for r in records]
 
 
 async def clusters(pool: Pool, condition: str = "true", *arguments: Any) -> list[ClusterPolicy]:

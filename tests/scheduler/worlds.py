@@ -47,7 +47,7 @@ def fleet_of(world: World) -> Fleet:
         fleet.sample(host.id, Measured(load, busy is not None, busy or 0.0, swapped))
         if fresh := world.fresh_vcpus.get(host.id):
             fleet.use(host.id, 0, fresh)
-        fleet.used(host.id, host.memory_used_bytes, host.vcpus_used, host.guests, host.ha_guests)
+        fleet.used([(host.id, host.memory_used_bytes, host.vcpus_used, host.guests, host.ha_guests)])
     for network in world.networks:
         fleet.set_network(network)
     return fleet

@@ -12,13 +12,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
-from services.scheduler.fleet import Bools, Fleet, Floats
+from services.scheduler.fleet import Bools, Fleet, Floats, Ints
 from services.scheduler.policies.affinity import NEGATIVE, POSITIVE, Around, ClusterRules, Group
 
 if TYPE_CHECKING:
     from services.scheduler.policies.request import Request
 
+FEW = 6
+"""Wishes that are looked at without sorting hosts: of so many, a table of all combinations is small."""
 NAMED = 3
 """Hosts that a sentence names."""
 
@@ -156,7 +159,9 @@ def _followers(around: Around, seats: Mapping[str, Seat]) -> tuple[int, int]:
 
 def meets(fleet: Fleet, demands: Sequence[Demand]) -> Bools:
     """Hosts that meet all of these. Hosts that are to be left out are gathered first, since those may be many demands."""
-    mask = np.ones(len(fleet), np.bool_)
+    if not demands:
+        return fleet.everyone
+    mask = fleet.everyone.copy()
     left_out: set[str] = set()
     for demand in demands:
         if demand.inside:
@@ -247,10 +252,10 @@ def _fulfilled(fleet: Fleet, wishes: Sequence[Wish]) -> Floats:
     """Hosts ranked by the priorities of the wishes that they break, the highest first, compared like words (oVirt's
     order); the best has 1, the worst 0."""
     if not wishes:
-        return np.zeros(len(fleet))
+        return fleet.nothing
     ordered = sorted(wishes, key=lambda wish: -wish.priority)
     breaks = np.array([fleet.among(wish.host_ids) ^ wish.inside for wish in ordered])
-    patterns, of_host = np.unique(breaks.T, axis=0, return_inverse=True)
+    patterns, of_host = _patterns(breaks)
     words = [
         tuple(wish.priority for wish, is_broken in zip(ordered, pattern, strict=True) if is_broken)
         for pattern in patterns
@@ -258,7 +263,19 @@ def _fulfilled(fleet: Fleet, wishes: Sequence[Wish]) -> Floats:
     ranks = {word: rank for rank, word in enumerate(sorted(set(words)))}
     worst = max(len(ranks) - 1, 1)
     scores: Floats = np.array([1 - ranks[word] / worst for word in words])
-    return scores[of_host.reshape(-1)]
+    return scores[of_host]
+
+
+def _patterns(breaks: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], Ints]:
+    """The different columns, and the number of each host's. A few wishes are a number of few bits: nothing is sorted."""
+    if len(breaks) > FEW:
+        patterns, of_host = np.unique(breaks.T, axis=0, return_inverse=True)
+        return patterns, of_host.reshape(-1)
+    bits = 1 << np.arange(len(breaks))
+    codes = bits @ breaks
+    there = np.bincount(codes, minlength=1 << len(breaks)) > 0
+    patterns = (np.flatnonzero(there)[:, None] & bits) > 0
+    return patterns, (np.cumsum(there) - 1)[codes]
 
 
 def vm_wishes(fleet: Fleet, request: Request) -> Floats:
@@ -273,7 +290,7 @@ def room_for_all(fleet: Fleet, request: Request) -> Floats:
     """Hosts that also have room for the VMs that must follow it."""
     memory, vcpus = request.bound.room
     if not vcpus:
-        return np.zeros(len(fleet))
+        return fleet.nothing
     fits = fleet.ints("memory_used") + request.memory + memory <= fleet.ints("memory_limit")
     fits &= fleet.ints("vcpus_used") + request.need.vcpus + vcpus <= fleet.ints("vcpus_limit")
     return fits.astype(np.float64)

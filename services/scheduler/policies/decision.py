@@ -58,8 +58,13 @@ class Decision:
         return ordered[:count]
 
     @cached_property
+    def named(self) -> Ints:
+        """Those that a sentence names."""
+        return self.first(NAMED_HOSTS)
+
+    @cached_property
     def best(self) -> int | None:
-        return int(self.first(1)[0]) if self.fitting else None
+        return int(self.named[0]) if self.fitting else None
 
     @cached_property
     def fitting(self) -> int:
@@ -67,17 +72,23 @@ class Decision:
 
     def excluded_by(self) -> dict[str, int]:
         """Rule → how many of the hosts it excludes."""
-        counts = {rule: int(np.count_nonzero(self.considered & ~mask)) for rule, mask in self.masks.items()}
+        counts = {rule: int(np.count_nonzero(self.considered > mask)) for rule, mask in self.masks.items()}
         return {rule: count for rule, count in counts.items() if count}
 
 
 def decide(fleet: Fleet, request: Request) -> Decision:
     masks = _masks(fleet, request)
-    fits = np.logical_and.reduce(list(masks.values()))
+    fits = _all_of(fleet, masks)
     scores = weigh(fleet, request, fits)
-    total: Floats = np.sum(list(scores.values()), axis=0).round(9)
-    target = fleet.among((request.place.target_host_id,))
+    total = sum((score for score in scores.values() if score is not fleet.nothing), fleet.nothing).round(9)
+    wanted = request.place.target_host_id
+    target = fleet.among((wanted,)) if wanted else ~fleet.everyone
     return Decision(masks["cluster"] | target, target, fits, masks, total, scores, fleet.ranks())
+
+
+def _all_of(fleet: Fleet, masks: Mapping[str, Bools]) -> Bools:
+    fits: Bools = np.logical_and.reduce([m for m in masks.values() if m is not fleet.everyone])
+    return fits
 
 
 def _masks(fleet: Fleet, request: Request) -> dict[str, Bools]:
@@ -110,6 +121,8 @@ def explain(
 
 
 def _shown(decision: Decision, most: int | None) -> Ints:
+    if most == NAMED_HOSTS:
+        return decision.named
     return decision.order if most is None else decision.first(most)
 
 
@@ -138,7 +151,7 @@ def room(fleet: Fleet, request: Request) -> Room:
     """How many hosts would take the VM, and which of the others would have to change least: the fewest rules against
     it, one that is up before one that isn't. Explains only that one, so that many VMs can be asked about."""
     masks = _masks(fleet, request)
-    fits = np.logical_and.reduce(list(masks.values()))
+    fits = _all_of(fleet, masks)
     hosts = np.flatnonzero(masks["cluster"] & masks["excluded"])
     against = np.sum([~mask for mask in masks.values()], axis=0)
     others = [int(row) for row in hosts if not fits[row]]

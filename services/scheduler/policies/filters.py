@@ -29,10 +29,6 @@ class Filter:
     explain: Explain
 
 
-def _all(fleet: Fleet) -> Bools:
-    return np.ones(len(fleet), np.bool_)
-
-
 def in_cluster(fleet: Fleet, request: Request) -> Bools:
     return fleet.in_cluster(request.need.cluster_id)
 
@@ -47,7 +43,7 @@ def not_in_cluster(fleet: Fleet, request: Request, row: int) -> tuple[str, str]:
 
 def is_target(fleet: Fleet, request: Request) -> Bools:
     target = request.place.target_host_id
-    return fleet.among((target,)) if target else _all(fleet)
+    return fleet.among((target,)) if target else fleet.everyone
 
 
 def not_target(fleet: Fleet, request: Request, row: int) -> tuple[str, str]:
@@ -72,7 +68,7 @@ def not_up(fleet: Fleet, request: Request, row: int) -> tuple[str, str]:
 
 def is_allowed(fleet: Fleet, request: Request) -> Bools:
     pinned = request.need.host_ids
-    return fleet.among(pinned) if pinned else _all(fleet)
+    return fleet.among(pinned) if pinned else fleet.everyone
 
 
 def not_allowed(fleet: Fleet, request: Request, row: int) -> tuple[str, str]:
@@ -84,7 +80,8 @@ def not_allowed(fleet: Fleet, request: Request, row: int) -> tuple[str, str]:
 
 
 def is_not_excluded(fleet: Fleet, request: Request) -> Bools:
-    return ~fleet.among(request.place.excluded_host_ids)
+    excluded = request.place.excluded_host_ids
+    return ~fleet.among(excluded) if excluded else fleet.everyone
 
 
 def is_excluded(fleet: Fleet, request: Request, row: int) -> tuple[str, str]:
@@ -138,10 +135,8 @@ def too_little_memory(fleet: Fleet, request: Request, row: int) -> tuple[str, st
 
 
 def has_networks(fleet: Fleet, request: Request) -> Bools:
-    mask = _all(fleet)
-    for network_id in request.need.network_ids:
-        mask &= fleet.with_network(network_id)
-    return mask
+    masks = [fleet.with_network(network_id) for network_id in request.need.network_ids]
+    return np.logical_and.reduce(masks) if masks else fleet.everyone
 
 
 def lacks_networks(fleet: Fleet, request: Request, row: int) -> tuple[str, str]:
@@ -153,7 +148,7 @@ def lacks_networks(fleet: Fleet, request: Request, row: int) -> tuple[str, str]:
 
 def reaches_storage(fleet: Fleet, request: Request) -> Bools:
     hosts = request.need.storage_host_ids
-    return _all(fleet) if hosts is None else fleet.among(hosts)
+    return fleet.everyone if hosts is None else fleet.among(hosts)
 
 
 def lacks_storage(fleet: Fleet, request: Request, row: int) -> tuple[str, str]:
@@ -165,7 +160,7 @@ def lacks_storage(fleet: Fleet, request: Request, row: int) -> tuple[str, str]:
 
 
 def has_model(fleet: Fleet, request: Request) -> Bools:
-    return fleet.with_model(request.cpu_model) if request.cpu_model else _all(fleet)
+    return fleet.with_model(request.cpu_model) if request.cpu_model else fleet.everyone
 
 
 def lacks_model(fleet: Fleet, request: Request, row: int) -> tuple[str, str]:
@@ -177,7 +172,7 @@ def lacks_model(fleet: Fleet, request: Request, row: int) -> tuple[str, str]:
 
 
 def has_machine(fleet: Fleet, request: Request) -> Bools:
-    return fleet.with_machine(request.machine) if request.machine else _all(fleet)
+    return fleet.with_machine(request.machine) if request.machine else fleet.everyone
 
 
 def lacks_machine(fleet: Fleet, request: Request, row: int) -> tuple[str, str]:

@@ -140,6 +140,7 @@ def _best(
 ) -> Remedy | None:
     """Of all hosts and all these sets of kinds: the fewest changes, then the fewest kinds, then the smallest."""
     best: tuple[tuple[float, ...], Answer, int] | None = None
+    ranks = fleet.ranks()
     for kinds in sets:
         answer = _answer(obstacles, kinds, len(rows))
         if answer is None:
@@ -147,10 +148,12 @@ def _best(
         count = np.where(np.isfinite(answer.share), answer.count, NEVER)
         fewest = count == count.min()
         share = np.where(fewest, answer.share, np.inf)
+        if not np.isfinite(share.min()):
+            continue
         least = np.flatnonzero(share == share.min())
-        at = min(least.tolist(), key=lambda n: fleet.ids[rows[n]])
+        at = int(least[np.argmin(ranks[rows[least]])])
         order = (float(count[at]), float(len(kinds)), float(share[at]))
-        if np.isfinite(share[at]) and (best is None or order < best[0]):
+        if best is None or order < best[0]:
             best = (order, answer, at)
     return None if best is None else _told(fleet, request, obstacles, best[1], best[2], int(rows[best[2]]))
 

@@ -18,7 +18,7 @@ def busy_seconds(fleet: Fleet, request: Request) -> Floats:
 
 def is_not_overloaded(fleet: Fleet, request: Request) -> Bools:
     if not request.overload_seconds or request.place.purpose is Purpose.RESTART:
-        return np.ones(len(fleet), np.bool_)
+        return fleet.everyone
     mask: Bools = busy_seconds(fleet, request) < request.overload_seconds
     return mask
 
@@ -56,7 +56,7 @@ def is_swapping(fleet: Fleet, request: Request, row: int) -> tuple[str, str]:
 def cluster_takes_starts(fleet: Fleet, request: Request) -> Bools:
     """A filter that only policies have which close their clusters."""
     starts = request.place.purpose is Purpose.START and not request.need.high_availability
-    return np.full(len(fleet), not starts)
+    return ~fleet.everyone if starts else fleet.everyone
 
 
 def cluster_is_maintained(fleet: Fleet, request: Request, row: int) -> tuple[str, str]:

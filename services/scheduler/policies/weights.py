@@ -6,7 +6,7 @@ sum wins.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 
@@ -73,22 +73,28 @@ def ha_spread(fleet: Fleet, request: Request) -> Floats:
     """In a cluster that reserves room for dead hosts, the fewer highly available VMs die together, the better."""
     if request.need.high_availability and request.policy.reserve_host_failures:
         return _few(fleet, request, "ha_guests") / request.scale_down
-    return np.zeros(len(fleet))
+    return fleet.nothing
+
+
+def _on(fleet: Fleet, host_ids: Collection[str]) -> Floats:
+    """1 for these, 0 for the others."""
+    return fleet.among(host_ids).astype(np.float64) if host_ids else fleet.nothing
 
 
 def preferred(fleet: Fleet, request: Request) -> Floats:
-    return fleet.among(request.need.preferred_host_ids).astype(np.float64)
+    return _on(fleet, request.need.preferred_host_ids)
 
 
 def wished(fleet: Fleet, request: Request) -> Floats:
     """The one host that this placement asks for, if it fits."""
     wanted = request.place.preferred_host_id
-    return fleet.among((wanted,) if wanted else ()).astype(np.float64)
+    return _on(fleet, (wanted,) if wanted else ())
 
 
 def avoided(fleet: Fleet, request: Request) -> Floats:
     """Hosts that this placement would rather not have: the only score below 0, so that the others' figures stay."""
-    return -fleet.among(request.place.avoided_host_ids).astype(np.float64)
+    host_ids = request.place.avoided_host_ids
+    return -_on(fleet, host_ids) if host_ids else fleet.nothing
 
 
 WEIGHTS: Mapping[str, Score] = {
@@ -116,13 +122,17 @@ def weigh(fleet: Fleet, request: Request, fits: Bools) -> dict[str, Floats]:
     shares = {}
     for name, factor in recipe.weights:
         score = WEIGHTS[name](fleet, request)
-        shares[name] = factor * (ranks(score, fits) if ranked else score)
+        shares[name] = factor * ranks(score, fits) if ranked else _times(fleet, factor, score)
     most = sum(factor for _, factor in recipe.weights)
     wish = max(WISHED, most + 1)
     unit = max(int(fits.sum()), 1) if ranked else 1
-    shares["wished_host"] = unit * wish * wished(fleet, request)
-    shares["avoided_hosts"] = unit * max(AVOIDED, most + wish + 1) * avoided(fleet, request)
+    shares["wished_host"] = _times(fleet, unit * wish, wished(fleet, request))
+    shares["avoided_hosts"] = _times(fleet, unit * max(AVOIDED, most + wish + 1), avoided(fleet, request))
     return shares
+
+
+def _times(fleet: Fleet, factor: float, score: Floats) -> Floats:
+    return score if score is fleet.nothing else factor * score
 
 
 def ranks(score: Floats, fits: Bools) -> Floats:
