@@ -89,6 +89,10 @@ _COLUMNS: dict[str, type] = {
 }
 _USED = ("memory_used", "vcpus_used", "guests", "ha_guests")
 """What claims take, in the order in which it is told."""
+_KEPT = frozenset({"cluster", "cpus", "models", "machines"})
+"""Columns that change so seldom that masks over them are kept until they do. Only `put` writes them."""
+MASKS_KEPT = 1000
+"""A byte per host and mask."""
 IDLE = 0.0
 """`busy_since` of a host that isn't busy."""
 
@@ -123,7 +127,10 @@ class Fleet:
         return len(self.ids)
 
     def ints(self, name: str) -> Ints:
-        return self._columns[name][: len(self.ids)]  # type: ignore[return-value]
+        column = self._columns[name][: len(self.ids)]
+        if name in _KEPT:
+            column.flags.writeable = False
+        return column  # type: ignore[return-value]
 
     def floats(self, name: str) -> Floats:
         return self._columns[name][: len(self.ids)]  # type: ignore[return-value]
@@ -149,6 +156,8 @@ class Fleet:
             "machines": self._set_number(host.machines),
         }
         for name, value in figures.items():
+            if name in _KEPT and self._columns[name][row] != value:
+                self._forget_masks(name)
             self._columns[name][row] = value
         self._add_booked(host.id)
 
@@ -279,8 +288,12 @@ class Fleet:
         return self._nothing
 
     def in_cluster(self, cluster_id: str) -> Bools:
-        mask: Bools = self.ints("cluster") == self._cluster_numbers.get(cluster_id, -1)
-        return mask
+        number = self._cluster_numbers.get(cluster_id, -1)
+        return self._kept(("cluster", cluster_id), lambda: self.ints("cluster") == number)
+
+    def with_threads(self, count: int) -> Bools:
+        """As many CPU threads or more."""
+        return self._kept(("cpus", str(count)), lambda: self.ints("cpus") >= count)
 
     def part(self, cluster_id: str) -> Fleet:
         """A copy of one cluster's hosts, to try things on."""
@@ -324,10 +337,13 @@ class Fleet:
         return self._lists[int(self.ints("machines")[row])]
 
     def _having(self, column: str, name: str) -> Bools:
-        # A host that reports no list is not excluded by it: libvirt has the last word there.
-        having = np.fromiter((not s or name in s for s in self._lists), np.bool_, len(self._lists))
-        mask: Bools = having[self.ints(column)]
-        return mask
+        def make() -> Bools:
+            # A host that reports no list is not excluded by it: libvirt has the last word there.
+            having = np.fromiter((not s or name in s for s in self._lists), np.bool_, len(self._lists))
+            mask: Bools = having[self.ints(column)]
+            return mask
+
+        return self._kept((column, name), make)
 
     def _set_number(self, names: frozenset[str]) -> int:
         number = self._sets.setdefault(names, len(self._lists))
@@ -336,10 +352,17 @@ class Fleet:
         return number
 
     def _kept(self, key: tuple[str, str], make: Callable[[], Bools]) -> Bools:
+        """Nobody writes to it."""
         mask = self._masks.get(key)
         if mask is None:
+            if len(self._masks) >= MASKS_KEPT:
+                self._masks.clear()
             mask = self._masks[key] = make()
+            mask.flags.writeable = False
         return mask
+
+    def _forget_masks(self, column: str) -> None:
+        self._masks = {key: mask for key, mask in self._masks.items() if key[0] != column}
 
     def recipe(self, cluster: ClusterPolicy) -> Recipe:
         """The policy that a cluster was given, or the built-in one of its balance."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -92,6 +93,26 @@ def test_a_decision_counts_what_it_does_not_show(world: World, place: Place) -> 
     order = [len(against_it) for against_it in map(set, _in_order(world, place, fleet, decision))]
     if decision.best is None:
         assert order == sorted(order) or place.target_host_id
+
+
+@pytest.mark.parametrize("share", [0.0, 0.002, 0.01, 0.5, 1.0])
+def test_the_first_of_many_hosts_are_those_of_the_whole_order(share: float) -> None:
+    """Many have equal totals and as many rules against them."""
+    dice = np.random.default_rng(int(share * 1000))
+    for hosts in (1, 63, 64, 700, 3000):
+        masks = {rule: dice.random(hosts) < max(share, 0.7) for rule in "abc"}
+        masks["d"] = dice.random(hosts) < share
+        decision = Decision(
+            considered=dice.random(hosts) < 0.9,
+            target=np.zeros(hosts, np.bool_),
+            fits=np.logical_and.reduce(list(masks.values())),
+            masks=masks,
+            total=dice.integers(-30, 30, hosts) / 7,
+            scores={},
+            ranks=dice.permutation(hosts),
+        )
+        for count in (1, 2, 5, 10, 100):
+            assert decision.first(count).tolist() == decision.order[:count].tolist()
 
 
 @settings(max_examples=200, deadline=None)

@@ -37,25 +37,34 @@ class Decision:
     """What decides between equals."""
 
     @cached_property
+    def level(self) -> Ints:
+        """0 where it fits; else the more, the more stands against it. (Where a host was asked for, no other fits.)"""
+        against = np.sum([~mask for mask in self.masks.values()], axis=0)
+        found: Ints = np.where(self.fits, 0, 1 + against + ~self.target * (len(self.masks) + 1))
+        return found
+
+    @cached_property
     def order(self) -> Ints:
         """Rows of the hosts that were considered, best first: of those that don't fit, the one with the fewest rules
         against it."""
-        rows = np.flatnonzero(self.considered)
-        against = np.sum([~mask[rows] for mask in self.masks.values()], axis=0)
-        keys = (self.ranks[rows], -self.total[rows], against, ~self.target[rows], ~self.fits[rows])
-        ordered: Ints = rows[np.lexsort(keys)]
-        return ordered
+        return self._sorted(np.flatnonzero(self.considered), self.level)
 
     def first(self, count: int) -> Ints:
-        """The first so many of the order. (Where a host was asked for, no other fits.)"""
+        """The first so many of the order."""
         rows = np.flatnonzero(self.considered & self.fits)
-        if len(rows) < count:
-            return self.order[:count]
-        total = self.total[rows]
-        least = np.partition(total, len(rows) - count)[len(rows) - count]
-        near = rows[total >= least]
-        ordered: Ints = near[np.lexsort((self.ranks[near], -self.total[near]))]
-        return ordered[:count]
+        if len(rows) >= count:
+            return self._sorted(_highest(rows, self.total, count))[:count]
+        rows = np.flatnonzero(self.considered)
+        lowest = self.total.min(initial=0.0)
+        part = (self.total - lowest) / (
+            self.total.max(initial=0.0) - lowest + 1
+        )  # below 1: between two levels
+        return self._sorted(_highest(rows, part - self.level, count), self.level)[:count]
+
+    def _sorted(self, rows: Ints, *before: Ints) -> Ints:
+        keys = (self.ranks[rows], -self.total[rows], *(key[rows] for key in before))
+        ordered: Ints = rows[np.lexsort(keys)]
+        return ordered
 
     @cached_property
     def named(self) -> Ints:
@@ -74,6 +83,21 @@ class Decision:
         """Rule → how many of the hosts it excludes."""
         counts = {rule: int(np.count_nonzero(self.considered > mask)) for rule, mask in self.masks.items()}
         return {rule: count for rule, count in counts.items() if count}
+
+
+BLOCK = 64
+"""Hosts of which the best is looked at first, where only the best few of thousands are wanted."""
+
+
+def _highest(rows: Ints, values: Floats, count: int) -> Ints:
+    """Of these rows at least so many with the highest values, and whoever is as good as the last of them."""
+    blocks = len(rows) // BLOCK
+    if blocks < count:
+        return rows
+    found = values[rows]
+    best = found[: blocks * BLOCK].reshape(blocks, BLOCK).max(axis=1)
+    near: Ints = rows[found >= np.partition(best, blocks - count)[blocks - count]]
+    return near
 
 
 def decide(fleet: Fleet, request: Request) -> Decision:
@@ -110,7 +134,9 @@ def hopeless(fleet: Fleet, request: Request, decision: Decision) -> bool:
 
 def mend(fleet: Fleet, request: Request, decision: Decision) -> tuple[Remedy, ...]:
     """The smallest changes that would let it fit, when it doesn't."""
-    return () if decision.best is not None else remedies(fleet, request, decision.masks, decision.order)
+    if decision.best is not None:
+        return ()
+    return remedies(fleet, request, decision.masks, np.flatnonzero(decision.considered))
 
 
 def explain(
@@ -216,7 +242,9 @@ def _why(hosts: Sequence[HostVerdict], fitting: int) -> str:
 
 def _others(decision: Decision) -> str:
     """How many of the hosts that aren't named each rule excludes."""
-    rows = decision.order[NAMED_HOSTS:]
+    others = decision.considered.copy()
+    others[decision.named] = False
+    rows = np.flatnonzero(others)
     if not len(rows):
         return ""
     against = {rule: ~mask[rows] for rule, mask in decision.masks.items()}

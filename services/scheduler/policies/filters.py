@@ -90,7 +90,7 @@ def is_excluded(fleet: Fleet, request: Request, row: int) -> tuple[str, str]:
 
 
 def has_threads(fleet: Fleet, request: Request) -> Bools:
-    return fleet.ints("cpus") >= request.need.vcpus
+    return fleet.with_threads(request.need.vcpus)
 
 
 def too_few_threads(fleet: Fleet, request: Request, row: int) -> tuple[str, str]:

@@ -40,6 +40,8 @@ def swap_excess(fleet: Fleet, request: Request) -> Ints:
 
 
 def is_not_swapping(fleet: Fleet, request: Request) -> Bools:
+    if not fleet.ints("swapped").any():
+        return fleet.everyone
     mask: Bools = swap_excess(fleet, request) <= 0
     return mask
 
