@@ -22,7 +22,8 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     decision_days: int = 7
     """How long decisions stay readable."""
     explained_hosts: int = 100
-    """Hosts explained in a decision, at least 5; of the others it says how many each rule excludes."""
+    """Hosts explained in a refusal and in a dry run, at least 5; of the others it is said how many each rule excludes. A
+    placement keeps the five best, which say why it was this one."""
     high_utilization_percent: float = 80.0
     """Power saving fills a host up to this CPU load, not further (oVirt's HighUtilization)."""
     overload_seconds: float = 0.0

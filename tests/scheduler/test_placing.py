@@ -10,6 +10,7 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
+from services.scheduler.policies.decision import NAMED_HOSTS
 from tests.scheduler.fleets import (
     GIB,
     OVERHEAD,
@@ -263,12 +264,12 @@ async def test_a_decision_is_readable_later_as_it_was_explained(configured: Sett
         await owner.says(HOST_CHANGED, *(host(c.id, name=f"h{n}") for n in range(120)))
         await hosts_known(bus, 120)
         placed = await bus.ask(PLACE, placing(c.id))
-        assert (len(placed.hosts), placed.considered, placed.fitting) == (100, 120, 120)
+        assert (len(placed.hosts), placed.considered, placed.fitting) == (NAMED_HOSTS, 120, 120)
         kept = await bus.ask(GET_DECISION, GetDecision(id=placed.decision_id))
         assert kept == placed
         refused = await bus.ask(PLACE, placing(c.id, memory_bytes=GIB * 100))
         kept = await bus.ask(GET_DECISION, GetDecision(id=refused.decision_id))
-        assert kept.host_id == ""
+        assert (kept.host_id, len(kept.hosts)) == ("", 100)
         assert all(h.verdicts[0].rule == "memory" for h in kept.hosts)
         assert kept.excluded_by == {"memory": 120}
         assert [r.kind for r in kept.remedies] == ["vm"]

@@ -26,6 +26,7 @@ from tests.scheduler.fleets import (
 )
 from tests.support.runtime import running
 from volery.contracts.cluster import CLUSTER_CHANGED
+from volery.contracts.errors import Kind, Refused
 from volery.contracts.host import HOST_CHANGED
 from volery.contracts.ids import new_id
 from volery.contracts.scheduling import (
@@ -72,6 +73,16 @@ def caller() -> Caller:
     return Caller("service:inventory", new_id(), "x")
 
 
+async def place(bus: Bus, ask: Place, who: Caller) -> Placement:
+    """As every client does on a machine that has too much to do: again under the same id."""
+    while True:
+        try:
+            return await bus.ask(PLACE, ask, who)
+        except Refused as refused:
+            if refused.kind is not Kind.TIMEOUT:
+                raise
+
+
 @pytest.mark.parametrize(("replicas", "ratio"), [(1, 3.0), (3, 3.0), (3, 100.0)])
 async def test_500_parallel_starts_and_their_ends_never_exceed_any_host(
     configured: Settings, database: DatabaseConfig, replicas: int, ratio: float
@@ -95,10 +106,11 @@ async def test_500_parallel_starts_and_their_ends_never_exceed_any_host(
                 placing(c.id, memory_bytes=memory, vcpus=dice.choice((1, 2)), high_availability=ha),
                 caller(),
             )
-            first, second = await asyncio.gather(bus.ask(PLACE, ask, who), bus.ask(PLACE, ask, who))
+            first, second = await asyncio.gather(place(bus, ask, who), place(bus, ask, who))
             assert first == second
             if first.claimed and number % 3 == 0:
-                await bus.ask(RELEASE_CLAIM, ClaimKey(vm_id=ask.need.vm_id, epoch=1), caller())
+                key = ClaimKey(vm_id=ask.need.vm_id, epoch=1)
+                await bus.ask_raw(RELEASE_CLAIM.subject, RELEASE_CLAIM.encode(key), caller(), 120.0)
                 return None
             return first
 
