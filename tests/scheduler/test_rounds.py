@@ -34,10 +34,11 @@ from volery.contracts.scheduling import (
     RELEASE_CLAIM,
     RELEASE_VM_CLAIMS,
     ClaimKey,
+    Place,
     Placement,
     ReleaseVm,
 )
-from volery.runtime.bus import Caller
+from volery.runtime.bus import Bus, Caller
 from volery.runtime.config import DatabaseConfig
 from volery.runtime.programs import Settings
 
