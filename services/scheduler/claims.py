@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgspec
 from msgspec.structs import replace
 
 from services.scheduler import model, store
 from services.scheduler.granting import Asked
+from services.scheduler.shortage import shortage
 from services.scheduler.state import Scheduler
 from volery.contracts.base import Done
 from volery.contracts.errors import Kind, Refused
@@ -80,8 +80,9 @@ async def list_claims(scheduler: Scheduler, ask: ListQuery, caller: Caller) -> A
 async def list_capacity(scheduler: Scheduler, ask: ListQuery, caller: Caller) -> dict[str, Any]:
     items, following = await store.capacity_page(scheduler.core.pool, ask)
     load = scheduler.fleet.floats("cpu_percent")
-    for item in items:
-        row = scheduler.fleet.rows.get(msgspec.json.decode(item.get("host_id", b'""')))
-        if row is not None:
-            item["cpu_percent"] = msgspec.Raw(msgspec.json.encode(round(float(load[row]), 1)))
-    return {"items": items, "next": following}
+    shown = []
+    for host in items:
+        row = scheduler.fleet.rows.get(host.host_id)
+        measured = round(float(load[row]), 1) if row is not None else 0.0
+        shown.append(replace(host, cpu_percent=measured, problem=shortage(host)))
+    return {"items": shown, "next": following}

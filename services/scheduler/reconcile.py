@@ -8,6 +8,7 @@ from msgspec.structs import replace
 
 from services.scheduler import model, store
 from services.scheduler.model import SeenVm, Settling
+from services.scheduler.shortage import shortage
 from services.scheduler.state import Scheduler
 from volery.contracts.ids import new_id
 from volery.contracts.scheduling import Claim
@@ -94,6 +95,17 @@ async def check_counters(scheduler: Scheduler) -> None:
         log.error(
             "host %s was off by %+d bytes and %+d vCPUs from its claims; corrected", host_id, memory, vcpus
         )
+
+
+@part.every(RECONCILE_SECONDS)
+async def warn_of_shortages(scheduler: Scheduler) -> None:
+    """Once for each that begins, or says something else."""
+    said = {}
+    for host in await store.short_hosts(scheduler.core.pool):
+        said[host.host_id] = problem = shortage(host)
+        if scheduler.short.get(host.host_id) != problem:
+            log.warning("%s", problem)
+    scheduler.short = said
 
 
 @part.every(FORGET_SECONDS)

@@ -55,6 +55,8 @@ class Scheduler:
     """VM that a plan moves → set when inventory says something of it."""
     planned_at: dict[str, float] = field(default_factory=dict)
     """Cluster → when the leader last looked whether it needs a plan."""
+    short: dict[str, str] = field(default_factory=dict)
+    """Host that has promised more than it has → what was said of that."""
     following: bool = False
     """Each change of the tables is told to this replica."""
     rounds: Rounds[Any] = field(init=False)

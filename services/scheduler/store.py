@@ -20,7 +20,7 @@ from volery.contracts.cluster import Cluster
 from volery.contracts.host import Host
 from volery.contracts.network import Network
 from volery.contracts.operation import ListQuery
-from volery.contracts.scheduling import CLAIM_CHANGED, CLAIM_DELETED, Claim, PastDecision
+from volery.contracts.scheduling import CLAIM_CHANGED, CLAIM_DELETED, Claim, HostCapacity, PastDecision
 from volery.contracts.vm import Vm
 from volery.runtime.pages import page, plain_page
 from volery.runtime.tables import Change, Nothing, Row, Table, text_columns
@@ -442,12 +442,26 @@ async def networks(pool: Pool, condition: str = "true", *arguments: Any) -> list
     return [NetworkReach(r["id"], r["name"], frozenset(r["ready_host_ids"])) for r in records]
 
 
-async def capacity_page(pool: Pool, query: ListQuery) -> tuple[list[dict[str, msgspec.Raw]], str]:
-    """Hosts as documents without their CPU load, which no table has, and the token of the next page."""
+async def capacity_page(pool: Pool, query: ListQuery) -> tuple[list[HostCapacity], str]:
+    """Hosts without what no table has of them, and the token of the next page."""
     raw = await plain_page(pool, CAPACITY, query)
-    answer = msgspec.json.decode(raw, type=dict[str, Any])
-    items = [{k: msgspec.Raw(msgspec.json.encode(v)) for k, v in item.items()} for item in answer["items"]]
-    return items, answer["next"]
+    answer = msgspec.json.decode(raw, type=CapacityPage)
+    return answer.items, answer.next
+
+
+async def short_hosts(pool: Pool) -> list[HostCapacity]:
+    """Those that have promised more than they have."""
+    records = await pool.fetch(
+        """select v.doc from capacity v join host_capacity h on h.id = v.id
+           where h.memory_used_bytes > h.memory_limit_bytes or h.vcpus_used > h.vcpus_limit
+           order by h.id"""
+    )
+    return [msgspec.json.decode(r["doc"], type=HostCapacity) for r in records]
+
+
+class CapacityPage(Message):
+    items: list[HostCapacity] = []
+    next: str = ""
 
 
 @asynccontextmanager

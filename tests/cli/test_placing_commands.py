@@ -18,9 +18,11 @@ from volery.contracts.ids import new_id
 from volery.contracts.operation import ListQuery, Page
 from volery.contracts.scheduling import (
     GET_DECISION,
+    LIST_CAPACITY,
     LIST_DECISIONS,
     Change,
     ChangeKind,
+    HostCapacity,
     HostVerdict,
     PastDecision,
     Placement,
@@ -80,6 +82,11 @@ CHOSEN = Placement(
 )
 PAST = PastDecision(**entity(vm_id=WEB.id, vm_name="web1", host_id=HOST.id, host_name="h1", message="chosen"))
 
+LESS = HostCapacity(
+    host_id=HOST.id, name="h1", cluster_id=HOST.cluster_id, memory_bytes=1 << 30, memory_used_bytes=2 << 30, vcpus_limit=8,
+    vcpus_used=1, schedulable=True, problem="h1 has promised more than it has",
+)  # fmt: skip
+
 
 def listed(*entities: Any) -> Any:
     def answer(question: ListQuery, caller: object) -> Page:
@@ -105,6 +112,7 @@ async def desk(nats: Embedded) -> AsyncIterator[Desk]:
     script.on(START_VM, operation(id="", result={"placement": REFUSED}))
     script.on(GET_DECISION, CHOSEN)
     script.on(LIST_DECISIONS, listed(PAST))
+    script.on(LIST_CAPACITY, listed(LESS))
     async with deployed(nats.url, script) as at:
         yield Desk(at.url, script)
 
@@ -147,3 +155,10 @@ async def test_past_decisions_are_listed_by_vm_and_host(desk: Desk) -> None:
     assert "chosen" in shown.output
     assert (await desk.types("decision list -o json")).output.count('"vm_name": "web1"') == 1
     assert desk.script.questions(LIST_DECISIONS)[-1].filter == {}
+
+
+async def test_what_hosts_have_left_is_a_table_with_those_that_promised_too_much(desk: Desk) -> None:
+    shown = await desk.types("host capacity")
+    assert shown.exit_code == 0, shown.output
+    assert "h1 has promised more than it has" in shown.output
+    assert '"memory_used_bytes": 2147483648' in (await desk.types("host capacity -o json")).output

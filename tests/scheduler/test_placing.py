@@ -407,3 +407,43 @@ async def test_room_is_found_for_many_and_nothing_is_claimed(configured: Setting
         assert await claims(bus) == []
         with pytest.raises(Refused, match="at most 200"):
             await bus.ask(FIND_ROOM, FindRoom(asks=asks * 101))
+
+
+async def test_a_host_that_has_less_than_it_promised_keeps_its_vms_and_says_so(
+    configured: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    owner, c = inventory(), cluster()
+    h1, other = host(c.id, name="h1"), host(c.id, name="h2", memory_bytes=8 * GIB)
+    async with running(configured, owner.service(), scheduler()) as bus:
+        await owner.says(CLUSTER_CHANGED, c)
+        await owner.says(HOST_CHANGED, h1, other)
+        await hosts_known(bus, 2)
+        asks = [
+            placing(c.id, memory_bytes=4 * GIB, vcpus=2, place={"target_host_id": h1.id}) for _ in range(3)
+        ]
+        for ask in asks:
+            assert (await bus.ask(PLACE, ask)).claimed
+        assert {k.problem for k in (await capacities(bus)).values()} == {""}
+
+        less = replace(h1.capabilities, memory_bytes=8 * GIB, cpus=8)
+        await owner.says(HOST_CHANGED, replace(h1, revision=2, capabilities=less))
+        problem = (
+            "h1 has promised more than it has: 12.2 GiB of memory, of 7.8 GiB (4.4 GiB too much). Its VMs run on, and it gets no "
+            "further ones; move some away"
+        )
+
+        async def said() -> bool:
+            return (await capacities(bus))[h1.id].problem.startswith(problem)
+
+        await until(said)
+        await until(lambda: _is_logged(caplog, problem))
+        assert len(await claims(bus)) == 3
+        assert (await bus.ask(PLACE, placing(c.id))).host_id == other.id
+        for ask in asks[:2]:
+            await bus.ask(RELEASE_CLAIM, ClaimKey(vm_id=ask.need.vm_id, epoch=1))
+        assert (await capacities(bus))[h1.id].problem == ""
+        assert (await bus.ask(PLACE, placing(c.id, place={"target_host_id": h1.id}))).claimed
+
+
+async def _is_logged(caplog: pytest.LogCaptureFixture, line: str) -> bool:
+    return any(record.getMessage().startswith(line) for record in caplog.records)

@@ -1,4 +1,4 @@
-"""`volery explain`, `volery decision`: where a VM would run or ran, why there, and what would have to change."""
+"""`volery explain`, `volery decision`, `volery host capacity`: where a VM would run or ran, why there, and what would have to change."""
 
 from __future__ import annotations
 
@@ -38,6 +38,12 @@ def list_decisions(
 def show_decision(decision_id: str, output_format: Output = Format.TABLE) -> None:
     """One decision as it was explained then, by id."""
     show(work.send(placing.past_decision(decision_id)), output_format)
+
+
+def capacity(output_format: Output = Format.TABLE) -> None:
+    """What each host has, what is promised of it, and which has promised more than it has."""
+    with work.connected() as client:
+        output.show(list(client.list(api.CAPACITY)), output_format, api.CAPACITY.columns)
 
 
 def explain(

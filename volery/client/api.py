@@ -14,7 +14,7 @@ from volery.contracts.plan import Plan
 from volery.contracts.power import FenceRecord, FencingPause, FencingPolicy, PowerManagement
 from volery.contracts.promise import ClusterPromise
 from volery.contracts.protection import ClusterReserve, VmProtection
-from volery.contracts.scheduling import Claim, PastDecision
+from volery.contracts.scheduling import Claim, HostCapacity, PastDecision
 from volery.contracts.scheduling_policy import SchedulingPolicy
 from volery.contracts.soft_fence import SoftFence
 from volery.contracts.start_group import StartGroup
@@ -46,6 +46,21 @@ USERS = Resource("user", "users", User, ("name", "full_name", "enabled", "id"))
 TOKENS = Resource("token", "tokens", Token, ("user_name", "description", "scopes", "expires_at", "id"))
 EVENT_READERS = Resource("event-reader", "event-readers", EventReader, ("name", "owners", "id"))
 CLAIMS = Resource("claim", "claims", Claim, ("vm_id", "host_id", "epoch", "state", "memory_bytes", "vcpus"))
+CAPACITY = Resource(
+    "capacity",
+    "capacity",
+    HostCapacity,
+    (
+        "name",
+        "memory_used_bytes",
+        "memory_bytes",
+        "vcpus_used",
+        "vcpus_limit",
+        "cpu_percent",
+        "schedulable",
+        "problem",
+    ),
+)
 DECISIONS = Resource(
     "decision", "decisions", PastDecision, ("created_at", "vm_name", "purpose", "host_name", "message", "id")
 )

@@ -8,10 +8,10 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from volery.contracts.base import Entity, Message, encode
+from volery.contracts.base import Message, encode
 
 A = TypeVar("A")
-E = TypeVar("E", bound=Entity)
+E = TypeVar("E", bound=Message)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,11 +15,12 @@ import msgspec
 
 from volery.client import session
 from volery.client.request import ListPage, Request, Resource
-from volery.contracts.base import Entity
+from volery.contracts.base import Entity, Message
 from volery.contracts.operation import ENDED, Operation
 
 A = TypeVar("A")
 E = TypeVar("E", bound=Entity)
+M = TypeVar("M", bound=Message)
 
 TRIES = 5
 AGAIN = {429, 502, 503, 504}
@@ -143,11 +144,11 @@ class Client:
             time.sleep(_next_pause(attempt, answer))
         raise AssertionError
 
-    def list(self, resource: Resource[E], **query: Any) -> Iterator[E]:
+    def list(self, resource: Resource[M], **query: Any) -> Iterator[M]:
         """Every item, page by page."""
         page = ""
         while True:
-            found: ListPage[E] = self.send(resource.list(page=page, **query))
+            found: ListPage[M] = self.send(resource.list(page=page, **query))
             yield from found.items
             if not (page := found.next):
                 return
@@ -221,10 +222,10 @@ class AsyncClient:
             await asyncio.sleep(_next_pause(attempt, answer))
         raise AssertionError
 
-    async def list(self, resource: Resource[E], **query: Any) -> AsyncIterator[E]:
+    async def list(self, resource: Resource[M], **query: Any) -> AsyncIterator[M]:
         page = ""
         while True:
-            found: ListPage[E] = await self.send(resource.list(page=page, **query))
+            found: ListPage[M] = await self.send(resource.list(page=page, **query))
             for item in found.items:
                 yield item
             if not (page := found.next):

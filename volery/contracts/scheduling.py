@@ -200,6 +200,8 @@ class HostCapacity(Message):
     vcpus_used: int
     schedulable: bool
     cpu_percent: float = 0.0
+    problem: str = ""
+    """That it has promised more than it has, and what to do; "" when it has not."""
 
 
 class PastDecision(Entity):
