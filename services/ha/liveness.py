@@ -47,9 +47,10 @@ from volery.contracts.operation import ListQuery
 from volery.contracts.peers import Reach
 from volery.runtime.bus import Caller
 from volery.runtime.clock import monotonic, utc_now
+from volery.runtime.hear_owners import Said, newest
 from volery.runtime.pages import plain_page
 from volery.runtime.service import Part
-from volery.runtime.tables import Change, Stale
+from volery.runtime.tables import Change, Row, Stale
 
 log = logging.getLogger(__name__)
 
@@ -62,12 +63,21 @@ FORMER_PROOFS = 16
 SUSPICIOUS = (LivenessState.CONNECTING, LivenessState.NON_RESPONSIVE)
 
 
-@part.hears(HOST_CHANGED)
+@part.hears_together(HOST_CHANGED)
+async def hosts_changed(ha: Ha, said: Sequence[Said]) -> list[Change]:
+    hosts: list[Host] = newest(said)
+    rows = await store.liveness_of(ha.core.pool, [host.id for host in hosts])
+    return [change for host in hosts for change in _changed(ha, host, rows.get(host.id))]
+
+
 async def host_changed(ha: Ha, host: Host) -> list[Change]:
+    return _changed(ha, host, await store.LIVENESS.find(ha.core.pool, host.id))
+
+
+def _changed(ha: Ha, host: Host, row: Row[HostLiveness, store.LivenessPrivate] | None) -> list[Change]:
     """A host to watch, or its new name, or the journal that inventory admitted."""
     facts = _facts(host)
     saw = store.saw_host(facts).and_then(lambda: _learn(ha, facts))
-    row = await store.LIVENESS.find(ha.core.pool, host.id)
     private = store.LivenessPrivate(admitted_generation=host.agent_generation)
     if row is None:
         now = utc_now()

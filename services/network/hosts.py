@@ -230,10 +230,14 @@ async def show(svc: Fabric, network_id: str) -> None:
     await svc.edit(NETWORKS, network_id, shown)
 
 
-@part.hears_hosts(NETWORKS_REPORTED)
-async def reported(svc: Fabric, fact: NetworksReported) -> list[Change]:
-    """A host's own report. It may be older than its last order, so a difference is applied again, not believed."""
-    state = await svc.store.state(fact.host_id)
+@part.hears_hosts_together(NETWORKS_REPORTED)
+async def reported(svc: Fabric, said: Sequence[NetworksReported]) -> list[Change]:
+    """Hosts' own reports. One may be older than its host's last order, so a difference is applied again, not believed."""
+    states = await svc.store.states_of([fact.host_id for fact in said])
+    return [change for fact in said for change in _reported(svc, fact, states.get(fact.host_id))]
+
+
+def _reported(svc: Fabric, fact: NetworksReported, state: HostState | None) -> list[Change]:
     if state is None:
         svc.core.wake(f"host:{fact.host_id}")
         return []
