@@ -21,7 +21,7 @@ import asyncpg
 import msgspec
 import nats.errors
 import nats.js.errors
-from nats.js.api import StorageType, StreamConfig
+from nats.js.api import PersistMode, StorageType, StreamConfig, StreamInfo
 
 from volery.contracts.agent import COMMITTED_SUBJECT, REPORT_SUBJECT, CommittedWord, FromHost
 from volery.contracts.base import Fact, encode, fill, wildcard
@@ -104,6 +104,8 @@ class HostHearing:
     """(host, generation) of journals that were admitted once, and another one since."""
     unknown: set[tuple[str, str]] = field(default_factory=set)
     """(host, generation) of journals that were admitted by what the database was before it was restored."""
+    stood: tuple[object, int] = (None, 0)
+    """When the stream was created, and how far it was heard."""
     asked: dict[str, float] = field(default_factory=dict)
     """Host, or host and the journal it left → when it was last asked or told."""
     moved: asyncio.Event = field(default_factory=asyncio.Event)
@@ -134,18 +136,27 @@ class HostHearing:
 
     async def _follow(self) -> None:
         subjects = [f"fact.host.*.{self.owner}.>"]
-        # Only the newest: agents publish again what nobody told them to be committed.
         info = await self.bus.client.jetstream(timeout=5).stream_info(HOST_STREAM)
-        after = max(info.state.last_seq - REPLAY, 0)
+        after = self._after(info)
         async with follow(self.bus.client, HOST_STREAM, after, subjects) as tail:
             telling = asyncio.create_task(self._tell())
             try:
                 async for heard in tail:
-                    words = map(self._read, [heard, *await tail.at_hand(TOGETHER - 1)])
+                    several = [heard, *await tail.at_hand(TOGETHER - 1)]
+                    words = map(self._read, several)
                     for run in _runs(word for word in words if word is not None):
                         await self._take(run)
+                    self.stood = (info.created, several[-1].position)
             finally:
                 await end([telling])
+
+    def _after(self, info: StreamInfo) -> int:
+        """Where to begin: where it stood in this very stream, but only with the newest: agents publish again what nobody
+        told them to be committed."""
+        last = info.state.last_seq
+        created, position = self.stood
+        known = position if created == info.created and position <= last else 0
+        return max(known, last - REPLAY, 0)
 
     def _read(self, heard: Heard) -> Word | None:
         """None: it can't be read, or nobody here hears it."""
@@ -363,7 +374,9 @@ def _change_the_same(changes: Sequence[Change]) -> bool:
 
 
 async def make_host_stream(bus: Bus, replicas: int) -> None:
-    """The stream of hosts' facts: a day is enough, since agents publish again what nobody committed."""
+    """The stream of hosts' facts: a day is enough, since agents publish again what nobody committed. For the same reason NATS
+    need not have a fact on its disk before it passes it on: of those that it did so it takes 500 a second, of others 18,000.
+    (With replicas it takes no such streams.)"""
     js = bus.client.jetstream(timeout=5)
     config = StreamConfig(
         name=HOST_STREAM,
@@ -373,6 +386,7 @@ async def make_host_stream(bus: Bus, replicas: int) -> None:
         max_age=86400,
         max_bytes=1024**3,
         duplicate_window=10,
+        persist_mode=PersistMode.ASYNC if replicas == 1 else None,
     )
     try:
         await last_position(bus.client, HOST_STREAM)

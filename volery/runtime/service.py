@@ -204,7 +204,7 @@ class Service:
     async def _core(
         self, settings: Settings, stack: AsyncExitStack, bus: Bus, pool: asyncpg.Pool[asyncpg.Record]
     ) -> Core:
-        beats = Beats() if self.report is None else settings.beats or Beats()
+        beats = settings.beats or Beats()
         hosts = HostHearing(bus, pool, self.name, {}, self.report or _NO_REPORT)
         client = bus.client
         sign: Callable[[str, bytes], str] = lambda subject, payload: ""  # noqa: E731
