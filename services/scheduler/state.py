@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from weakref import WeakValueDictionary
@@ -131,15 +131,19 @@ class Scheduler:
         for host_id, *held in await store.used(self.core.pool):
             self.fleet.used(host_id, *held)
 
+    async def _read_hosts(self, host_ids: Sequence[str]) -> None:
+        """Thousands of them change when a data center comes up."""
+        if not host_ids:
+            return
+        hosts = await store.hosts(self.core.pool, "id = any($1::text[]) and not gone", list(host_ids))
+        for host in hosts:
+            self.fleet.put(host)
+        for gone in set(host_ids) - {host.id for host in hosts}:
+            self.fleet.remove(gone)
+
     async def _read_row(self, table: str, row_id: str) -> None:
         pool = self.core.pool
-        if table == "host_capacity":
-            hosts = await store.hosts(pool, "id = $1 and not gone", row_id)
-            for host in hosts:
-                self.fleet.put(host)
-            if not hosts:
-                self.fleet.remove(row_id)
-        elif table == "cluster":
+        if table == "cluster":
             await self.read_rules(row_id)
         elif table == "scheduling_policy":
             recipes = await policy_store.recipes(pool, "id = $1", row_id)
@@ -174,9 +178,14 @@ class Scheduler:
                 told.add(changes.get_nowait())
             if "" in told:
                 return
+            tables: dict[str, list[str]] = {}
             for change in told:
                 table, row_id = change.split(" ", 1)
-                await self._read_row(table, row_id)
+                tables.setdefault(table, []).append(row_id)
+            await self._read_hosts(tables.pop("host_capacity", []))
+            for table, row_ids in tables.items():
+                for row_id in row_ids:
+                    await self._read_row(table, row_id)
             self.changed.set()
 
     async def hear_sample(self, message: Msg) -> None:
