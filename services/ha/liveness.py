@@ -86,7 +86,7 @@ async def host_changed(ha: Ha, host: Host) -> list[Change]:
 def _changed(ha: Ha, host: Host, row: Row[HostLiveness, store.LivenessPrivate] | None) -> list[Change]:
     """A host to watch, or its new name, or the journal that inventory admitted."""
     facts = _facts(host)
-    saw = store.saw_host(facts).and_then(lambda: _learn(ha, facts))
+    saw = store.saw_host(facts).and_then(lambda: ha.learn(facts))
     private = store.LivenessPrivate(admitted_generation=host.agent_generation)
     if row is None:
         now = utc_now()
@@ -129,19 +129,13 @@ def _facts(host: Host) -> HostFacts:
     )
 
 
-def _learn(ha: Ha, facts: HostFacts) -> None:
-    watch = ha.watch(facts.id)
-    if facts.revision >= watch.facts.revision:
-        watch.facts = facts
-
-
 @part.hears(HOST_DELETED)
 async def host_deleted(ha: Ha, host: Host) -> list[Change]:
     return await host_gone(ha, host.id)
 
 
 async def host_gone(ha: Ha, host_id: str) -> list[Change]:
-    ended = await store.host_ends(ha.core.pool, host_id, lambda: _forget(ha, host_id))
+    ended = await store.host_ends(ha.core.pool, host_id, lambda: ha.forget(host_id))
     return [*ended, *await soft_fencing.host_gone(ha, host_id)]
 
 
@@ -149,10 +143,6 @@ def _watch(ha: Ha, liveness: HostLiveness, private: store.LivenessPrivate) -> No
     watch = ha.watch(liveness.id)
     watch.known, watch.state, watch.boot_id = True, liveness.state, liveness.boot_id
     watch.generation = private.admitted_generation
-
-
-def _forget(ha: Ha, host_id: str) -> None:
-    ha.watches.pop(host_id, None)
 
 
 async def begin(ha: Ha) -> None:
@@ -163,7 +153,7 @@ async def begin(ha: Ha) -> None:
     ha.ordered_off.clear()
     ha.lease_watches.clear()
     for facts in await store.hosts(ha.core.pool):
-        _learn(ha, facts)
+        ha.learn(facts)
     for row in await store.LIVENESS.where(ha.core.pool):
         _watch(ha, row.public, row.private)
         watch, proof = ha.watch(row.id), row.public.proof
