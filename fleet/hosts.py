@@ -31,6 +31,7 @@ AT_ONCE = 50
 """Handshakes at the same time."""
 SLOTS = 50
 """Parts of a beat's time among which hosts are spread."""
+RETURN_AT_ONCE = 8
 RETURN_SECONDS = 1.0
 """After which a host whose connection was lost connects again; the real agent waits for up to two seconds."""
 AGAIN_SECONDS = 10.0
@@ -65,18 +66,25 @@ class PacedHost(FleetHost):
         if self.wire is not None:
             self.wire.cut()
 
-    def come_back(self) -> None:
-        """As an agent whose connection was lost: on a machine that is busy the server gives up who is silent for two seconds."""
+    def come_back(self, gate: asyncio.Semaphore) -> None:
+        """As an agent whose connection was lost: on a machine that is busy the server gives up who is silent for two seconds.
+        Each handshake takes both sides milliseconds, so there are some at a time."""
         if not self.dead and (self.returning is None or self.returning.done()):
-            self.returning = asyncio.create_task(self._come_back())
+            self.returning = asyncio.create_task(self._come_back(gate))
 
-    async def _come_back(self) -> None:
-        assert self.connect is not None
+    async def _come_back(self, gate: asyncio.Semaphore) -> None:
         await asyncio.sleep(RETURN_SECONDS)
-        with suppress(OSError, TimeoutError):
-            self.wire = await self.connect()
-            self.returns += 1
-            await self._listen()
+        async with gate:
+            if self.dead:
+                return
+            with suppress(OSError, TimeoutError):
+                await self._connect()
+
+    async def _connect(self) -> None:
+        assert self.connect is not None
+        self.wire = await self.connect()
+        self.returns += 1
+        await self._listen()
 
     async def _listen(self) -> None:
         assert self.wire is not None
@@ -123,6 +131,8 @@ class Pace:
     changing: bool = False
     """VMs change, one after the other, each once a minute."""
 
+    gate: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(RETURN_AT_ONCE))
+
     def __post_init__(self) -> None:
         self.slots = [list(self.hosts[slot::SLOTS]) for slot in range(SLOTS)]
 
@@ -145,7 +155,7 @@ class Pace:
     async def _turn(self, host: PacedHost, beat: int) -> None:
         assert host.wire is not None
         if host.wire.lost:
-            host.come_back()
+            host.come_back(self.gate)
             return
         await host.beat()
         phase = hash(host.host_id)

@@ -28,7 +28,6 @@ MEANS: dict[tuple[str, str], tuple[str, ...]] = {
         "true",
         "id = $1",
         "id = any($1::text[])",
-        "id = any($1::text[]) and not gone",
     ),
     ("services.scheduler.policy_store", "condition"): (
         "true",
