@@ -33,6 +33,7 @@ from volery.contracts.operation import ENDED, OPERATION_CHANGED, Operation
 from volery.contracts.vm import DesiredState, GuestInfo, Vm, VmStatus
 from volery.runtime.clock import utc_now
 from volery.runtime.hear import Apart
+from volery.runtime.hear_owners import Said, newest
 from volery.runtime.service import Part
 from volery.runtime.tables import Change, Row
 
@@ -42,6 +43,8 @@ part = Part()
 ENDED_STATES = {DomainState.SHUTOFF, DomainState.CRASHED, DomainState.GONE}
 ALIVE_STATES = {DomainState.RUNNING, DomainState.PAUSED, DomainState.SHUTTING_DOWN, DomainState.PMSUSPENDED}
 
+MOST_CHANGES = 200
+"""In one statement: beyond, it takes PostgreSQL longer to plan it than to carry them out."""
 RESTORED = "restored"
 """The reason of a VM that was taken over as a host reported it: shown until it is stopped or started."""
 REASONS = {"ioerror": model.IO_ERROR}
@@ -165,8 +168,11 @@ def _host_change(inv: Inventory, row: Row[Host, HostPrivate], fact: HostReported
     private = replace(row.private, reported=True)
     preparing = bool(host.busy_with)
     host = model.host_with_status(host, private.liveness, private.maintenance, preparing, inv.config)
-    update = HOSTS.update(row, host, private)
-    return update.and_then(lambda: inv.reported(fact.host_id, fact.asked))
+    if host == row.public and private == row.private:
+        told = Change("select 1 as nothing_new", (), guarded=False)
+    else:
+        told = HOSTS.update(row, host, private)
+    return told.and_then(lambda: inv.reported(fact.host_id, fact.asked))
 
 
 @part.hears_hosts(DOMAIN_CHANGED)
@@ -388,19 +394,35 @@ async def event_happened(inv: Inventory, fact: DomainEventHappened) -> Sequence[
     return [VMS.update(row, replace(row.public, status_reason=reason))]
 
 
-@part.hears(LIVENESS_CHANGED)
-async def liveness_changed(inv: Inventory, fact: HostLiveness) -> Sequence[Change]:
-    """ha's word on a host; its VMs are unknown while it is silent, and nothing starts them elsewhere."""
-    row = await HOSTS.find(inv.core.pool, fact.id)
+@part.hears_together(LIVENESS_CHANGED)
+async def liveness_changed(inv: Inventory, said: Sequence[Said]) -> Sequence[Change]:
+    """ha's word on hosts; a host's VMs are unknown while it is silent, and nothing starts them elsewhere. Raises Apart when
+    they have too many VMs for one statement."""
+    facts: list[HostLiveness] = newest(said)
+    ids = [fact.id for fact in facts]
+    hosts = await reported_store.hosts_with(inv.store, ids)
+    vms = await reported_store.vms_by_host(inv.store, ids)
+    changes: list[Change] = []
+    for fact in facts:
+        if (row := hosts.get(fact.id)) is not None:
+            changes += await _heard_of(inv, fact, row, vms.get(fact.id, ()))
+    if len(said) > 1 and len(changes) > MOST_CHANGES:
+        raise Apart
+    return changes
+
+
+async def _heard_of(
+    inv: Inventory, fact: HostLiveness, row: Row[Host, HostPrivate], vms: Sequence[Row[Vm, VmPrivate]]
+) -> list[Change]:
     word = "up" if fact.state == "unknown" else str(fact.state)
-    if row is None or row.private.liveness == word:
-        return ()
+    if row.private.liveness == word:
+        return []
     private = replace(row.private, liveness=word)
     host = model.host_with_status(
         row.public, word, private.maintenance, bool(row.public.busy_with), inv.config
     )
     changes = [HOSTS.update(row, host, private)]
-    for vm in await inv.store.vms_on(fact.id):
+    for vm in vms:
         changes += _vm_of_silent(vm, word)
     if word == "up":
         await inv.core.hosts.ask_report(fact.id)

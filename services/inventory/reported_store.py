@@ -14,6 +14,14 @@ async def hosts_with(store: Store, host_ids: Sequence[str]) -> dict[str, Row[Hos
     return {row.id: row for row in await HOSTS.where(store.pool, "id = any($1::text[])", list(host_ids))}
 
 
+async def vms_by_host(store: Store, host_ids: Sequence[str]) -> dict[str, list[Row[Vm, VmPrivate]]]:
+    """Those that are shown there."""
+    found: dict[str, list[Row[Vm, VmPrivate]]] = {}
+    for row in await VMS.where(store.pool, "host_id = any($1::text[])", list(host_ids)):
+        found.setdefault(row.public.host_id, []).append(row)
+    return found
+
+
 async def domains_of(
     store: Store, host_ids: Sequence[str], vm_ids: Sequence[str]
 ) -> dict[str, tuple[Row[Vm, VmPrivate] | None, PlacementRow]]:

@@ -45,6 +45,8 @@ log = logging.getLogger(__name__)
 part = Part()
 PAUSE_EVERY = 100
 """Hosts that are compared in one go."""
+UNHEARD_SECONDS = 15.0
+"""How often a host is asked that has not said anything yet: it begins with a report, which may wait for its turn."""
 LOOK_SECONDS = 1.0
 """How often a waiting start looks, should it have missed the event."""
 ONE_BY_ONE = 16
@@ -262,8 +264,9 @@ async def ask_for_reports(svc: Fabric) -> None:
     """Every host says now and then how its networks are, spread over the time between."""
     now = monotonic()
     for host in await svc.store.hosts():
-        unheard = host.id not in svc.core.hosts.positions  # no order can be given before its first report
-        due = unheard or now - svc.asked.get(host.id, 0.0) >= svc.config.report_seconds
+        heard = host.id in svc.core.hosts.positions  # no order can be given before its first report
+        pause = svc.config.report_seconds if heard else min(UNHEARD_SECONDS, svc.config.report_seconds)
+        due = now - svc.asked.get(host.id, float("-inf")) >= pause
         if host.status in model.CAN_APPLY and due:
             svc.asked[host.id] = now
             await svc.core.hosts.ask_report(host.id)

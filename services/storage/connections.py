@@ -37,6 +37,8 @@ from volery.runtime.tables import Change, Row, Stale
 
 log = logging.getLogger(__name__)
 
+UNHEARD_SECONDS = 15.0
+"""How often a host is asked that has not said anything yet: it begins with a report, which may wait for its turn."""
 AT_ONCE = 32
 """Hosts that one domain is connected on at the same time."""
 
@@ -275,7 +277,8 @@ async def ask_for_reports(svc: Storage) -> None:
     hosts = {h.id for h in await svc.store.hosts() if h.status in domain_model.STAYS_CONNECTED}
     now = monotonic()
     for host_id in sorted(hosts | set(svc.core.beats.newest)):
-        unheard = host_id not in svc.core.hosts.positions  # no order can be given before its first report
-        if unheard or now - svc.asked.get(host_id, 0.0) >= svc.config.report_seconds:
+        heard = host_id in svc.core.hosts.positions  # no order can be given before its first report
+        pause = svc.config.report_seconds if heard else min(UNHEARD_SECONDS, svc.config.report_seconds)
+        if now - svc.asked.get(host_id, float("-inf")) >= pause:
             svc.asked[host_id] = now
             await svc.core.hosts.ask_report(host_id)

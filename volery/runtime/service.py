@@ -390,7 +390,7 @@ class Service:
         one_by_one = by_owner(self.rows("hears_"), made)
         runs = by_owner(self.rows("hears_together_"), made)
         if self.report is not None:
-            one_by_one.setdefault(Owner.HA, []).append((LIVENESS_CHANGED, core.orders.deaths.heard))
+            runs.setdefault(Owner.HA, []).append((LIVENESS_CHANGED, core.orders.deaths.heard_together))
         works: list[Coroutine[Any, Any, Any]] = []
         for owner in {**one_by_one, **runs}:
             alone, several = (table_of(found.get(owner, [])) for found in (one_by_one, runs))
