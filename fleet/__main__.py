@@ -26,8 +26,8 @@ from fleet import figures, seeds
 from fleet.hosts import Pace, PacedHost, connected
 from volery.runtime.database import open_pool
 
-FILES_A_HOST = 2
-"""Its socket here, and the server's; both ends are on this machine."""
+FILES_A_HOST = 1
+"""Its socket here; the server has as many, and the same limit, as a process of its own."""
 OTHER_FILES = 2000
 PATIENCE_SECONDS = 1800.0
 KILLED_PATIENCE_SECONDS = 300.0
