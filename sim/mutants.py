@@ -353,7 +353,7 @@ MUTANTS: dict[str, Mutant] = {
     "claims are left": Mutant(
         _claims_are_left, 0, guarded="the scheduler settles claims by itself, from what is said of their VMs"
     ),
-    "stops are not asked again": Mutant(_stops_are_not_asked_again, 10, "silent stop"),
+    "stops are not asked again": Mutant(_stops_are_not_asked_again, 11, "silent stop"),
     "lower epochs are obeyed": Mutant(_lower_epochs_are_obeyed, 10, "start overtaken"),
     "equal epochs reopen": Mutant(
         _equal_epochs_reopen,
