@@ -84,6 +84,8 @@ class Steady:
     """The most hosts that were suspected at once."""
     waiting: int = 0
     """The most facts that waited to be moved to the bus."""
+    returns: int = 0
+    """Connections of hosts that were lost and made again."""
     minutes: int = 0
     """VMs of which the last minute was stored."""
 

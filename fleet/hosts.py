@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 from nats.aio.client import Client
@@ -30,9 +31,15 @@ AT_ONCE = 50
 """Handshakes at the same time."""
 SLOTS = 50
 """Parts of a beat's time among which hosts are spread."""
+RETURN_AT_ONCE = 8
+RETURN_SECONDS = 1.0
+"""After which a host whose connection was lost connects again; the real agent waits for up to two seconds."""
 AGAIN_SECONDS = 10.0
 """What an owner has not confirmed is said again: the real agent waits for so long, too, where an owner is busy."""
 OWNERS = ("inventory", "storage", "network")
+
+Connect = Callable[[], Awaitable[HostWire]]
+"""Makes a host's connection. Raises OSError or TimeoutError."""
 
 
 @dataclass
@@ -40,10 +47,47 @@ class PacedHost(FleetHost):
     """Says what it is told to say, when it is told."""
 
     wire: HostWire | None = None
+    connect: Connect | None = None
+    dead: bool = False
+    """It was cut off, and never comes back."""
+    returns: int = 0
+    """How often it connected again."""
+    returning: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        assert self.wire is not None
         self.owners = OWNERS
+        await self._listen()
+
+    def cut(self) -> None:
+        """As a host that loses its power."""
+        self.dead = True
+        if self.returning is not None:
+            self.returning.cancel()
+        if self.wire is not None:
+            self.wire.cut()
+
+    def come_back(self, gate: asyncio.Semaphore) -> None:
+        """As an agent whose connection was lost: on a machine that is busy the server gives up who is silent for two seconds.
+        Each handshake takes both sides milliseconds, so there are some at a time."""
+        if not self.dead and (self.returning is None or self.returning.done()):
+            self.returning = asyncio.create_task(self._come_back(gate))
+
+    async def _come_back(self, gate: asyncio.Semaphore) -> None:
+        await asyncio.sleep(RETURN_SECONDS)
+        async with gate:
+            if self.dead:
+                return
+            with suppress(OSError, TimeoutError):
+                await self._connect()
+
+    async def _connect(self) -> None:
+        assert self.connect is not None
+        self.wire = await self.connect()
+        self.returns += 1
+        await self._listen()
+
+    async def _listen(self) -> None:
+        assert self.wire is not None
         # The wire has the four methods of nats-py's client that a host uses.
         self.client = cast("Client", self.wire)
         heard = {
@@ -83,8 +127,11 @@ class Pace:
     late: float = 0.0
     """The longest that a slot began after its time: what the machine, not Volery, couldn't keep."""
     slots: list[list[PacedHost]] = field(default_factory=list)
+    beat_seconds: float = BEAT_SECONDS
     changing: bool = False
     """VMs change, one after the other, each once a minute."""
+
+    gate: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(RETURN_AT_ONCE))
 
     def __post_init__(self) -> None:
         self.slots = [list(self.hosts[slot::SLOTS]) for slot in range(SLOTS)]
@@ -93,7 +140,7 @@ class Pace:
         loop = asyncio.get_running_loop()
         begun, number = loop.time(), 0
         while True:
-            due = begun + number * BEAT_SECONDS / SLOTS
+            due = begun + number * self.beat_seconds / SLOTS
             wait = due - loop.time()
             if wait > 0:
                 await asyncio.sleep(wait)
@@ -108,19 +155,19 @@ class Pace:
     async def _turn(self, host: PacedHost, beat: int) -> None:
         assert host.wire is not None
         if host.wire.lost:
+            host.come_back(self.gate)
             return
         await host.beat()
         phase = hash(host.host_id)
-        if _due(beat + phase, SAMPLE_SECONDS):
+        if self._due(beat + phase, SAMPLE_SECONDS):
             await host.sample()
-        if self.changing and host.domains and _due(beat + phase, CHANGE_SECONDS / len(host.domains)):
+        if self.changing and host.domains and self._due(beat + phase, CHANGE_SECONDS / len(host.domains)):
             await host.change()
-        if host.unheard_facts and _due(beat + phase, AGAIN_SECONDS):
+        if host.unheard_facts and self._due(beat + phase, AGAIN_SECONDS):
             await host.again()
 
-
-def _due(beat: int, seconds: float) -> bool:
-    return beat % max(1, round(seconds / BEAT_SECONDS)) == 0
+    def _due(self, beat: int, seconds: float) -> bool:
+        return beat % max(1, round(seconds / self.beat_seconds)) == 0
 
 
 def _host(seeded: Seeded, wire: HostWire, installation: str) -> PacedHost:
@@ -151,8 +198,9 @@ async def connected(there: Installation, seeds: Sequence[Seeded]) -> list[PacedH
     async def some() -> None:
         for one in turns:
             jwt = mint_agent(realm, one.host.id, one.key.public)
-            wire = await connect(url, tls, one.host.id, jwt, one.key)
-            host = _host(one, wire, there.home.installation)
+            link = partial(connect, url, tls, one.host.id, jwt, one.key)
+            host = _host(one, await link(), there.home.installation)
+            host.connect = link
             await host.start()
             made.append(host)
 

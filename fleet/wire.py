@@ -38,7 +38,7 @@ Callback = Callable[[Heard], Awaitable[None]]
 
 
 class HostWire(asyncio.Protocol):
-    """TLS before the first word, signed in as one host. Lost for good when the connection is."""
+    """TLS before the first word, signed in as one host. It ends with its connection."""
 
     def __init__(self, name: str, jwt: str, key: Key) -> None:
         self.name, self.jwt, self.key = name, jwt, key

@@ -17,6 +17,9 @@ from volery.contracts.metrics import HostSample
 LONGEST_SECONDS = 120.0
 """Between two samples further apart nothing is known of how a counter grew."""
 FORGET_SECONDS = 600.0
+FORGET_EVERY_SECONDS = 60.0
+ROWS = 2000
+"""Rows that are made at a time."""
 
 
 @dataclass(slots=True)
@@ -67,6 +70,8 @@ _COUNTERS = {
 class Sampler:
     minutes: dict[datetime, dict[tuple[str, str], Gathered]] = field(default_factory=dict)
     last: dict[tuple[str, str], Last] = field(default_factory=dict)
+    forget_at: datetime | None = None
+    """When objects that are gone are looked for again."""
 
     def hear(self, sample: HostSample, now: datetime) -> None:
         minute = self.minutes.setdefault(begin_of(Interval.MINUTE, now), {})
@@ -127,13 +132,21 @@ class Sampler:
         current = begin_of(Interval.MINUTE, now)
         return sorted(minute for minute in self.minutes if minute < current)
 
-    def rows(self, minute: datetime) -> dict[str, list[Minute]]:
-        """What was gathered in a minute, per noun."""
-        found: dict[str, list[Minute]] = {noun: [] for noun in SAMPLED}
+    def rows(self, minute: datetime) -> Iterator[tuple[str, list[Minute]]]:
+        """What was gathered in a minute, some of one noun at a time: all of a large fleet's would keep everybody waiting for a
+        second."""
+        of_noun: dict[str, list[tuple[str, Gathered]]] = {noun: [] for noun in SAMPLED}
         for (noun, object_id), gathered in self.minutes[minute].items():
-            values = gathered.values(SAMPLED[noun])
-            found[noun].append(Minute(minute, object_id, gathered.belongs_to, values))
-        return found
+            of_noun[noun].append((object_id, gathered))
+        for noun, all_of_it in of_noun.items():
+            for begin in range(0, len(all_of_it), ROWS):
+                yield (
+                    noun,
+                    [
+                        Minute(minute, object_id, gathered.belongs_to, gathered.values(SAMPLED[noun]))
+                        for object_id, gathered in all_of_it[begin : begin + ROWS]
+                    ],
+                )
 
     def drop(self, minute: datetime) -> None:
         self.minutes.pop(minute, None)
@@ -143,7 +156,8 @@ class Sampler:
         for minute in self.over(now)[:-count] if count else self.over(now):
             self.drop(minute)
             yield minute
-        if len(self.last) > 0:
+        if self.last and (self.forget_at is None or now >= self.forget_at):
+            self.forget_at = now + timedelta(seconds=FORGET_EVERY_SECONDS)
             newest = max(last.at for last in self.last.values())
             stale = newest - timedelta(seconds=FORGET_SECONDS)
             self.last = {key: last for key, last in self.last.items() if last.at > stale}

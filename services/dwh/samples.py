@@ -36,7 +36,7 @@ async def write_ended(dwh: Dwh, now: datetime) -> None:
     try:
         for minute in dwh.sampler.over(now):
             await store.make_partitions(dwh.core.pool, [minute], dwh.partitions)
-            for noun, rows in dwh.sampler.rows(minute).items():
+            for noun, rows in dwh.sampler.rows(minute):
                 await store.write_minute(dwh.core.pool, noun, rows)
             dwh.sampler.drop(minute)
     except store.LOST as error:

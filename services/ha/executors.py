@@ -32,7 +32,7 @@ WITNESSED_SECONDS = 10.0
 
 
 def in_cluster(ha: Ha, cluster_id: str) -> list[Watch]:
-    return [w for w in ha.watches.values() if w.known and w.facts.cluster_id == cluster_id]
+    return [w for w in ha.clusters[cluster_id].values() if w.known] if cluster_id in ha.clusters else []
 
 
 def expected_in(ha: Ha, cluster_id: str) -> list[Watch]:

@@ -16,15 +16,20 @@ STALL_SECONDS = 1.0
 """A tick that comes this late: the process was stopped or starved, and beats still wait in the socket."""
 
 
+def heard_on(ha: Ha) -> Client:
+    """The connection on which beats come: another service's, where several are one process."""
+    return ha.core.beats.client or ha.core.bus.client
+
+
 def anew(ha: Ha) -> None:
     now = monotonic()
     ha.listening_since, ha.ticked_at, ha.storm_since = now + ha.config.settle_seconds, now, None
-    ha.reconnects = ha.core.bus.client.stats["reconnects"]
+    ha.reconnects = heard_on(ha).stats["reconnects"]
 
 
 def goes_on(ha: Ha) -> bool:
     """Whether nothing was missed since this was last asked; if something was, listening begins anew."""
-    now, client = monotonic(), ha.core.bus.client
+    now, client = monotonic(), heard_on(ha)
     stalled = now - ha.ticked_at > STALL_SECONDS
     ha.ticked_at = now
     reconnects = client.stats["reconnects"]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from dataclasses import replace as with_fields
 from datetime import datetime, timedelta
-from functools import partial
 from typing import Any
 
 import msgspec
@@ -47,27 +46,47 @@ from volery.contracts.operation import ListQuery
 from volery.contracts.peers import Reach
 from volery.runtime.bus import Caller
 from volery.runtime.clock import monotonic, utc_now
+from volery.runtime.hear_owners import Said, newest
 from volery.runtime.pages import plain_page
 from volery.runtime.service import Part
-from volery.runtime.tables import Change, Stale
+from volery.runtime.tables import Change, Row, Stale
 
 log = logging.getLogger(__name__)
 
 part = Part()
 
-CONCLUDED_AT_ONCE = 6
-"""Judgements that are written at the same time: most of ha's sessions with its database."""
+CONCLUDED_TOGETHER = 50
+"""Judgements that are written in one statement: a rack falls silent in one moment."""
 FORMER_PROOFS = 16
 """How many earlier deaths a host's liveness tells of."""
 SUSPICIOUS = (LivenessState.CONNECTING, LivenessState.NON_RESPONSIVE)
 
 
-@part.hears(HOST_CHANGED)
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """What was concluded of a host, and of what."""
+
+    host_id: str
+    watch: Watch
+    seen: Observations
+    judgement: Judgement
+
+
+@part.hears_together(HOST_CHANGED)
+async def hosts_changed(ha: Ha, said: Sequence[Said]) -> list[Change]:
+    hosts: list[Host] = newest(said)
+    rows = await store.liveness_of(ha.core.pool, [host.id for host in hosts])
+    return [change for host in hosts for change in _changed(ha, host, rows.get(host.id))]
+
+
 async def host_changed(ha: Ha, host: Host) -> list[Change]:
+    return _changed(ha, host, await store.LIVENESS.find(ha.core.pool, host.id))
+
+
+def _changed(ha: Ha, host: Host, row: Row[HostLiveness, store.LivenessPrivate] | None) -> list[Change]:
     """A host to watch, or its new name, or the journal that inventory admitted."""
     facts = _facts(host)
-    saw = store.saw_host(facts).and_then(lambda: _learn(ha, facts))
-    row = await store.LIVENESS.find(ha.core.pool, host.id)
+    saw = store.saw_host(facts).and_then(lambda: ha.learn(facts))
     private = store.LivenessPrivate(admitted_generation=host.agent_generation)
     if row is None:
         now = utc_now()
@@ -110,19 +129,13 @@ def _facts(host: Host) -> HostFacts:
     )
 
 
-def _learn(ha: Ha, facts: HostFacts) -> None:
-    watch = ha.watch(facts.id)
-    if facts.revision >= watch.facts.revision:
-        watch.facts = facts
-
-
 @part.hears(HOST_DELETED)
 async def host_deleted(ha: Ha, host: Host) -> list[Change]:
     return await host_gone(ha, host.id)
 
 
 async def host_gone(ha: Ha, host_id: str) -> list[Change]:
-    ended = await store.host_ends(ha.core.pool, host_id, lambda: _forget(ha, host_id))
+    ended = await store.host_ends(ha.core.pool, host_id, lambda: ha.forget(host_id))
     return [*ended, *await soft_fencing.host_gone(ha, host_id)]
 
 
@@ -130,10 +143,6 @@ def _watch(ha: Ha, liveness: HostLiveness, private: store.LivenessPrivate) -> No
     watch = ha.watch(liveness.id)
     watch.known, watch.state, watch.boot_id = True, liveness.state, liveness.boot_id
     watch.generation = private.admitted_generation
-
-
-def _forget(ha: Ha, host_id: str) -> None:
-    ha.watches.pop(host_id, None)
 
 
 async def begin(ha: Ha) -> None:
@@ -144,7 +153,7 @@ async def begin(ha: Ha) -> None:
     ha.ordered_off.clear()
     ha.lease_watches.clear()
     for facts in await store.hosts(ha.core.pool):
-        _learn(ha, facts)
+        ha.learn(facts)
     for row in await store.LIVENESS.where(ha.core.pool):
         _watch(ha, row.public, row.private)
         watch, proof = ha.watch(row.id), row.public.proof
@@ -166,23 +175,15 @@ async def tick(ha: Ha) -> None:
     for (_, watch), judgement in zip(watches, judged, strict=True):
         watch.suspected = judgement.state in (*SUSPICIOUS, DEAD)
     held = await _holds(ha, [watch.state for _, watch in watches], [j.state for j in judged], calm, now)
-    differing: list[Callable[[], Awaitable[HostLiveness | None]]] = []
+    differing: list[Judged] = []
     for (host_id, watch), each, judgement in zip(watches, seen, judged, strict=True):
         if held and judgement.state in SUSPICIOUS:
             continue
         news = judgement.state in SUSPICIOUS and _news(each) != watch.announced
         if news or _differs(watch, judgement):
-            differing.append(partial(conclude, ha, host_id, watch, each, judgement))
-    await _at_once(differing)
-
-
-async def _at_once(works: Sequence[Callable[[], Awaitable[object]]]) -> None:
-    """Some at a time: a rack falls silent in one moment. Raises what the first that failed raised, once all have ended."""
-    for at in range(0, len(works), CONCLUDED_AT_ONCE):
-        batch = works[at : at + CONCLUDED_AT_ONCE]
-        for ended in await asyncio.gather(*(work() for work in batch), return_exceptions=True):
-            if isinstance(ended, BaseException):
-                raise ended
+            differing.append(Judged(host_id, watch, each, judgement))
+    for at in range(0, len(differing), CONCLUDED_TOGETHER):
+        await conclude_together(ha, differing[at : at + CONCLUDED_TOGETHER])
 
 
 def _uncertain(ha: Ha, now: float) -> tuple[int, list[tuple[str, Watch]]]:
@@ -231,10 +232,35 @@ async def _holds(
     if ha.storm_since is None:
         ha.storm_since = now
         log.warning("most hosts fell silent at once; they are judged in %g s", ha.config.storm_hold_seconds)
-        if not await can_ask(ha.core.bus.client, 1.0):
+        if not await can_ask(listening.heard_on(ha), 1.0):
             listening.anew(ha)
             return True
     return now - ha.storm_since < ha.config.storm_hold_seconds
+
+
+async def conclude_together(ha: Ha, found: Sequence[Judged]) -> None:
+    """Write judgements in one statement. What somebody else wrote to meanwhile, and what voids a proof, is written by
+    itself."""
+    rows = await store.liveness_of(ha.core.pool, [each.host_id for each in found])
+    several = [
+        (each, rows[each.host_id])
+        for each in found
+        if each.host_id in rows
+        and not each.judgement.voided
+        and _still_proven(ha, each.watch, each.judgement)
+    ]
+    at, now = utc_now(), monotonic()
+    changes = [_change(row, each.watch, each.seen, each.judgement, at) for each, row in several]
+    try:
+        await ha.core.commit(*changes)
+    except Stale:
+        several = []
+    for (each, row), change in zip(several, changes, strict=False):
+        _written(row.public, change.document, each, now)
+    alone = {each.host_id for each in found} - {each.host_id for each, _ in several}
+    for each in found:
+        if each.host_id in alone:
+            await conclude(ha, each.host_id, each.watch, each.seen, each.judgement)
 
 
 async def conclude(
@@ -250,8 +276,30 @@ async def conclude(
     row = await store.LIVENESS.find(ha.core.pool, host_id)
     if row is None:
         return None
-    old, at, now = row.public, utc_now(), monotonic()
-    state = judgement.state
+    now = monotonic()
+    change = _change(row, watch, seen, judgement, utc_now())
+    lied = await _lied(ha, row.public, judgement)
+    if not _still_proven(ha, watch, judgement):
+        return None
+    try:
+        await ha.core.commit(change, *lied, *more, caller=caller, answer=change.document)
+    except Stale:
+        return None
+    _written(row.public, change.document, Judged(host_id, watch, seen, judgement), now)
+    if lied:
+        watch.distrust_power()
+    written: HostLiveness = change.document
+    return written
+
+
+def _change(
+    row: Row[HostLiveness, store.LivenessPrivate],
+    watch: Watch,
+    seen: Observations,
+    judgement: Judgement,
+    at: datetime,
+) -> Change:
+    old, state = row.public, judgement.state
     last_beat_at = at + timedelta(seconds=seen.beat.at) if seen.beat is not None else old.last_beat_at
     proof = _proof(watch, old, judgement, at)
     new = replace(
@@ -270,25 +318,18 @@ async def conclude(
         former=old.former if judgement.voided else former(old.former, old.proof, proof),
         fencing="" if state is UP else old.fencing,
     )
-    change = store.LIVENESS.update(row, new)
-    lied = await _lied(ha, old, judgement)
-    if not _still_proven(ha, watch, judgement):
-        return None
-    try:
-        await ha.core.commit(change, *lied, *more, caller=caller, answer=change.document)
-    except Stale:
-        return None
-    found = judgement.proof
-    watch.state, watch.boot_id, watch.announced = new.state, new.boot_id, _news(seen)
-    if found is not None and _is_new(watch, judgement):
+    return store.LIVENESS.update(row, new)
+
+
+def _written(old: HostLiveness, new: HostLiveness, judged: Judged, now: float) -> None:
+    """What is known of a host after a judgement, made at `now`, was written."""
+    watch, found = judged.watch, judged.judgement.proof
+    watch.state, watch.boot_id, watch.announced = new.state, new.boot_id, _news(judged.seen)
+    if found is not None and _is_new(watch, judged.judgement):
         watch.proof = with_fields(found, at=now + found.at)
     elif found is None:
         watch.proof = None
-    if lied:
-        watch.distrust_power()
-    _say(old, new, judgement, seen)
-    written: HostLiveness = change.document
-    return written
+    _say(old, new, judged.judgement, judged.seen)
 
 
 def _still_proven(ha: Ha, watch: Watch, judgement: Judgement) -> bool:

@@ -69,7 +69,12 @@ async def vms_said(ha: Ha, said: Sequence[Said]) -> list[Change]:
     return []
 
 
-@part.hears(HOST_CHANGED)
+@part.hears_together(HOST_CHANGED)
+async def hosts_changed(ha: Ha, _: Sequence[Said]) -> list[Change]:
+    fleet_changed(ha)
+    return []
+
+
 @part.hears(HOST_DELETED)
 @part.hears(CLUSTER_CHANGED)
 async def something_changed(ha: Ha, _: Host | Cluster) -> list[Change]:

@@ -105,11 +105,16 @@ async def _ask_for(ha: Ha, vm: VmNeed) -> RoomFor:
 
 
 @part.hears(CLAIM_DELETED)
-@part.hears(HOST_CHANGED)
 @part.hears(CLUSTER_CHANGED)
 @part.hears(STORAGE_DOMAIN_CHANGED)
 @part.hears(NETWORK_CHANGED)
 async def something_changed(ha: Ha, _: Entity) -> list[Change]:
+    may_have_come(ha)
+    return []
+
+
+@part.hears_together(HOST_CHANGED)
+async def hosts_changed(ha: Ha, _: Sequence[Said]) -> list[Change]:
     may_have_come(ha)
     return []
 

@@ -14,7 +14,7 @@ from nats.aio.msg import Msg
 from services.ha.config import HaConfig
 from services.ha.policies.kdump import Ignored, Source
 from services.ha.policies.leases import Watched
-from services.ha.watch import Watch
+from services.ha.watch import HostFacts, Watch
 from volery.contracts.metrics import Beat
 from volery.runtime.clock import monotonic
 from volery.runtime.connection import read_presence
@@ -76,6 +76,8 @@ class Ha:
     """The connection for what must not be sent late: publishing while it is disconnected fails at once."""
     sign: Callable[[str, bytes], str]
     watches: dict[str, Watch] = field(default_factory=dict)
+    clusters: defaultdict[str, dict[str, Watch]] = field(default_factory=lambda: defaultdict(dict))
+    """Cluster → its hosts, as inventory said: each silent host is asked about those around it, of ten thousand."""
     leading_since: float = 0.0
     listening_since: float = 0.0
     ticked_at: float = 0.0
@@ -120,6 +122,20 @@ class Ha:
         if found is None:
             found = self.watches[host_id] = Watch()
         return found
+
+    def learn(self, facts: HostFacts) -> None:
+        """What inventory says of a host, unless it is older than what is known."""
+        watch = self.watch(facts.id)
+        if facts.revision >= watch.facts.revision:
+            if watch.facts.cluster_id != facts.cluster_id:
+                self.clusters[watch.facts.cluster_id].pop(facts.id, None)
+            watch.facts = facts
+            self.clusters[facts.cluster_id][facts.id] = watch
+
+    def forget(self, host_id: str) -> None:
+        watch = self.watches.pop(host_id, None)
+        if watch is not None:
+            self.clusters[watch.facts.cluster_id].pop(host_id, None)
 
     def hear_beat(self, beat: Beat, now: float) -> None:
         self.watch(beat.host_id).hear(beat, now)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import TypeAlias
 
@@ -178,6 +178,10 @@ POLICIES: Table[FencingPolicy, Nothing] = Table(
     deleted=FENCING_POLICY_DELETED,
     noun="fencing policy of cluster",
 )
+
+
+async def liveness_of(pool: Pool, host_ids: Sequence[str]) -> dict[str, Row[HostLiveness, LivenessPrivate]]:
+    return {row.id: row for row in await LIVENESS.where(pool, "id = any($1::text[])", list(host_ids))}
 
 
 async def start_order(pool: Pool, cluster_id: str) -> int:

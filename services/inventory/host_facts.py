@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from msgspec.structs import replace
 
-from services.inventory import late_unplug, memory, model
+from services.inventory import late_unplug, memory, model, reported_store
 from services.inventory.desk import Inventory
 from services.inventory.endings import ended
 from services.inventory.stop_table import End, end_of
@@ -30,6 +32,8 @@ from volery.contracts.liveness import LIVENESS_CHANGED, HostLiveness
 from volery.contracts.operation import ENDED, OPERATION_CHANGED, Operation
 from volery.contracts.vm import DesiredState, GuestInfo, Vm, VmStatus
 from volery.runtime.clock import utc_now
+from volery.runtime.hear import Apart
+from volery.runtime.hear_owners import Said, newest
 from volery.runtime.service import Part
 from volery.runtime.tables import Change, Row
 
@@ -39,27 +43,85 @@ part = Part()
 ENDED_STATES = {DomainState.SHUTOFF, DomainState.CRASHED, DomainState.GONE}
 ALIVE_STATES = {DomainState.RUNNING, DomainState.PAUSED, DomainState.SHUTTING_DOWN, DomainState.PMSUSPENDED}
 
+MOST_CHANGES = 200
+"""In one statement: beyond, it takes PostgreSQL longer to plan it than to carry them out."""
 RESTORED = "restored"
 """The reason of a VM that was taken over as a host reported it: shown until it is stopped or started."""
 REASONS = {"ioerror": model.IO_ERROR}
 """libvirt's reason for a pause → what it is called here."""
 
 
-@part.hears_hosts(HOST_REPORTED)
-async def host_reported(inv: Inventory, fact: HostReported) -> Sequence[Change]:
-    """The whole truth about a host. What it doesn't name doesn't run there."""
-    row = await HOSTS.find(inv.core.pool, fact.host_id)
-    if row is None:
-        log.warning("host %s reports, but is not known: it was deleted", fact.host_id)
-        return ()
-    host = row.public
+Known: TypeAlias = Mapping[str, tuple[Row[Vm, VmPrivate] | None, PlacementRow]]
+"""VM → what is written of it, if it is one, and where it may run."""
+
+
+@dataclass(slots=True)
+class Heard:
+    """What follows from what hosts said."""
+
+    changes: list[Change] = field(default_factory=list)
+    running: list[tuple[PlacementRow, str]] = field(default_factory=list)
+    """VMs that run as they should, and the boot under which they do, where that was not known."""
+
+    def all_changes(self, inv: Inventory) -> list[Change]:
+        return [*self.changes, *reported_store.under_boots(inv.store, self.running)]
+
+
+@part.hears_hosts_together(HOST_REPORTED)
+async def hosts_reported(inv: Inventory, said: Sequence[HostReported]) -> Sequence[Change]:
+    """The whole truth about hosts. What one doesn't name doesn't run there. Raises Apart when two of them have to do with
+    one VM."""
+    hosts = await reported_store.hosts_with(inv.store, [fact.host_id for fact in said])
+    named = [domain.vm_id for fact in said for domain in fact.domains]
+    known = await reported_store.domains_of(inv.store, [fact.host_id for fact in said], named)
+    _refuse_shared(said, known)
+    heard, here = Heard(), _by_host(known)
+    for fact in said:
+        row = hosts.get(fact.host_id)
+        if row is None:
+            log.warning("host %s reports, but is not known: it was deleted", fact.host_id)
+            continue
+        heard.changes.append(_host_change(inv, row, fact))
+        await _reported(inv, row.public, fact, known, here.get(fact.host_id, ()), heard)
+    return heard.all_changes(inv)
+
+
+def _refuse_shared(said: Sequence[HostReported], known: Known) -> None:
+    """Of changes that one statement makes to a row only the first takes place."""
+    if len(said) == 1:
+        return
+    seen: dict[str, str] = {}
+    for fact in said:
+        for domain in fact.domains:
+            if seen.setdefault(domain.vm_id, fact.host_id) != fact.host_id:
+                raise Apart
+    for vm_id, (row, placement) in known.items():
+        there = {seen.get(vm_id, ""), placement.host_id, placement.destination_id}
+        there |= {row.public.host_id} if row is not None else set()
+        if len(there & {fact.host_id for fact in said}) > 1:
+            raise Apart
+
+
+def _by_host(known: Known) -> dict[str, list[str]]:
+    """Host → VMs that should be there, or are shown there."""
+    found: dict[str, list[str]] = {}
+    for vm_id, (row, placement) in known.items():
+        shown = row.public.host_id if row is not None else ""
+        for host_id in {placement.host_id, placement.destination_id, shown} - {""}:
+            found.setdefault(host_id, []).append(vm_id)
+    return found
+
+
+async def _reported(
+    inv: Inventory, host: Host, fact: HostReported, known: Known, here: Sequence[str], heard: Heard
+) -> None:
     new_boot = host.boot_id not in ("", fact.boot_id)
     named = {domain.vm_id: domain for domain in fact.domains}
     inv.seen.forget(fact.host_id)
     for domain in fact.domains:
         _see(inv, fact, domain)
-    changes: list[Change] = [_host_change(inv, row, fact)]
-    for vm_id in await _of_interest(inv, fact.host_id, named):
+    for vm_id in dict.fromkeys([*named, *here]):
+        row, placement = known[vm_id]
         gone = DomainReport(
             vm_id=vm_id,
             epoch=-1,
@@ -68,20 +130,18 @@ async def host_reported(inv: Inventory, fact: HostReported) -> Sequence[Change]:
             state=DomainState.GONE,
             reason="host_died" if new_boot else "",
         )
-        if vm_id not in named and not await _is_missing(inv, fact, vm_id):
+        if vm_id not in named and not await _is_missing(inv, fact, placement):
             continue
-        changes += await _domain(inv, fact, named.get(vm_id, gone), full=True)
-    changes[0] = changes[0].and_then(lambda: inv.reported(fact.host_id, fact.asked))
+        await _domain(inv, fact, named.get(vm_id, gone), row, placement, heard, full=True)
     inv.core.wake(f"host/{fact.host_id}")
     inv.deaf.discard(fact.host_id)
     inv.core.wake(f"memory/{fact.host_id}")
-    return changes
 
 
-async def _is_missing(inv: Inventory, fact: HostReported, vm_id: str) -> bool:
+async def _is_missing(inv: Inventory, fact: HostReported, placement: PlacementRow) -> bool:
     """Whether a VM that isn't named doesn't run there. One that has just come, and that nobody has seen there yet, may have
     come after this report was made: the host is asked, and a report that answers is believed."""
-    placement = await inv.store.placement(vm_id)
+    vm_id = placement.vm_id
     unseen = placement.host_id == fact.host_id and placement.state == "running" and not placement.boot_id
     if not unseen or fact.asked is None:
         return True
@@ -96,13 +156,6 @@ async def _is_missing(inv: Inventory, fact: HostReported, vm_id: str) -> bool:
     return False
 
 
-async def _of_interest(inv: Inventory, host_id: str, named: dict[str, DomainReport]) -> list[str]:
-    """VMs that the host names, that should be there, or that were shown there."""
-    placed = [p.vm_id for p in await inv.store.placements_on(host_id)]
-    shown = [v.id for v in await inv.store.vms_on(host_id)]
-    return list(dict.fromkeys([*named, *placed, *shown]))
-
-
 def _host_change(inv: Inventory, row: Row[Host, HostPrivate], fact: HostReported) -> Change:
     host = replace(
         row.public,
@@ -115,13 +168,22 @@ def _host_change(inv: Inventory, row: Row[Host, HostPrivate], fact: HostReported
     private = replace(row.private, reported=True)
     preparing = bool(host.busy_with)
     host = model.host_with_status(host, private.liveness, private.maintenance, preparing, inv.config)
-    return HOSTS.update(row, host, private)
+    if host == row.public and private == row.private:
+        told = Change("select 1 as nothing_new", (), guarded=False)
+    else:
+        told = HOSTS.update(row, host, private)
+    return told.and_then(lambda: inv.reported(fact.host_id, fact.asked))
 
 
 @part.hears_hosts(DOMAIN_CHANGED)
 async def domain_changed(inv: Inventory, fact: DomainChanged) -> Sequence[Change]:
     _see(inv, fact, fact.domain)
-    return await _domain(inv, fact, fact.domain, full=False)
+    known = await inv.store.domain_on(fact.host_id, fact.domain.vm_id)
+    if known is None:
+        return ()  # the host was deleted
+    heard = Heard()
+    await _domain(inv, fact, fact.domain, *known, heard, full=False)
+    return heard.all_changes(inv)
 
 
 def _see(inv: Inventory, fact: FromHost, domain: DomainReport) -> None:
@@ -129,26 +191,31 @@ def _see(inv: Inventory, fact: FromHost, domain: DomainReport) -> None:
     inv.boots[fact.host_id, domain.vm_id] = fact.boot_id
 
 
-async def _domain(inv: Inventory, fact: FromHost, report: DomainReport, *, full: bool) -> list[Change]:
+async def _domain(
+    inv: Inventory,
+    fact: FromHost,
+    report: DomainReport,
+    row: Row[Vm, VmPrivate] | None,
+    placement: PlacementRow,
+    heard: Heard,
+    *,
+    full: bool,
+) -> None:
     host_id, boot_id = fact.host_id, fact.boot_id
-    known = await inv.store.domain_on(host_id, report.vm_id)
-    if known is None:
-        return []  # the host was deleted
-    row, placement = known
     if row is None or row.public.external:
-        return await _external(inv, host_id, row, report)
+        heard.changes += await _external(inv, host_id, row, report)
+        return
     if report.state in ALIVE_STATES and report.epoch > placement.epoch and not inv.core.quarantine.reason:
         await inv.core.quarantine.contradicted(host_id, _why_older(row.public, host_id, report, placement))
     if inv.core.quarantine.reason and report.state in ALIVE_STATES and _is_newer(report, placement):
-        return _adopted(inv, row, placement, host_id, report, boot_id)
-    if placement.host_id == host_id and placement.state in ("running", "starting"):
-        return _at_home(inv, row, placement, report, boot_id, full=full)
-    if placement.state == "moving":
-        return []  # the migration's operation decides, from both hosts' words
-    if report.state in ALIVE_STATES or report.state is DomainState.INCOMING:
+        heard.changes += _adopted(inv, row, placement, host_id, report, boot_id)
+    elif placement.host_id == host_id and placement.state in ("running", "starting"):
+        _at_home(inv, row, placement, report, boot_id, heard, full=full)
+    elif placement.state == "moving":
+        return  # the migration's operation decides, from both hosts' words
+    elif report.state in ALIVE_STATES or report.state is DomainState.INCOMING:
         # Runs, or waits to run, where it may not: the host is told to forget it, under an epoch it must obey.
         inv.core.wake(f"stray/{host_id}/{report.vm_id}")
-    return []
 
 
 def _why_older(vm: Vm, host_id: str, report: DomainReport, placement: PlacementRow) -> str:
@@ -201,32 +268,41 @@ def _at_home(
     placement: PlacementRow,
     report: DomainReport,
     boot_id: str,
+    heard: Heard,
+    *,
+    full: bool,
+) -> None:
+    """A domain on the host where its VM belongs."""
+    if report.state in ENDED_STATES:
+        heard.changes += _ended_at_home(inv, row, placement, report, boot_id, full=full)
+    elif report.epoch != placement.epoch:
+        if placement.state == "running" and not row.public.busy_with:
+            inv.core.wake(f"behind/{row.id}")
+    else:
+        heard.changes += _alive(inv, row, placement, report)
+        if placement.state == "running" and placement.boot_id != boot_id:
+            heard.running.append((placement, boot_id))
+
+
+def _ended_at_home(
+    inv: Inventory,
+    row: Row[Vm, VmPrivate],
+    placement: PlacementRow,
+    report: DomainReport,
+    boot_id: str,
     *,
     full: bool,
 ) -> list[Change]:
-    """A domain on the host where its VM belongs."""
-    if report.state in ENDED_STATES:
-        if placement.state == "starting" and (full or report.epoch != placement.epoch):
-            return []  # the order that starts it is still under way
-        if report.epoch not in (-1, placement.epoch):
-            return []
-        end = end_of(report.reason, row.public.status_reason)
-        if full and placement.boot_id not in ("", boot_id):
-            end = End.HOST_DIED
-        if row.public.status is VmStatus.SAVING_STATE and end is not End.HOST_DIED:
-            return []  # its operation writes where the memory is
-        return ended(inv, row, placement, end, boot_id)
-    if report.epoch != placement.epoch:
-        if placement.state == "running" and not row.public.busy_with:
-            inv.core.wake(f"behind/{row.id}")
+    if placement.state == "starting" and (full or report.epoch != placement.epoch):
+        return []  # the order that starts it is still under way
+    if report.epoch not in (-1, placement.epoch):
         return []
-    changes = _alive(inv, row, placement, report)
-    if placement.state == "running" and placement.boot_id != boot_id:
-        here = inv.store.place(
-            placement, epoch=placement.epoch, host_id=placement.host_id, state="running", boot_id=boot_id
-        )
-        changes.append(here)
-    return changes
+    end = end_of(report.reason, row.public.status_reason)
+    if full and placement.boot_id not in ("", boot_id):
+        end = End.HOST_DIED
+    if row.public.status is VmStatus.SAVING_STATE and end is not End.HOST_DIED:
+        return []  # its operation writes where the memory is
+    return ended(inv, row, placement, end, boot_id)
 
 
 def _alive(
@@ -318,19 +394,35 @@ async def event_happened(inv: Inventory, fact: DomainEventHappened) -> Sequence[
     return [VMS.update(row, replace(row.public, status_reason=reason))]
 
 
-@part.hears(LIVENESS_CHANGED)
-async def liveness_changed(inv: Inventory, fact: HostLiveness) -> Sequence[Change]:
-    """ha's word on a host; its VMs are unknown while it is silent, and nothing starts them elsewhere."""
-    row = await HOSTS.find(inv.core.pool, fact.id)
+@part.hears_together(LIVENESS_CHANGED)
+async def liveness_changed(inv: Inventory, said: Sequence[Said]) -> Sequence[Change]:
+    """ha's word on hosts; a host's VMs are unknown while it is silent, and nothing starts them elsewhere. Raises Apart when
+    they have too many VMs for one statement."""
+    facts: list[HostLiveness] = newest(said)
+    ids = [fact.id for fact in facts]
+    hosts = await reported_store.hosts_with(inv.store, ids)
+    vms = await reported_store.vms_by_host(inv.store, ids)
+    changes: list[Change] = []
+    for fact in facts:
+        if (row := hosts.get(fact.id)) is not None:
+            changes += await _heard_of(inv, fact, row, vms.get(fact.id, ()))
+    if len(said) > 1 and len(changes) > MOST_CHANGES:
+        raise Apart
+    return changes
+
+
+async def _heard_of(
+    inv: Inventory, fact: HostLiveness, row: Row[Host, HostPrivate], vms: Sequence[Row[Vm, VmPrivate]]
+) -> list[Change]:
     word = "up" if fact.state == "unknown" else str(fact.state)
-    if row is None or row.private.liveness == word:
-        return ()
+    if row.private.liveness == word:
+        return []
     private = replace(row.private, liveness=word)
     host = model.host_with_status(
         row.public, word, private.maintenance, bool(row.public.busy_with), inv.config
     )
     changes = [HOSTS.update(row, host, private)]
-    for vm in await inv.store.vms_on(fact.id):
+    for vm in vms:
         changes += _vm_of_silent(vm, word)
     if word == "up":
         await inv.core.hosts.ask_report(fact.id)

@@ -182,7 +182,7 @@ def nowhere(vm_id: str) -> PlacementRow:
     return PlacementRow(vm_id, 0, "", "none", "")
 
 
-def _placement(vm_id: str, found: asyncpg.Record) -> PlacementRow:
+def placement_of(vm_id: str, found: asyncpg.Record) -> PlacementRow:
     """Of a VM joined with its placement, if it has one."""
     if found["epoch"] is None:
         return nowhere(vm_id)
@@ -218,7 +218,7 @@ class Store:
         )
         if found is None:
             raise not_there(VMS.noun, vm_id)
-        return VMS.row(found), _placement(vm_id, found)
+        return VMS.row(found), placement_of(vm_id, found)
 
     async def domain_on(
         self, host_id: str, vm_id: str
@@ -234,7 +234,7 @@ class Store:
         if found is None:
             return None
         row = VMS.row(found) if found["doc"] is not None else None
-        return row, _placement(vm_id, found)
+        return row, placement_of(vm_id, found)
 
     async def next_epoch(self, before: PlacementRow) -> int:
         """Above every epoch that a host can have seen, also by a database that was since restored."""

@@ -45,6 +45,8 @@ log = logging.getLogger(__name__)
 part = Part()
 PAUSE_EVERY = 100
 """Hosts that are compared in one go."""
+UNHEARD_SECONDS = 15.0
+"""How often a host is asked that has not said anything yet: it begins with a report, which may wait for its turn."""
 LOOK_SECONDS = 1.0
 """How often a waiting start looks, should it have missed the event."""
 ONE_BY_ONE = 16
@@ -230,10 +232,14 @@ async def show(svc: Fabric, network_id: str) -> None:
     await svc.edit(NETWORKS, network_id, shown)
 
 
-@part.hears_hosts(NETWORKS_REPORTED)
-async def reported(svc: Fabric, fact: NetworksReported) -> list[Change]:
-    """A host's own report. It may be older than its last order, so a difference is applied again, not believed."""
-    state = await svc.store.state(fact.host_id)
+@part.hears_hosts_together(NETWORKS_REPORTED)
+async def reported(svc: Fabric, said: Sequence[NetworksReported]) -> list[Change]:
+    """Hosts' own reports. One may be older than its host's last order, so a difference is applied again, not believed."""
+    states = await svc.store.states_of([fact.host_id for fact in said])
+    return [change for fact in said for change in _reported(svc, fact, states.get(fact.host_id))]
+
+
+def _reported(svc: Fabric, fact: NetworksReported, state: HostState | None) -> list[Change]:
     if state is None:
         svc.core.wake(f"host:{fact.host_id}")
         return []
@@ -258,8 +264,9 @@ async def ask_for_reports(svc: Fabric) -> None:
     """Every host says now and then how its networks are, spread over the time between."""
     now = monotonic()
     for host in await svc.store.hosts():
-        unheard = host.id not in svc.core.hosts.positions  # no order can be given before its first report
-        due = unheard or now - svc.asked.get(host.id, 0.0) >= svc.config.report_seconds
+        heard = host.id in svc.core.hosts.positions  # no order can be given before its first report
+        pause = svc.config.report_seconds if heard else min(UNHEARD_SECONDS, svc.config.report_seconds)
+        due = now - svc.asked.get(host.id, float("-inf")) >= pause
         if host.status in model.CAN_APPLY and due:
             svc.asked[host.id] = now
             await svc.core.hosts.ask_report(host.id)

@@ -54,10 +54,15 @@ async def cluster_deleted(svc: Fabric, cluster: Cluster) -> list[Change]:
     return [svc.store.forget("cluster", cluster.id)]
 
 
-@part.hears(HOST_CHANGED)
-async def host_changed(svc: Fabric, host: Host) -> list[Change]:
+@part.hears_together(HOST_CHANGED)
+async def hosts_changed(svc: Fabric, said: Sequence[Said]) -> list[Change]:
+    hosts: list[Host] = newest(said)
+    known = await svc.store.hosts_with([host.id for host in hosts])
+    return [change for host in hosts for change in _changed(svc, host, known.get(host.id))]
+
+
+def _changed(svc: Fabric, host: Host, known: HostRow | None) -> list[Change]:
     """Only what its networks depend on makes anything to do: for itself, and for those that tunnel to it."""
-    known = await svc.store.host(host.id)
     if known == _row(host):
         return []
     tunnels = known is None or (known.address, known.cluster_id, known.data_center_id) != (

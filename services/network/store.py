@@ -201,6 +201,10 @@ class Store:
         record = await self.pool.fetchrow(f"{_HOST} where id = $1", host_id)
         return None if record is None else _host(record)
 
+    async def hosts_with(self, host_ids: Sequence[str]) -> dict[str, HostRow]:
+        rows = await self.pool.fetch(f"{_HOST} where id = any($1::text[])", list(host_ids))
+        return {row["id"]: _host(row) for row in rows}
+
     async def knows_data_center(self, data_center_id: str) -> bool:
         return bool(await self.pool.fetchval("select 1 from data_center where id = $1", data_center_id))
 
@@ -254,6 +258,12 @@ class Store:
     async def state(self, host_id: str) -> HostState | None:
         doc = await self.pool.fetchval("select doc from host_state where host_id = $1", host_id)
         return None if doc is None else msgspec.json.decode(doc, type=HostState)
+
+    async def states_of(self, host_ids: Sequence[str]) -> dict[str, HostState]:
+        rows = await self.pool.fetch(
+            "select host_id, doc from host_state where host_id = any($1::text[])", list(host_ids)
+        )
+        return {row["host_id"]: msgspec.json.decode(row["doc"], type=HostState) for row in rows}
 
     async def states(self) -> dict[str, HostState]:
         rows = await self.pool.fetch("select host_id, doc from host_state")

@@ -31,12 +31,30 @@ part = Part()
 LIST_SECONDS = 2.0
 
 
-@part.hears(HOST_CHANGED)
-async def host_changed(scheduler: Scheduler, host: Host) -> list[Change]:
-    policy = await _policy(scheduler, host.cluster_id)
+@part.hears_together(HOST_CHANGED)
+async def hosts_said(scheduler: Scheduler, said: Sequence[Said]) -> list[Change]:
+    hosts: list[Host] = newest(said)
+    clusters = await store.clusters(
+        scheduler.core.pool, "id = any($1::text[])", sorted({host.cluster_id for host in hosts})
+    )
+    policies = {cluster.id: cluster for cluster in clusters}
+    return [_saw(scheduler, host, policies.get(host.cluster_id)) for host in hosts]
+
+
+def _saw(scheduler: Scheduler, host: Host, policy: ClusterPolicy | None) -> Change:
     capabilities = host.capabilities
-    allowed = limits(capabilities.memory_bytes, capabilities.cpus, policy, scheduler.config)
-    return [store.saw_host(host, allowed)]
+    allowed = limits(
+        capabilities.memory_bytes,
+        capabilities.cpus,
+        policy or ClusterPolicy(host.cluster_id),
+        scheduler.config,
+    )
+    return store.saw_host(host, allowed)
+
+
+async def host_listed(scheduler: Scheduler, host: Host) -> list[Change]:
+    found = await store.clusters(scheduler.core.pool, "id = $1", host.cluster_id)
+    return [_saw(scheduler, host, found[0] if found else None)]
 
 
 @part.hears(HOST_DELETED)
@@ -85,11 +103,6 @@ async def vm_listed(scheduler: Scheduler, vm: Vm) -> list[Change]:
     return [store.saw_vms([vm])]
 
 
-async def _policy(scheduler: Scheduler, cluster_id: str) -> ClusterPolicy:
-    found = await store.clusters(scheduler.core.pool, "id = $1", cluster_id)
-    return found[0] if found else ClusterPolicy(cluster_id)
-
-
 @dataclass(frozen=True, slots=True)
 class Listing:
     """How an owner's noun is listed again."""
@@ -104,7 +117,7 @@ class Listing:
 LISTINGS: tuple[Listing, ...] = (
     # Clusters before hosts: a host's limits are its cluster's over-commit.
     Listing(Owner.INVENTORY, LIST_CLUSTERS, "cluster", Cluster, cluster_changed),
-    Listing(Owner.INVENTORY, LIST_HOSTS, "host_capacity", Host, host_changed),
+    Listing(Owner.INVENTORY, LIST_HOSTS, "host_capacity", Host, host_listed),
     Listing(Owner.INVENTORY, LIST_VMS, "vm", Vm, vm_listed),
     Listing(Owner.NETWORK, LIST_NETWORKS, "network", Network, network_changed),
 )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 from msgspec.structs import replace
 
-from services.scheduler import model, store
+from services.scheduler import adoption_store, model, store
 from services.scheduler.model import SeenVm, Settling
 from services.scheduler.shortage import shortage
 from services.scheduler.state import Scheduler
@@ -25,6 +26,10 @@ CHECK_SECONDS = 60.0
 FORGET_SECONDS = 3600.0
 ADOPT_AFTER_SECONDS = 15.0
 """A VM may be ending while its last fact still says that it runs."""
+ADOPTED_ONCE = 2000
+"""VMs that are looked for at a time."""
+ADOPTED_TOGETHER = 50
+"""Claims that are committed in one statement: the hosts of them wait for each other for a few milliseconds."""
 
 
 @part.every(RECONCILE_SECONDS)
@@ -58,18 +63,34 @@ async def _apply(
 
 @part.every(RECONCILE_SECONDS)
 async def adopt_vms(scheduler: Scheduler) -> None:
-    """Claims for VMs that run without one, also beyond the host's limit: what is used is used."""
-    for vm in await store.unclaimed_vms(scheduler.core.pool, ADOPT_AFTER_SECONDS):
-        claim = _adopted(scheduler, vm)
-        try:
-            await scheduler.core.commit(
-                store.force_capacity(claim),
-                store.CLAIMS.insert(claim, store.ClaimPrivate()),
-            )
-        except Taken:
-            continue
+    """Claims for VMs that run without one, also beyond the host's limit: what is used is used. A database that was lost, or
+    a data center that is taken over, has hundreds of thousands of them."""
+    while vms := await adoption_store.unclaimed_vms(scheduler.core.pool, ADOPT_AFTER_SECONDS, ADOPTED_ONCE):
+        adopted = 0
+        for at in range(0, len(vms), ADOPTED_TOGETHER):
+            adopted += await _adopt(scheduler, vms[at : at + ADOPTED_TOGETHER])
+        if not adopted or len(vms) < ADOPTED_ONCE:
+            return
+
+
+async def _adopt(scheduler: Scheduler, vms: Sequence[SeenVm]) -> int:
+    """How many have a claim now that had none. Where one can't be had, the others are adopted one by one."""
+    claims = [_adopted(scheduler, vm) for vm in vms]
+    try:
+        await scheduler.core.commit(
+            adoption_store.force_capacities(claims),
+            *(store.CLAIMS.insert(claim, store.ClaimPrivate()) for claim in claims),
+        )
+    except (Taken, Stale):
+        return 0 if len(vms) == 1 else sum([await _adopt(scheduler, [vm]) for vm in vms])
+    for claim in claims:
         scheduler.took(claim)
-        log.info("VM %s runs on host %s without a claim; it has one now", vm.id, vm.host_id)
+    log.info("VMs run without a claim; they have one now: %s", ", ".join(_where(vm) for vm in vms))
+    return len(vms)
+
+
+def _where(vm: SeenVm) -> str:
+    return f"{vm.id} on host {vm.host_id}"
 
 
 def _adopted(scheduler: Scheduler, vm: SeenVm) -> Claim:

@@ -145,8 +145,10 @@ class Scheduler:
         self.fleet.used(await store.used(self.core.pool))
 
     async def read_hosts(self, host_ids: Collection[str]) -> None:
-        """These hosts as the tables have them, with what claims hold of them."""
-        found = await store.hosts(self.core.pool, "id = any($1) and not gone", list(host_ids))
+        """These hosts as the tables have them, with what claims hold of them. Thousands change when a data center comes up."""
+        if not host_ids:
+            return
+        found = await store.hosts(self.core.pool, "id = any($1::text[]) and not gone", list(host_ids))
         for host in found:
             self.fleet.put(host)
         for gone in set(host_ids) - {host.id for host in found}:
@@ -164,9 +166,7 @@ class Scheduler:
 
     async def _read_row(self, table: str, row_id: str) -> None:
         pool = self.core.pool
-        if table == "host_capacity":
-            await self.read_hosts([row_id])
-        elif table == "cluster":
+        if table == "cluster":
             await self.read_rules(row_id)
         elif table == "scheduling_policy":
             recipes = await policy_store.recipes(pool, "id = $1", row_id)
@@ -208,9 +208,14 @@ class Scheduler:
                 told.add(changes.get_nowait())
             if "" in told:
                 return
+            tables: dict[str, list[str]] = {}
             for change in told:
                 table, row_id = change.split(" ", 1)
-                await self._read_row(table, row_id)
+                tables.setdefault(table, []).append(row_id)
+            await self.read_hosts(tables.pop("host_capacity", []))
+            for table, row_ids in tables.items():
+                for row_id in row_ids:
+                    await self._read_row(table, row_id)
             self.changed.set()
 
     async def hear_sample(self, message: Msg) -> None:

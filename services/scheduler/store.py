@@ -157,20 +157,6 @@ async def suspicious_claims(
     return [(CLAIMS.row(r), None if r["id"] is None else _seen(r), r["replaced"]) for r in records]
 
 
-async def unclaimed_vms(pool: Pool, settled_seconds: float) -> list[SeenVm]:
-    """VMs that certainly run on a host where no claim holds their capacity: external ones, and after a loss."""
-    records = await pool.fetch(
-        """select v.* from vm v join host_capacity h on h.id = v.host_id
-           where not v.deleted and v.status in ('up', 'paused', 'powering_up', 'reboot_in_progress')
-             and v.heard_at < now() - make_interval(secs => $1)
-             and not exists (select 1 from claim c where c.vm_id = v.id and c.host_id = v.host_id)
-             and not exists (select 1 from claim c where c.vm_id = v.id and c.epoch >= v.epoch)
-           order by v.id""",
-        settled_seconds,
-    )
-    return [_seen(r) for r in records]
-
-
 def _seen(record: asyncpg.Record) -> SeenVm:
     names = ("id", "epoch", "status", "host_id", "memory_bytes", "vcpus", "name", "deleted", "heard_at")
     return SeenVm(**{name: record[name] for name in names})

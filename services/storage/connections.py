@@ -11,7 +11,16 @@ from msgspec.structs import replace
 
 from services.storage import disk_model, domain_model, lease_model, lockspaces, lun_model, luns
 from services.storage.storage import Storage
-from services.storage.store import DISKS, DOMAINS, DiskPrivate, DomainPrivate, HostLuns, Leftover, Member
+from services.storage.store import (
+    DISKS,
+    DOMAINS,
+    DiskPrivate,
+    DomainPrivate,
+    HostLuns,
+    HostRow,
+    Leftover,
+    Member,
+)
 from volery.contracts.agent import STORAGE_REPORTED, StorageDomainReport, StorageReported
 from volery.contracts.errors import Refused
 from volery.contracts.storage import Disk, DiskStatus, DomainStatus, StorageDomain
@@ -28,6 +37,8 @@ from volery.runtime.tables import Change, Row, Stale
 
 log = logging.getLogger(__name__)
 
+UNHEARD_SECONDS = 15.0
+"""How often a host is asked that has not said anything yet: it begins with a report, which may wait for its turn."""
 AT_ONCE = 32
 """Hosts that one domain is connected on at the same time."""
 
@@ -198,17 +209,32 @@ async def _lose(
             continue
 
 
-@part.hears_hosts(STORAGE_REPORTED)
-async def reported(svc: Storage, fact: StorageReported) -> list[Change]:
-    """A host's own report. It may be older than the last order, so what it doesn't show is looked at again."""
-    mine = HostLuns(fact.host_id, fact.open_luns, fact.lun_claims)
+@part.hears_hosts_together(STORAGE_REPORTED)
+async def reported(svc: Storage, said: Sequence[StorageReported]) -> list[Change]:
+    """Hosts' own reports. One may be older than the last order, so what it doesn't show is looked at again."""
+    mine = {fact.host_id: HostLuns(fact.host_id, fact.open_luns, fact.lun_claims) for fact in said}
     changes = await _opened(svc, mine)
-    host = await svc.store.host(fact.host_id)
-    if host is None:
-        return changes
+    hosts = await svc.store.hosts_with(list(mine))
+    domains = await svc.store.domains_by_host(hosts.values())
+    for fact in said:
+        if fact.host_id in domains:
+            host = hosts[fact.host_id]
+            changes += await _reported(svc, fact, host, mine[host.id], domains[host.id])
+    return changes
+
+
+async def _reported(
+    svc: Storage,
+    fact: StorageReported,
+    host: HostRow,
+    mine: HostLuns,
+    domains: Sequence[Row[StorageDomain, DomainPrivate]],
+) -> list[Change]:
+    """Of a host with these domains."""
+    changes: list[Change] = []
     said = {report.domain_id: report for report in fact.domains}
     members = await svc.leases.memberships(host.id)
-    for row in await svc.store.domains_of(host):
+    for row in domains:
         report = said.get(row.id)
         if report is not None:
             changes += lockspaces.reported(svc, fact, report, members.get(row.id))
@@ -228,13 +254,17 @@ async def reported(svc: Storage, fact: StorageReported) -> list[Change]:
     return changes
 
 
-async def _opened(svc: Storage, mine: HostLuns) -> list[Change]:
-    """What a host has open counts whether inventory knows the host or not: a restored database may have forgotten it."""
-    before = await svc.store.luns_of(mine.host_id) or HostLuns(mine.host_id, ())
-    keep = svc.store.keep_luns(mine)
-    if (before.luns, before.claims) == (mine.luns, mine.claims):
+async def _opened(svc: Storage, mine: Mapping[str, HostLuns]) -> list[Change]:
+    """What hosts have open counts whether inventory knows them or not: a restored database may have forgotten one."""
+    before = await svc.store.luns_of(list(mine))
+    keep = svc.store.keep_luns(list(mine.values()))
+    touched: set[str] = set()
+    for host_id, now in mine.items():
+        former = before.get(host_id) or HostLuns(host_id, ())
+        if (former.luns, former.claims) != (now.luns, now.claims):
+            touched |= {one.iqn for host in (former, now) for s in (host.luns, host.claims) for one in s}
+    if not touched:
         return [keep]
-    touched = {one.iqn for host in (before, mine) for said in (host.luns, host.claims) for one in said}
     return [
         svc.then_wake(keep, *(f"domain:{domain_id}" for domain_id in await svc.store.domains_on(touched)))
     ]
@@ -247,7 +277,8 @@ async def ask_for_reports(svc: Storage) -> None:
     hosts = {h.id for h in await svc.store.hosts() if h.status in domain_model.STAYS_CONNECTED}
     now = monotonic()
     for host_id in sorted(hosts | set(svc.core.beats.newest)):
-        unheard = host_id not in svc.core.hosts.positions  # no order can be given before its first report
-        if unheard or now - svc.asked.get(host_id, 0.0) >= svc.config.report_seconds:
+        heard = host_id in svc.core.hosts.positions  # no order can be given before its first report
+        pause = svc.config.report_seconds if heard else min(UNHEARD_SECONDS, svc.config.report_seconds)
+        if now - svc.asked.get(host_id, float("-inf")) >= pause:
             svc.asked[host_id] = now
             await svc.core.hosts.ask_report(host_id)

@@ -186,7 +186,7 @@ async def closed(svc: Storage, disk: Disk) -> list[Change]:
     if disk.lun < 0:
         return []
     return [
-        svc.store.keep_luns(replaced(host, luns=tuple(one for one in host.luns if one.disk_id != disk.id)))
+        svc.store.keep_luns([replaced(host, luns=tuple(one for one in host.luns if one.disk_id != disk.id))])
         for host in await svc.store.host_luns(disk.id)
         if any(one.disk_id == disk.id for one in host.luns)
     ]

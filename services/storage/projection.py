@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from services.storage import disk_model
 from services.storage.storage import Storage
-from services.storage.store import DISKS, DiskPrivate, VmRow
+from services.storage.store import DISKS, DiskPrivate, HostRow, VmRow
 from volery.contracts.base import Call
 from volery.contracts.cluster import (
     DATA_CENTER_CHANGED,
@@ -41,10 +41,15 @@ async def data_center_deleted(svc: Storage, center: DataCenter) -> list[Change]:
     return [svc.store.forget("data_center", center.id)]
 
 
-@part.hears(HOST_CHANGED)
-async def host_changed(svc: Storage, host: Host) -> list[Change]:
+@part.hears_together(HOST_CHANGED)
+async def hosts_changed(svc: Storage, said: Sequence[Said]) -> list[Change]:
+    hosts: list[Host] = newest(said)
+    known = await svc.store.hosts_with([host.id for host in hosts])
+    return [change for host in hosts for change in _changed(svc, host, known.get(host.id))]
+
+
+def _changed(svc: Storage, host: Host, known: HostRow | None) -> list[Change]:
     """Only a new status, data center, boot or ability to hold leases makes anything to do."""
-    known = await svc.store.host(host.id)
     if (
         known is not None
         and (known.status, known.data_center_id) == (host.status, host.data_center_id)

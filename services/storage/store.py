@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -26,7 +26,7 @@ from volery.contracts.storage import (
     Transfer,
 )
 from volery.contracts.vm import Vm
-from volery.runtime.tables import Change, Row, Table
+from volery.runtime.tables import Change, Row, Table, text_columns
 
 
 class DomainPrivate(Message):
@@ -285,6 +285,10 @@ class Store:
         row = await self.pool.fetchrow(f"select {_HOST} from host where id = $1", host_id)
         return None if row is None else _host(row)
 
+    async def hosts_with(self, host_ids: Sequence[str]) -> dict[str, HostRow]:
+        rows = await self.pool.fetch(f"select {_HOST} from host where id = any($1::text[])", list(host_ids))
+        return {row["id"]: _host(row) for row in rows}
+
     async def vms(self, vm_ids: Iterable[str]) -> dict[str, VmRow]:
         rows = await self.pool.fetch(
             "select id, name, host_id, status, epoch from vm where id = any($1::text[])", list(vm_ids)
@@ -311,6 +315,25 @@ class Store:
             host.data_center_id,
             host.id,
         )
+
+    async def domains_by_host(
+        self, hosts: Collection[HostRow]
+    ) -> dict[str, list[Row[StorageDomain, DomainPrivate]]]:
+        """The same of many hosts; one that has none isn't named."""
+        pairs = await self.pool.fetch(
+            """select h.id as host_id, d.id as domain_id
+               from unnest($1::text[], $2::text[]) as h(id, data_center_id)
+               join storage_domain d on (d.data_center_id <> '' and d.data_center_id = h.data_center_id)
+                    or d.host_id = h.id or position(h.id in d.doc) > 0 order by h.id, d.id""",
+            [host.id for host in hosts],
+            [host.data_center_id for host in hosts],
+        )
+        domains = await self.domains_with({pair["domain_id"] for pair in pairs}) if pairs else {}
+        found: dict[str, list[Row[StorageDomain, DomainPrivate]]] = {}
+        for pair in pairs:
+            if (row := domains.get(pair["domain_id"])) is not None:
+                found.setdefault(pair["host_id"], []).append(row)
+        return found
 
     async def domains_with(self, ids: Iterable[str]) -> dict[str, Row[StorageDomain, DomainPrivate]]:
         rows = await DOMAINS.where(self.pool, "id = any($1::text[])", list(ids))
@@ -344,14 +367,16 @@ class Store:
 
     # Open LUNs
 
-    def keep_luns(self, host: HostLuns) -> Change:
+    def keep_luns(self, hosts: Sequence[HostLuns]) -> Change:
         return Change(
-            """insert into host_lun (host_id, luns, claims) values ({0}, {1}, {2})
+            """insert into host_lun (host_id, luns, claims)
+               select n.host_id, n.luns, n.claims
+               from unnest({0}::text[], {1}::text[], {2}::text[]) as n(host_id, luns, claims)
                on conflict (host_id) do update
                set luns = excluded.luns, claims = excluded.claims, seen_at = now()
                where host_lun.luns <> excluded.luns or host_lun.claims <> excluded.claims
                or host_lun.seen_at < now() - interval '1 minute'""",
-            (host.host_id, encode(host.luns).decode(), encode(host.claims).decode()),
+            text_columns((h.host_id, encode(h.luns).decode(), encode(h.claims).decode()) for h in hosts),
             guarded=False,
         )
 
@@ -375,16 +400,19 @@ class Store:
             for row in rows
         ]
 
-    async def luns_of(self, host_id: str) -> HostLuns | None:
-        """What this host said last."""
-        row = await self.pool.fetchrow("select luns, claims from host_lun where host_id = $1", host_id)
-        if row is None:
-            return None
-        return HostLuns(
-            host_id,
-            msgspec.json.decode(row["luns"], type=tuple[OpenLun, ...]),
-            msgspec.json.decode(row["claims"], type=tuple[LunClaim, ...]),
+    async def luns_of(self, host_ids: Sequence[str]) -> dict[str, HostLuns]:
+        """What these hosts said last, if they said something."""
+        rows = await self.pool.fetch(
+            "select host_id, luns, claims from host_lun where host_id = any($1::text[])", list(host_ids)
         )
+        return {
+            row["host_id"]: HostLuns(
+                row["host_id"],
+                msgspec.json.decode(row["luns"], type=tuple[OpenLun, ...]),
+                msgspec.json.decode(row["claims"], type=tuple[LunClaim, ...]),
+            )
+            for row in rows
+        }
 
     async def claims_of(self, iqn: str) -> dict[int, int]:
         rows = await self.pool.fetch("select lun, claim from lun_claim where iqn = $1", iqn)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.dwh.model import SAMPLED, Measure, partition_end, partition_of
-from services.dwh.sampler import Sampler
+from services.dwh.sampler import ROWS, Sampler
 from tests.dwh.world import HOST, NOON, sample
 from volery.contracts.history import Interval
 from volery.contracts.metrics import DiskSample, HostSample, NicSample, VmSample
@@ -18,7 +18,7 @@ STEP = timedelta(seconds=15)
 
 
 def value(sampler: Sampler, noun: str, metric: str) -> float | None:
-    (row,) = sampler.rows(NOON)[noun]
+    (row,) = dict(sampler.rows(NOON))[noun]
     return row.values[SAMPLED[noun].names.index(metric)]
 
 
@@ -34,8 +34,8 @@ def test_a_minute_is_the_mean_of_its_samples_and_the_growth_of_its_counters() ->
     assert value(sampler, "nic", "received_bytes_per_second") == 10.0
     assert value(sampler, "disk", "read_bytes_per_second") == 2.0
     assert value(sampler, "disk", "allocated_bytes") == 1000
-    assert sampler.rows(NOON)["nic"][0].belongs_to == "vm"
-    assert sampler.rows(NOON)["vm"][0].belongs_to == HOST
+    assert dict(sampler.rows(NOON))["nic"][0].belongs_to == "vm"
+    assert dict(sampler.rows(NOON))["vm"][0].belongs_to == HOST
 
 
 @pytest.mark.parametrize(
@@ -90,6 +90,22 @@ def test_memory_is_bounded() -> None:
     sampler.hear(other, gone)
     list(sampler.keep_newest(3, gone))
     assert {key[1] for key in sampler.last} == {"o", "d", "n"}
+
+
+def test_a_minute_of_many_is_given_in_parts_while_others_have_their_turn() -> None:
+    """Also what is heard of that minute meanwhile, by a clock that went back, does no harm."""
+    sampler = Sampler()
+    ids = {f"vm{number}" for number in range(2 * ROWS + 1)}
+    sampler.hear(
+        HostSample(host_id="h", boot_id="b", at=NOON, vms=tuple(VmSample(vm_id=i) for i in ids)), NOON
+    )
+    parts = []
+    for noun, rows in sampler.rows(NOON):
+        parts.append((noun, [row.id for row in rows]))
+        sampler.hear(HostSample(host_id=f"late{len(parts)}", boot_id="b", at=NOON), NOON)
+    assert max(len(part) for _, part in parts) <= ROWS
+    assert {i for noun, part in parts for i in part if noun == "vm"} == ids
+    assert sum(len(part) for noun, part in parts if noun == "vm") == len(ids)
 
 
 def test_partitions_have_names_that_say_their_end() -> None:

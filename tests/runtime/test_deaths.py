@@ -261,3 +261,22 @@ async def _end_what_a_former_boot_had(agent: ScriptedAgent) -> None:
     for entry in list(agent.journal.values()):
         if entry.outcome is None:
             await agent.fail_after_reboot(entry)
+
+
+async def test_ha_is_asked_again_only_where_a_death_may_follow(configured: Settings) -> None:
+    """Ten thousand hosts that come up are no reason to ask about each."""
+    async with owner_of(configured) as owner:
+        hosts = [new_id() for _ in range(5)]
+        for host_id in hosts:
+            for state in (LivenessState.UP, LivenessState.CONNECTING, LivenessState.UP):
+                await owner.deaths.heard(owner.ha.holds(host_id, "boot", state))
+        died = owner.ha.holds(hosts[0], "boot", LivenessState.DEAD, "boot")
+        await owner.deaths.heard(died)
+        async with asyncio.timeout(SECONDS):
+            while not owner.deaths.has_ended(hosts[0], "boot"):
+                await asyncio.sleep(0.01)
+        await owner.deaths.heard(owner.ha.holds(hosts[0], "boot", LivenessState.UP))
+        async with asyncio.timeout(SECONDS):
+            while owner.deaths.has_ended(hosts[0], "boot"):
+                await asyncio.sleep(0.01)
+        assert set(owner.ha.asked) == {hosts[0]}

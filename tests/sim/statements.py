@@ -24,7 +24,11 @@ MEANS: dict[tuple[str, str], tuple[str, ...]] = {
     ("services.network.store", "key"): ("id",),
     ("services.storage.store", "table"): ("data_center", "host", "vm"),
     ("services.scheduler.store", "table"): ("host_capacity", "cluster", "network", "vm"),
-    ("services.scheduler.store", "condition"): ("true", "id = $1"),
+    ("services.scheduler.store", "condition"): (
+        "true",
+        "id = $1",
+        "id = any($1::text[])",
+    ),
     ("services.scheduler.policy_store", "condition"): (
         "true",
         "id = $1",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from tests.support.speaker import Speaker
@@ -24,12 +24,15 @@ from volery.runtime.bus import Caller
 @dataclass
 class Bell(Speaker):
     owner: Owner = Owner.HA
+    asked: list[str] = field(default_factory=list)
+    """Hosts that it was asked about, one by one."""
 
     def __post_init__(self) -> None:
         self.lists = [(LIST_LIVENESS, HostLiveness)]
         self.answers = [(GET_LIVENESS, self._one)]
 
     async def _one(self, _: Speaker, ask: GetById, caller: Caller) -> Entity:
+        self.asked.append(ask.id)
         if ask.id not in self.objects:
             raise Refused(Kind.NOT_FOUND, "there is no such host")
         return self.objects[ask.id]

@@ -27,12 +27,14 @@ from volery.contracts.errors import Kind, Problem, Refused
 from volery.contracts.liveness import GET_LIVENESS, LIST_LIVENESS, HostLiveness, LivenessState, Proof
 from volery.contracts.operation import ListQuery
 from volery.runtime.bus import Bus
+from volery.runtime.hear_owners import Said
 from volery.runtime.tables import Change, Stale, commit
 
 log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 15.0
-"""How often every host is asked about, for facts that were missed."""
+"""How often every host is asked about, for facts that were missed; more seldom where there are thousands:"""
+LOOK_SECONDS_A_HOST = 0.01
 AGAIN_SECONDS = 0.5
 PAGE = 200
 
@@ -82,10 +84,22 @@ class Deaths:
         return self.has_ended(host_id, boot_id)
 
     async def heard(self, fact: HostLiveness) -> Sequence[Change]:
-        """ha says something new of a host: it is asked again before anything follows from it."""
-        self.waiting[fact.id] = None
-        self.event.set()
+        """ha says something new of a host: it is asked again before anything follows from it. From most of what it says
+        nothing does."""
+        if self._matters(fact):
+            self.waiting[fact.id] = None
+            self.event.set()
         return ()
+
+    async def heard_together(self, said: Sequence[Said]) -> Sequence[Change]:
+        for each in said:
+            await self.heard(each.payload)
+        return ()
+
+    def _matters(self, said: HostLiveness) -> bool:
+        """Whether it tells of a death, or of a life that was believed to have ended."""
+        known = said.id in self.falling or said.id in self.down or self.has_ended(said.id, said.boot_id)
+        return known or said.proof is not None or bool(said.former) or said.state is LivenessState.DEAD
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -108,8 +122,9 @@ class Deaths:
 
     async def _wait(self) -> None:
         """Until something was heard; a host that could not be asked about is asked about soon."""
+        look_seconds = max(LOOK_SECONDS, LOOK_SECONDS_A_HOST * len(self.names))
         try:
-            async with asyncio.timeout(AGAIN_SECONDS if self.waiting else LOOK_SECONDS):
+            async with asyncio.timeout(AGAIN_SECONDS if self.waiting else look_seconds):
                 await self.event.wait()
         except TimeoutError:
             return

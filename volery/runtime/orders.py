@@ -103,15 +103,16 @@ class Beats:
     """Host → its boots that this process has heard beat."""
     since: float = field(default_factory=monotonic)
     """When this process began to listen."""
-    listening: bool = False
+    client: Client | None = None
+    """The connection on which they are heard, once they are."""
     decoder: msgspec.json.Decoder[Beat] = field(default_factory=lambda: msgspec.json.Decoder(Beat))
     listeners: list[Callable[[Beat, float], None]] = field(default_factory=list)
 
     async def listen(self, client: Client) -> None:
         """Unless another program of this process does, which shares this."""
-        if self.listening:
+        if self.client is not None:
             return
-        self.listening, self.since = True, monotonic()
+        self.client, self.since = client, monotonic()
         await hear_often(client, BEAT_SUBJECT.format(host_id="*"), self.hear)
 
     def hear(self, subject: bytes, data: bytes) -> None:
@@ -121,8 +122,10 @@ class Beats:
             return
         if subject == BEAT_OF + beat.host_id.encode():
             now = monotonic()
+            before = self.newest.get(beat.host_id)
             self.newest[beat.host_id] = (beat, now)
-            self.boots.setdefault(beat.host_id, set()).add(beat.boot_id)
+            if before is None or before[0].boot_id != beat.boot_id:
+                self.boots.setdefault(beat.host_id, set()).add(beat.boot_id)
             for listener in self.listeners:
                 listener(beat, now)
 

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import asyncpg
 
 from volery.contracts.agent import OrderFinished, OrderProgressed
-from volery.contracts.base import Call, Done, Fact, Owner
+from volery.contracts.base import Call, Done, Fact, Owner, wildcard
 from volery.contracts.health import EXCUSE_HOST, GET_HEALTH, AskHealth, ExcuseHost, Health
 from volery.contracts.liveness import LIVENESS_CHANGED
 from volery.contracts.operation import (
@@ -45,7 +45,7 @@ from volery.runtime.programs import Settings
 from volery.runtime.relay import Log, Relay, rebuild_stream, stream_name
 from volery.runtime.signing import Signer, parse_creds
 from volery.runtime.tables import Change, Stale
-from volery.runtime.tasks import after, end, together
+from volery.runtime.tasks import after, end, every, together
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +65,7 @@ class Part:
     hears_: list[tuple[Fact[Any], Any]] = field(default_factory=list)
     hears_together_: list[tuple[Fact[Any], Any]] = field(default_factory=list)
     hears_hosts_: list[tuple[Fact[Any], Any]] = field(default_factory=list)
+    hears_hosts_together_: list[tuple[Fact[Any], Any]] = field(default_factory=list)
     procedures_: list[Procedure] = field(default_factory=list)
     every_: list[tuple[float, Any]] = field(default_factory=list)
 
@@ -94,6 +95,11 @@ class Part:
     def hears_hosts(self, fact: Fact[Any]) -> Callable[[F], F]:
         """A fact from the hosts, likewise."""
         return self._row(self.hears_hosts_, fact)
+
+    def hears_hosts_together(self, fact: Fact[Any]) -> Callable[[F], F]:
+        """The same for those of several hosts that wait, in one commit: `async def handler(service, facts)` gets one of each
+        host. It is called again with each alone when two of them change one object."""
+        return self._row(self.hears_hosts_together_, fact)
 
     def runs(self, kind: str, *, deadline_seconds: float = 600.0) -> Callable[[F], F]:
         """A kind of operation: `async def procedure(service, run)`."""
@@ -198,7 +204,7 @@ class Service:
     async def _core(
         self, settings: Settings, stack: AsyncExitStack, bus: Bus, pool: asyncpg.Pool[asyncpg.Record]
     ) -> Core:
-        beats = Beats() if self.report is None else settings.beats or Beats()
+        beats = settings.beats or Beats()
         hosts = HostHearing(bus, pool, self.name, {}, self.report or _NO_REPORT)
         client = bus.client
         sign: Callable[[str, bytes], str] = lambda subject, payload: ""  # noqa: E731
@@ -345,7 +351,7 @@ class Service:
             ]
         if self.reconcile is not None:
             works += [self._reconcile(core, made), self._reconcile_all(core, made)]
-        works += [_every(seconds, work, made) for seconds, work in self.rows("every_")]
+        works += [every(seconds, work, made) for seconds, work in self.rows("every_")]
         return [relay.run(), *(after(relay.aligned, work) for work in works)]
 
     async def _bury(self, core: Core, made: Any) -> None:
@@ -384,7 +390,7 @@ class Service:
         one_by_one = by_owner(self.rows("hears_"), made)
         runs = by_owner(self.rows("hears_together_"), made)
         if self.report is not None:
-            one_by_one.setdefault(Owner.HA, []).append((LIVENESS_CHANGED, core.orders.deaths.heard))
+            runs.setdefault(Owner.HA, []).append((LIVENESS_CHANGED, core.orders.deaths.heard_together))
         works: list[Coroutine[Any, Any, Any]] = []
         for owner in {**one_by_one, **runs}:
             alone, several = (table_of(found.get(owner, [])) for found in (one_by_one, runs))
@@ -405,6 +411,10 @@ class Service:
         if self.order_progressed is not None:
             facts.append((self.order_progressed, core.orders.on_progressed))
         core.hosts.handlers = table_of(facts)
+        core.hosts.together = {
+            wildcard(fact.subject): (fact, bound(made, handler))
+            for fact, handler in self.rows("hears_hosts_together_")
+        }
         core.hosts.committed = core.relay_wake.set
         core.hosts.reported = core.quarantine.reported
         core.hosts.contradicted = core.quarantine.contradicted
@@ -462,17 +472,6 @@ def _signer(credentials_dir: str, name: str) -> Callable[[str, bytes], str]:
 
     _, key = parse_creds(Path(credentials_dir, f"{name}.creds").read_text())
     return Signer(key.seed).sign
-
-
-async def _every(seconds: float, work: Callable[[Any], Awaitable[None]], made: Any) -> None:
-    while True:
-        await asyncio.sleep(seconds)
-        try:
-            await work(made)
-        except Stale:
-            continue
-        except Exception:  # the runtime's own loop
-            log.exception("%s failed", getattr(work, "__name__", "periodic work"))
 
 
 def _set(event: asyncio.Event) -> Callable[[], Awaitable[None]]:

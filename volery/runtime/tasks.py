@@ -7,8 +7,13 @@ a TaskGroup then waits for ever. Here a task is cancelled again until it has end
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterable
+import logging
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any
+
+from volery.runtime.tables import Stale
+
+log = logging.getLogger(__name__)
 
 AGAIN_SECONDS = 0.5
 
@@ -48,3 +53,15 @@ async def after(event: asyncio.Event, work: Coroutine[Any, Any, Any]) -> None:
         work.close()
         raise
     await work
+
+
+async def every(seconds: float, work: Callable[[Any], Awaitable[None]], made: Any) -> None:
+    """Until cancelled; what went wrong once is tried again with the next time."""
+    while True:
+        await asyncio.sleep(seconds)
+        try:
+            await work(made)
+        except Stale:
+            continue
+        except Exception:  # the runtime's own loop
+            log.exception("%s failed", getattr(work, "__name__", "periodic work"))

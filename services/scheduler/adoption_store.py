@@ -1,0 +1,49 @@
+"""VMs that run without a claim, and the capacity that they take: statements about many of them at once."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+from services.scheduler.model import SeenVm
+from services.scheduler.store import Pool
+from volery.contracts.scheduling import Claim
+from volery.runtime.tables import Change, text_columns
+
+
+async def unclaimed_vms(pool: Pool, settled_seconds: float, most: int) -> list[SeenVm]:
+    """VMs that certainly run on a host where no claim holds their capacity: external ones, and after a loss. Those of one
+    host are neighbours."""
+    records = await pool.fetch(
+        """select v.id, v.epoch, v.status, v.host_id, v.memory_bytes, v.vcpus, v.name, v.deleted, v.heard_at
+           from vm v join host_capacity h on h.id = v.host_id
+           where not v.deleted and v.status in ('up', 'paused', 'powering_up', 'reboot_in_progress')
+             and v.heard_at < now() - make_interval(secs => $1)
+             and not exists (select 1 from claim c where c.vm_id = v.id and c.host_id = v.host_id)
+             and not exists (select 1 from claim c where c.vm_id = v.id and c.epoch >= v.epoch)
+           order by v.host_id, v.id limit $2""",
+        settled_seconds,
+        most,
+    )
+    return [SeenVm(**dict(record)) for record in records]
+
+
+def force_capacities(claims: Sequence[Claim]) -> Change:
+    """For VMs that run on their hosts already: what is true must be recordable."""
+    sums: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0, 0])
+    for claim in claims:
+        of_host = sums[claim.host_id]
+        of_host[0] += claim.memory_bytes
+        of_host[1] += claim.vcpus
+        of_host[2] += 1
+        of_host[3] += int(claim.high_availability)
+    return Change(
+        """update host_capacity h
+           set memory_used_bytes = h.memory_used_bytes + n.memory::bigint, vcpus_used = h.vcpus_used + n.vcpus::integer,
+               guests = h.guests + n.guests::integer, ha_guests = h.ha_guests + n.ha_guests::integer
+           from unnest({0}::text[], {1}::text[], {2}::text[], {3}::text[], {4}::text[])
+                as n(id, memory, vcpus, guests, ha_guests)
+           where h.id = n.id""",
+        text_columns((host_id, *taken) for host_id, taken in sorted(sums.items())),
+        guarded=False,
+    )
