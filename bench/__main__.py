@@ -20,6 +20,8 @@ from bench import (
     leader,
     machines,
     memory,
+    nova,
+    openstack,
     placements,
     plans,
     reads,
@@ -47,6 +49,8 @@ ROWS: dict[str, Row] = {
     "decisions": decisions.decisions,
     "plans": plans.plans,
     "placements": placements.placements,
+    "placement": openstack.placement,
+    "nova": nova.decided,
     "idle": memory.idle,
     "fleet": memory.under_load,
 }

@@ -1,0 +1,34 @@
+"""The benches beside peers keep running: small fleets, few pairs. What they measure here decides nothing.
+
+Peers are installed when their row is measured (`python -m bench placement`); where one isn't, its test is skipped.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from bench.nova import beside_nova
+from bench.openstack import beside_placement
+from bench.peers.environments import is_installed
+
+
+def peer(name: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(
+        not is_installed(name), reason=f"the peer isn't installed: python -m bench {name}"
+    )
+
+
+@peer("placement")
+async def test_placements_beside_openstack_placement() -> None:
+    [line] = await beside_placement(40, pairs=1, requests=4)
+    assert line.theirs is not None
+    assert min(line.ours, line.theirs) > 0
+    assert "ours 0, theirs 0" in line.note, "a host was promised more than it has"
+
+
+@peer("nova")
+def test_decisions_beside_novas() -> None:
+    [line] = beside_nova(120, rounds=6)
+    assert line.theirs is not None
+    assert min(line.ours, line.theirs) > 0
+    assert "Of 7 choices 0 were worth less to Nova than its own" in line.note
