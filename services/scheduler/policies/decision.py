@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -52,7 +52,11 @@ class Decision:
         if len(rows) < count:
             return self.order[:count]
         total = self.total[rows]
-        least = np.partition(total, len(rows) - count)[len(rows) - count]
+        least = (
+            total.max(initial=-np.inf)
+            if count == 1
+            else np.partition(total, len(rows) - count)[len(rows) - count]
+        )
         near = rows[total >= least]
         ordered: Ints = near[np.lexsort((self.ranks[near], -self.total[near]))]
         return ordered[:count]
@@ -73,11 +77,23 @@ class Decision:
 
 def decide(fleet: Fleet, request: Request) -> Decision:
     masks = _masks(fleet, request)
-    fits = np.logical_and.reduce(list(masks.values()))
+    fits = _meet(masks.values())
     scores = weigh(fleet, request, fits)
-    total: Floats = np.sum(list(scores.values()), axis=0).round(9)
+    total = np.zeros(len(fleet))
+    for share in scores.values():
+        total += share
+    total = total.round(9)
     target = fleet.among((request.place.target_host_id,))
     return Decision(masks["cluster"] | target, target, fits, masks, total, scores, fleet.ranks())
+
+
+def _meet(masks: Iterable[Bools]) -> Bools:
+    """Hosts that pass all of them. One after the other in place: a table of all masks would be copied together first."""
+    first, *others = masks
+    fits = first.copy()
+    for mask in others:
+        fits &= mask
+    return fits
 
 
 def _masks(fleet: Fleet, request: Request) -> dict[str, Bools]:
@@ -126,7 +142,7 @@ def room(fleet: Fleet, request: Request) -> Room:
     """How many hosts would take the VM, and which of the others would have to change least: the fewest rules against
     it, one that is up before one that isn't. Explains only that one, so that many VMs can be asked about."""
     masks = _masks(fleet, request)
-    fits = np.logical_and.reduce(list(masks.values()))
+    fits = _meet(masks.values())
     hosts = np.flatnonzero(masks["cluster"] & masks["excluded"])
     against = np.sum([~mask for mask in masks.values()], axis=0)
     others = [int(row) for row in hosts if not fits[row]]
