@@ -22,6 +22,7 @@ from bench import (
     memory,
     nova,
     openstack,
+    packing,
     placements,
     plans,
     reads,
@@ -51,6 +52,7 @@ ROWS: dict[str, Row] = {
     "placements": placements.placements,
     "placement": openstack.placement,
     "nova": nova.decided,
+    "packing": packing.packing,
     "idle": memory.idle,
     "fleet": memory.under_load,
 }

@@ -8,7 +8,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -46,6 +46,7 @@ LONG_AGO = timedelta(hours=1)
 
 if TYPE_CHECKING:
     Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
+    Filled: TypeAlias = Callable[[Connection], Awaitable[list[str]]]
 
 
 @dataclass
@@ -79,8 +80,11 @@ class Size:
 
 
 @asynccontextmanager
-async def scheduler_alone(size: Size, profile: Path | None = None) -> AsyncIterator[Alone]:
-    """Servers without TLS and identities, everything synced; the real service in a process of its own."""
+async def scheduler_alone(
+    size: Size, profile: Path | None = None, *, filled: Filled | None = None, settings: Mapping[str, str] = {}
+) -> AsyncIterator[Alone]:
+    """Servers without TLS and identities, everything synced; the real service in a process of its own. `filled` fills the
+    tables instead of `_fill_tables` and returns the hosts' ids."""
     with ExitStack() as stack:
         home = stack.enter_context(temporary_home("volery-bench-"))
         home.path.chmod(0o755)  # PostgreSQL's own user passes through
@@ -89,9 +93,9 @@ async def scheduler_alone(size: Size, profile: Path | None = None) -> AsyncItera
         nats = embedded.start_nats(home, NatsOptions(preferred_port=None))
         stack.callback(embedded.stop, home, "nats")
         database = await _database(home, postgres)
-        host_ids = await _fill(postgres.dsn, size)
+        host_ids = await _fill(postgres.dsn, size, filled)
         bus = BusConfig(servers=nats.url, require_sync_always=False)
-        process = stack.enter_context(_process(bus, database, profile))
+        process = stack.enter_context(_process(bus, database, profile, settings))
         async with open_bus(bus, "gateway") as asking:
             async with asyncio.timeout(120):
                 await asking.ask_raw(LIST_CAPACITY.subject, encode(ListQuery(limit=1)), None, 110.0)
@@ -112,7 +116,7 @@ async def _database(home: Home, postgres: embedded.Embedded) -> DatabaseConfig:
 
 @contextmanager
 def _process(
-    bus: BusConfig, database: DatabaseConfig, profile: Path | None
+    bus: BusConfig, database: DatabaseConfig, profile: Path | None, settings: Mapping[str, str]
 ) -> Iterator[subprocess.Popen[bytes]]:
     command = [sys.executable, "-m", "services.scheduler"]
     if profile is not None:
@@ -125,6 +129,7 @@ def _process(
         "VOLERY_DATABASE_DSN": database.dsn,
         "VOLERY_DATABASE_PASSWORDS_DIR": database.passwords_dir,
         "VOLERY_TELEMETRY_LOG_LEVEL": "WARNING",
+        **settings,
     }
     process = subprocess.Popen(command, env=environ)
     try:
@@ -134,12 +139,12 @@ def _process(
         process.wait(40)
 
 
-async def _fill(dsn: str, size: Size) -> list[str]:
+async def _fill(dsn: str, size: Size, filled: Filled | None) -> list[str]:
     """Hosts, and VMs that run on them with their claims, as facts and placements would have left them."""
     dice = random.Random(4)
     connection = await asyncpg.connect(dsn, database="volery", server_settings={"search_path": "scheduler"})
     try:
-        return await _fill_tables(connection, size, dice)
+        return await (_fill_tables(connection, size, dice) if filled is None else filled(connection))
     finally:
         await connection.close()
 

@@ -5,8 +5,11 @@ Peers are installed when their row is measured (`python -m bench placement`); wh
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
+from bench import packing
 from bench.nova import beside_nova
 from bench.openstack import beside_placement
 from bench.peers.environments import is_installed
@@ -32,3 +35,13 @@ def test_decisions_beside_novas() -> None:
     assert line.theirs is not None
     assert min(line.ours, line.theirs) > 0
     assert "Of 7 choices 0 were worth less to Nova than its own" in line.note
+
+
+async def test_packing_through_the_service() -> None:
+    """One seed. That `packing` is better is what it is for, so here it is decided, and by no clock."""
+    ours, over = await packing.through_the_service(1, level=0.5, turnover=0.2)
+    assert over == 0
+    dice = random.Random(0)
+    most_free = packing.Heuristic(packing.HEURISTICS[packing.MOST_FREE], dice)
+    theirs = await packing.packed(0, most_free, level=0.5, turnover=0.2)
+    assert ours[0].used > theirs.used

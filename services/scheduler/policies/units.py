@@ -116,6 +116,7 @@ UNITS: tuple[PolicyUnit, ...] = (
           ovirt="OptimalForCpuPowerSaving"),
     _unit(W, "memory_saving", "the fuller, the better", ovirt="OptimalForMemoryPowerSaving"),
     _unit(W, "guests_even", "the fewer VMs, the better", ovirt="OptimalForEvenGuestDistribution"),
+    _unit(W, "fragmentation", "the less room is lost that has memory and vCPUs in the cluster's proportions, the better"),
     _unit(W, "preferred_hosts", "hosts that the VM prefers", ovirt="PreferredHosts"),
     _unit(W, "ha_reservation", "the fewer highly available VMs, the better, for such a VM in a cluster with a reserve",
           SCALE_DOWN, ovirt="OptimalForHaReservation"),
