@@ -49,6 +49,7 @@ ROWS: dict[str, Row] = {
     "leader": leader.killed,
     "decisions": decisions.decisions,
     "plans": plans.plans,
+    "hbal": plans.hbal_only,
     "placements": placements.placements,
     "placement": openstack.placement,
     "nova": nova.decided,

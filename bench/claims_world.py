@@ -8,7 +8,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -59,6 +59,8 @@ class Alone:
     database: str
     """As the superuser."""
     host_ids: list[str]
+    services: DatabaseConfig
+    """As a service."""
 
     def processor_seconds(self) -> dict[str, float]:
         """Part → seconds of a processor until now, user and system."""
@@ -81,10 +83,15 @@ class Size:
 
 @asynccontextmanager
 async def scheduler_alone(
-    size: Size, profile: Path | None = None, *, filled: Filled | None = None, settings: Mapping[str, str] = {}
+    size: Size,
+    profile: Path | None = None,
+    *,
+    filled: Filled | None = None,
+    settings: Mapping[str, str] = {},
+    beside: Sequence[str] = (),
 ) -> AsyncIterator[Alone]:
     """Servers without TLS and identities, everything synced; the real service in a process of its own. `filled` fills the
-    tables instead of `_fill_tables` and returns the hosts' ids."""
+    tables instead of `_fill_tables` and returns the hosts' ids; `beside`: other services that run, too."""
     with ExitStack() as stack:
         home = stack.enter_context(temporary_home("volery-bench-"))
         home.path.chmod(0o755)  # PostgreSQL's own user passes through
@@ -95,11 +102,14 @@ async def scheduler_alone(
         database = await _database(home, postgres)
         host_ids = await _fill(postgres.dsn, size, filled)
         bus = BusConfig(servers=nats.url, require_sync_always=False)
-        process = stack.enter_context(_process(bus, database, profile, settings))
+        process = stack.enter_context(_process("scheduler", bus, database, profile, settings))
+        for name in beside:
+            await migrate(database, name)
+            stack.enter_context(_process(name, bus, database, None, {}))
         async with open_bus(bus, "gateway") as asking:
             async with asyncio.timeout(120):
                 await asking.ask_raw(LIST_CAPACITY.subject, encode(ListQuery(limit=1)), None, 110.0)
-        yield Alone(home, process, bus, postgres.dsn, host_ids)
+        yield Alone(home, process, bus, postgres.dsn, host_ids, database)
 
 
 async def _database(home: Home, postgres: embedded.Embedded) -> DatabaseConfig:
@@ -107,7 +117,8 @@ async def _database(home: Home, postgres: embedded.Embedded) -> DatabaseConfig:
     await bootstrap_database(postgres.dsn, owners, dict.fromkeys(owners, SECRET), connection_limit=60)
     passwords = home.path / "passwords"
     passwords.mkdir()
-    (passwords / "scheduler.password").write_text(SECRET)
+    for owner in owners:
+        (passwords / f"{owner}.password").write_text(SECRET)
     dsn = f"postgresql:///volery?host={postgres.socket_directory}"
     config = DatabaseConfig(dsn=dsn, passwords_dir=str(passwords))
     await migrate(config, "scheduler")
@@ -116,9 +127,9 @@ async def _database(home: Home, postgres: embedded.Embedded) -> DatabaseConfig:
 
 @contextmanager
 def _process(
-    bus: BusConfig, database: DatabaseConfig, profile: Path | None, settings: Mapping[str, str]
+    service: str, bus: BusConfig, database: DatabaseConfig, profile: Path | None, settings: Mapping[str, str]
 ) -> Iterator[subprocess.Popen[bytes]]:
-    command = [sys.executable, "-m", "services.scheduler"]
+    command = [sys.executable, "-m", f"services.{service}"]
     if profile is not None:
         command = [sys.executable, "-m", "bench.profiled", str(profile)]
     environ = {

@@ -13,6 +13,7 @@ from bench import packing
 from bench.nova import beside_nova
 from bench.openstack import beside_placement
 from bench.peers.environments import is_installed
+from bench.plans import beside_hbal
 
 
 def peer(name: str) -> pytest.MarkDecorator:
@@ -45,3 +46,12 @@ async def test_packing_through_the_service() -> None:
     most_free = packing.Heuristic(packing.HEURISTICS[packing.MOST_FREE], dice)
     theirs = await packing.packed(0, most_free, level=0.5, turnover=0.2)
     assert ours[0].used > theirs.used
+
+
+@peer("htools")
+async def test_a_plan_beside_hbals() -> None:
+    """What it plans is no matter of time: no worse by hbal's own score, no more moves, room kept for every node."""
+    [line] = await beside_hbal(8, 80, rounds=1)
+    assert line.theirs is not None
+    assert min(line.ours, line.theirs) > 0
+    assert "0 at the beginning, ours 0, hbal's 0" in line.note

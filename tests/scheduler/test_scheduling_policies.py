@@ -220,7 +220,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "not whole": ({"parameters": {"HighUtilization": 80.5}}, "a whole number of 50 to 99 %, not 80.5"),
     "of no use": (
         {"parameters": {"HighVmCount": 5}},
-        "it belongs to balance even_guest_distribution; add one of these, or leave the parameter out",
+        "it belongs to balance even_guest_distribution and balance even_overall_distribution; add one of these, or leave the parameter out",
     ),
     "copy of nothing": ({"copy_of": "?"}, "there is no scheduling policy"),
 }  # fmt: skip

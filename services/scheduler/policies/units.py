@@ -130,6 +130,8 @@ UNITS: tuple[PolicyUnit, ...] = (
           LOW_UTILIZATION, OVERLOAD_MINUTES, MOST_FREE, LEAST_FREE, ovirt="OptimalForPowerSaving"),
     _unit(B, "even_guest_distribution", "hosts with many more VMs than another have too many", HIGH_VM_COUNT,
           MIGRATION_THRESHOLD, ovirt="OptimalForEvenGuestDistribution"),
+    _unit(B, "even_overall_distribution", "hosts have too much as by even_distribution or by even_guest_distribution",
+          HIGH_UTILIZATION, OVERLOAD_MINUTES, MOST_FREE, LEAST_FREE, HIGH_VM_COUNT, MIGRATION_THRESHOLD),
 )  # fmt: skip
 """In the order in which filters are told. Of a filter, `description` says which hosts it excludes."""
 
