@@ -8,7 +8,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -46,6 +46,7 @@ LONG_AGO = timedelta(hours=1)
 
 if TYPE_CHECKING:
     Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
+    Filled: TypeAlias = Callable[[Connection], Awaitable[list[str]]]
 
 
 @dataclass
@@ -58,6 +59,8 @@ class Alone:
     database: str
     """As the superuser."""
     host_ids: list[str]
+    services: DatabaseConfig
+    """As a service."""
 
     def processor_seconds(self) -> dict[str, float]:
         """Part → seconds of a processor until now, user and system."""
@@ -79,8 +82,16 @@ class Size:
 
 
 @asynccontextmanager
-async def scheduler_alone(size: Size, profile: Path | None = None) -> AsyncIterator[Alone]:
-    """Servers without TLS and identities, everything synced; the real service in a process of its own."""
+async def scheduler_alone(
+    size: Size,
+    profile: Path | None = None,
+    *,
+    filled: Filled | None = None,
+    settings: Mapping[str, str] = {},
+    beside: Sequence[str] = (),
+) -> AsyncIterator[Alone]:
+    """Servers without TLS and identities, everything synced; the real service in a process of its own. `filled` fills the
+    tables instead of `_fill_tables` and returns the hosts' ids; `beside`: other services that run, too."""
     with ExitStack() as stack:
         home = stack.enter_context(temporary_home("volery-bench-"))
         home.path.chmod(0o755)  # PostgreSQL's own user passes through
@@ -89,13 +100,16 @@ async def scheduler_alone(size: Size, profile: Path | None = None) -> AsyncItera
         nats = embedded.start_nats(home, NatsOptions(preferred_port=None))
         stack.callback(embedded.stop, home, "nats")
         database = await _database(home, postgres)
-        host_ids = await _fill(postgres.dsn, size)
+        host_ids = await _fill(postgres.dsn, size, filled)
         bus = BusConfig(servers=nats.url, require_sync_always=False)
-        process = stack.enter_context(_process(bus, database, profile))
+        process = stack.enter_context(_process("scheduler", bus, database, profile, settings))
+        for name in beside:
+            await migrate(database, name)
+            stack.enter_context(_process(name, bus, database, None, {}))
         async with open_bus(bus, "gateway") as asking:
             async with asyncio.timeout(120):
                 await asking.ask_raw(LIST_CAPACITY.subject, encode(ListQuery(limit=1)), None, 110.0)
-        yield Alone(home, process, bus, postgres.dsn, host_ids)
+        yield Alone(home, process, bus, postgres.dsn, host_ids, database)
 
 
 async def _database(home: Home, postgres: embedded.Embedded) -> DatabaseConfig:
@@ -103,7 +117,8 @@ async def _database(home: Home, postgres: embedded.Embedded) -> DatabaseConfig:
     await bootstrap_database(postgres.dsn, owners, dict.fromkeys(owners, SECRET), connection_limit=60)
     passwords = home.path / "passwords"
     passwords.mkdir()
-    (passwords / "scheduler.password").write_text(SECRET)
+    for owner in owners:
+        (passwords / f"{owner}.password").write_text(SECRET)
     dsn = f"postgresql:///volery?host={postgres.socket_directory}"
     config = DatabaseConfig(dsn=dsn, passwords_dir=str(passwords))
     await migrate(config, "scheduler")
@@ -112,9 +127,9 @@ async def _database(home: Home, postgres: embedded.Embedded) -> DatabaseConfig:
 
 @contextmanager
 def _process(
-    bus: BusConfig, database: DatabaseConfig, profile: Path | None
+    service: str, bus: BusConfig, database: DatabaseConfig, profile: Path | None, settings: Mapping[str, str]
 ) -> Iterator[subprocess.Popen[bytes]]:
-    command = [sys.executable, "-m", "services.scheduler"]
+    command = [sys.executable, "-m", f"services.{service}"]
     if profile is not None:
         command = [sys.executable, "-m", "bench.profiled", str(profile)]
     environ = {
@@ -125,6 +140,7 @@ def _process(
         "VOLERY_DATABASE_DSN": database.dsn,
         "VOLERY_DATABASE_PASSWORDS_DIR": database.passwords_dir,
         "VOLERY_TELEMETRY_LOG_LEVEL": "WARNING",
+        **settings,
     }
     process = subprocess.Popen(command, env=environ)
     try:
@@ -134,12 +150,12 @@ def _process(
         process.wait(40)
 
 
-async def _fill(dsn: str, size: Size) -> list[str]:
+async def _fill(dsn: str, size: Size, filled: Filled | None) -> list[str]:
     """Hosts, and VMs that run on them with their claims, as facts and placements would have left them."""
     dice = random.Random(4)
     connection = await asyncpg.connect(dsn, database="volery", server_settings={"search_path": "scheduler"})
     try:
-        return await _fill_tables(connection, size, dice)
+        return await (_fill_tables(connection, size, dice) if filled is None else filled(connection))
     finally:
         await connection.close()
 

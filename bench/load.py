@@ -50,7 +50,7 @@ class Answer:
 
 
 class Http(asyncio.Protocol):
-    """One kept connection; one request at a time. Answers must carry Content-Length."""
+    """One kept connection; one request at a time. Answers with a body must carry Content-Length."""
 
     def __init__(self) -> None:
         self.transport: asyncio.Transport | None = None
@@ -68,8 +68,8 @@ class Http(asyncio.Protocol):
             if end < 0:
                 return
             head = bytes(self.received[:end]).lower()
-            at = head.index(b"content-length:") + 15
-            length = int(head[at:].split(b"\r\n", 1)[0])
+            at = head.find(b"content-length:")
+            length = int(head[at + 15 :].split(b"\r\n", 1)[0]) if at >= 0 else 0
             self.body_at, self.wanted = end + 4, end + 4 + length
         if len(self.received) >= self.wanted and self.waiting is not None:
             status = int(self.received[9:12])

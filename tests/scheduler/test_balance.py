@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -59,6 +60,12 @@ def load(world: World, host: HostFigures, ups: list[HostFigures], recipe: Recipe
         return "has_room" if most >= count and most - host.guests >= threshold else "even"
     if recipe.balance == "none":
         return "even"
+    if recipe.balance == "even_overall_distribution":
+        by_use, by_guests = (
+            load(world, host, ups, replace(recipe, balance=balance))
+            for balance in ("even_distribution", "even_guest_distribution")
+        )
+        return "too_much" if by_guests == "too_much" else by_use
     busy = since is not None and world.now - since >= 60 * minutes
     if busy or (left < MIB * recipe.parameters.get("MaxFreeMemoryForOverUtilized", 0) and host.guests > 1):
         return "too_much"

@@ -13,7 +13,7 @@ import pytest
 
 from services.scheduler import affinity
 from services.scheduler.policies.filters import FILTERS
-from services.scheduler.policies.recipe import BY_BALANCE, Recipe
+from services.scheduler.policies.recipe import BUILT_IN, BY_BALANCE, Recipe
 from services.scheduler.policies.units import BY_KIND, MANDATORY, OPTIONAL
 from services.scheduler.policies.weights import WEIGHTS
 from services.scheduler.policy_store import POLICIES
@@ -159,7 +159,7 @@ def test_what_another_release_wrote_is_read_without_what_this_one_does_not_know(
 
 async def test_policies_are_made_copied_changed_listed_and_deleted(configured: Settings) -> None:
     async with site(configured) as at:
-        assert set(await listed(at.bus, built_in="true")) == {str(balance) for balance in Balance}
+        assert set(await listed(at.bus, built_in="true")) == {*map(str, Balance), "packing"}
         made = await at.make("plain", description="mine")
         assert (made.revision, made.built_in, made.cluster_ids) == (1, False, ())
         assert (made.filters, made.weights, made.balance) == (EVEN.filters, EVEN.weights, EVEN.balance)
@@ -220,7 +220,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "not whole": ({"parameters": {"HighUtilization": 80.5}}, "a whole number of 50 to 99 %, not 80.5"),
     "of no use": (
         {"parameters": {"HighVmCount": 5}},
-        "it belongs to balance even_guest_distribution; add one of these, or leave the parameter out",
+        "it belongs to balance even_guest_distribution and balance even_overall_distribution; add one of these, or leave the parameter out",
     ),
     "copy of nothing": ({"copy_of": "?"}, "there is no scheduling policy"),
 }  # fmt: skip
@@ -240,7 +240,7 @@ async def test_what_can_not_be_is_refused_with_what_to_do(configured: Settings) 
                 with pytest.raises(Refused) as refused:
                     await at.change(other, **given)
                 assert words in refused.value.message, case
-        for policy in BY_BALANCE.values():
+        for policy in BUILT_IN.values():
             with pytest.raises(Refused, match="is built in and can't be changed: make a copy of it"):
                 await at.change(policy, description="mine")
             with pytest.raises(Refused, match="is built in and can't be deleted"):

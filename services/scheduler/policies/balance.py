@@ -104,11 +104,19 @@ def even_guests(fleet: Fleet, among: Bools, figures: Thresholds, now: float) -> 
     return Cut(over, np.zeros(len(fleet), np.bool_), room & ~over)
 
 
+def even_overall(fleet: Fleet, among: Bools, figures: Thresholds, now: float) -> Cut:
+    """Too much of anything is too much; room is what the CPUs and the memory have."""
+    use, guests = even(fleet, among, figures, now), even_guests(fleet, among, figures, now)
+    over = use.over | guests.over
+    return Cut(over, use.idle, use.room & ~over)
+
+
 BALANCES: Mapping[str, Balance] = {
     "none": nothing,
     "even_distribution": even,
     "power_saving": saving,
     "even_guest_distribution": even_guests,
+    "even_overall_distribution": even_overall,
 }
 
 

@@ -31,6 +31,7 @@ AIMS: Mapping[str, Aims] = {
     "even_distribution": Aims(cpu=1.0, memory=1.0),
     "power_saving": Aims(cpu=1.0, memory=1.0),
     "even_guest_distribution": Aims(guests=1.0),
+    "even_overall_distribution": Aims(cpu=2.0, memory=1.0, guests=10.0),
 }
 """By the unit of the policy's balance; units without a row balance nothing."""
 

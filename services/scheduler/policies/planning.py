@@ -14,6 +14,10 @@ from services.scheduler.policies.evacuating import evacuate
 from services.scheduler.policies.waves import PER_HOST, joins, waves
 from volery.contracts.plan import PlanKind, PlanStep, Unplaced
 
+TRIES, SMALL = 2, 50_000
+"""Orders of moves that are tried on a small board (VMs times hosts), where a second one costs a fraction of a second and often
+finds a better end."""
+
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
@@ -56,7 +60,8 @@ def draft(board: Board, wanted: Wanted) -> Draft:
     match wanted.kind:
         case PlanKind.BALANCE:
             most = wanted.most or MOST_MOVES
-            balanced = balance(board, wanted.aims, reserved=wanted.reserved, most=most)
+            tries = range(TRIES if len(board.guests) * len(board.places) <= SMALL else 1)
+            balanced = balance(board, wanted.aims, reserved=wanted.reserved, most=most, tries=tries)
             return Draft(_steps(board, balanced.steps), before=balanced.before, after=balanced.after)
         case PlanKind.AFFINITY:
             mended = enforce(board, reserved=wanted.reserved)

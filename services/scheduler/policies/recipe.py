@@ -56,19 +56,21 @@ outweighs the affinity groups' wishes."""
 _EVEN = {"cpu_even": 2.0, "memory_even": 1.0, **_COMMON}
 _SAVING = {"cpu_saving": 2.0, "memory_saving": 1.0, **_COMMON}
 _EVEN_GUESTS = {"guests_even": 2.0, **_COMMON}
+_PACKING = {"fragmentation": 2.0, "memory_saving": 0.2, **_COMMON}
+"""What is lost of whole room decides; between hosts that lose about as much, the fuller one."""
 _OPEN = tuple(name for name in _FILTERS if name != "cluster_maintenance")
 _BEGINNING = datetime(2026, 1, 1, tzinfo=UTC)
 
 
 def _built_in(
-    number: int, balance: Balance, description: str, weights: Mapping[str, float], unit: str, *filters: str
+    number: int, name: str, description: str, weights: Mapping[str, float], unit: str, *filters: str
 ) -> SchedulingPolicy:
     return SchedulingPolicy(
         id=f"00000000-0000-0000-0001-{number:012}",
         revision=1,
         created_at=_BEGINNING,
         updated_at=_BEGINNING,
-        name=str(balance),
+        name=str(name),
         description=description,
         built_in=True,
         filters=filters or _OPEN,
@@ -98,7 +100,12 @@ BY_BALANCE: dict[str, SchedulingPolicy] = {
     )
 }  # fmt: skip
 """The built-in policies by the `balance` of a cluster that was given none."""
-BUILT_IN = {policy.id: policy for policy in BY_BALANCE.values()}
+PACKING = _built_in(
+    6, "packing", "Hosts filled without leaving memory where no vCPU is left, or the reverse; nothing is balanced.", _PACKING,
+    "none",
+)  # fmt: skip
+"""No cluster's `balance` names it, since the previous release couldn't read one that did: clusters are given it."""
+BUILT_IN = {policy.id: policy for policy in (*BY_BALANCE.values(), PACKING)}
 BUILT_IN_RECIPES = {name: Recipe.of(policy) for name, policy in BY_BALANCE.items()}
 
 

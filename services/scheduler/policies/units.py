@@ -116,6 +116,7 @@ UNITS: tuple[PolicyUnit, ...] = (
           ovirt="OptimalForCpuPowerSaving"),
     _unit(W, "memory_saving", "the fuller, the better", ovirt="OptimalForMemoryPowerSaving"),
     _unit(W, "guests_even", "the fewer VMs, the better", ovirt="OptimalForEvenGuestDistribution"),
+    _unit(W, "fragmentation", "the less room is lost that has memory and vCPUs in the cluster's proportions, the better"),
     _unit(W, "preferred_hosts", "hosts that the VM prefers", ovirt="PreferredHosts"),
     _unit(W, "ha_reservation", "the fewer highly available VMs, the better, for such a VM in a cluster with a reserve",
           SCALE_DOWN, ovirt="OptimalForHaReservation"),
@@ -129,6 +130,8 @@ UNITS: tuple[PolicyUnit, ...] = (
           LOW_UTILIZATION, OVERLOAD_MINUTES, MOST_FREE, LEAST_FREE, ovirt="OptimalForPowerSaving"),
     _unit(B, "even_guest_distribution", "hosts with many more VMs than another have too many", HIGH_VM_COUNT,
           MIGRATION_THRESHOLD, ovirt="OptimalForEvenGuestDistribution"),
+    _unit(B, "even_overall_distribution", "hosts have too much as by even_distribution or by even_guest_distribution",
+          HIGH_UTILIZATION, OVERLOAD_MINUTES, MOST_FREE, LEAST_FREE, HIGH_VM_COUNT, MIGRATION_THRESHOLD),
 )  # fmt: skip
 """In the order in which filters are told. Of a filter, `description` says which hosts it excludes."""
 

@@ -56,6 +56,25 @@ def memory_saving(fleet: Fleet, request: Request) -> Floats:
     return np.clip(memory_share(fleet, request), 0, 1)
 
 
+def fragmentation(fleet: Fleet, request: Request) -> Floats:
+    """The less room that is whole is lost, the better. Whole is what has memory and vCPUs in the proportions of the cluster:
+    a host has as much of it as of the scarcer of the two, measured by what a host of the cluster has on average."""
+    own = fleet.in_cluster(request.need.cluster_id)
+    memory, memory_wanted = _room(fleet, own, "memory", request.memory)
+    vcpus, vcpus_wanted = _room(fleet, own, "vcpus", request.need.vcpus)
+    lost = np.minimum(memory, vcpus) - np.minimum(memory - memory_wanted, vcpus - vcpus_wanted)
+    score: Floats = 1 - np.clip(lost / max(memory_wanted, vcpus_wanted), 0, 1)
+    return score
+
+
+def _room(fleet: Fleet, own: Bools, what: str, wanted: int) -> tuple[Floats, float]:
+    """What each host has left, and what is wanted, in hosts of the cluster's average."""
+    limit = fleet.ints(f"{what}_limit")
+    average = max(int(limit[own].sum()) / max(int(own.sum()), 1), 1.0)
+    left: Floats = (limit - fleet.ints(f"{what}_used")) / average
+    return left, wanted / average
+
+
 def _few(fleet: Fleet, request: Request, column: str) -> Floats:
     """1 where none is, 0 where as many are as on any host of the cluster."""
     count = fleet.ints(column)
@@ -103,6 +122,7 @@ WEIGHTS: Mapping[str, Score] = {
     "cpu_saving": cpu_saving,
     "memory_saving": memory_saving,
     "guests_even": guests_even,
+    "fragmentation": fragmentation,
     "preferred_hosts": preferred,
     "ha_reservation": ha_spread,
     "affinity_vms_wish": bound.vm_wishes,
