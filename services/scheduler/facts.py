@@ -9,6 +9,7 @@ from typing import Any
 
 from services.scheduler import promise_store, store
 from services.scheduler.model import ClusterPolicy, Looked, limits
+from services.scheduler.pages import pages_of
 from services.scheduler.scheduling_policies import keep_built_in
 from services.scheduler.state import Scheduler
 from volery.contracts.base import Call, Entity, Owner
@@ -34,9 +35,10 @@ LIST_SECONDS = 2.0
 @part.hears(HOST_CHANGED)
 async def host_changed(scheduler: Scheduler, host: Host) -> list[Change]:
     policy = await _policy(scheduler, host.cluster_id)
-    capabilities = host.capabilities
-    allowed = limits(capabilities.memory_bytes, capabilities.cpus, policy, scheduler.config)
-    return [store.saw_host(host, allowed)]
+    pages = pages_of(host.capabilities.numa)
+    memory = max(host.capabilities.memory_bytes - pages.memory_bytes, 0)
+    allowed = limits(memory, host.capabilities.cpus, policy, scheduler.config)
+    return [store.saw_host(host, memory, pages, allowed)]
 
 
 @part.hears(HOST_DELETED)

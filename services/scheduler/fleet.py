@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.scheduler.model import ClusterPolicy
+from services.scheduler.pages import NO_PAGES, PAGES, PAGES_USED, Pages
 from services.scheduler.policies.recipe import Recipe, by_balance
 from volery.contracts.host import HostStatus
 
@@ -45,6 +46,11 @@ class HostFigures:
     """Highly available ones among them."""
     cpu_models: frozenset[str] = frozenset()
     machines: frozenset[str] = frozenset()
+    pages_2m: int = 0
+    pages_2m_used: int = 0
+    pages_1g: int = 0
+    pages_1g_used: int = 0
+    """Huge pages, and how many claims hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +92,7 @@ _COLUMNS: dict[str, type] = {
     "swapped": np.int64,
     "models": np.int64,
     "machines": np.int64,
+    **dict.fromkeys((*PAGES, *PAGES_USED), np.int64),
 }
 IDLE = 0.0
 """`busy_since` of a host that isn't busy."""
@@ -141,7 +148,7 @@ class Fleet:
             "ha_guests": host.ha_guests,
             "models": self._set_number(host.cpu_models),
             "machines": self._set_number(host.machines),
-        }
+        } | {name: getattr(host, name) for name in (*PAGES, *PAGES_USED)}
         for name, value in figures.items():
             self._columns[name][row] = value
 
@@ -180,7 +187,15 @@ class Fleet:
         for gone in set(self.ids) - set(host_ids):
             self.remove(gone)
 
-    def use(self, host_id: str, memory_bytes: int, vcpus: int, guests: int = 0, ha_guests: int = 0) -> None:
+    def use(
+        self,
+        host_id: str,
+        memory_bytes: int,
+        vcpus: int,
+        guests: int = 0,
+        ha_guests: int = 0,
+        pages: Pages = NO_PAGES,
+    ) -> None:
         """Capacity taken (or, negative, given back) since the row was read."""
         row = self.rows.get(host_id)
         if row is None:
@@ -189,9 +204,19 @@ class Fleet:
         self._columns["vcpus_used"][row] += vcpus
         self._columns["guests"][row] += guests
         self._columns["ha_guests"][row] += ha_guests
+        for name, count in zip(PAGES_USED, pages, strict=True):
+            self._columns[name][row] += count
         self._columns["fresh_vcpus"][row] = max(self._columns["fresh_vcpus"][row] + vcpus, 0)
 
-    def used(self, host_id: str, memory_bytes: int, vcpus: int, guests: int, ha_guests: int) -> None:
+    def used(
+        self,
+        host_id: str,
+        memory_bytes: int,
+        vcpus: int,
+        guests: int,
+        ha_guests: int,
+        pages: Pages = NO_PAGES,
+    ) -> None:
         """What the database says is used."""
         row = self.rows.get(host_id)
         if row is not None:
@@ -199,6 +224,8 @@ class Fleet:
             self._columns["vcpus_used"][row] = vcpus
             self._columns["guests"][row] = guests
             self._columns["ha_guests"][row] = ha_guests
+            for name, count in zip(PAGES_USED, pages, strict=True):
+                self._columns[name][row] = count
 
     def sample(self, host_id: str, measured: Measured) -> None:
         """A measured load contains the VMs that were started before it."""
@@ -218,6 +245,15 @@ class Fleet:
     def drop_network(self, network_id: str) -> None:
         self.networks.pop(network_id, None)
         self._masks.pop(("network", network_id), None)
+
+    def pages_left(self, row: int) -> Pages:
+        """Huge pages of a host that no claim holds; negative where it has fewer than they hold."""
+        return Pages(
+            *(
+                int(self._columns[name][row] - self._columns[used][row])
+                for name, used in zip(PAGES, PAGES_USED, strict=True)
+            )
+        )
 
     def status_of(self, row: int) -> str:
         code = int(self.ints("status")[row])

@@ -8,6 +8,7 @@ from msgspec.structs import replace
 
 from services.scheduler import model, store
 from services.scheduler.model import SeenVm, Settling
+from services.scheduler.pages import pages_taken
 from services.scheduler.state import Scheduler
 from volery.contracts.ids import new_id
 from volery.contracts.scheduling import Claim
@@ -72,7 +73,7 @@ async def adopt_vms(scheduler: Scheduler) -> None:
 
 
 def _adopted(scheduler: Scheduler, vm: SeenVm) -> Claim:
-    now = utc_now()
+    now, pages = utc_now(), pages_taken(vm.memory_bytes, vm.hugepage_kib)
     return Claim(
         id=new_id(),
         revision=1,
@@ -81,9 +82,11 @@ def _adopted(scheduler: Scheduler, vm: SeenVm) -> Claim:
         vm_id=vm.id,
         epoch=vm.epoch,
         host_id=vm.host_id,
-        memory_bytes=model.memory_taken(vm.memory_bytes, scheduler.config),
+        memory_bytes=model.memory_taken(vm.memory_bytes, scheduler.config, vm.hugepage_kib),
         vcpus=vm.vcpus,
         state=model.CONFIRMED,
+        pages_2m=pages.small,
+        pages_1g=pages.large,
     )
 
 

@@ -16,6 +16,7 @@ from services.scheduler import affinity_store, policy_store, store
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.fleet import Fleet, Measured
 from services.scheduler.model import Audit, ClusterPolicy, Looked
+from services.scheduler.pages import Pages
 from services.scheduler.policies.affinity import ClusterRules
 from services.scheduler.policies.promise import Guest
 from services.scheduler.policies.units import HIGH_UTILIZATION
@@ -96,10 +97,13 @@ class Scheduler:
 
     def took(self, claim: Claim) -> None:
         """In this replica's memory, ahead of the next reading."""
-        self.fleet.use(claim.host_id, claim.memory_bytes, claim.vcpus, 1, int(claim.high_availability))
+        pages = Pages(claim.pages_2m, claim.pages_1g)
+        self.fleet.use(claim.host_id, claim.memory_bytes, claim.vcpus, 1, int(claim.high_availability), pages)
 
     def gave_back(self, claim: Claim) -> None:
-        self.fleet.use(claim.host_id, -claim.memory_bytes, -claim.vcpus, -1, -int(claim.high_availability))
+        pages = Pages(-claim.pages_2m, -claim.pages_1g)
+        available = int(claim.high_availability)
+        self.fleet.use(claim.host_id, -claim.memory_bytes, -claim.vcpus, -1, -available, pages)
 
     async def reload(self) -> None:
         """The whole fleet anew from the tables, as of now or later. Those who ask together share one reading."""
@@ -128,8 +132,8 @@ class Scheduler:
 
     async def read_used(self) -> None:
         """Only what claims hold, which changes most."""
-        for host_id, *held in await store.used(self.core.pool):
-            self.fleet.used(host_id, *held)
+        for held in await store.used(self.core.pool):
+            self.fleet.used(*held)
 
     async def _read_row(self, table: str, row_id: str) -> None:
         pool = self.core.pool

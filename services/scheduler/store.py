@@ -14,6 +14,7 @@ import msgspec
 
 from services.scheduler.fleet import HostFigures, NetworkReach
 from services.scheduler.model import ClusterPolicy, Limits, SeenVm
+from services.scheduler.pages import Pages
 from volery.contracts.affinity_group import AFFINITY_GROUP_CHANGED, AFFINITY_GROUP_DELETED, AffinityGroup
 from volery.contracts.base import Message, encode
 from volery.contracts.cluster import Cluster
@@ -56,6 +57,8 @@ CLAIMS: Table[Claim, ClaimPrivate] = Table(
         "memory_bytes": "memory_bytes",
         "vcpus": "vcpus",
         "high_availability": "high_availability",
+        "pages_2m": "pages_2m",
+        "pages_1g": "pages_1g",
         "created_at": "created_at",
         "updated_at": "updated_at",
     },
@@ -92,32 +95,29 @@ DECISIONS: Table[PastDecision, ClaimPrivate] = Table(
 def take_capacity(claim: Claim) -> Change:
     """Its guard fails when the host has not that much left, or is no longer up."""
     return Change(
-        """update host_capacity
-           set memory_used_bytes = memory_used_bytes + {1}, vcpus_used = vcpus_used + {2}, guests = guests + 1,
-               ha_guests = ha_guests + {3}
-           where id = {0} and status = 'up' and not gone
-             and memory_used_bytes + {1} <= memory_limit_bytes and vcpus_used + {2} <= vcpus_limit
+        f"""{_HOLD} and status = 'up' and not gone
+             and memory_used_bytes + {{1}} <= memory_limit_bytes and vcpus_used + {{2}} <= vcpus_limit
+             and ({{5}} = 0 or pages_2m_used + {{5}} <= pages_2m) and ({{6}} = 0 or pages_1g_used + {{6}} <= pages_1g)
            returning 1""",
-        (claim.host_id, claim.memory_bytes, claim.vcpus, int(claim.high_availability)),
+        _held(claim),
     )
 
 
 def force_capacity(claim: Claim, times: int = 1) -> Change:
     """For a VM that runs there already: what is true must be recordable. -1 times gives back."""
-    return Change(
-        """update host_capacity
+    return Change(_HOLD, _held(claim, times), guarded=False)
+
+
+_HOLD = """update host_capacity
            set memory_used_bytes = memory_used_bytes + {1}, vcpus_used = vcpus_used + {2}, guests = guests + {3},
-               ha_guests = ha_guests + {4}
-           where id = {0}""",
-        (
-            claim.host_id,
-            times * claim.memory_bytes,
-            times * claim.vcpus,
-            times,
-            times * int(claim.high_availability),
-        ),
-        guarded=False,
-    )
+               ha_guests = ha_guests + {4}, pages_2m_used = pages_2m_used + {5}, pages_1g_used = pages_1g_used + {6}
+           where id = {0}"""
+
+
+def _held(claim: Claim, times: int = 1) -> tuple[str | int, ...]:
+    """The host, and what is added to its counters."""
+    held = (claim.memory_bytes, claim.vcpus, 1, int(claim.high_availability), claim.pages_2m, claim.pages_1g)
+    return (claim.host_id, *(times * count for count in held))
 
 
 def release(row: Row[Claim, ClaimPrivate]) -> list[Change]:
@@ -172,8 +172,7 @@ async def unclaimed_vms(pool: Pool, settled_seconds: float) -> list[SeenVm]:
 
 
 def _seen(record: asyncpg.Record) -> SeenVm:
-    names = ("id", "epoch", "status", "host_id", "memory_bytes", "vcpus", "name", "deleted", "heard_at")
-    return SeenVm(**{name: record[name] for name in names})
+    return SeenVm(**{name: record[name] for name in SeenVm.__slots__})
 
 
 async def now(pool: Pool) -> datetime:
@@ -190,6 +189,7 @@ async def correct_counters(pool: Pool) -> list[tuple[str, int, int]]:
            having h.memory_used_bytes <> coalesce(sum(c.memory_bytes), 0)
                or h.vcpus_used <> coalesce(sum(c.vcpus), 0) or h.guests <> count(c.id)
                or h.ha_guests <> coalesce(sum(c.high_availability::integer), 0)
+               or h.pages_2m_used <> coalesce(sum(c.pages_2m), 0) or h.pages_1g_used <> coalesce(sum(c.pages_1g), 0)
            order by h.id"""
     )
     wrong = []
@@ -202,10 +202,12 @@ async def correct_counters(pool: Pool) -> list[tuple[str, int, int]]:
             )
             after = await connection.fetchrow(
                 """update host_capacity set memory_used_bytes = s.memory, vcpus_used = s.vcpus, guests = s.guests,
-                       ha_guests = s.ha_guests
+                       ha_guests = s.ha_guests, pages_2m_used = s.pages_2m, pages_1g_used = s.pages_1g
                    from (select coalesce(sum(memory_bytes), 0)::bigint as memory,
                                 coalesce(sum(vcpus), 0)::integer as vcpus, count(*)::integer as guests,
-                                coalesce(sum(high_availability::integer), 0)::integer as ha_guests
+                                coalesce(sum(high_availability::integer), 0)::integer as ha_guests,
+                                coalesce(sum(pages_2m), 0)::integer as pages_2m,
+                                coalesce(sum(pages_1g), 0)::integer as pages_1g
                          from claim where host_id = $1) s
                    where id = $1 returning memory_used_bytes, vcpus_used""",
                 suspect["id"],
@@ -261,17 +263,22 @@ async def forget_decisions(pool: Pool, days: int) -> None:
 # What other owners said. A revision already known changes nothing, so facts and lists may come twice.
 
 
-def saw_host(host: Host, limits: Limits) -> Change:
+def saw_host(host: Host, memory_bytes: int, pages: Pages, limits: Limits) -> Change:
+    """Memory is that beside huge pages. The same revision again says what the previous release didn't take over."""
     return Change(
         """insert into host_capacity (id, revision, name, cluster_id, status, cpus, memory_bytes, cpu_models,
-               machines, memory_limit_bytes, vcpus_limit)
-           values ({0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}::text[], {8}::text[], {9}, {10})
+               machines, memory_limit_bytes, vcpus_limit, pages_2m, pages_1g)
+           values ({0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}::text[], {8}::text[], {9}, {10}, {11}, {12})
            on conflict (id) do update set revision = excluded.revision, name = excluded.name,
                cluster_id = excluded.cluster_id, status = excluded.status, cpus = excluded.cpus,
                memory_bytes = excluded.memory_bytes, cpu_models = excluded.cpu_models,
                machines = excluded.machines, memory_limit_bytes = excluded.memory_limit_bytes,
-               vcpus_limit = excluded.vcpus_limit
-           where host_capacity.revision < excluded.revision and not host_capacity.gone""",
+               vcpus_limit = excluded.vcpus_limit, pages_2m = excluded.pages_2m, pages_1g = excluded.pages_1g
+           where not host_capacity.gone
+             and (host_capacity.revision < excluded.revision
+                  or host_capacity.revision = excluded.revision
+                     and (host_capacity.memory_bytes, host_capacity.pages_2m, host_capacity.pages_1g)
+                         is distinct from (excluded.memory_bytes, excluded.pages_2m, excluded.pages_1g))""",
         (
             host.id,
             host.revision,
@@ -279,11 +286,12 @@ def saw_host(host: Host, limits: Limits) -> Change:
             host.cluster_id,
             str(host.status),
             host.capabilities.cpus,
-            host.capabilities.memory_bytes,
+            memory_bytes,
             list(host.capabilities.cpu_models),
             list(host.capabilities.machines),
             limits.memory_bytes,
             limits.vcpus,
+            *pages,
         ),
         guarded=False,
     )
@@ -361,21 +369,34 @@ def network_gone(network_id: str) -> Change:
 
 
 def saw_vms(vms: Sequence[Vm], deleted: Collection[str] = ()) -> Change:
-    """Each of them once; `deleted` are the ids of those that are no more."""
+    """Each of them once; `deleted` are the ids of those that are no more. The same revision again says what the previous
+    release didn't take over."""
     return Change(
-        """insert into vm (id, revision, name, epoch, status, host_id, memory_bytes, vcpus, deleted)
+        """insert into vm (id, revision, name, epoch, status, host_id, memory_bytes, vcpus, deleted, hugepage_kib)
            select v.id, v.revision::bigint, v.name, v.epoch::bigint, v.status, v.host_id, v.memory_bytes::bigint,
-                  v.vcpus::int, v.deleted::bool
+                  v.vcpus::int, v.deleted::bool, v.hugepage_kib::int
            from unnest({0}::text[], {1}::text[], {2}::text[], {3}::text[], {4}::text[], {5}::text[], {6}::text[],
-                       {7}::text[], {8}::text[])
-                as v(id, revision, name, epoch, status, host_id, memory_bytes, vcpus, deleted)
+                       {7}::text[], {8}::text[], {9}::text[])
+                as v(id, revision, name, epoch, status, host_id, memory_bytes, vcpus, deleted, hugepage_kib)
            on conflict (id) do update set revision = excluded.revision, name = excluded.name,
                epoch = excluded.epoch, status = excluded.status, host_id = excluded.host_id,
                memory_bytes = excluded.memory_bytes, vcpus = excluded.vcpus, deleted = excluded.deleted,
-               heard_at = now()
-           where vm.revision < excluded.revision""",
+               hugepage_kib = excluded.hugepage_kib, heard_at = now()
+           where vm.revision < excluded.revision
+              or vm.revision = excluded.revision and vm.hugepage_kib is distinct from excluded.hugepage_kib""",
         text_columns(
-            (v.id, v.revision, v.name, v.epoch, v.status, v.host_id, v.memory_bytes, v.vcpus, v.id in deleted)
+            (
+                v.id,
+                v.revision,
+                v.name,
+                v.epoch,
+                v.status,
+                v.host_id,
+                v.memory_bytes,
+                v.vcpus,
+                v.id in deleted,
+                v.hugepage_kib,
+            )
             for v in vms
         ),
         guarded=False,
@@ -403,7 +424,8 @@ def gone(table: str, ids: Sequence[str]) -> Change:
 # The fleet, read.
 
 _HOST = """select id, name, cluster_id, status, cpus, memory_bytes, memory_limit_bytes, memory_used_bytes,
-                  vcpus_limit, vcpus_used, guests, ha_guests, cpu_models, machines from host_capacity"""
+                  vcpus_limit, vcpus_used, guests, ha_guests, cpu_models, machines, pages_2m, pages_2m_used,
+                  pages_1g, pages_1g_used from host_capacity"""
 
 
 async def hosts(pool: Pool, condition: str = "not gone", *arguments: Any) -> list[HostFigures]:
@@ -418,12 +440,13 @@ async def hosts(pool: Pool, condition: str = "not gone", *arguments: Any) -> lis
     ]
 
 
-async def used(pool: Pool) -> list[tuple[str, int, int, int, int]]:
-    """Host, bytes, vCPUs, VMs that hold them, and highly available ones among these."""
+async def used(pool: Pool) -> list[tuple[str, int, int, int, int, Pages]]:
+    """Host, bytes, vCPUs, VMs that hold them, highly available ones among these, and huge pages."""
     records = await pool.fetch(
-        "select id, memory_used_bytes, vcpus_used, guests, ha_guests from host_capacity where not gone"
+        """select id, memory_used_bytes, vcpus_used, guests, ha_guests, pages_2m_used, pages_1g_used
+           from host_capacity where not gone"""
     )
-    return [(r[0], r[1], r[2], r[3], r[4]) for r in records]
+    return [(r[0], r[1], r[2], r[3], r[4], Pages(r[5], r[6])) for r in records]
 
 
 async def clusters(pool: Pool, condition: str = "true", *arguments: Any) -> list[ClusterPolicy]:

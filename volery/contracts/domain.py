@@ -115,6 +115,8 @@ class DomainSpec(Message):
     """The VM's name as its owner wrote it."""
     memory_bytes: int
     max_memory_bytes: int = 0
+    hugepage_kib: int = 0
+    """Its memory is in huge pages of this size; 0: in ordinary ones."""
     vcpus: int = 1
     sockets: int = 0
     cores: int = 0

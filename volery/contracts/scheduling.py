@@ -16,6 +16,8 @@ class Need(Message):
     memory_bytes: int
     vcpus: int
     name: str = ""
+    hugepage_kib: int = 0
+    """Its memory is in huge pages of this size; 0: in ordinary ones."""
     cpu_model: str = ""
     machine: str = ""
     network_ids: tuple[str, ...] = ()
@@ -173,6 +175,9 @@ class Claim(Entity):
     purpose: Purpose = Purpose.START
     high_availability: bool = False
     """What the VM was when it was placed."""
+    pages_2m: int = 0
+    pages_1g: int = 0
+    """Huge pages of 2 MiB and 1 GiB. Their memory isn't part of `memory_bytes`."""
 
 
 class ClaimKey(Message):
@@ -200,6 +205,11 @@ class HostCapacity(Message):
     vcpus_used: int
     schedulable: bool
     cpu_percent: float = 0.0
+    pages_2m: int = 0
+    pages_2m_used: int = 0
+    pages_1g: int = 0
+    pages_1g_used: int = 0
+    """Huge pages of 2 MiB and 1 GiB, and how many of them claims hold. Their memory isn't part of `memory_bytes`."""
 
 
 class PastDecision(Entity):

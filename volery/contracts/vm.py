@@ -35,6 +35,10 @@ class VmStatus(StrEnum):
     DELETING = "deleting"
 
 
+PAGE_SIZES_KIB = (2048, 1048576)
+"""The sizes of huge pages that x86-64 has: 2 MiB and 1 GiB."""
+
+
 class DesiredState(StrEnum):
     """What reconciling makes true."""
 
@@ -149,6 +153,8 @@ class Vm(Entity):
     epoch: int = 0
     """Counts its placements."""
     memory_bytes: int = 0
+    hugepage_kib: int = 0
+    """Its memory is backed by huge pages of this size, 2048 or 1048576; 0: by ordinary ones."""
     vcpus: int = 1
     sockets: int = 0
     cores: int = 0
@@ -219,6 +225,8 @@ class CreateVm(Message):
     name: str
     cluster_id: str
     memory_bytes: int
+    hugepage_kib: int = 0
+    """Its memory is backed by huge pages of this size, 2048 or 1048576; 0: by ordinary ones."""
     vcpus: int = 1
     sockets: int = 0
     cores: int = 0
@@ -255,6 +263,8 @@ class UpdateVm(Message):
     description: str | UnsetType = UNSET
     tags: tuple[str, ...] | UnsetType = UNSET
     memory_bytes: int | UnsetType = UNSET
+    hugepage_kib: int | UnsetType = UNSET
+    """Only while it is down."""
     vcpus: int | UnsetType = UNSET
     sockets: int | UnsetType = UNSET
     cores: int | UnsetType = UNSET

@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.fleet import UP, Bools, Fleet
 from services.scheduler.model import ClusterPolicy, memory_taken
+from services.scheduler.pages import pages_taken
 from services.scheduler.policies.affinity import ClusterRules
 from services.scheduler.policies.board import Board, Guest, Place
 from services.scheduler.policies.bound import FREE, Bound, resolve
@@ -19,7 +20,7 @@ from services.scheduler.policies.request import request
 from volery.contracts import scheduling
 from volery.contracts.scheduling import Need, Purpose
 
-MOVED_ON = frozenset({"target", "excluded", "cpu_overcommit", "memory", "affinity_vms"})
+MOVED_ON = frozenset({"target", "excluded", "cpu_overcommit", "memory", "huge_pages", "affinity_vms"})
 """Filters that the board applies itself, since they change with each move."""
 
 
@@ -57,7 +58,10 @@ def board_of(
         around = rules.around(each.need.vm_id)
         bound = FREE if around is None else Bound(hosts=resolve(around, rules, {}).hosts)
         # VMs that ask the same of a host, whatever they are called and however much memory they have, share an answer.
-        key = (replace(each.need, vm_id="", name="", memory_bytes=1, preferred_host_ids=()), bound.hosts)
+        key = (
+            replace(each.need, vm_id="", name="", memory_bytes=1, hugepage_kib=0, preferred_host_ids=()),
+            bound.hosts,
+        )
         if key not in known:
             known[key] = _suits(fleet, policy, each.need, config, bound, now)[rows]
         allowed[number] = known[key]
@@ -92,6 +96,7 @@ def _place(fleet: Fleet, row: int, closed: Collection[str]) -> Place:
         cpus=cpus,
         load=float(fleet.floats("cpu_percent")[row]) / 100 * cpus,
         open=int(fleet.ints("status")[row]) == UP and fleet.ids[row] not in closed,
+        pages_left=fleet.pages_left(row),
     )
 
 
@@ -101,10 +106,11 @@ def _guest(each: Standing, config: SchedulerConfig) -> Guest:
         id=need.vm_id,
         name=need.name or need.vm_id,
         host_id=each.host_id,
-        memory=memory_taken(need.memory_bytes, config),
+        memory=memory_taken(need.memory_bytes, config, need.hugepage_kib),
         vcpus=need.vcpus,
         load=assumed if each.load is None else each.load,
         high_availability=need.high_availability,
         priority=each.priority,
         kept=each.kept,
+        pages=pages_taken(need.memory_bytes, need.hugepage_kib),
     )

@@ -98,6 +98,7 @@ UNITS: tuple[PolicyUnit, ...] = (
     _unit(F, "cpu", "has fewer threads than the VM has vCPUs", ovirt="CPU"),
     _unit(F, "cpu_overcommit", "has promised too many vCPUs", mandatory=_GUARD),
     _unit(F, "memory", "has too little memory left", ovirt="Memory", mandatory=_GUARD),
+    _unit(F, "huge_pages", "has too few huge pages left", ovirt="HugePages", mandatory=_GUARD),
     _unit(F, "network", "lacks a network of the VM", ovirt="Network", mandatory=_STARTS),
     _unit(F, "storage", "doesn't reach the storage of the VM's disks", mandatory=_STARTS),
     _unit(F, "cpu_model", "can't give the CPU model", ovirt="CPU-Level", mandatory=_STARTS),
