@@ -147,6 +147,9 @@ def _memory(root: ET.Element, spec: DomainSpec) -> None:
         _text(root, "maxMemory", str(spec.max_memory_bytes), slots="16", unit="b")
     _text(root, "memory", str(spec.memory_bytes), unit="b")
     _text(root, "currentMemory", str(spec.memory_bytes), unit="b")
+    if spec.hugepage_kib:
+        backing = ET.SubElement(ET.SubElement(root, "memoryBacking"), "hugepages")
+        _sub(backing, "page", size=str(spec.hugepage_kib), unit="KiB")
 
 
 def _firmware(root: ET.Element, spec: DomainSpec, machine: Machine) -> None:
