@@ -177,6 +177,13 @@ def refusals(world: World, place: Place, host: HostFigures, config: SchedulerCon
         refused.add("cpu_overcommit")
     if host.memory_limit_bytes - host.memory_used_bytes < taken(place, config):
         refused.add("memory")
+    if need.hugepage_kib:
+        left = {
+            2048: host.pages_2m - host.pages_2m_used,
+            1048576: host.pages_1g - host.pages_1g_used,
+        }[need.hugepage_kib]
+        if left * need.hugepage_kib * 1024 < need.memory_bytes:
+            refused.add("huge_pages")
     if any(host.id not in reach.get(n, ()) for n in need.network_ids):
         refused.add("network")
     if need.storage_host_ids is not None and host.id not in need.storage_host_ids:
@@ -207,8 +214,9 @@ def refusals(world: World, place: Place, host: HostFigures, config: SchedulerCon
 
 
 def taken(place: Place, config: SchedulerConfig) -> int:
-    """Bytes of memory that the VM takes of its host."""
-    return place.need.memory_bytes + config.guest_overhead_mib * MIB
+    """Bytes of memory that the VM takes of its host besides huge pages."""
+    ordinary = 0 if place.need.hugepage_kib else place.need.memory_bytes
+    return ordinary + config.guest_overhead_mib * MIB
 
 
 def score(unit: str, world: World, place: Place, host: HostFigures, config: SchedulerConfig) -> float:

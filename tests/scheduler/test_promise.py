@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.fleet import Fleet, HostFigures, NetworkReach
 from services.scheduler.model import ClusterPolicy, memory_taken
+from services.scheduler.pages import pages_taken
 from services.scheduler.policies.affinity import ClusterRules, Group
 from services.scheduler.policies.bound import FREE, Bound, Seat, resolve
 from services.scheduler.policies.decision import decide
@@ -29,9 +30,14 @@ RULES = [AffinityRule.POSITIVE, AffinityRule.NEGATIVE, AffinityRule.NEGATIVE, Af
 
 
 def world_of(
-    sizes: dict[str, tuple[int, int]], guests: list[Guest], groups: tuple[Group, ...] = (), **policy: Any
+    sizes: dict[str, tuple[int, int]],
+    guests: list[Guest],
+    groups: tuple[Group, ...] = (),
+    *,
+    pages: dict[str, int] | None = None,
+    **policy: Any,
 ) -> World:
-    """Hosts by GiB and vCPUs, with what guests hold taken of them."""
+    """Hosts by GiB and vCPUs, and by huge pages of 2 MiB, with what guests hold taken of them."""
     fleet = Fleet()
     cluster = ClusterPolicy("a", "A", reserve_host_failures=1, admission_control="enforce", **policy)
     fleet.clusters["a"] = cluster
@@ -42,6 +48,7 @@ def world_of(
                 id=host_id, name=host_id, cluster_id="a", status="up", cpus=8, memory_bytes=memory * GIB,
                 memory_limit_bytes=memory * GIB, memory_used_bytes=sum(g.memory for g in held), vcpus_limit=vcpus,
                 vcpus_used=sum(g.vcpus for g in held), guests=len(held),
+                pages_2m=(pages or {}).get(host_id, 0), pages_2m_used=sum(g.pages.small for g in held),
             )
         )  # fmt: skip
     fleet.set_network(NetworkReach("lan", "lan", frozenset(HOSTS[:3])))
@@ -58,7 +65,8 @@ def guest(vm_id: str, host_id: str, gib: int = 1, vcpus: int = 1, **need: Any) -
         "name": vm_id,
     }
     full = Need(**({"high_availability": True} | wanted | need))
-    return Guest(full, host_id, memory_taken(gib * GIB, CONFIG), vcpus)
+    memory = memory_taken(gib * GIB, CONFIG, full.hugepage_kib)
+    return Guest(full, host_id, memory, vcpus, pages=pages_taken(gib * GIB, full.hugepage_kib))
 
 
 @st.composite
@@ -80,6 +88,7 @@ def worlds(draw: st.DrawFn) -> World:
                 host_ids=tuple(pinned),
                 storage_host_ids=None if reached is None else tuple(reached),
                 network_ids=tuple(draw(st.sampled_from([[], [], ["lan"]]))),
+                hugepage_kib=draw(st.sampled_from([0, 0, 2048])),
             )
         )
     names = [*(g.vm_id for g in guests), "new"]
@@ -93,7 +102,10 @@ def worlds(draw: st.DrawFn) -> World:
     )  # fmt: skip
     held = {h: sum(g.memory for g in guests if g.host_id == h) // GIB for h in hosts}
     sizes = {h: (held[h] + draw(st.integers(0, 6)), 4 + draw(st.integers(8, 16))) for h in hosts}
-    return world_of(sizes, guests, groups)
+    backed = {h: sum(g.pages.small for g in guests if g.host_id == h) for h in hosts}
+    return world_of(
+        sizes, guests, groups, pages={h: backed[h] + 512 * draw(st.integers(0, 6)) for h in hosts}
+    )
 
 
 def bound_at(world: World, vm: Guest, places: dict[str, str]) -> Bound:
@@ -126,7 +138,7 @@ def restarts(world: World, lost: set[str], refuges: dict[str, str], order: list[
             failed.append(vm_id)
             continue
         places[vm_id] = fleet.ids[best]
-        fleet.use(fleet.ids[best], asked.memory, vm.need.vcpus, 1, 1)
+        fleet.use(fleet.ids[best], asked.memory, vm.need.vcpus, 1, 1, asked.pages)
     return failed
 
 
@@ -137,6 +149,7 @@ def figures(fleet: Fleet, host_id: str) -> HostFigures:
         for name, column in {
             "cpus": "cpus", "memory_bytes": "memory_bytes", "memory_limit_bytes": "memory_limit",
             "memory_used_bytes": "memory_used", "vcpus_limit": "vcpus_limit", "vcpus_used": "vcpus_used",
+            "pages_2m": "pages_2m", "pages_2m_used": "pages_2m_used",
         }.items()
     }  # fmt: skip
     return HostFigures(id=host_id, name=host_id, cluster_id="a", status="up", **columns)
@@ -156,10 +169,11 @@ def _legal(world: World, lost: set[str], way: dict[str, str]) -> bool:
     fleet = world.fleet
     for host_id in set(way.values()):
         row, here = fleet.rows[host_id], [world.guests[v].need for v, h in way.items() if h == host_id]
-        if (
-            int(fleet.ints("memory_used")[row]) + sum(n.memory_bytes for n in here)
-            > fleet.ints("memory_limit")[row]
-        ):
+        ordinary = sum(n.memory_bytes for n in here if not n.hugepage_kib)
+        pages = sum(n.memory_bytes for n in here if n.hugepage_kib) // (2 << 20)
+        if int(fleet.ints("memory_used")[row]) + ordinary > fleet.ints("memory_limit")[row]:
+            return False
+        if pages and int(fleet.ints("pages_2m_used")[row]) + pages > fleet.ints("pages_2m")[row]:
             return False
         if int(fleet.ints("vcpus_used")[row]) + sum(n.vcpus for n in here) > fleet.ints("vcpus_limit")[row]:
             return False
@@ -194,8 +208,11 @@ def _kept(world: World, vm_id: str, host_id: str, at: dict[str, str]) -> bool:
     return True
 
 
+COLUMNS = ("memory_used", "vcpus_used", "guests", "status", "pages_2m_used")
+
+
 def columns_of(world: World) -> tuple[object, ...]:
-    return tuple(world.fleet.ints(c).tolist() for c in ("memory_used", "vcpus_used", "guests", "status"))
+    return tuple(world.fleet.ints(c).tolist() for c in COLUMNS)
 
 
 def with_refuges(world: World, losses: list[Loss]) -> dict[str, str]:
@@ -310,6 +327,16 @@ def test_a_cluster_without_room_names_the_vm_and_what_would_help() -> None:
     assert "no host of cluster A can take VM db" in loss.homeless[0].message
     assert "h1 has 4.0 GiB left" in loss.homeless[0].message
     assert loss.homeless[0].change
+
+
+def test_a_promise_counts_huge_pages_and_names_what_is_short_of_them() -> None:
+    """There is memory enough for both; pages are there for one."""
+    guests = [guest("db", "h0", 4, hugepage_kib=2048), guest("web", "h1", 1)]
+    sizes = {"h0": (8, 16), "h1": (8, 16)}
+    assert lose(world_of(sizes, guests, pages={"h0": 2048, "h1": 2048}), ["h0"]).places == {"db": "h1"}
+    short = lose(world_of(sizes, guests, pages={"h0": 2048, "h1": 2047}), ["h0"])
+    assert [each.vm_id for each in short.homeless] == ["db"]
+    assert "0 of the 2047 huge pages of 2 MiB of h1 are taken, VM db needs 2048" in short.homeless[0].message
 
 
 def group(rule: AffinityRule, *vms: str) -> Group:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.fleet import Fleet, HostFigures, Measured, NetworkReach
 from services.scheduler.model import ClusterPolicy, limits
+from services.scheduler.pages import Pages
 from services.scheduler.policies.affinity import ClusterRules, Group
 from services.scheduler.policies.bound import FREE, Seat, resolve
 from services.scheduler.policies.recipe import Recipe
@@ -47,7 +48,8 @@ def fleet_of(world: World) -> Fleet:
         fleet.sample(host.id, Measured(load, busy is not None, busy or 0.0, swapped))
         if fresh := world.fresh_vcpus.get(host.id):
             fleet.use(host.id, 0, fresh)
-        fleet.used(host.id, host.memory_used_bytes, host.vcpus_used, host.guests, host.ha_guests)
+        pages = Pages(host.pages_2m_used, host.pages_1g_used)
+        fleet.used(host.id, host.memory_used_bytes, host.vcpus_used, host.guests, host.ha_guests, pages)
     for network in world.networks:
         fleet.set_network(network)
     return fleet
@@ -156,6 +158,10 @@ def worlds(draw: st.DrawFn) -> World:
                 ha_guests=draw(st.integers(0, 3)),
                 cpu_models=frozenset(draw(subsets(MODELS))),
                 machines=frozenset(draw(subsets(MACHINES))),
+                pages_2m=draw(st.just(0) | st.integers(0, 4096)),
+                pages_2m_used=draw(st.just(0) | st.integers(0, 4096)),
+                pages_1g=draw(st.integers(0, 8)),
+                pages_1g_used=draw(st.just(0) | st.integers(0, 8)),
             )
         )
     return World(
@@ -186,6 +192,7 @@ def roomy_worlds(draw: st.DrawFn) -> World:
             id=host_id, name=host_id.upper(), cluster_id="a", status="up", cpus=8, memory_bytes=64 * GIB,
             memory_limit_bytes=64 * GIB, memory_used_bytes=draw(st.sampled_from([0, GIB, 8 * GIB])), vcpus_limit=80,
             vcpus_used=draw(st.sampled_from([0, 2, 16])), guests=draw(st.integers(0, 3)), ha_guests=draw(st.integers(0, 3)),
+            pages_2m=4096, pages_1g=16,
         )
         for host_id in HOSTS[: draw(st.integers(2, 6))]
     ]  # fmt: skip
@@ -221,6 +228,7 @@ def places(draw: st.DrawFn) -> Place:
         preferred_host_ids=tuple(draw(subsets(HOSTS))),
         storage_host_ids=None if storage is None else tuple(storage),
         high_availability=draw(st.booleans()),
+        hugepage_kib=draw(st.sampled_from([0, 0, 2048, 1048576])),
     )
     return Place(
         need=need,
