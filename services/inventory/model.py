@@ -9,6 +9,7 @@ from typing import Any
 from msgspec import UnsetType
 from msgspec.structs import asdict, replace
 
+from services.inventory import numa
 from services.inventory.config import InventoryConfig
 from volery.contracts.base import Message
 from volery.contracts.domain import DiskBus, DomainState
@@ -129,6 +130,7 @@ def check_create(ask: CreateVm) -> None:
     checks.tags(ask.tags)
     check_shape(ask.memory_bytes, ask.vcpus, ask.sockets, ask.cores, ask.threads)
     check_backing(ask.memory_bytes, ask.hugepage_kib)
+    numa.check(ask.numa_nodes, ask.memory_bytes, ask.vcpus, ask.hugepage_kib)
     if len(ask.disks) > MAX_DISKS:
         raise invalid(f"a VM has at most {MAX_DISKS} disks, not {len(ask.disks)}", field="disks")
     if len(ask.nics) > MAX_NICS:
@@ -222,6 +224,10 @@ NOW = frozenset(
 """Fields that take effect at once, also while it runs; the others wait for the next start."""
 
 
+SETTLED_AT_START = {"hugepage_kib": "huge pages", "numa_nodes": "NUMA nodes"}
+"""Fields that are changed only while it is down, and what they are called."""
+
+
 def edited(vm: Vm, ask: UpdateVm) -> Vm:
     """The VM after the edit. Raises Refused(invalid)."""
     fields = given(ask)
@@ -231,13 +237,15 @@ def edited(vm: Vm, ask: UpdateVm) -> Vm:
     checks.tags(new.tags)
     check_shape(new.memory_bytes, new.vcpus, new.sockets, new.cores, new.threads)
     check_backing(new.memory_bytes, new.hugepage_kib)
-    if new.hugepage_kib != vm.hugepage_kib and vm.status is not VmStatus.DOWN:
-        raise conflict(
-            f"the huge pages of VM {vm.name} can't be changed while it is {vm.status}: what backs its memory is settled when it "
-            "starts; stop it first",
-            field="hugepage_kib",
-            vm_id=vm.id,
-        )
+    numa.check(new.numa_nodes, new.memory_bytes, new.vcpus, new.hugepage_kib)
+    for field, what in SETTLED_AT_START.items():
+        if getattr(new, field) != getattr(vm, field) and vm.status is not VmStatus.DOWN:
+            raise conflict(
+                f"the {what} of VM {vm.name} can't be changed while it is {vm.status}: where its memory is is settled when it "
+                "starts; stop it first",
+                field=field,
+                vm_id=vm.id,
+            )
     check_policies(new.affinity.host_ids + new.affinity.preferred_host_ids, new.high_availability.priority)
     later = vm.status is not VmStatus.DOWN and any(
         field not in NOW and getattr(vm, field) != value for field, value in fields.items()
@@ -245,7 +253,16 @@ def edited(vm: Vm, ask: UpdateVm) -> Vm:
     return replace(new, next_run=vm.next_run or later)
 
 
-ASKED = ("memory_bytes", "hugepage_kib", "vcpus", "cpu_model", "machine", "affinity", "high_availability")
+ASKED = (
+    "memory_bytes",
+    "hugepage_kib",
+    "numa_nodes",
+    "vcpus",
+    "cpu_model",
+    "machine",
+    "affinity",
+    "high_availability",
+)
 """What a VM asks of the host on which it is brought back, as far as an edit goes."""
 
 

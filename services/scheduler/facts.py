@@ -7,7 +7,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from services.scheduler import promise_store, store
+from services.scheduler import cell_claims, promise_store, store
+from services.scheduler.cells import cells_of
 from services.scheduler.model import ClusterPolicy, Looked, limits
 from services.scheduler.pages import pages_of
 from services.scheduler.scheduling_policies import keep_built_in
@@ -38,7 +39,11 @@ async def host_changed(scheduler: Scheduler, host: Host) -> list[Change]:
     pages = pages_of(host.capabilities.numa)
     memory = max(host.capabilities.memory_bytes - pages.memory_bytes, 0)
     allowed = limits(memory, host.capabilities.cpus, policy, scheduler.config)
-    return [store.saw_host(host, memory, pages, allowed)]
+    cells = cells_of(host.capabilities)
+    return [
+        store.saw_host(host, memory, pages, allowed),
+        *cell_claims.saw_cells(host.id, host.revision, cells),
+    ]
 
 
 @part.hears(HOST_DELETED)

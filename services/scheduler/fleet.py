@@ -13,9 +13,11 @@ from itertools import repeat
 import numpy as np
 from numpy.typing import NDArray
 
+from services.scheduler.cells import CELL_CPUS, CELLS, CELLS_USED, CellFigures, CellNeed, Taken
 from services.scheduler.model import ClusterPolicy
 from services.scheduler.pages import NO_PAGES, PAGES, PAGES_USED, Pages
 from services.scheduler.policies.recipe import Recipe, by_balance
+from volery.contracts.domain import MOST_CELLS
 from volery.contracts.host import HostStatus
 
 Bools = NDArray[np.bool_]
@@ -94,8 +96,17 @@ _COLUMNS: dict[str, type] = {
     "machines": np.int64,
     **dict.fromkeys((*PAGES, *PAGES_USED), np.int64),
 }
+_CELL_COLUMNS = (CELL_CPUS, *CELLS, *CELLS_USED)
+"""Wide ones: a figure for each NUMA cell."""
 IDLE = 0.0
 """`busy_since` of a host that isn't busy."""
+
+
+def _empty() -> dict[str, NDArray[np.int64] | NDArray[np.float64]]:
+    columns: dict[str, NDArray[np.int64] | NDArray[np.float64]] = {
+        name: np.zeros(16, dtype) for name, dtype in _COLUMNS.items()
+    }
+    return columns | {name: np.zeros((16, MOST_CELLS), np.int64) for name in _CELL_COLUMNS}
 
 
 @dataclass(slots=True)
@@ -109,9 +120,7 @@ class Fleet:
     recipes: dict[str, Recipe] = field(default_factory=dict)
     """Scheduling policies by id."""
     networks: dict[str, NetworkReach] = field(default_factory=dict)
-    _columns: dict[str, NDArray[np.int64] | NDArray[np.float64]] = field(
-        default_factory=lambda: {name: np.zeros(16, dtype) for name, dtype in _COLUMNS.items()}
-    )
+    _columns: dict[str, NDArray[np.int64] | NDArray[np.float64]] = field(default_factory=_empty)
     _cluster_numbers: dict[str, int] = field(default_factory=dict)
     _sets: dict[frozenset[str], int] = field(default_factory=dict)
     """What hosts can do, numbered: a fleet has few kinds of hosts."""
@@ -245,6 +254,33 @@ class Fleet:
     def drop_network(self, network_id: str) -> None:
         self.networks.pop(network_id, None)
         self._masks.pop(("network", network_id), None)
+
+    def put_cells(self, host_id: str, cells: Iterable[CellFigures]) -> None:
+        """All that a host has."""
+        row = self.rows[host_id]
+        for name in _CELL_COLUMNS:
+            self._columns[name][row] = 0
+        for each in cells:
+            self._columns[CELL_CPUS][row, each.cell] = each.cpus
+            for names, figures in ((CELLS, each.limit), (CELLS_USED, each.used)):
+                for name, figure in zip(names, figures, strict=True):
+                    self._columns[name][row, each.cell] = figure
+
+    def use_cells(self, host_id: str, needs: Iterable[CellNeed], times: int = 1) -> None:
+        """Taken, or with -1 times given back, since the row was read."""
+        row = self.rows.get(host_id)
+        for need in needs if row is not None else ():
+            for name, figure in zip(CELLS_USED, need.taken, strict=True):
+                self._columns[name][row, need.cell] += times * figure
+
+    def used_cells(self, uses: Iterable[tuple[str, int, Taken]]) -> None:
+        """What the database says is used of cells; of all others nothing is."""
+        for name in CELLS_USED:
+            self._columns[name][:] = 0
+        for host_id, cell, used in uses:
+            if (row := self.rows.get(host_id)) is not None:
+                for name, figure in zip(CELLS_USED, used, strict=True):
+                    self._columns[name][row, cell] = figure
 
     def pages_left(self, row: int) -> Pages:
         """Huge pages of a host that no claim holds; negative where it has fewer than they hold."""

@@ -113,6 +113,8 @@ class SeenVm:
     deleted: bool
     heard_at: datetime
     hugepage_kib: int = 0
+    numa_nodes: str = "[]"
+    """JSON."""
 
 
 ENDED_STATUSES = frozenset({VmStatus.DOWN, VmStatus.SUSPENDED, VmStatus.IMAGE_LOCKED})

@@ -11,7 +11,8 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
-from services.scheduler import affinity, model, promising, store
+from services.scheduler import affinity, cell_claims, model, promising, store
+from services.scheduler.cells import claims_of, needs_of
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.fleet import Fleet
 from services.scheduler.pages import pages_taken
@@ -195,6 +196,7 @@ async def _commit(
         changes = [
             *guards,
             store.take_capacity(claim),
+            *cell_claims.take(claim),
             store.CLAIMS.insert(claim, store.ClaimPrivate(decision_id=decision_id)),
         ]
     await scheduler.core.commit(
@@ -223,6 +225,7 @@ def _claim(scheduler: Scheduler, ask: Place, host_id: str) -> Claim:
         high_availability=need.high_availability,
         pages_2m=pages.small,
         pages_1g=pages.large,
+        cells=claims_of(needs_of(need.numa_nodes, need.hugepage_kib)),
     )
 
 

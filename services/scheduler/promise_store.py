@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 import msgspec
 
+from services.scheduler import cell_store
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.model import MIB
 from services.scheduler.pages import Pages
@@ -58,13 +59,14 @@ def raise_count(cluster_ids: Collection[str], by: int = 1) -> Change:
 async def guests(pool: Pool, cluster_id: str, config: SchedulerConfig) -> dict[str, Guest]:
     """The VMs that hold capacity in a cluster, where their newest claim is."""
     records = await pool.fetch(
-        """select c.vm_id, c.host_id, c.memory_bytes, c.vcpus, c.high_availability, p.need, p.lost_host_id,
+        """select c.id, c.vm_id, c.host_id, c.memory_bytes, c.vcpus, c.high_availability, p.need, p.lost_host_id,
                   p.refuge_host_id, v.name, c.pages_2m, c.pages_1g
            from host_capacity h join claim c on c.host_id = h.id left join promised_vm p on p.vm_id = c.vm_id
                 left join vm v on v.id = c.vm_id
            where h.cluster_id = $1 order by c.vm_id, c.epoch""",
         cluster_id,
     )
+    cells = await cell_store.held(pool, cluster_id)
     overhead, decoder, found = config.guest_overhead_mib * MIB, msgspec.json.Decoder(Need), {}
     for r in records:
         pages = Pages(r["pages_2m"], r["pages_1g"])
@@ -81,6 +83,7 @@ async def guests(pool: Pool, cluster_id: str, config: SchedulerConfig) -> dict[s
             r["lost_host_id"] or "",
             r["refuge_host_id"] or "",
             pages,
+            cells.get(r["id"], ()),
         )
     return found
 

@@ -11,6 +11,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from services.scheduler import promise_store as store
+from services.scheduler.cells import CELL_CPUS, CELLS, CELLS_USED
 from services.scheduler.model import Audit
 from services.scheduler.pages import PAGES, PAGES_USED
 from services.scheduler.policies import planned, promise
@@ -182,6 +183,9 @@ def _seen(scheduler: Scheduler, cluster_id: str) -> int:
         "swapped",
         *PAGES,
         *PAGES_USED,
+        CELL_CPUS,
+        *CELLS,
+        *CELLS_USED,
     )
     columns = tuple(fleet.ints(name)[mine].tobytes() for name in names)
     networks = frozenset((n.id, n.host_ids) for n in fleet.networks.values())

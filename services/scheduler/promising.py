@@ -12,7 +12,9 @@ from contextlib import asynccontextmanager, nullcontext
 
 from msgspec.structs import replace
 
+from services.scheduler import cell_store
 from services.scheduler import promise_store as store
+from services.scheduler.cells import needs_of
 from services.scheduler.fleet import STATUSES, UP, Fleet
 from services.scheduler.model import memory_taken
 from services.scheduler.pages import PAGES, PAGES_USED, Pages, pages_taken
@@ -50,6 +52,7 @@ async def world_of(scheduler: Scheduler, cluster_id: str, *, fresh: bool = False
     fleet = scheduler.fleet.part(cluster_id)
     for host in figures:
         _set(fleet, *host)
+    fleet.used_cells(await cell_store.used(scheduler.core.pool))
     world = World(
         fleet=fleet,
         policy=scheduler.policy(cluster_id),
@@ -153,7 +156,8 @@ def _guest(scheduler: Scheduler, ask: Place, host_id: str) -> Guest:
     need = ask.need
     memory = memory_taken(need.memory_bytes, scheduler.config, need.hugepage_kib)
     pages = pages_taken(need.memory_bytes, need.hugepage_kib)
-    return Guest(need, host_id, memory, need.vcpus, pages=pages)
+    cells = needs_of(need.numa_nodes, need.hugepage_kib)
+    return Guest(need, host_id, memory, need.vcpus, pages=pages, cells=cells)
 
 
 def _changes(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 
+import msgspec
 from msgspec.structs import replace
 
-from services.scheduler import model, store
+from services.scheduler import cell_claims, cell_store, model, store
+from services.scheduler.cells import claims_of, needs_of
 from services.scheduler.model import SeenVm, Settling
 from services.scheduler.pages import pages_taken
 from services.scheduler.state import Scheduler
+from volery.contracts.domain import NumaNode
 from volery.contracts.ids import new_id
 from volery.contracts.scheduling import Claim
 from volery.runtime.clock import utc_now
@@ -23,6 +26,7 @@ part = Part()
 RECONCILE_SECONDS = 5.0
 CHECK_SECONDS = 60.0
 FORGET_SECONDS = 3600.0
+NODES = msgspec.json.Decoder(tuple[NumaNode, ...])
 ADOPT_AFTER_SECONDS = 15.0
 """A VM may be ending while its last fact still says that it runs."""
 
@@ -64,6 +68,7 @@ async def adopt_vms(scheduler: Scheduler) -> None:
         try:
             await scheduler.core.commit(
                 store.force_capacity(claim),
+                *cell_claims.take(claim, forced=True),
                 store.CLAIMS.insert(claim, store.ClaimPrivate()),
             )
         except Taken:
@@ -87,6 +92,7 @@ def _adopted(scheduler: Scheduler, vm: SeenVm) -> Claim:
         state=model.CONFIRMED,
         pages_2m=pages.small,
         pages_1g=pages.large,
+        cells=claims_of(needs_of(NODES.decode(vm.numa_nodes), vm.hugepage_kib)),
     )
 
 
@@ -97,6 +103,8 @@ async def check_counters(scheduler: Scheduler) -> None:
         log.error(
             "host %s was off by %+d bytes and %+d vCPUs from its claims; corrected", host_id, memory, vcpus
         )
+    for host_id in await cell_store.correct(scheduler.core.pool):
+        log.error("NUMA cells of host %s were off from its claims; corrected", host_id)
 
 
 @part.every(FORGET_SECONDS)

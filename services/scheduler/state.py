@@ -12,7 +12,8 @@ from weakref import WeakValueDictionary
 import msgspec
 from nats.aio.msg import Msg
 
-from services.scheduler import affinity_store, policy_store, store
+from services.scheduler import affinity_store, cell_store, policy_store, store
+from services.scheduler.cells import needs_from
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.fleet import Fleet, Measured
 from services.scheduler.model import Audit, ClusterPolicy, Looked
@@ -99,11 +100,13 @@ class Scheduler:
         """In this replica's memory, ahead of the next reading."""
         pages = Pages(claim.pages_2m, claim.pages_1g)
         self.fleet.use(claim.host_id, claim.memory_bytes, claim.vcpus, 1, int(claim.high_availability), pages)
+        self.fleet.use_cells(claim.host_id, needs_from(claim.cells))
 
     def gave_back(self, claim: Claim) -> None:
         pages = Pages(-claim.pages_2m, -claim.pages_1g)
         available = int(claim.high_availability)
         self.fleet.use(claim.host_id, -claim.memory_bytes, -claim.vcpus, -1, -available, pages)
+        self.fleet.use_cells(claim.host_id, needs_from(claim.cells), -1)
 
     async def reload(self) -> None:
         """The whole fleet anew from the tables, as of now or later. Those who ask together share one reading."""
@@ -115,6 +118,7 @@ class Scheduler:
 
     async def _reload(self) -> None:
         hosts = await store.hosts(self.core.pool)
+        cells = await cell_store.cells(self.core.pool)
         rules = await affinity_store.rules(self.core.pool)
         clusters = await store.clusters(self.core.pool)
         recipes = await policy_store.recipes(self.core.pool)
@@ -128,19 +132,23 @@ class Scheduler:
         self.fleet.keep_only(host.id for host in hosts)
         for host in hosts:
             self.fleet.put(host)
+            self.fleet.put_cells(host.id, cells.get(host.id, ()))
         self.changed.set()
 
     async def read_used(self) -> None:
         """Only what claims hold, which changes most."""
         for held in await store.used(self.core.pool):
             self.fleet.used(*held)
+        self.fleet.used_cells(await cell_store.used(self.core.pool))
 
     async def _read_row(self, table: str, row_id: str) -> None:
         pool = self.core.pool
         if table == "host_capacity":
             hosts = await store.hosts(pool, "id = $1 and not gone", row_id)
+            cells = await cell_store.cells(pool, row_id)
             for host in hosts:
                 self.fleet.put(host)
+                self.fleet.put_cells(row_id, cells.get(row_id, ()))
             if not hosts:
                 self.fleet.remove(row_id)
         elif table == "cluster":

@@ -7,11 +7,13 @@ import zlib
 from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
+from operator import attrgetter
 from typing import Any, TypeAlias
 
 import asyncpg
 import msgspec
 
+from services.scheduler import cell_claims
 from services.scheduler.fleet import HostFigures, NetworkReach
 from services.scheduler.model import ClusterPolicy, Limits, SeenVm
 from services.scheduler.pages import Pages
@@ -79,7 +81,10 @@ GROUPS: Table[AffinityGroup, Nothing] = Table(
 GROUP_NAME = "affinity_group_name"
 
 CAPACITY: Table[Any, Any] = Table(
-    "capacity", Claim, ClaimPrivate, columns={"name": "name", "cluster_id": "cluster_id", "status": "status"}
+    "capacity_of_host",
+    Claim,
+    ClaimPrivate,
+    columns={"name": "name", "cluster_id": "cluster_id", "status": "status"},
 )
 """A view; only its documents are read."""
 
@@ -122,7 +127,7 @@ def _held(claim: Claim, times: int = 1) -> tuple[str | int, ...]:
 
 def release(row: Row[Claim, ClaimPrivate]) -> list[Change]:
     """Delete a claim and give its capacity back."""
-    return [force_capacity(row.public, -1), CLAIMS.delete(row)]
+    return [force_capacity(row.public, -1), *cell_claims.give_back(row.public), CLAIMS.delete(row)]
 
 
 async def claim_of(pool: Pool, vm_id: str, epoch: int) -> Row[Claim, ClaimPrivate] | None:
@@ -368,35 +373,30 @@ def network_gone(network_id: str) -> Change:
     return Change("delete from network where id = {0}", (network_id,), guarded=False)
 
 
+_OF_VM = attrgetter("id", "revision", "name", "epoch", "status", "host_id", "memory_bytes", "vcpus")
+
+
 def saw_vms(vms: Sequence[Vm], deleted: Collection[str] = ()) -> Change:
     """Each of them once; `deleted` are the ids of those that are no more. The same revision again says what the previous
     release didn't take over."""
     return Change(
-        """insert into vm (id, revision, name, epoch, status, host_id, memory_bytes, vcpus, deleted, hugepage_kib)
+        """insert into vm (id, revision, name, epoch, status, host_id, memory_bytes, vcpus, deleted, hugepage_kib,
+               numa_nodes)
            select v.id, v.revision::bigint, v.name, v.epoch::bigint, v.status, v.host_id, v.memory_bytes::bigint,
-                  v.vcpus::int, v.deleted::bool, v.hugepage_kib::int
+                  v.vcpus::int, v.deleted::bool, v.hugepage_kib::int,
+                  v.numa_nodes
            from unnest({0}::text[], {1}::text[], {2}::text[], {3}::text[], {4}::text[], {5}::text[], {6}::text[],
-                       {7}::text[], {8}::text[], {9}::text[])
-                as v(id, revision, name, epoch, status, host_id, memory_bytes, vcpus, deleted, hugepage_kib)
+                       {7}::text[], {8}::text[], {9}::text[], {10}::text[])
+                as v(id, revision, name, epoch, status, host_id, memory_bytes, vcpus, deleted, hugepage_kib, numa_nodes)
            on conflict (id) do update set revision = excluded.revision, name = excluded.name,
                epoch = excluded.epoch, status = excluded.status, host_id = excluded.host_id,
                memory_bytes = excluded.memory_bytes, vcpus = excluded.vcpus, deleted = excluded.deleted,
-               hugepage_kib = excluded.hugepage_kib, heard_at = now()
+               hugepage_kib = excluded.hugepage_kib, numa_nodes = excluded.numa_nodes, heard_at = now()
            where vm.revision < excluded.revision
-              or vm.revision = excluded.revision and vm.hugepage_kib is distinct from excluded.hugepage_kib""",
+              or vm.revision = excluded.revision
+                 and (vm.hugepage_kib, vm.numa_nodes) is distinct from (excluded.hugepage_kib, excluded.numa_nodes)""",
         text_columns(
-            (
-                v.id,
-                v.revision,
-                v.name,
-                v.epoch,
-                v.status,
-                v.host_id,
-                v.memory_bytes,
-                v.vcpus,
-                v.id in deleted,
-                v.hugepage_kib,
-            )
+            (*_OF_VM(v), v.id in deleted, v.hugepage_kib, msgspec.json.encode(v.numa_nodes).decode())
             for v in vms
         ),
         guarded=False,

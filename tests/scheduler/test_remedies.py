@@ -10,16 +10,18 @@ import pytest
 from hypothesis import given, settings
 from msgspec.structs import replace
 
+from services.scheduler.cells import CellFigures, Taken
 from services.scheduler.fleet import HostFigures
 from services.scheduler.model import ClusterPolicy, limits
 from services.scheduler.policies.affinity import Group
 from services.scheduler.policies.bound import Seat
-from services.scheduler.policies.decision import decide, mend, room
+from services.scheduler.policies.decision import decide, explain, mend, room
 from tests.scheduler import oracle
 from tests.scheduler.oracle import World
 from tests.scheduler.worlds import CONFIG, GIB, MIB, NOW, fleet_of, places, worlds
 from tests.scheduler.worlds import asked as asked_of
 from volery.contracts.affinity_group import AffinityRule
+from volery.contracts.domain import NumaNode
 from volery.contracts.scheduling import Change, ChangeKind, Need, Place, Purpose, Remedy
 from volery.contracts.scheduling_policy import SchedulingPolicy
 
@@ -89,6 +91,12 @@ def applied(world: World, place: Place, change: Change, less: int = 0) -> tuple[
             size = need.hugepage_kib * 1024
             assert to % size == 0, "only whole pages"
             return world, replace(place, need=replace(need, memory_bytes=to + less * size))
+        case "host", field if field.startswith("cells["):
+            return of_cell(world, change.object_id, field, to + less), place
+        case "vm", "numa_nodes":
+            assert to == "unpinned"
+            free = tuple(replace(node, host_cells=()) for node in need.numa_nodes)
+            return world, replace(place, need=replace(need, numa_nodes=free))
         case "vm", "hugepage_kib":
             assert to == 0 or need.memory_bytes % (to * 1024) == 0
             return world, place if less else replace(place, need=replace(need, hugepage_kib=to))
@@ -116,6 +124,16 @@ def applied(world: World, place: Place, change: Change, less: int = 0) -> tuple[
                 place, excluded_host_ids=tuple(h for h in place.excluded_host_ids if h != change.current)
             )
     raise AssertionError(f"a change that nobody can make: {change}")
+
+
+def of_cell(world: World, host_id: str, field: str, used: int) -> World:
+    """`cells[0].memory_used`, with another figure."""
+    number, name = field.removeprefix("cells[").split("].")
+    changed = tuple(
+        with_(c, used=c.used._replace(**{name.removesuffix("_used"): used})) if c.cell == int(number) else c
+        for c in world.cells[host_id]
+    )
+    return with_(world, cells={**world.cells, host_id: changed})
 
 
 def with_more_pages(world: World, host_id: str, field: str, count: int) -> World:
@@ -188,8 +206,15 @@ def hopeless(world: World, place: Place) -> bool:
     return True
 
 
+def pins(place: Place) -> bool:
+    """Whether a node takes anything of a NUMA cell."""
+    return any(node.host_cells and node.mode != "preferred" for node in place.need.numa_nodes)
+
+
 def smallest(place: Place, fields: dict[str, Any]) -> dict[str, Any]:
     """A VM on huge pages has at least one, and giving it less memory never makes it need less of a host's ordinary memory."""
+    if fields.keys() == {"hugepage_kib"} and pins(place):
+        return {}
     if fields.keys() == {"memory_bytes"} and place.need.hugepage_kib:
         return {"memory_bytes": max(16 * MIB, place.need.hugepage_kib * 1024)}
     return fields
@@ -214,6 +239,8 @@ def extremes(world: World, place: Place) -> Iterator[tuple[World, Place]]:
     yield with_(world, hosts=tuple(with_(h, vcpus_used=0) for h in world.hosts)), place
     yield with_(world, hosts=tuple(with_(h, pages_2m_used=0, pages_1g_used=0) for h in world.hosts)), place
     yield with_(world, hosts=tuple(all_the_pages(h, world, place) for h in world.hosts)), place
+    unpinned = tuple(replace(node, host_cells=()) for node in place.need.numa_nodes)
+    yield world, replace(place, need=replace(place.need, numa_nodes=unpinned))
     yield with_(world, busy_since={}), place
     yield with_(world, swapped={}), place
     yield of_cluster(world, balance="evenly_distributed"), place
@@ -229,7 +256,7 @@ def extremes(world: World, place: Place) -> Iterator[tuple[World, Place]]:
     ):  # fmt: skip
         yield world, replace(place, need=replace(place.need, **smallest(place, fields)))
     for kib in (2048, 1048576):
-        if place.need.hugepage_kib and place.need.memory_bytes % (kib * 1024) == 0:
+        if place.need.hugepage_kib and place.need.memory_bytes % (kib * 1024) == 0 and not pins(place):
             yield world, replace(place, need=replace(place.need, hugepage_kib=kib))
     yield world, replace(place, target_host_id="")
     if place.purpose is not Purpose.MIGRATE:
@@ -383,9 +410,35 @@ def test_huge_pages_are_freed_set_aside_or_done_without(
     assert said(world_of(figures("h1", **changed)), place_of(**fields)) == expected
 
 
+def test_a_cell_that_is_taken_is_freed_or_the_node_is_let_go() -> None:
+    node = NumaNode(memory_bytes=4 * GIB, vcpus=(0, 1), host_cells=(1,))
+    full = CellFigures(1, 4, Taken(8 * GIB), Taken(6 * GIB))
+    world = with_(world_of(figures("h1"), figures("h2")), cells={"h1": (full,), "h2": ()})
+    place = place_of(numa_nodes=(node,))
+    assert said(world, place) == {
+        "host": "move or stop VMs whose nodes hold 2.0 GiB of memory of NUMA cell 1 of h1",
+        "vm": "let the NUMA nodes of VM web be in any cell (h1 takes it then)",
+    }
+    told = explain(fleet_of(world), asked_of(world, place), decide(fleet_of(world), asked_of(world, place)))
+    assert [v.message for host in told for v in host.verdicts] == [
+        "nodes pinned to NUMA cell 1 of h1 leave 2.0 GiB of memory, VM web needs 4.0 GiB of memory there",
+        "h2 has no NUMA cell 1",
+    ]
+    narrow = with_(world, cells={"h1": (CellFigures(1, 1, Taken(8 * GIB)),), "h2": ()})
+    assert said(narrow, place).keys() == {"vm"}
+    both = replace(place.need, hugepage_kib=2048, numa_nodes=(node,))
+    paged = CellFigures(1, 4, Taken(8 * GIB, 2048, 0), Taken(0, 1, 0))
+    short = with_(world_of(figures("h1", pages_2m=4096)), cells={"h1": (paged,)})
+    assert said(short, replace(place, need=both))["host"] == (
+        "move or stop VMs whose nodes hold 1 huge pages of 2 MiB of NUMA cell 1 of h1"
+    )
+
+
 def test_less_memory_is_no_help_for_the_overhead_of_a_vm_on_huge_pages() -> None:
     full = figures("h1", pages_2m=4096, memory_used_bytes=16 * GIB - 256 * MIB)
     assert said(world_of(full), place_of(**BACKED)).keys() == {"host", "cluster"}
+    nearly = figures("h1", pages_2m=4096, memory_used_bytes=16 * GIB - 256 * MIB - 64 * MIB)
+    assert said(world_of(nearly), place_of(**BACKED)).keys() == {"host", "cluster"}
 
 
 def test_a_migration_s_source_is_never_proposed() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 
 from volery.contracts.base import Call, Done, Entity, Fact, Message
+from volery.contracts.domain import NumaNode
 from volery.contracts.operation import ListQuery, Page
 
 
@@ -18,6 +19,7 @@ class Need(Message):
     name: str = ""
     hugepage_kib: int = 0
     """Its memory is in huge pages of this size; 0: in ordinary ones."""
+    numa_nodes: tuple[NumaNode, ...] = ()
     cpu_model: str = ""
     machine: str = ""
     network_ids: tuple[str, ...] = ()
@@ -162,6 +164,16 @@ class Placement(Message):
     """How its weights were put together: weighted_sum (a host's weights are factor × score) or rank (factor × rank)."""
 
 
+class CellClaim(Message):
+    """What is held of one NUMA cell."""
+
+    cell: int
+    memory_bytes: int = 0
+    """Beside huge pages."""
+    pages_2m: int = 0
+    pages_1g: int = 0
+
+
 class Claim(Entity):
     """Capacity held for a VM on a host. The table says what is held, never where a VM runs."""
 
@@ -178,6 +190,8 @@ class Claim(Entity):
     pages_2m: int = 0
     pages_1g: int = 0
     """Huge pages of 2 MiB and 1 GiB. Their memory isn't part of `memory_bytes`."""
+    cells: tuple[CellClaim, ...] = ()
+    """What of it nodes hold that are pinned to NUMA cells."""
 
 
 class ClaimKey(Message):

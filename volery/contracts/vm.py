@@ -9,7 +9,7 @@ from msgspec import UNSET, UnsetType
 
 from volery.contracts.base import Call, Done, Entity, Fact, Message
 from volery.contracts.cluster import GetById
-from volery.contracts.domain import DiskBus, ImageFormat, NicModel
+from volery.contracts.domain import DiskBus, ImageFormat, NicModel, NumaNode
 from volery.contracts.operation import ListQuery, Operation, Page
 
 
@@ -155,6 +155,8 @@ class Vm(Entity):
     memory_bytes: int = 0
     hugepage_kib: int = 0
     """Its memory is backed by huge pages of this size, 2048 or 1048576; 0: by ordinary ones."""
+    numa_nodes: tuple[NumaNode, ...] = ()
+    """NUMA nodes of the guest: all of its memory and vCPUs. None: the guest sees no nodes."""
     vcpus: int = 1
     sockets: int = 0
     cores: int = 0
@@ -227,6 +229,8 @@ class CreateVm(Message):
     memory_bytes: int
     hugepage_kib: int = 0
     """Its memory is backed by huge pages of this size, 2048 or 1048576; 0: by ordinary ones."""
+    numa_nodes: tuple[NumaNode, ...] = ()
+    """NUMA nodes of the guest: all of its memory and vCPUs. None: the guest sees no nodes."""
     vcpus: int = 1
     sockets: int = 0
     cores: int = 0
@@ -264,6 +268,8 @@ class UpdateVm(Message):
     tags: tuple[str, ...] | UnsetType = UNSET
     memory_bytes: int | UnsetType = UNSET
     hugepage_kib: int | UnsetType = UNSET
+    """Only while it is down."""
+    numa_nodes: tuple[NumaNode, ...] | UnsetType = UNSET
     """Only while it is down."""
     vcpus: int | UnsetType = UNSET
     sockets: int | UnsetType = UNSET

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from msgspec.structs import replace
 
+from services.scheduler.cells import needs_of
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.fleet import UP, Bools, Fleet
 from services.scheduler.model import ClusterPolicy, memory_taken
@@ -22,6 +23,11 @@ from volery.contracts.scheduling import Need, Purpose
 
 MOVED_ON = frozenset({"target", "excluded", "cpu_overcommit", "memory", "huge_pages", "affinity_vms"})
 """Filters that the board applies itself, since they change with each move."""
+
+
+PINNED_NODES = (
+    "its NUMA nodes are pinned to cells of its host: move it by itself, which looks at the cells of the other"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +117,6 @@ def _guest(each: Standing, config: SchedulerConfig) -> Guest:
         load=assumed if each.load is None else each.load,
         high_availability=need.high_availability,
         priority=each.priority,
-        kept=each.kept,
+        kept=each.kept or (PINNED_NODES if needs_of(need.numa_nodes, need.hugepage_kib) else ""),
         pages=pages_taken(need.memory_bytes, need.hugepage_kib),
     )

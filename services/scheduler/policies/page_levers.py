@@ -93,6 +93,8 @@ def _has_other_size(fleet: Fleet, request: Request) -> Bools:
 
 def _otherwise(fleet: Fleet, request: Request) -> Ints:
     possible = _has_other_size(fleet, request) | backing.room_without(fleet, request)
+    # Nodes that are pinned to NUMA cells would take something else of these.
+    possible &= not request.cells
     return _where(possible, np.ones(len(fleet), np.int64))
 
 

@@ -14,6 +14,7 @@ from math import comb
 
 import numpy as np
 
+from services.scheduler.cells import CellNeed, shared
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.fleet import STATUSES, UP, Bools, Fleet, Floats
 from services.scheduler.model import ClusterPolicy
@@ -69,6 +70,7 @@ class Guest:
     refuge: str = ""
     """Where it goes when `lost_host_id` is lost; "" when that isn't known."""
     pages: Pages = NO_PAGES
+    cells: tuple[CellNeed, ...] = ()
 
     @property
     def vm_id(self) -> str:
@@ -147,7 +149,7 @@ class World:
         self._use(guest, -1)
         asked = self.request(guest)
         taken = replace(guest, memory=asked.memory, vcpus=guest.need.vcpus, pages=asked.pages)
-        self.put(replace(taken, host_id=host_id))
+        self.put(replace(taken, host_id=host_id, cells=asked.cells))
 
     def remove(self, vm_id: str) -> None:
         self._use(self.guests.pop(vm_id), -1)
@@ -162,6 +164,7 @@ class World:
             times * int(guest.protected),
             guest.pages.times(times),
         )
+        self.fleet.use_cells(guest.host_id, guest.cells, times)
 
     def request(self, guest: Guest, bound: Bound = FREE) -> Request:
         place = Place(need=guest.need, epoch=0, purpose=Purpose.RESTART)
@@ -183,8 +186,8 @@ class World:
         self._on = None
 
 
-Held = tuple[str, int, int, int, Pages]
-"""Host, and what is taken of it: bytes, vCPUs, highly available VMs, huge pages."""
+Held = tuple[str, int, int, int, Pages, tuple[CellNeed, ...]]
+"""Host, and what is taken of it: bytes, vCPUs, highly available VMs, huge pages, NUMA cells."""
 
 
 class Placing:
@@ -231,13 +234,14 @@ class Placing:
         return True
 
     def take(self, guest: Guest, asked: Request, host_id: str) -> None:
-        held = (host_id, asked.memory, guest.need.vcpus, int(guest.protected), asked.pages)
+        held = (host_id, asked.memory, guest.need.vcpus, int(guest.protected), asked.pages, asked.cells)
         self._use(held, 1)
         self._taken.append(held)
         self.places[guest.vm_id] = host_id
 
     def _use(self, held: Held, times: int) -> None:
-        host_id, memory, vcpus, protected, pages = held
+        host_id, memory, vcpus, protected, pages, cells = held
+        self.world.fleet.use_cells(host_id, cells, times)
         self.world.fleet.use(
             host_id, times * memory, times * vcpus, times, times * protected, pages.times(times)
         )
@@ -441,6 +445,8 @@ def touched(world: World, guest: Guest) -> list[str]:
             asked = world.request(each)
             memory[each.host_id] = memory.get(each.host_id, 0) + asked.memory
             pages.setdefault(each.host_id, []).append(asked.pages)
+            if shared(asked.cells, guest.cells):
+                found.add(each.host_id)
             vcpus[each.host_id] = vcpus.get(each.host_id, 0) + each.need.vcpus
     spare_memory = int(fleet.ints("memory_limit")[row] - fleet.ints("memory_used")[row])
     spare_vcpus = int(fleet.ints("vcpus_limit")[row] - fleet.ints("vcpus_used")[row])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from services.scheduler.cells import CellNeed, needs_of
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.model import MIB, ClusterPolicy, memory_taken
 from services.scheduler.pages import NO_PAGES, Pages, pages_taken
@@ -33,6 +34,7 @@ class Request:
     bound: Bound = FREE
     """By affinity groups."""
     pages: Pages = NO_PAGES
+    cells: tuple[CellNeed, ...] = ()
     overload_seconds: float = 0.0
     swap_percent: float = 0.0
     vcpu_ratio: float = 0.0
@@ -91,6 +93,7 @@ def request(
         recipe=recipe,
         bound=bound,
         pages=pages_taken(need.memory_bytes, need.hugepage_kib),
+        cells=needs_of(need.numa_nodes, need.hugepage_kib),
         overload_seconds=figures.get(units.OVERLOAD_MINUTES, config.overload_seconds / 60) * 60,
         swap_percent=figures.get(units.SWAP_USAGE, config.swap_percent),
         vcpu_ratio=figures.get(units.VCPU_RATIO, 0.0),
