@@ -9,6 +9,7 @@ import shutil
 import socket
 import uuid
 import xml.etree.ElementTree as ET
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,7 +18,7 @@ from host_agent import children, leases, listening, runningxml
 from host_agent.action import Host
 from host_agent.hypervisor import Hypervisor
 from host_agent.stats import carries_traffic
-from volery.contracts.agent import HostCapabilities, NumaCell
+from volery.contracts.agent import HostCapabilities, HugePages, NumaCell
 from volery.contracts.errors import Kind, Refused
 from volery.fencing import catalog
 from volery.fencing.identity import normal
@@ -30,6 +31,7 @@ OLDEST_LIBVIRT = 8_000_000
 """8.0, of 2022: reports guests' interfaces, removes devices by alias, migrates as we ask it to."""
 LIBVIRT_GUESTS = Path("/etc/systemd/system/multi-user.target.wants/libvirt-guests.service")
 PROBE_SECONDS = 5.0
+ORDINARY_PAGE_KIB = 4
 _IN_NAMESPACE = ("unshare", "--net", "--")
 _PROBES: dict[str, tuple[str, ...]] = {
     "bridge": ("ip", "link", "add", "probe0", "type", "bridge"),
@@ -180,9 +182,18 @@ def numa_cells(capabilities: ET.Element) -> tuple[NumaCell, ...]:
             cell=int(cell.get("id", "0")),
             memory_bytes=int(cell.findtext("memory", "0")) * 1024,
             cpus=tuple(int(cpu.get("id", "0")) for cpu in cell.findall("cpus/cpu")),
+            huge_pages=tuple(_huge_pages(cell)),
         )
         for cell in capabilities.findall("host/topology/cells/cell")
     )
+
+
+def _huge_pages(cell: ET.Element) -> Iterator[HugePages]:
+    """libvirt counts ordinary pages the same way."""
+    for pages in cell.findall("pages"):
+        size, count = int(pages.get("size", "0")), int(pages.text or "0")
+        if size > ORDINARY_PAGE_KIB and count:
+            yield HugePages(page_kib=size, count=count)
 
 
 def machines(capabilities: ET.Element) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, TypeVar
 
-from host_agent import devices, disk_locks, domxml, leases, migration, runningxml, suspension
+from host_agent import devices, disk_locks, domxml, huge_pages, leases, migration, runningxml, suspension
 from host_agent.action import Action, Host, Running, to_its_end
 from host_agent.domain_waits import settled, wait_gone
 from host_agent.domxml import Placement
@@ -109,6 +109,7 @@ async def run_domain(host: Host, order: RunDomain, running: Running) -> DomainRu
     if now.state not in ENDED:
         await _end(host, order.vm_id)
     await leases.check_lease(spec.lease)
+    await asyncio.to_thread(huge_pages.check, spec)
     await devices.prepare_secrets(host, spec.disks, spec.installation)
     if order.restore_path:
         async with _taken_back(host, order.vm_id, placement):

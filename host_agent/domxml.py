@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import uuid
 import xml.etree.ElementTree as ET
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from volery.contracts.domain import (
@@ -19,6 +20,7 @@ from volery.contracts.domain import (
     FileSource,
     ImageFormat,
     IscsiSource,
+    NumaNode,
 )
 
 NAMESPACE = "https://volery.dev/domain/1"
@@ -65,6 +67,7 @@ def domain_xml(spec: DomainSpec, placement: Placement, machine: Machine) -> str:
     if machine.domain_type != "test":
         ET.SubElement(features, "apic")
         _cpu(root, spec, machine)
+        _numatune(root, spec.numa_nodes)
     ET.SubElement(root, "clock", offset="utc")
     for event, action in (("on_poweroff", "destroy"), ("on_reboot", "restart"), ("on_crash", "destroy")):
         _text(root, event, action)
@@ -147,6 +150,9 @@ def _memory(root: ET.Element, spec: DomainSpec) -> None:
         _text(root, "maxMemory", str(spec.max_memory_bytes), slots="16", unit="b")
     _text(root, "memory", str(spec.memory_bytes), unit="b")
     _text(root, "currentMemory", str(spec.memory_bytes), unit="b")
+    if spec.hugepage_kib:
+        backing = ET.SubElement(ET.SubElement(root, "memoryBacking"), "hugepages")
+        _sub(backing, "page", size=str(spec.hugepage_kib), unit="KiB")
 
 
 def _firmware(root: ET.Element, spec: DomainSpec, machine: Machine) -> None:
@@ -200,9 +206,29 @@ def _cpu(root: ET.Element, spec: DomainSpec, machine: Machine) -> None:
             cores=str(spec.cores),
             threads=str(spec.threads),
         )
-    if spec.max_memory_bytes > spec.memory_bytes:
+    if spec.numa_nodes:
+        _numa(cpu, spec.numa_nodes)
+    elif spec.max_memory_bytes > spec.memory_bytes:
         cell = ET.SubElement(cpu, "numa")
         _sub(cell, "cell", id="0", cpus=f"0-{spec.vcpus - 1}", memory=str(spec.memory_bytes), unit="b")
+
+
+def _numa(cpu: ET.Element, nodes: Sequence[NumaNode]) -> None:
+    numa = ET.SubElement(cpu, "numa")
+    for number, node in enumerate(nodes):
+        cpus = ",".join(str(vcpu) for vcpu in node.vcpus)
+        _sub(numa, "cell", id=str(number), cpus=cpus, memory=str(node.memory_bytes), unit="b")
+
+
+def _numatune(root: ET.Element, nodes: Sequence[NumaNode]) -> None:
+    """Which of the host's cells the nodes' memory comes from."""
+    pinned = [(number, node) for number, node in enumerate(nodes) if node.host_cells]
+    if not pinned:
+        return
+    tune = ET.SubElement(root, "numatune")
+    for number, node in pinned:
+        cells = ",".join(str(cell) for cell in node.host_cells)
+        _sub(tune, "memnode", cellid=str(number), mode=str(node.mode), nodeset=cells)
 
 
 def _devices(devices: ET.Element, spec: DomainSpec, machine: Machine) -> None:

@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import replace
 from typing import Any
 
-from host_agent import devices, leases, runningxml
+from host_agent import devices, huge_pages, leases, runningxml
 from host_agent.action import Action, Host, Running
 from host_agent.domain_waits import settled
 from host_agent.domxml import Placement
@@ -41,6 +41,7 @@ async def admit_migration(host: Host, order: AdmitMigration, running: Running) -
             vm_id=order.vm_id,
         )
     await leases.check_lease(order.spec.lease)
+    await asyncio.to_thread(huge_pages.check, order.spec)
     await devices.prepare_secrets(host, order.spec.disks, order.spec.installation)
     return Done()
 

@@ -76,6 +76,16 @@ _IMAGE = re.compile(r"using the image \[([^\]]+)\]")
 """QEMU's own words (block/file-posix.c, block.c); it has no others in other languages."""
 
 
+OF_THIS_HOST = {
+    "hugetlbfs": "mount hugetlbfs for pages of this size on the host (systemd does so at /dev/hugepages for the default size),"
+    " and restart libvirtd, which looks only when it starts",
+    "hugepages are disabled by administrator": "take the empty hugetlbfs_mount out of the host's /etc/libvirt/qemu.conf, and"
+    " restart libvirtd",
+    "unable to map backing store for guest RAM": "end what uses the host's huge pages, or set more aside there",
+}
+"""libvirt's and QEMU's words for what another host may well have, and what to do about it on this one."""
+
+
 class Disconnected(Refused):
     """libvirtd went away, or isn't there: what was asked may or may not have happened."""
 
@@ -92,6 +102,12 @@ def refused(doing: str, code: int, error: str) -> Refused:
     if _LOCKED.search(error or ""):
         found = _IMAGE.search(error)
         return image_held(doing, found[1] if found else "", libvirt_code=code)
+    for pattern, advice in OF_THIS_HOST.items():
+        if pattern in (error or ""):
+            reason = error.strip().rstrip(".")
+            return Refused(
+                Kind.EXHAUSTED, f"libvirt could not {doing}: {reason}; {advice}", libvirt_code=code
+            )
     kind, advice = Kind.INTERNAL, "see libvirtd's log on the host"
     if code in MEANINGS:
         kind, advice = MEANINGS[LibvirtError(code)]

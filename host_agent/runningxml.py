@@ -14,6 +14,9 @@ from host_agent.domxml import ALIAS, NAMESPACE, Placement, disk_element, nic_ele
 from volery.contracts.agent import DomainReport, OpenLun
 from volery.contracts.domain import DomainDisk, DomainNic, DomainState
 
+DEFAULT_PAGE_KIB = 2048
+"""Of x86-64, where a domain names no size."""
+UNIT_KIB = {"KiB": 1, "MiB": 1024, "M": 1024, "GiB": 1024**2, "G": 1024**2}
 BY_PATH = re.compile(r"-iscsi-([^/]+)-lun-(\d+)")
 """udev's name for a LUN that the host's kernel is logged in to."""
 
@@ -96,6 +99,18 @@ def graphics_port(root: ET.Element) -> int:
     return max(0, int(found.get("port", "0"))) if found is not None else 0
 
 
+def hugepage_kib(root: ET.Element) -> int:
+    """The size of the huge pages behind a domain's memory; 0: none are. Several sizes, which only others' domains have, count
+    as their first."""
+    backing = root.find("memoryBacking/hugepages")
+    if backing is None:
+        return 0
+    page = backing.find("page")
+    if page is None:
+        return DEFAULT_PAGE_KIB
+    return int(page.get("size", "0")) * UNIT_KIB.get(page.get("unit", "KiB"), 1)
+
+
 def report(
     root: ET.Element, vm_id: str, state: DomainState, reason: str, *, responsive: bool
 ) -> DomainReport:
@@ -112,6 +127,7 @@ def report(
         installation=metadata.installation,
         memory_bytes=int(root.findtext("memory", "0")) * 1024,
         vcpus=int(root.findtext("vcpu", "0")),
+        hugepage_kib=hugepage_kib(root),
         responsive=responsive,
         agent_connected=agent is not None and agent.get("state") == "connected",
         disk_ids=tuple(disks_of(root)),

@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 
-from host_agent import runningxml
+from host_agent import huge_pages, runningxml
 from host_agent.action import Host
 from host_agent.events import EventName, HypervisorEvent
 from volery.contracts.domain import DomainState
@@ -150,6 +150,7 @@ def _host_sample(host: Host, vms: tuple[VmSample, ...]) -> HostSample:
         load=os.getloadavg()[0],
         received_bytes=received,
         sent_bytes=sent,
+        huge_pages=huge_pages.read(),
         vms=vms,
     )
 

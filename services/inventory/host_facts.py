@@ -366,6 +366,7 @@ async def _external(
             host_id=host_id,
             memory_bytes=report.memory_bytes,
             vcpus=max(report.vcpus, 1),
+            hugepage_kib=report.hugepage_kib,
             external=True,
         )
         return [_recount(inv, host_id, VMS.insert(vm, VmPrivate()))]

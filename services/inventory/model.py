@@ -9,14 +9,16 @@ from typing import Any
 from msgspec import UnsetType
 from msgspec.structs import asdict, replace
 
+from services.inventory import numa
 from services.inventory.config import InventoryConfig
 from volery.contracts.base import Message
 from volery.contracts.domain import DiskBus, DomainState
 from volery.contracts.errors import conflict, invalid
 from volery.contracts.host import Host, HostStatus
-from volery.contracts.vm import CreateVm, UpdateVm, Vm, VmStatus
+from volery.contracts.vm import PAGE_SIZES_KIB, CreateVm, UpdateVm, Vm, VmStatus
 from volery.runtime import checks
 
+KIB = 1024
 MIB = 1024 * 1024
 MIN_MEMORY_BYTES = 16 * MIB
 MAX_MEMORY_BYTES = 64 * 1024 * 1024 * MIB  # 64 TiB, what oVirt validated for EL9 hosts
@@ -100,12 +102,35 @@ def check_shape(memory_bytes: int, vcpus: int, sockets: int, cores: int, threads
             )
 
 
+def check_backing(memory_bytes: int, hugepage_kib: int) -> None:
+    """Huge pages back a VM's memory wholly, or not at all."""
+    if not hugepage_kib:
+        return
+    if hugepage_kib not in PAGE_SIZES_KIB:
+        raise invalid(
+            f"there are no huge pages of {hugepage_kib} KiB: hugepage_kib is {' or '.join(map(str, PAGE_SIZES_KIB))}, or 0 for "
+            "ordinary memory",
+            field="hugepage_kib",
+        )
+    rest = memory_bytes % (hugepage_kib * KIB)
+    if rest:
+        less, more = memory_bytes - rest, memory_bytes - rest + hugepage_kib * KIB
+        near = f"{less} or {more}" if less else str(more)
+        raise invalid(
+            f"huge pages of {hugepage_kib} KiB back whole pages only: memory_bytes is a multiple of {hugepage_kib * KIB}, e.g. "
+            f"{near}, not {memory_bytes}",
+            field="memory_bytes",
+        )
+
+
 def check_create(ask: CreateVm) -> None:
     """Everything about a new VM that needs no look-up."""
     checks.name(ask.name)
     checks.text(ask.description, "description")
     checks.tags(ask.tags)
     check_shape(ask.memory_bytes, ask.vcpus, ask.sockets, ask.cores, ask.threads)
+    check_backing(ask.memory_bytes, ask.hugepage_kib)
+    numa.check(ask.numa_nodes, ask.memory_bytes, ask.vcpus, ask.hugepage_kib)
     if len(ask.disks) > MAX_DISKS:
         raise invalid(f"a VM has at most {MAX_DISKS} disks, not {len(ask.disks)}", field="disks")
     if len(ask.nics) > MAX_NICS:
@@ -199,6 +224,10 @@ NOW = frozenset(
 """Fields that take effect at once, also while it runs; the others wait for the next start."""
 
 
+SETTLED_AT_START = {"hugepage_kib": "huge pages", "numa_nodes": "NUMA nodes"}
+"""Fields that are changed only while it is down, and what they are called."""
+
+
 def edited(vm: Vm, ask: UpdateVm) -> Vm:
     """The VM after the edit. Raises Refused(invalid)."""
     fields = given(ask)
@@ -207,6 +236,16 @@ def edited(vm: Vm, ask: UpdateVm) -> Vm:
     checks.text(new.description, "description")
     checks.tags(new.tags)
     check_shape(new.memory_bytes, new.vcpus, new.sockets, new.cores, new.threads)
+    check_backing(new.memory_bytes, new.hugepage_kib)
+    numa.check(new.numa_nodes, new.memory_bytes, new.vcpus, new.hugepage_kib)
+    for field, what in SETTLED_AT_START.items():
+        if getattr(new, field) != getattr(vm, field) and vm.status is not VmStatus.DOWN:
+            raise conflict(
+                f"the {what} of VM {vm.name} can't be changed while it is {vm.status}: where its memory is is settled when it "
+                "starts; stop it first",
+                field=field,
+                vm_id=vm.id,
+            )
     check_policies(new.affinity.host_ids + new.affinity.preferred_host_ids, new.high_availability.priority)
     later = vm.status is not VmStatus.DOWN and any(
         field not in NOW and getattr(vm, field) != value for field, value in fields.items()
@@ -214,7 +253,16 @@ def edited(vm: Vm, ask: UpdateVm) -> Vm:
     return replace(new, next_run=vm.next_run or later)
 
 
-ASKED = ("memory_bytes", "vcpus", "cpu_model", "machine", "affinity", "high_availability")
+ASKED = (
+    "memory_bytes",
+    "hugepage_kib",
+    "numa_nodes",
+    "vcpus",
+    "cpu_model",
+    "machine",
+    "affinity",
+    "high_availability",
+)
 """What a VM asks of the host on which it is brought back, as far as an edit goes."""
 
 

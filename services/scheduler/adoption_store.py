@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
+from operator import add
 
 from services.scheduler.model import SeenVm
-from services.scheduler.store import Pool
+from services.scheduler.store import Pool, held
 from volery.contracts.scheduling import Claim
 from volery.runtime.tables import Change, text_columns
 
@@ -30,19 +30,17 @@ async def unclaimed_vms(pool: Pool, settled_seconds: float, most: int) -> list[S
 
 def force_capacities(claims: Sequence[Claim]) -> Change:
     """For VMs that run on their hosts already: what is true must be recordable."""
-    sums: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0, 0])
+    sums: dict[str, tuple[int, ...]] = {}
     for claim in claims:
-        of_host = sums[claim.host_id]
-        of_host[0] += claim.memory_bytes
-        of_host[1] += claim.vcpus
-        of_host[2] += 1
-        of_host[3] += int(claim.high_availability)
+        counts = held(claim)
+        sums[claim.host_id] = tuple(map(add, sums.get(claim.host_id, (0,) * len(counts)), counts))
     return Change(
         """update host_capacity h
            set memory_used_bytes = h.memory_used_bytes + n.memory::bigint, vcpus_used = h.vcpus_used + n.vcpus::integer,
-               guests = h.guests + n.guests::integer, ha_guests = h.ha_guests + n.ha_guests::integer
-           from unnest({0}::text[], {1}::text[], {2}::text[], {3}::text[], {4}::text[])
-                as n(id, memory, vcpus, guests, ha_guests)
+               guests = h.guests + n.guests::integer, ha_guests = h.ha_guests + n.ha_guests::integer,
+               pages_2m_used = h.pages_2m_used + n.small::integer, pages_1g_used = h.pages_1g_used + n.large::integer
+           from unnest({0}::text[], {1}::text[], {2}::text[], {3}::text[], {4}::text[], {5}::text[], {6}::text[])
+                as n(id, memory, vcpus, guests, ha_guests, small, large)
            where h.id = n.id""",
         text_columns((host_id, *taken) for host_id, taken in sorted(sums.items())),
         guarded=False,

@@ -84,7 +84,7 @@ def next_placement(group_id: str, seen: int) -> Change:
 
 async def seen_vms(pool: Pool, vm_ids: Collection[str]) -> dict[str, SeenVm]:
     records = await pool.fetch(
-        """select id, epoch, status, host_id, memory_bytes, vcpus, name, deleted, heard_at from vm
+        """select id, epoch, status, host_id, memory_bytes, vcpus, name, deleted, heard_at, hugepage_kib from vm
            where id = any($1::text[])""",
         sorted(vm_ids),
     )

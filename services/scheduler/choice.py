@@ -10,8 +10,10 @@ import numpy as np
 from msgspec.structs import replace
 
 from services.scheduler import model, store
+from services.scheduler.cells import claims_of, needs_of
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.fleet import Fleet
+from services.scheduler.pages import pages_taken
 from services.scheduler.policies.bound import Bound
 from services.scheduler.policies.decision import (
     NAMED_HOSTS,
@@ -124,20 +126,24 @@ async def first_answer(scheduler: Scheduler, ask: Place, claims: Claims) -> Plac
 
 
 def claim_of(scheduler: Scheduler, ask: Place, host_id: str) -> Claim:
-    now = utc_now()
+    now, need = utc_now(), ask.need
+    pages = pages_taken(need.memory_bytes, need.hugepage_kib)
     return Claim(
         id=new_id(),
         revision=1,
         created_at=now,
         updated_at=now,
-        vm_id=ask.need.vm_id,
+        vm_id=need.vm_id,
         epoch=ask.epoch,
         host_id=host_id,
-        memory_bytes=model.memory_taken(ask.need.memory_bytes, scheduler.config),
-        vcpus=ask.need.vcpus,
+        memory_bytes=model.memory_taken(need.memory_bytes, scheduler.config, need.hugepage_kib),
+        vcpus=need.vcpus,
         state=model.TENTATIVE,
         purpose=ask.purpose,
-        high_availability=ask.need.high_availability,
+        high_availability=need.high_availability,
+        pages_2m=pages.small,
+        pages_1g=pages.large,
+        cells=claims_of(needs_of(need.numa_nodes, need.hugepage_kib)),
     )
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from services.scheduler import model, store
-from services.scheduler.granting import Asked
+from services.scheduler import capacity_store, model, store
+from services.scheduler.granting import Asked, OneByOne
 from services.scheduler.shortage import shortage
 from services.scheduler.state import Scheduler
 from volery.contracts.base import Done
@@ -61,14 +61,38 @@ async def confirm(scheduler: Scheduler, ask: ClaimKey, caller: Caller) -> Done:
 
 @part.answers(RELEASE_CLAIM)
 async def release(scheduler: Scheduler, ask: ClaimKey, caller: Caller) -> Any:
-    asked = Asked(vm_id=ask.vm_id, caller=caller, epochs=frozenset({ask.epoch}))
-    return await scheduler.rounds.ask(asked)
+    return await _release(
+        scheduler, Asked(vm_id=ask.vm_id, caller=caller, epochs=frozenset({ask.epoch})), caller
+    )
 
 
 @part.answers(RELEASE_VM_CLAIMS)
 async def release_vm(scheduler: Scheduler, ask: ReleaseVm, caller: Caller) -> Any:
     asked = Asked(vm_id=ask.vm_id, caller=caller, epochs=frozenset(ask.keep_epochs), keep=True)
-    return await scheduler.rounds.ask(asked)
+    return await _release(scheduler, asked, caller)
+
+
+async def _release(scheduler: Scheduler, asked: Asked, caller: Caller) -> Any:
+    try:
+        return await scheduler.rounds.ask(asked)
+    except OneByOne:
+        while not await _by_itself(scheduler, asked, caller):
+            pass
+        return DONE
+
+
+async def _by_itself(scheduler: Scheduler, asked: Asked, caller: Caller) -> bool:
+    """Whether all were given back; False: somebody changed one meanwhile."""
+    found = await store.claims_of(scheduler.core.pool, asked.vm_id)
+    rows = sorted((r for r in found if asked.releases(r.public)), key=lambda r: (r.public.host_id, r.id))
+    changes = [change for row in rows for change in store.release(row)]
+    try:
+        await scheduler.core.commit(*changes, caller=caller, answer=DONE)
+    except Stale:
+        return False
+    for row in rows:
+        scheduler.gave_back(row.public)
+    return True
 
 
 @part.answers(LIST_CLAIMS)
@@ -78,7 +102,7 @@ async def list_claims(scheduler: Scheduler, ask: ListQuery, caller: Caller) -> A
 
 @part.answers(LIST_CAPACITY)
 async def list_capacity(scheduler: Scheduler, ask: ListQuery, caller: Caller) -> dict[str, Any]:
-    items, following = await store.capacity_page(scheduler.core.pool, ask)
+    items, following = await capacity_store.page_of_hosts(scheduler.core.pool, ask)
     load = scheduler.fleet.floats("cpu_percent")
     shown = []
     for host in items:

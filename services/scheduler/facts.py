@@ -7,8 +7,10 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from services.scheduler import promise_store, store
+from services.scheduler import cell_claims, promise_store, store
+from services.scheduler.cells import cells_of
 from services.scheduler.model import ClusterPolicy, Looked, limits
+from services.scheduler.pages import pages_of
 from services.scheduler.scheduling_policies import keep_built_in
 from services.scheduler.state import Scheduler
 from volery.contracts.base import Call, Entity, Owner
@@ -38,23 +40,24 @@ async def hosts_said(scheduler: Scheduler, said: Sequence[Said]) -> list[Change]
         scheduler.core.pool, "id = any($1::text[])", sorted({host.cluster_id for host in hosts})
     )
     policies = {cluster.id: cluster for cluster in clusters}
-    return [_saw(scheduler, host, policies.get(host.cluster_id)) for host in hosts]
+    return [change for host in hosts for change in _saw(scheduler, host, policies.get(host.cluster_id))]
 
 
-def _saw(scheduler: Scheduler, host: Host, policy: ClusterPolicy | None) -> Change:
-    capabilities = host.capabilities
-    allowed = limits(
-        capabilities.memory_bytes,
-        capabilities.cpus,
-        policy or ClusterPolicy(host.cluster_id),
-        scheduler.config,
-    )
-    return store.saw_host(host, allowed)
+def _saw(scheduler: Scheduler, host: Host, policy: ClusterPolicy | None) -> list[Change]:
+    pages = pages_of(host.capabilities.numa)
+    memory = max(host.capabilities.memory_bytes - pages.memory_bytes, 0)
+    policy = policy or ClusterPolicy(host.cluster_id)
+    allowed = limits(memory, host.capabilities.cpus, policy, scheduler.config)
+    cells = cells_of(host.capabilities)
+    return [
+        store.saw_host(host, memory, pages, allowed),
+        *cell_claims.saw_cells(host.id, host.revision, cells),
+    ]
 
 
 async def host_listed(scheduler: Scheduler, host: Host) -> list[Change]:
     found = await store.clusters(scheduler.core.pool, "id = $1", host.cluster_id)
-    return [_saw(scheduler, host, found[0] if found else None)]
+    return _saw(scheduler, host, found[0] if found else None)
 
 
 @part.hears(HOST_DELETED)

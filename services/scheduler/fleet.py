@@ -13,8 +13,11 @@ from itertools import repeat
 import numpy as np
 from numpy.typing import NDArray
 
+from services.scheduler.cells import CELL_CPUS, CELLS, CELLS_USED, CellFigures, CellNeed, Taken
 from services.scheduler.model import ClusterPolicy
+from services.scheduler.pages import NO_PAGES, PAGES, PAGES_USED, Pages
 from services.scheduler.policies.recipe import Recipe, by_balance
+from volery.contracts.domain import MOST_CELLS
 from volery.contracts.host import HostStatus
 
 Bools = NDArray[np.bool_]
@@ -45,6 +48,11 @@ class HostFigures:
     """Highly available ones among them."""
     cpu_models: frozenset[str] = frozenset()
     machines: frozenset[str] = frozenset()
+    pages_2m: int = 0
+    pages_2m_used: int = 0
+    pages_1g: int = 0
+    pages_1g_used: int = 0
+    """Huge pages, and how many claims hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,15 +94,25 @@ _COLUMNS: dict[str, type] = {
     "swapped": np.int64,
     "models": np.int64,
     "machines": np.int64,
+    **dict.fromkeys((*PAGES, *PAGES_USED), np.int64),
 }
-_USED = ("memory_used", "vcpus_used", "guests", "ha_guests")
+_USED = ("memory_used", "vcpus_used", "guests", "ha_guests", *PAGES_USED)
 """What claims take, in the order in which it is told."""
 _KEPT = frozenset({"cluster", "cpus", "models", "machines"})
 """Columns that change so seldom that masks over them are kept until they do. Only `put` writes them."""
 MASKS_KEPT = 1000
 """A byte per host and mask."""
+_CELL_COLUMNS = (CELL_CPUS, *CELLS, *CELLS_USED)
+"""Wide ones: a figure for each NUMA cell."""
 IDLE = 0.0
 """`busy_since` of a host that isn't busy."""
+
+
+def _empty() -> dict[str, NDArray[np.int64] | NDArray[np.float64]]:
+    columns: dict[str, NDArray[np.int64] | NDArray[np.float64]] = {
+        name: np.zeros(16, dtype) for name, dtype in _COLUMNS.items()
+    }
+    return columns | {name: np.zeros((16, MOST_CELLS), np.int64) for name in _CELL_COLUMNS}
 
 
 @dataclass(slots=True)
@@ -108,9 +126,7 @@ class Fleet:
     recipes: dict[str, Recipe] = field(default_factory=dict)
     """Scheduling policies by id."""
     networks: dict[str, NetworkReach] = field(default_factory=dict)
-    _columns: dict[str, NDArray[np.int64] | NDArray[np.float64]] = field(
-        default_factory=lambda: {name: np.zeros(16, dtype) for name, dtype in _COLUMNS.items()}
-    )
+    _columns: dict[str, NDArray[np.int64] | NDArray[np.float64]] = field(default_factory=_empty)
     _booked: dict[str, Ints] = field(default_factory=dict)
     """Host → what was given away of it here and isn't committed yet: what is read meanwhile doesn't contain it."""
     _cluster_numbers: dict[str, int] = field(default_factory=dict)
@@ -154,7 +170,7 @@ class Fleet:
             "ha_guests": host.ha_guests,
             "models": self._set_number(host.cpu_models),
             "machines": self._set_number(host.machines),
-        }
+        } | {name: getattr(host, name) for name in (*PAGES, *PAGES_USED)}
         for name, value in figures.items():
             if name in _KEPT and self._columns[name][row] != value:
                 self._forget_masks(name)
@@ -199,13 +215,13 @@ class Fleet:
     def book(self, host_id: str, *amounts: int) -> None:
         """Given away (or, negative, back) by what is about to be committed: as `use`, until `booked` is told."""
         self._note(host_id, np.array(amounts))
-        self.use(host_id, *amounts)
+        self._add(host_id, amounts)
 
     def booked(self, host_id: str, *amounts: int, committed: bool) -> None:
         """What was booked is in the database now, or will never be."""
         self._note(host_id, -np.array(amounts))
         if not committed:
-            self.use(host_id, *(-amount for amount in amounts))
+            self._add(host_id, [-amount for amount in amounts])
 
     def _note(self, host_id: str, amounts: Ints) -> None:
         left = self._booked.pop(host_id, 0) + amounts
@@ -218,19 +234,30 @@ class Fleet:
             for name, amount in zip(_USED, amounts.tolist(), strict=True):
                 self._columns[name][row] += amount
 
-    def use(self, host_id: str, memory_bytes: int, vcpus: int, guests: int = 0, ha_guests: int = 0) -> None:
-        """Capacity taken (or, negative, given back) since the row was read."""
+    def _add(self, host_id: str, amounts: Sequence[int]) -> None:
+        """In the order of `_USED`."""
         row = self.rows.get(host_id)
         if row is None:
             return
-        self._columns["memory_used"][row] += memory_bytes
-        self._columns["vcpus_used"][row] += vcpus
-        self._columns["guests"][row] += guests
-        self._columns["ha_guests"][row] += ha_guests
-        self._columns["fresh_vcpus"][row] = max(self._columns["fresh_vcpus"][row] + vcpus, 0)
+        for name, amount in zip(_USED, amounts, strict=True):
+            self._columns[name][row] += amount
+        fresh = self._columns["fresh_vcpus"]
+        fresh[row] = max(fresh[row] + amounts[1], 0)
 
-    def used(self, held: Sequence[tuple[str, int, int, int, int]]) -> None:
-        """What the database says is used: host, bytes, vCPUs, guests, highly available guests."""
+    def use(
+        self,
+        host_id: str,
+        memory_bytes: int,
+        vcpus: int,
+        guests: int = 0,
+        ha_guests: int = 0,
+        pages: Pages = NO_PAGES,
+    ) -> None:
+        """Capacity taken (or, negative, given back) since the row was read."""
+        self._add(host_id, (memory_bytes, vcpus, guests, ha_guests, *pages))
+
+    def used(self, held: Sequence[tuple[str, *tuple[int, ...]]]) -> None:
+        """What the database says is used: host, bytes, vCPUs, guests, highly available guests, huge pages of each size."""
         if not held:
             return
         ids, *columns = zip(*held, strict=True)
@@ -259,6 +286,42 @@ class Fleet:
     def drop_network(self, network_id: str) -> None:
         self.networks.pop(network_id, None)
         self._masks.pop(("network", network_id), None)
+
+    def put_cells(self, host_id: str, cells: Iterable[CellFigures]) -> None:
+        """All that a host has."""
+        row = self.rows[host_id]
+        for name in _CELL_COLUMNS:
+            self._columns[name][row] = 0
+        for each in cells:
+            self._columns[CELL_CPUS][row, each.cell] = each.cpus
+            for names, figures in ((CELLS, each.limit), (CELLS_USED, each.used)):
+                for name, figure in zip(names, figures, strict=True):
+                    self._columns[name][row, each.cell] = figure
+
+    def use_cells(self, host_id: str, needs: Iterable[CellNeed], times: int = 1) -> None:
+        """Taken, or with -1 times given back, since the row was read."""
+        row = self.rows.get(host_id)
+        for need in needs if row is not None else ():
+            for name, figure in zip(CELLS_USED, need.taken, strict=True):
+                self._columns[name][row, need.cell] += times * figure
+
+    def used_cells(self, uses: Iterable[tuple[str, int, Taken]]) -> None:
+        """What the database says is used of cells; of all others nothing is."""
+        for name in CELLS_USED:
+            self._columns[name][:] = 0
+        for host_id, cell, used in uses:
+            if (row := self.rows.get(host_id)) is not None:
+                for name, figure in zip(CELLS_USED, used, strict=True):
+                    self._columns[name][row, cell] = figure
+
+    def pages_left(self, row: int) -> Pages:
+        """Huge pages of a host that no claim holds; negative where it has fewer than they hold."""
+        return Pages(
+            *(
+                int(self._columns[name][row] - self._columns[used][row])
+                for name, used in zip(PAGES, PAGES_USED, strict=True)
+            )
+        )
 
     def status_of(self, row: int) -> str:
         code = int(self.ints("status")[row])

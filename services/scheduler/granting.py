@@ -8,7 +8,7 @@ concerned are read again and all decide again. Who has lost three times gets a r
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -24,7 +24,7 @@ from services.scheduler.state import Scheduler
 from volery.contracts.base import Done, encode
 from volery.contracts.errors import Kind, Refused
 from volery.contracts.ids import new_id
-from volery.contracts.scheduling import Claim, Place, Purpose
+from volery.contracts.scheduling import Claim, Need, Place, Purpose
 from volery.runtime.bus import Caller
 from volery.runtime.core import Repeated
 from volery.runtime.tables import Change, Row, Stale, Taken
@@ -38,8 +38,14 @@ DECIDED_TOGETHER = 16
 """Decisions after which others get their turn."""
 
 
-class Promises(Exception):
-    """Its cluster promises to survive losses by now: such placements are made one after the other (promising.py)."""
+class OneByOne(Exception):
+    """Not in a round: a placement in a cluster that promises to survive losses (promising.py), and whoever takes or gives back
+    more of a host than its counters, since one row can't be written twice in a statement."""
+
+
+def has_parts(claim: Claim) -> bool:
+    """Parts of a host of its own: NUMA cells."""
+    return bool(claim.cells)
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -56,6 +62,11 @@ class Asked(Waiting):
 
     def releases(self, claim: Claim) -> bool:
         return (claim.epoch in self.epochs) is not self.keep
+
+
+def goes_alone(scheduler: Scheduler, need: Need) -> bool:
+    """Not in a round, as far as can be told before its claims are read."""
+    return scheduler.policy(need.cluster_id).promises or bool(need.numa_nodes)
 
 
 def placing(scheduler: Scheduler, ask: Place, caller: Caller) -> Asked:
@@ -83,7 +94,15 @@ class Ledger:
     """Group → how many of its VMs are placed."""
     answers: list[tuple[Asked, bytes]] = field(default_factory=list)
 
-    def release(self, row: ClaimRow) -> None:
+    def release(self, rows: Iterable[ClaimRow]) -> None:
+        """Raises OneByOne before anything is noted."""
+        found = tuple(rows)
+        if any(has_parts(row.public) for row in found):
+            raise OneByOne
+        for row in found:
+            self._release(row)
+
+    def _release(self, row: ClaimRow) -> None:
         self.released.append(row)
         self.near.rows[row.public.vm_id].remove(row)
         self._book(row.public, -1)
@@ -99,11 +118,11 @@ class Ledger:
 
     def _book(self, claim: Claim, times: int) -> None:
         self.booked.append((claim, times))
-        self.scheduler.fleet.book(claim.host_id, *_amounts(claim, times))
+        self.scheduler.fleet.book(claim.host_id, *store.held(claim, times))
 
     def close(self, *, committed: bool) -> None:
         for claim, times in self.booked:
-            self.scheduler.fleet.booked(claim.host_id, *_amounts(claim, times), committed=committed)
+            self.scheduler.fleet.booked(claim.host_id, *store.held(claim, times), committed=committed)
         self.booked.clear()
 
     def changes(self) -> list[Change]:
@@ -124,11 +143,6 @@ class Ledger:
         if self.decisions:
             found.append(round_store.keep_decisions(self.decisions))
         return found
-
-
-def _amounts(claim: Claim, times: int) -> tuple[int, ...]:
-    taken = (claim.memory_bytes, claim.vcpus, 1, int(claim.high_availability))
-    return tuple(times * amount for amount in taken)
 
 
 async def play(scheduler: Scheduler, members: Sequence[Asked]) -> list[Asked]:
@@ -164,29 +178,27 @@ async def _enter(ledger: Ledger, member: Asked, later: list[Asked]) -> None:
             _release(ledger, member)
         else:
             await _place(ledger, member, member.place, later)
-    except (Refused, Promises) as refused:
+    except (Refused, OneByOne) as refused:
         member.fail(refused)
 
 
 def _release(ledger: Ledger, member: Asked) -> None:
-    for row in tuple(ledger.near.rows.get(member.vm_id, ())):
-        if member.releases(row.public):
-            ledger.release(row)
+    rows = ledger.near.rows.get(member.vm_id, ())
+    ledger.release(row for row in rows if member.releases(row.public))
     ledger.answers.append((member, DONE))
 
 
 async def _place(ledger: Ledger, member: Asked, ask: Place, later: list[Asked]) -> None:
     scheduler = ledger.scheduler
-    if scheduler.policy(ask.need.cluster_id).promises:
-        raise Promises
+    if goes_alone(scheduler, ask.need):
+        raise OneByOne
     rows = ledger.near.rows.get(member.vm_id, ())
     if (first := await choice.first_answer(scheduler, ask, rows)) is not None:
         member.resolve(first)
         return
     if ask.purpose is not Purpose.MIGRATE:
         # Who starts a VM has made sure that it runs nowhere: what it held before is free, also for itself.
-        for row in tuple(rows):
-            ledger.release(row)
+        ledger.release(rows)
     look = choice.look(scheduler, ask, affinity.bound_of(scheduler, ask.need, ledger.near))
     if not look.fits and member.patient and not look.hopeless:
         later.append(member)

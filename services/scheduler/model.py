@@ -15,7 +15,7 @@ from services.scheduler.config import SchedulerConfig
 from volery.contracts.cluster import AdmissionControl, Balance
 from volery.contracts.errors import invalid
 from volery.contracts.scheduling import Claim, Need, Place
-from volery.contracts.vm import VmStatus
+from volery.contracts.vm import PAGE_SIZES_KIB, VmStatus
 
 MIB = 1024**2
 MAX_VCPUS = 4096
@@ -64,9 +64,9 @@ def limits(memory_bytes: int, cpus: int, policy: ClusterPolicy, config: Schedule
     return Limits(max(memory, 0), int(cpus * policy.cpu_overcommit_ratio))
 
 
-def memory_taken(memory_bytes: int, config: SchedulerConfig) -> int:
-    """What a VM with this much memory takes of its host."""
-    return memory_bytes + config.guest_overhead_mib * MIB
+def memory_taken(memory_bytes: int, config: SchedulerConfig, hugepage_kib: int = 0) -> int:
+    """What a VM with this much memory takes of its host besides huge pages, which are counted by themselves."""
+    return (0 if hugepage_kib else memory_bytes) + config.guest_overhead_mib * MIB
 
 
 def check(place: Place) -> None:
@@ -78,6 +78,11 @@ def check(place: Place) -> None:
         raise invalid(f"{_vm(need)} has {need.vcpus} vCPUs; give it 1 to {MAX_VCPUS}")
     if not 1 <= need.memory_bytes <= MAX_MEMORY_BYTES:
         raise invalid(f"{_vm(need)} has {need.memory_bytes} bytes of memory; give it 1 to {MAX_MEMORY_BYTES}")
+    if need.hugepage_kib not in (0, *PAGE_SIZES_KIB):
+        raise invalid(
+            f"{_vm(need)} asks for huge pages of {need.hugepage_kib} KiB; there are pages of "
+            f"{' and '.join(map(str, PAGE_SIZES_KIB))} KiB"
+        )
     if place.epoch < 0:
         raise invalid(f"{_vm(need)} can't be placed under epoch {place.epoch}; epochs count from 0")
 
@@ -107,6 +112,9 @@ class SeenVm:
     name: str
     deleted: bool
     heard_at: datetime
+    hugepage_kib: int = 0
+    numa_nodes: str = "[]"
+    """JSON."""
 
 
 ENDED_STATUSES = frozenset({VmStatus.DOWN, VmStatus.SUSPENDED, VmStatus.IMAGE_LOCKED})

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import msgspec
 from msgspec.structs import replace
 
-from services.scheduler import affinity, choice, granting, model, promising, store
+from services.scheduler import affinity, cell_claims, choice, granting, model, promising, store
 from services.scheduler.state import Scheduler
 from volery.contracts.base import encode
 from volery.contracts.errors import Kind, Refused, not_found
@@ -45,16 +46,14 @@ async def place(scheduler: Scheduler, ask: Place, caller: Caller) -> Any:
         bound, _ = await affinity.bind(scheduler, ask.need)
         again = partial(choice.choose, scheduler, bound=bound)
         return (await promising.admitted(scheduler, ask, again(ask), again))[0]
-    if not scheduler.policy(ask.need.cluster_id).promises:
-        try:
+    if not granting.goes_alone(scheduler, ask.need):
+        with suppress(granting.OneByOne):
             return await scheduler.rounds.ask(granting.placing(scheduler, ask, caller))
-        except granting.Promises:
-            pass
-    return await _promising(scheduler, ask, caller)
+    return await _by_itself(scheduler, ask, caller)
 
 
-async def _promising(scheduler: Scheduler, ask: Place, caller: Caller) -> Placement:
-    """In a cluster whose promise is checked before the claim is committed: one after the other."""
+async def _by_itself(scheduler: Scheduler, ask: Place, caller: Caller) -> Placement:
+    """Not in a round: see `granting.OneByOne`."""
     claims = await store.claims_of(scheduler.core.pool, ask.need.vm_id)
     if (first := await choice.first_answer(scheduler, ask, claims)) is not None:
         return first
@@ -118,6 +117,7 @@ async def _commit(
         changes = [
             *guards,
             store.take_capacity(claim),
+            *cell_claims.take(claim),
             store.CLAIMS.insert(claim, store.ClaimPrivate(decision_id=decision_id)),
         ]
     await scheduler.core.commit(

@@ -6,8 +6,10 @@ from collections.abc import Collection, Mapping, Sequence
 
 import msgspec
 
+from services.scheduler import cell_store
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.model import MIB
+from services.scheduler.pages import Pages
 from services.scheduler.policies.promise import Guest
 from services.scheduler.store import Pool
 from volery.contracts.base import encode
@@ -57,18 +59,21 @@ def raise_count(cluster_ids: Collection[str], by: int = 1) -> Change:
 async def guests(pool: Pool, cluster_id: str, config: SchedulerConfig) -> dict[str, Guest]:
     """The VMs that hold capacity in a cluster, where their newest claim is."""
     records = await pool.fetch(
-        """select c.vm_id, c.host_id, c.memory_bytes, c.vcpus, c.high_availability, p.need, p.lost_host_id,
-                  p.refuge_host_id, v.name
+        """select c.id, c.vm_id, c.host_id, c.memory_bytes, c.vcpus, c.high_availability, p.need, p.lost_host_id,
+                  p.refuge_host_id, v.name, c.pages_2m, c.pages_1g
            from host_capacity h join claim c on c.host_id = h.id left join promised_vm p on p.vm_id = c.vm_id
                 left join vm v on v.id = c.vm_id
            where h.cluster_id = $1 order by c.vm_id, c.epoch""",
         cluster_id,
     )
+    cells = await cell_store.held(pool, cluster_id)
     overhead, decoder, found = config.guest_overhead_mib * MIB, msgspec.json.Decoder(Need), {}
     for r in records:
+        pages = Pages(r["pages_2m"], r["pages_1g"])
+        memory = pages.memory_bytes or r["memory_bytes"] - overhead
         need = decoder.decode(r["need"]) if r["need"] is not None else Need(
-            vm_id=r["vm_id"], cluster_id=cluster_id, memory_bytes=max(r["memory_bytes"] - overhead, 1),
-            vcpus=r["vcpus"], name=r["name"] or r["vm_id"], high_availability=r["high_availability"],
+            vm_id=r["vm_id"], cluster_id=cluster_id, memory_bytes=max(memory, 1), vcpus=r["vcpus"],
+            name=r["name"] or r["vm_id"], high_availability=r["high_availability"], hugepage_kib=pages.page_kib,
         )  # fmt: skip
         found[r["vm_id"]] = Guest(
             need,
@@ -77,18 +82,22 @@ async def guests(pool: Pool, cluster_id: str, config: SchedulerConfig) -> dict[s
             r["vcpus"],
             r["lost_host_id"] or "",
             r["refuge_host_id"] or "",
+            pages,
+            cells.get(r["id"], ()),
         )
     return found
 
 
-async def figures(pool: Pool, cluster_id: str) -> list[tuple[str, str, int, int, int, int]]:
-    """Host, status, limits of memory and vCPUs, and what is taken of them. Memory may be a second behind."""
+async def figures(pool: Pool, cluster_id: str) -> list[tuple[str, str, int, int, int, int, Pages, Pages]]:
+    """Host, status, limits of memory and vCPUs, what is taken of them, huge pages, and what is taken of those. Memory may be
+    a second behind."""
     records = await pool.fetch(
-        """select id, status, memory_limit_bytes, vcpus_limit, memory_used_bytes, vcpus_used
+        """select id, status, memory_limit_bytes, vcpus_limit, memory_used_bytes, vcpus_used, pages_2m, pages_1g,
+                  pages_2m_used, pages_1g_used
            from host_capacity where cluster_id = $1 and not gone""",
         cluster_id,
     )
-    return [(r[0], r[1], r[2], r[3], r[4], r[5]) for r in records]
+    return [(r[0], r[1], r[2], r[3], r[4], r[5], Pages(r[6], r[7]), Pages(r[8], r[9])) for r in records]
 
 
 async def unasked(pool: Pool, cluster_ids: Sequence[str], seconds: float) -> list[str]:

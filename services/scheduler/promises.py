@@ -11,7 +11,9 @@ from typing import Any
 from msgspec.structs import replace
 
 from services.scheduler import promise_store as store
+from services.scheduler.cells import CELL_CPUS, CELLS, CELLS_USED
 from services.scheduler.model import Audit
+from services.scheduler.pages import PAGES, PAGES_USED
 from services.scheduler.policies import planned, promise
 from services.scheduler.policies.promise import Guest, Loss, World
 from services.scheduler.promise_store import PROMISES
@@ -179,6 +181,11 @@ def _seen(scheduler: Scheduler, cluster_id: str) -> int:
         "vcpus_used",
         "guests",
         "swapped",
+        *PAGES,
+        *PAGES_USED,
+        CELL_CPUS,
+        *CELLS,
+        *CELLS_USED,
     )
     columns = tuple(fleet.ints(name)[mine].tobytes() for name in names)
     networks = frozenset((n.id, n.host_ids) for n in fleet.networks.values())

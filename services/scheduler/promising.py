@@ -6,14 +6,18 @@ is checked again. Restarts are counted, never refused.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager, nullcontext
 
 from msgspec.structs import replace
 
+from services.scheduler import cell_store
 from services.scheduler import promise_store as store
+from services.scheduler.cells import needs_of
 from services.scheduler.fleet import STATUSES, UP, Fleet
 from services.scheduler.model import memory_taken
+from services.scheduler.pages import PAGES, PAGES_USED, Pages, pages_taken
 from services.scheduler.policies import planned, promise
 from services.scheduler.policies.affinity import ClusterRules
 from services.scheduler.policies.promise import Admission, Guest, Loss, World
@@ -48,6 +52,7 @@ async def world_of(scheduler: Scheduler, cluster_id: str, *, fresh: bool = False
     fleet = scheduler.fleet.part(cluster_id)
     for host in figures:
         _set(fleet, *host)
+    fleet.used_cells(await cell_store.used(scheduler.core.pool))
     world = World(
         fleet=fleet,
         policy=scheduler.policy(cluster_id),
@@ -62,7 +67,15 @@ async def world_of(scheduler: Scheduler, cluster_id: str, *, fresh: bool = False
 
 
 def _set(
-    fleet: Fleet, host_id: str, status: str, memory: int, vcpus: int, held: int, held_vcpus: int
+    fleet: Fleet,
+    host_id: str,
+    status: str,
+    memory: int,
+    vcpus: int,
+    held: int,
+    held_vcpus: int,
+    pages: Pages,
+    held_pages: Pages,
 ) -> None:
     """What the tables say of a host."""
     if (row := fleet.rows.get(host_id)) is None:
@@ -70,6 +83,9 @@ def _set(
     fleet.ints("status")[row] = STATUSES.index(status) if status in STATUSES else -1
     fleet.ints("memory_limit")[row], fleet.ints("vcpus_limit")[row] = memory, vcpus
     fleet.ints("memory_used")[row], fleet.ints("vcpus_used")[row] = held, held_vcpus
+    for names, counts in ((PAGES, pages), (PAGES_USED, held_pages)):
+        for name, count in zip(names, counts, strict=True):
+            fleet.ints(name)[row] = count
 
 
 async def with_refuge(scheduler: Scheduler, ask: Place) -> Place:
@@ -137,8 +153,11 @@ def _is_leaving(scheduler: Scheduler, ask: Place, world: World) -> bool:
 
 
 def _guest(scheduler: Scheduler, ask: Place, host_id: str) -> Guest:
-    memory = memory_taken(ask.need.memory_bytes, scheduler.config)
-    return Guest(ask.need, host_id, memory, ask.need.vcpus)
+    need = ask.need
+    memory = memory_taken(need.memory_bytes, scheduler.config, need.hugepage_kib)
+    pages = pages_taken(need.memory_bytes, need.hugepage_kib)
+    cells = needs_of(need.numa_nodes, need.hugepage_kib)
+    return Guest(need, host_id, memory, need.vcpus, pages=pages, cells=cells)
 
 
 def _changes(
@@ -167,7 +186,7 @@ def keep(known: dict[str, Guest], refuges: dict[str, tuple[str, str]]) -> None:
     """In this replica's memory."""
     for vm_id, (lost, host_id) in refuges.items():
         old = known[vm_id]
-        known[vm_id] = Guest(old.need, old.host_id, old.memory, old.vcpus, lost, host_id)
+        known[vm_id] = dataclasses.replace(old, lost_host_id=lost, refuge=host_id)
 
 
 def _refused(world: World, ask: Place, first: Placement, tried: dict[str, Admission]) -> Placement:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+import msgspec
 from msgspec.structs import replace
 
-from services.scheduler import adoption_store, model, store
+from services.scheduler import adoption_store, capacity_store, cell_claims, cell_store, model, store
+from services.scheduler.cells import claims_of, needs_of
 from services.scheduler.model import SeenVm, Settling
+from services.scheduler.pages import pages_taken
 from services.scheduler.shortage import shortage
 from services.scheduler.state import Scheduler
+from volery.contracts.domain import NumaNode
 from volery.contracts.ids import new_id
 from volery.contracts.scheduling import Claim
 from volery.runtime.clock import utc_now
@@ -24,6 +28,7 @@ part = Part()
 RECONCILE_SECONDS = 5.0
 CHECK_SECONDS = 60.0
 FORGET_SECONDS = 3600.0
+NODES = msgspec.json.Decoder(tuple[NumaNode, ...])
 ADOPT_AFTER_SECONDS = 15.0
 """A VM may be ending while its last fact still says that it runs."""
 ADOPTED_ONCE = 2000
@@ -76,9 +81,14 @@ async def adopt_vms(scheduler: Scheduler) -> None:
 async def _adopt(scheduler: Scheduler, vms: Sequence[SeenVm]) -> int:
     """How many have a claim now that had none. Where one can't be had, the others are adopted one by one."""
     claims = [_adopted(scheduler, vm) for vm in vms]
+    if len(claims) > 1 and any(
+        claim.cells for claim in claims
+    ):  # one cell can't be written twice in a statement
+        return sum([await _adopt(scheduler, [vm]) for vm in vms])
     try:
         await scheduler.core.commit(
             adoption_store.force_capacities(claims),
+            *(change for claim in claims for change in cell_claims.take(claim, forced=True)),
             *(store.CLAIMS.insert(claim, store.ClaimPrivate()) for claim in claims),
         )
     except (Taken, Stale):
@@ -94,7 +104,7 @@ def _where(vm: SeenVm) -> str:
 
 
 def _adopted(scheduler: Scheduler, vm: SeenVm) -> Claim:
-    now = utc_now()
+    now, pages = utc_now(), pages_taken(vm.memory_bytes, vm.hugepage_kib)
     return Claim(
         id=new_id(),
         revision=1,
@@ -103,9 +113,12 @@ def _adopted(scheduler: Scheduler, vm: SeenVm) -> Claim:
         vm_id=vm.id,
         epoch=vm.epoch,
         host_id=vm.host_id,
-        memory_bytes=model.memory_taken(vm.memory_bytes, scheduler.config),
+        memory_bytes=model.memory_taken(vm.memory_bytes, scheduler.config, vm.hugepage_kib),
         vcpus=vm.vcpus,
         state=model.CONFIRMED,
+        pages_2m=pages.small,
+        pages_1g=pages.large,
+        cells=claims_of(needs_of(NODES.decode(vm.numa_nodes), vm.hugepage_kib)),
     )
 
 
@@ -116,13 +129,15 @@ async def check_counters(scheduler: Scheduler) -> None:
         log.error(
             "host %s was off by %+d bytes and %+d vCPUs from its claims; corrected", host_id, memory, vcpus
         )
+    for host_id in await cell_store.correct(scheduler.core.pool):
+        log.error("NUMA cells of host %s were off from its claims; corrected", host_id)
 
 
 @part.every(RECONCILE_SECONDS)
 async def warn_of_shortages(scheduler: Scheduler) -> None:
     """Once for each that begins, or says something else."""
     said = {}
-    for host in await store.short_hosts(scheduler.core.pool):
+    for host in await capacity_store.short_hosts(scheduler.core.pool):
         said[host.host_id] = problem = shortage(host)
         if scheduler.short.get(host.host_id) != problem:
             log.warning("%s", problem)

@@ -4,28 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import add
 
-from services.scheduler.store import CLAIMS, ClaimPrivate
+from services.scheduler.store import CLAIMS, ClaimPrivate, held
 from volery.contracts.scheduling import Claim
 from volery.runtime.tables import Change, Row
 
 
 @dataclass(slots=True)
 class HostChange:
-    """What one round takes of a host, less what it gives back there."""
+    """What one round takes of a host, less what it gives back there: as `store.held`."""
 
-    memory_bytes: int = 0
-    vcpus: int = 0
-    guests: int = 0
-    ha_guests: int = 0
+    counts: tuple[int, ...] = (0, 0, 0, 0, 0, 0)
     takes: bool = False
     """At least one VM was placed there."""
 
     def add(self, claim: Claim, times: int) -> None:
-        self.memory_bytes += times * claim.memory_bytes
-        self.vcpus += times * claim.vcpus
-        self.guests += times
-        self.ha_guests += times * int(claim.high_availability)
+        self.counts = tuple(map(add, self.counts, held(claim, times)))
         self.takes = self.takes or times > 0
 
 
@@ -36,28 +31,25 @@ def change_capacity(changes: Mapping[str, HostChange]) -> list[Change]:
     Hosts are locked in the order of their ids, so that rounds of several replicas wait for each other and never in a circle.
     """
     ids = sorted(changes)
-    found = [changes[host_id] for host_id in ids]
+    columns = zip(*(changes[host_id].counts for host_id in ids), strict=True)
     update = Change(
         """update host_capacity h
            set memory_used_bytes = h.memory_used_bytes + n.memory, vcpus_used = h.vcpus_used + n.vcpus,
-               guests = h.guests + n.guests, ha_guests = h.ha_guests + n.ha_guests
+               guests = h.guests + n.guests, ha_guests = h.ha_guests + n.ha_guests,
+               pages_2m_used = h.pages_2m_used + n.small, pages_1g_used = h.pages_1g_used + n.large
            from (select a.* from unnest({0}::text[], {1}::bigint[], {2}::integer[], {3}::integer[], {4}::integer[],
-                                        {5}::boolean[]) as a(id, memory, vcpus, guests, ha_guests, takes)
+                                        {5}::integer[], {6}::integer[], {7}::boolean[])
+                     as a(id, memory, vcpus, guests, ha_guests, small, large, takes)
                  join (select id from host_capacity where id = any({0}::text[]) order by id for update) l
                      on l.id = a.id) n
            where h.id = n.id
              and (not n.takes
                   or h.status = 'up' and not h.gone and h.memory_used_bytes + n.memory <= h.memory_limit_bytes
-                     and h.vcpus_used + n.vcpus <= h.vcpus_limit)
+                     and h.vcpus_used + n.vcpus <= h.vcpus_limit
+                     and (n.small <= 0 or h.pages_2m_used + n.small <= h.pages_2m)
+                     and (n.large <= 0 or h.pages_1g_used + n.large <= h.pages_1g))
            returning h.id, n.takes""",
-        (
-            ids,
-            [change.memory_bytes for change in found],
-            [change.vcpus for change in found],
-            [change.guests for change in found],
-            [change.ha_guests for change in found],
-            [change.takes for change in found],
-        ),
+        (ids, *map(list, columns), [changes[host_id].takes for host_id in ids]),
         guarded=False,
     )
     takers = Change(
@@ -89,11 +81,11 @@ def insert_claims(inserts: Sequence[Change]) -> Change:
     columns = zip(*(change.arguments for change in inserts), strict=True)
     return Change(
         """insert into claim (id, revision, doc, private, vm_id, epoch, host_id, state, memory_bytes, vcpus,
-               high_availability, created_at, updated_at)
+               high_availability, pages_2m, pages_1g, created_at, updated_at)
            select * from unnest({0}::text[], {1}::bigint[], {2}::text[], {3}::text[], {4}::text[], {5}::bigint[],
-               {6}::text[], {7}::text[], {8}::bigint[], {9}::integer[], {10}::boolean[], {11}::timestamptz[],
-               {12}::timestamptz[]) as n(id, revision, doc, private, vm_id, epoch, host_id, state, memory_bytes, vcpus,
-               high_availability, created_at, updated_at)
+               {6}::text[], {7}::text[], {8}::bigint[], {9}::integer[], {10}::boolean[], {11}::integer[],
+               {12}::integer[], {13}::timestamptz[], {14}::timestamptz[]) as n(id, revision, doc, private, vm_id, epoch,
+               host_id, state, memory_bytes, vcpus, high_availability, pages_2m, pages_1g, created_at, updated_at)
            returning 1""",
         tuple(list(column) for column in columns),
         facts=tuple(fact for change in inserts for fact in change.facts),

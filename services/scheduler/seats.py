@@ -51,7 +51,9 @@ def seats(
         found[vm_id] = Seat(
             name=vm.name if vm is not None else vm_id,
             host_ids=hosts_of(own, vm) - frozenset(without),
-            memory=memory_taken(vm.memory_bytes, config) if vm is not None else own[0].memory_bytes,
+            memory=own[0].memory_bytes
+            if vm is None
+            else memory_taken(vm.memory_bytes, config, vm.hugepage_kib),
             vcpus=vm.vcpus if vm is not None else own[0].vcpus,
         )
     return found

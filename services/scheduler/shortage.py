@@ -26,3 +26,9 @@ def _short(host: HostCapacity) -> Iterator[str]:
     if host.vcpus_used > host.vcpus_limit:
         over = host.vcpus_used - host.vcpus_limit
         yield f"{host.vcpus_used} vCPUs, of {host.vcpus_limit} ({over} too many)"
+    for name, used, there in (
+        ("2 MiB", host.pages_2m_used, host.pages_2m),
+        ("1 GiB", host.pages_1g_used, host.pages_1g),
+    ):
+        if used > there:
+            yield f"{used} huge pages of {name}, of {there} ({used - there} too many)"

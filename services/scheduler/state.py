@@ -12,10 +12,12 @@ from weakref import WeakValueDictionary
 import msgspec
 from nats.aio.msg import Msg
 
-from services.scheduler import affinity_store, policy_store, store
+from services.scheduler import affinity_store, cell_store, policy_store, store
+from services.scheduler.cells import needs_from
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.fleet import Fleet, Measured
 from services.scheduler.model import Audit, ClusterPolicy, Looked
+from services.scheduler.pages import Pages
 from services.scheduler.policies.affinity import ClusterRules
 from services.scheduler.policies.promise import Guest
 from services.scheduler.policies.units import HIGH_UTILIZATION
@@ -104,10 +106,15 @@ class Scheduler:
 
     def took(self, claim: Claim) -> None:
         """In this replica's memory, ahead of the next reading."""
-        self.fleet.use(claim.host_id, claim.memory_bytes, claim.vcpus, 1, int(claim.high_availability))
+        self._hold(claim, 1)
 
     def gave_back(self, claim: Claim) -> None:
-        self.fleet.use(claim.host_id, -claim.memory_bytes, -claim.vcpus, -1, -int(claim.high_availability))
+        self._hold(claim, -1)
+
+    def _hold(self, claim: Claim, times: int) -> None:
+        memory, vcpus, guests, available, *pages = store.held(claim, times)
+        self.fleet.use(claim.host_id, memory, vcpus, guests, available, Pages(*pages))
+        self.fleet.use_cells(claim.host_id, needs_from(claim.cells), times)
 
     async def reload(self) -> None:
         """The whole fleet anew from the tables, as of now or later. Those who ask together share one reading."""
@@ -122,6 +129,7 @@ class Scheduler:
 
     async def _reload(self) -> None:
         hosts = await store.hosts(self.core.pool)
+        cells = await cell_store.cells(self.core.pool)
         rules = await affinity_store.rules(self.core.pool)
         clusters = await store.clusters(self.core.pool)
         recipes = await policy_store.recipes(self.core.pool)
@@ -135,6 +143,7 @@ class Scheduler:
         self.fleet.keep_only(host.id for host in hosts)
         for host in hosts:
             self.fleet.put(host)
+            self.fleet.put_cells(host.id, cells.get(host.id, ()))
         self.changed.set()
 
     async def read_used(self) -> None:
@@ -143,14 +152,17 @@ class Scheduler:
 
     async def _read_used(self) -> None:
         self.fleet.used(await store.used(self.core.pool))
+        self.fleet.used_cells(await cell_store.used(self.core.pool))
 
     async def read_hosts(self, host_ids: Collection[str]) -> None:
         """These hosts as the tables have them, with what claims hold of them. Thousands change when a data center comes up."""
         if not host_ids:
             return
         found = await store.hosts(self.core.pool, "id = any($1::text[]) and not gone", list(host_ids))
+        cells = await cell_store.cells(self.core.pool, list(host_ids))
         for host in found:
             self.fleet.put(host)
+            self.fleet.put_cells(host.id, cells.get(host.id, ()))
         for gone in set(host_ids) - {host.id for host in found}:
             self.fleet.remove(gone)
 

@@ -7,22 +7,25 @@ import zlib
 from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
+from operator import attrgetter
 from typing import Any, TypeAlias
 
 import asyncpg
 import msgspec
 
+from services.scheduler import cell_claims
 from services.scheduler.fleet import HostFigures, NetworkReach
 from services.scheduler.model import ClusterPolicy, Limits, SeenVm
+from services.scheduler.pages import Pages
 from volery.contracts.affinity_group import AFFINITY_GROUP_CHANGED, AFFINITY_GROUP_DELETED, AffinityGroup
 from volery.contracts.base import Message, encode
 from volery.contracts.cluster import Cluster
 from volery.contracts.host import Host
 from volery.contracts.network import Network
 from volery.contracts.operation import ListQuery
-from volery.contracts.scheduling import CLAIM_CHANGED, CLAIM_DELETED, Claim, HostCapacity, PastDecision
+from volery.contracts.scheduling import CLAIM_CHANGED, CLAIM_DELETED, Claim, PastDecision
 from volery.contracts.vm import Vm
-from volery.runtime.pages import page, plain_page
+from volery.runtime.pages import page
 from volery.runtime.tables import Change, Nothing, Row, Table, text_columns
 
 Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
@@ -56,6 +59,8 @@ CLAIMS: Table[Claim, ClaimPrivate] = Table(
         "memory_bytes": "memory_bytes",
         "vcpus": "vcpus",
         "high_availability": "high_availability",
+        "pages_2m": "pages_2m",
+        "pages_1g": "pages_1g",
         "created_at": "created_at",
         "updated_at": "updated_at",
     },
@@ -75,11 +80,6 @@ GROUPS: Table[AffinityGroup, Nothing] = Table(
 )
 GROUP_NAME = "affinity_group_name"
 
-CAPACITY: Table[Any, Any] = Table(
-    "capacity", Claim, ClaimPrivate, columns={"name": "name", "cluster_id": "cluster_id", "status": "status"}
-)
-"""A view; only its documents are read."""
-
 DECISIONS: Table[PastDecision, ClaimPrivate] = Table(
     "decision", PastDecision, ClaimPrivate, columns={"vm_id": "vm_id", "host_id": "host_id"}
 )
@@ -92,37 +92,46 @@ DECISIONS: Table[PastDecision, ClaimPrivate] = Table(
 def take_capacity(claim: Claim) -> Change:
     """Its guard fails when the host has not that much left, or is no longer up."""
     return Change(
-        """update host_capacity
-           set memory_used_bytes = memory_used_bytes + {1}, vcpus_used = vcpus_used + {2}, guests = guests + 1,
-               ha_guests = ha_guests + {3}
-           where id = {0} and status = 'up' and not gone
-             and memory_used_bytes + {1} <= memory_limit_bytes and vcpus_used + {2} <= vcpus_limit
+        f"""{_HOLD} and status = 'up' and not gone
+             and memory_used_bytes + {{1}} <= memory_limit_bytes and vcpus_used + {{2}} <= vcpus_limit
+             and ({{5}} = 0 or pages_2m_used + {{5}} <= pages_2m) and ({{6}} = 0 or pages_1g_used + {{6}} <= pages_1g)
            returning 1""",
-        (claim.host_id, claim.memory_bytes, claim.vcpus, int(claim.high_availability)),
+        _held(claim),
     )
 
 
 def force_capacity(claim: Claim, times: int = 1) -> Change:
     """For a VM that runs there already: what is true must be recordable. -1 times gives back."""
-    return Change(
-        """update host_capacity
+    return Change(_HOLD, _held(claim, times), guarded=False)
+
+
+_HOLD = """update host_capacity
            set memory_used_bytes = memory_used_bytes + {1}, vcpus_used = vcpus_used + {2}, guests = guests + {3},
-               ha_guests = ha_guests + {4}
-           where id = {0}""",
-        (
-            claim.host_id,
-            times * claim.memory_bytes,
-            times * claim.vcpus,
-            times,
-            times * int(claim.high_availability),
-        ),
-        guarded=False,
+               ha_guests = ha_guests + {4}, pages_2m_used = pages_2m_used + {5}, pages_1g_used = pages_1g_used + {6}
+           where id = {0}"""
+
+
+def _held(claim: Claim, times: int = 1) -> tuple[str | int, ...]:
+    """The host, and what is added to its counters."""
+    return (claim.host_id, *held(claim, times))
+
+
+def held(claim: Claim, times: int = 1) -> tuple[int, ...]:
+    """Bytes, vCPUs, guests, highly available ones, huge pages of 2 MiB and 1 GiB: what is added to a host's counters."""
+    counts = (
+        claim.memory_bytes,
+        claim.vcpus,
+        1,
+        int(claim.high_availability),
+        claim.pages_2m,
+        claim.pages_1g,
     )
+    return tuple(times * count for count in counts)
 
 
 def release(row: Row[Claim, ClaimPrivate]) -> list[Change]:
     """Delete a claim and give its capacity back."""
-    return [force_capacity(row.public, -1), CLAIMS.delete(row)]
+    return [force_capacity(row.public, -1), *cell_claims.give_back(row.public), CLAIMS.delete(row)]
 
 
 async def claim_of(pool: Pool, vm_id: str, epoch: int) -> Row[Claim, ClaimPrivate] | None:
@@ -158,8 +167,7 @@ async def suspicious_claims(
 
 
 def _seen(record: asyncpg.Record) -> SeenVm:
-    names = ("id", "epoch", "status", "host_id", "memory_bytes", "vcpus", "name", "deleted", "heard_at")
-    return SeenVm(**{name: record[name] for name in names})
+    return SeenVm(**{name: record[name] for name in SeenVm.__slots__})
 
 
 async def now(pool: Pool) -> datetime:
@@ -176,6 +184,7 @@ async def correct_counters(pool: Pool) -> list[tuple[str, int, int]]:
            having h.memory_used_bytes <> coalesce(sum(c.memory_bytes), 0)
                or h.vcpus_used <> coalesce(sum(c.vcpus), 0) or h.guests <> count(c.id)
                or h.ha_guests <> coalesce(sum(c.high_availability::integer), 0)
+               or h.pages_2m_used <> coalesce(sum(c.pages_2m), 0) or h.pages_1g_used <> coalesce(sum(c.pages_1g), 0)
            order by h.id"""
     )
     wrong = []
@@ -188,10 +197,12 @@ async def correct_counters(pool: Pool) -> list[tuple[str, int, int]]:
             )
             after = await connection.fetchrow(
                 """update host_capacity set memory_used_bytes = s.memory, vcpus_used = s.vcpus, guests = s.guests,
-                       ha_guests = s.ha_guests
+                       ha_guests = s.ha_guests, pages_2m_used = s.pages_2m, pages_1g_used = s.pages_1g
                    from (select coalesce(sum(memory_bytes), 0)::bigint as memory,
                                 coalesce(sum(vcpus), 0)::integer as vcpus, count(*)::integer as guests,
-                                coalesce(sum(high_availability::integer), 0)::integer as ha_guests
+                                coalesce(sum(high_availability::integer), 0)::integer as ha_guests,
+                                coalesce(sum(pages_2m), 0)::integer as pages_2m,
+                                coalesce(sum(pages_1g), 0)::integer as pages_1g
                          from claim where host_id = $1) s
                    where id = $1 returning memory_used_bytes, vcpus_used""",
                 suspect["id"],
@@ -248,17 +259,22 @@ async def forget_decisions(pool: Pool, days: int) -> None:
 # What other owners said. A revision already known changes nothing, so facts and lists may come twice.
 
 
-def saw_host(host: Host, limits: Limits) -> Change:
+def saw_host(host: Host, memory_bytes: int, pages: Pages, limits: Limits) -> Change:
+    """Memory is that beside huge pages. The same revision again says what the previous release didn't take over."""
     return Change(
         """insert into host_capacity (id, revision, name, cluster_id, status, cpus, memory_bytes, cpu_models,
-               machines, memory_limit_bytes, vcpus_limit)
-           values ({0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}::text[], {8}::text[], {9}, {10})
+               machines, memory_limit_bytes, vcpus_limit, pages_2m, pages_1g)
+           values ({0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}::text[], {8}::text[], {9}, {10}, {11}, {12})
            on conflict (id) do update set revision = excluded.revision, name = excluded.name,
                cluster_id = excluded.cluster_id, status = excluded.status, cpus = excluded.cpus,
                memory_bytes = excluded.memory_bytes, cpu_models = excluded.cpu_models,
                machines = excluded.machines, memory_limit_bytes = excluded.memory_limit_bytes,
-               vcpus_limit = excluded.vcpus_limit
-           where host_capacity.revision < excluded.revision and not host_capacity.gone""",
+               vcpus_limit = excluded.vcpus_limit, pages_2m = excluded.pages_2m, pages_1g = excluded.pages_1g
+           where not host_capacity.gone
+             and (host_capacity.revision < excluded.revision
+                  or host_capacity.revision = excluded.revision
+                     and (host_capacity.memory_bytes, host_capacity.pages_2m, host_capacity.pages_1g)
+                         is distinct from (excluded.memory_bytes, excluded.pages_2m, excluded.pages_1g))""",
         (
             host.id,
             host.revision,
@@ -266,11 +282,12 @@ def saw_host(host: Host, limits: Limits) -> Change:
             host.cluster_id,
             str(host.status),
             host.capabilities.cpus,
-            host.capabilities.memory_bytes,
+            memory_bytes,
             list(host.capabilities.cpu_models),
             list(host.capabilities.machines),
             limits.memory_bytes,
             limits.vcpus,
+            *pages,
         ),
         guarded=False,
     )
@@ -347,22 +364,30 @@ def network_gone(network_id: str) -> Change:
     return Change("delete from network where id = {0}", (network_id,), guarded=False)
 
 
+_OF_VM = attrgetter("id", "revision", "name", "epoch", "status", "host_id", "memory_bytes", "vcpus")
+
+
 def saw_vms(vms: Sequence[Vm], deleted: Collection[str] = ()) -> Change:
-    """Each of them once; `deleted` are the ids of those that are no more."""
+    """Each of them once; `deleted` are the ids of those that are no more. The same revision again says what the previous
+    release didn't take over."""
     return Change(
-        """insert into vm (id, revision, name, epoch, status, host_id, memory_bytes, vcpus, deleted)
+        """insert into vm (id, revision, name, epoch, status, host_id, memory_bytes, vcpus, deleted, hugepage_kib,
+               numa_nodes)
            select v.id, v.revision::bigint, v.name, v.epoch::bigint, v.status, v.host_id, v.memory_bytes::bigint,
-                  v.vcpus::int, v.deleted::bool
+                  v.vcpus::int, v.deleted::bool, v.hugepage_kib::int,
+                  v.numa_nodes
            from unnest({0}::text[], {1}::text[], {2}::text[], {3}::text[], {4}::text[], {5}::text[], {6}::text[],
-                       {7}::text[], {8}::text[])
-                as v(id, revision, name, epoch, status, host_id, memory_bytes, vcpus, deleted)
+                       {7}::text[], {8}::text[], {9}::text[], {10}::text[])
+                as v(id, revision, name, epoch, status, host_id, memory_bytes, vcpus, deleted, hugepage_kib, numa_nodes)
            on conflict (id) do update set revision = excluded.revision, name = excluded.name,
                epoch = excluded.epoch, status = excluded.status, host_id = excluded.host_id,
                memory_bytes = excluded.memory_bytes, vcpus = excluded.vcpus, deleted = excluded.deleted,
-               heard_at = now()
-           where vm.revision < excluded.revision""",
+               hugepage_kib = excluded.hugepage_kib, numa_nodes = excluded.numa_nodes, heard_at = now()
+           where vm.revision < excluded.revision
+              or vm.revision = excluded.revision
+                 and (vm.hugepage_kib, vm.numa_nodes) is distinct from (excluded.hugepage_kib, excluded.numa_nodes)""",
         text_columns(
-            (v.id, v.revision, v.name, v.epoch, v.status, v.host_id, v.memory_bytes, v.vcpus, v.id in deleted)
+            (*_OF_VM(v), v.id in deleted, v.hugepage_kib, msgspec.json.encode(v.numa_nodes).decode())
             for v in vms
         ),
         guarded=False,
@@ -390,7 +415,8 @@ def gone(table: str, ids: Sequence[str]) -> Change:
 # The fleet, read.
 
 _HOST = """select id, name, cluster_id, status, cpus, memory_bytes, memory_limit_bytes, memory_used_bytes,
-                  vcpus_limit, vcpus_used, guests, ha_guests, cpu_models, machines from host_capacity"""
+                  vcpus_limit, vcpus_used, guests, ha_guests, cpu_models, machines, pages_2m, pages_2m_used,
+                  pages_1g, pages_1g_used from host_capacity"""
 
 
 async def hosts(pool: Pool, condition: str = "not gone", *arguments: Any) -> list[HostFigures]:
@@ -405,10 +431,11 @@ async def hosts(pool: Pool, condition: str = "not gone", *arguments: Any) -> lis
     ]
 
 
-async def used(pool: Pool) -> list[tuple[str, int, int, int, int]]:
-    """Host, bytes, vCPUs, VMs that hold them, and highly available ones among these."""
+async def used(pool: Pool) -> list[tuple[str, *tuple[int, ...]]]:
+    """Host, bytes, vCPUs, VMs that hold them, highly available ones among these, and huge pages."""
     records = await pool.fetch(
-        "select id, memory_used_bytes, vcpus_used, guests, ha_guests from host_capacity where not gone"
+        """select id, memory_used_bytes, vcpus_used, guests, ha_guests, pages_2m_used, pages_1g_used
+           from host_capacity where not gone"""
     )
     return [tuple(r) for r in records]
 
@@ -426,28 +453,6 @@ async def clusters(pool: Pool, condition: str = "true", *arguments: Any) -> list
 async def networks(pool: Pool, condition: str = "true", *arguments: Any) -> list[NetworkReach]:
     records = await pool.fetch(f"select id, name, ready_host_ids from network where {condition}", *arguments)
     return [NetworkReach(r["id"], r["name"], frozenset(r["ready_host_ids"])) for r in records]
-
-
-async def capacity_page(pool: Pool, query: ListQuery) -> tuple[list[HostCapacity], str]:
-    """Hosts without what no table has of them, and the token of the next page."""
-    raw = await plain_page(pool, CAPACITY, query)
-    answer = msgspec.json.decode(raw, type=CapacityPage)
-    return answer.items, answer.next
-
-
-async def short_hosts(pool: Pool) -> list[HostCapacity]:
-    """Those that have promised more than they have."""
-    records = await pool.fetch(
-        """select v.doc from capacity v join host_capacity h on h.id = v.id
-           where h.memory_used_bytes > h.memory_limit_bytes or h.vcpus_used > h.vcpus_limit
-           order by h.id"""
-    )
-    return [msgspec.json.decode(r["doc"], type=HostCapacity) for r in records]
-
-
-class CapacityPage(Message):
-    items: list[HostCapacity] = []
-    next: str = ""
 
 
 @asynccontextmanager

@@ -267,6 +267,15 @@ ROWS = (
     Row(
         "vm edit web1 --lease shared", UPDATE_VM, {"lease": DOMAIN.id, "start_after_blackout": msgspec.UNSET}
     ),
+    Row(
+        "vm create web2 --memory 2GiB --huge-pages 1GiB",
+        CREATE_VM,
+        {"hugepage_kib": 1048576, "memory_bytes": 2 << 30},
+    ),
+    Row("vm create web2", CREATE_VM, {"hugepage_kib": 0}),
+    Row("vm edit web1 --huge-pages 2MiB", UPDATE_VM, {"hugepage_kib": 2048}),
+    Row("vm edit web1 --huge-pages none", UPDATE_VM, {"hugepage_kib": 0}),
+    Row("vm edit web1 --vcpus 2", UPDATE_VM, {"hugepage_kib": msgspec.UNSET}),
     Row("vm edit web1 --start-after-blackout no", UPDATE_VM, {"start_after_blackout": False}),
     Row("vm edit web1 --start-after-blackout default", UPDATE_VM, {"start_after_blackout": None}),
 )

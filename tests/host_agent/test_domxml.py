@@ -46,6 +46,7 @@ FULL = DomainSpec(
     title="Datenbank\nzwei",
     memory_bytes=2 << 30,
     max_memory_bytes=8 << 30,
+    hugepage_kib=2048,
     vcpus=4,
     sockets=2,
     cores=2,

@@ -58,6 +58,9 @@ BAD = {
     "multicast mac": {"nics": (NewNic(mac="01:00:5e:00:00:01"),)},
     "disk of no size": {"disks": (NewDisk(storage_domain_id=new_id()),)},
     "tags": {"tags": ("a", "a")},
+    "a size of huge pages that isn't": {"hugepage_kib": 4},
+    "half a huge page": {"memory_bytes": 65 * MIB, "hugepage_kib": 2048},
+    "less than a huge page": {"memory_bytes": 64 * MIB, "hugepage_kib": 1048576},
     "priority": {"high_availability": {"enabled": True, "priority": 0}},
 }
 

@@ -8,6 +8,7 @@ import numpy as np
 from hypothesis import assume
 from hypothesis import strategies as st
 
+from services.scheduler.pages import NO_PAGES, Pages
 from services.scheduler.policies.affinity import ClusterRules, Group, conflicts
 from services.scheduler.policies.board import Board, Guest, Place, Step
 from services.scheduler.policies.waves import PER_HOST, waves
@@ -59,6 +60,7 @@ def cases(draw: st.DrawFn, *, with_groups: bool = True) -> Case:
             load=draw(st.sampled_from([0.0, 0.5, 1.0, 3.0])),
             high_availability=draw(st.booleans()),
             priority=draw(st.integers(0, 2)),
+            pages=draw(st.sampled_from([NO_PAGES, NO_PAGES, Pages(512), Pages(0, 2)])),
             kept=draw(st.sampled_from(["", "", "", "", "its migration policy forbids to move it"])),
         )
         for vm in vms
@@ -78,6 +80,7 @@ def cases(draw: st.DrawFn, *, with_groups: bool = True) -> Case:
                 cpus=draw(st.sampled_from([4, 8])),
                 load=sum(g.load for g in here) + foreign * 0.25,
                 open=draw(st.sampled_from([True, True, True, False])),
+                pages_left=Pages(draw(st.sampled_from([-8, 0, 512, 2048])), draw(st.integers(0, 4))),
             )
         )
     suits = {vm: draw(st.just(hosts) | subsets(hosts)) for vm in vms}

@@ -7,12 +7,13 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import permutations, product
 
+from services.scheduler.cells import CellFigures
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.fleet import HostFigures, NetworkReach
 from services.scheduler.model import ClusterPolicy
 from services.scheduler.policies.affinity import Group
 from services.scheduler.policies.bound import Seat
-from volery.contracts.scheduling import Place
+from volery.contracts.scheduling import Need, Place
 from volery.contracts.scheduling_policy import SchedulingPolicy
 
 MIB = 1024**2
@@ -35,12 +36,15 @@ class World:
     groups: tuple[Group, ...] = ()
     seats: Mapping[str, Seat] = field(default_factory=dict)
     """Where the other VMs of the groups are."""
+    cells: Mapping[str, Sequence[CellFigures]] = field(default_factory=dict)
+    """Host → its NUMA cells."""
 
 
 LEFT_OUT = ("cpu", "cpu_overload", "swap", "cluster_maintenance")
 """Filters that a policy may do without."""
 COMMON = {
     "preferred_hosts": 99, "ha_reservation": 1, "affinity_vms_wish": 1, "affinity_hosts_wish": 20, "affinity_room": 50,
+    "numa_match": 5,
 }  # fmt: skip
 FACTORS = {
     "none": {"cpu_even": 2, "memory_even": 1},
@@ -177,6 +181,15 @@ def refusals(world: World, place: Place, host: HostFigures, config: SchedulerCon
         refused.add("cpu_overcommit")
     if host.memory_limit_bytes - host.memory_used_bytes < taken(place, config):
         refused.add("memory")
+    if need.hugepage_kib:
+        left = {
+            2048: host.pages_2m - host.pages_2m_used,
+            1048576: host.pages_1g - host.pages_1g_used,
+        }[need.hugepage_kib]
+        if left * need.hugepage_kib * 1024 < need.memory_bytes:
+            refused.add("huge_pages")
+    if short_cells(world, need, host):
+        refused.add("numa")
     if any(host.id not in reach.get(n, ()) for n in need.network_ids):
         refused.add("network")
     if need.storage_host_ids is not None and host.id not in need.storage_host_ids:
@@ -206,9 +219,53 @@ def refusals(world: World, place: Place, host: HostFigures, config: SchedulerCon
     return refused - (set(LEFT_OUT) - filters(world))
 
 
+KINDS = {0: 0, 2048: 1, 1048576: 2}
+"""Which of a cell's figures a VM takes, by its huge pages: memory in bytes, or pages."""
+
+
+def amount(memory: float, hugepage_kib: int) -> float:
+    return memory / (hugepage_kib * 1024) if hugepage_kib else memory
+
+
+def short_cells(world: World, need: Need, host: HostFigures) -> list[int]:
+    """Cells that lack CPUs or memory for the nodes that are pinned to them."""
+    cells, kind = {c.cell: c for c in world.cells.get(host.id, ())}, KINDS[need.hugepage_kib]
+    pinned = [n for n in need.numa_nodes if n.host_cells and n.mode != "preferred"]
+    found = []
+    for cell in sorted({c for node in pinned for c in node.host_cells}):
+        nodes = [n for n in pinned if cell in n.host_cells]
+        shares = [-(-amount(n.memory_bytes, need.hugepage_kib) // len(n.host_cells)) for n in nodes]
+        if not need.hugepage_kib:
+            shares = [
+                -(-s // 4096) * 4096 if len(n.host_cells) > 1 else s
+                for s, n in zip(shares, nodes, strict=True)
+            ]
+        cpus = max((len(n.vcpus) for n in nodes if n.mode == "strict"), default=0)
+        figures = cells.get(cell)
+        if figures is None or figures.cpus < cpus or figures.limit[kind] - figures.used[kind] < sum(shares):
+            found.append(cell)
+    return found
+
+
+def matching(world: World, need: Need, host: HostFigures) -> float:
+    """The share of a VM's nodes of which each would fit alone into a cell: one that it is pinned to, or any."""
+    kind, cells = KINDS[need.hugepage_kib], world.cells.get(host.id, ())
+    suits = [
+        any(
+            (not node.host_cells or c.cell in node.host_cells)
+            and c.cpus >= len(node.vcpus)
+            and c.limit[kind] - c.used[kind] >= amount(node.memory_bytes, need.hugepage_kib)
+            for c in cells
+        )
+        for node in need.numa_nodes
+    ]
+    return sum(suits) / max(len(suits), 1)
+
+
 def taken(place: Place, config: SchedulerConfig) -> int:
-    """Bytes of memory that the VM takes of its host."""
-    return place.need.memory_bytes + config.guest_overhead_mib * MIB
+    """Bytes of memory that the VM takes of its host besides huge pages."""
+    ordinary = 0 if place.need.hugepage_kib else place.need.memory_bytes
+    return ordinary + config.guest_overhead_mib * MIB
 
 
 def whole_room_lost(neighbours: Sequence[HostFigures], host: HostFigures, memory: int, vcpus: int) -> float:
@@ -260,6 +317,8 @@ def score(unit: str, world: World, place: Place, host: HostFigures, config: Sche
             return wish(world, need.vm_id, host.id, about_vms=True)
         case "affinity_hosts_wish":
             return wish(world, need.vm_id, host.id, about_vms=False)
+        case "numa_match":
+            return matching(world, need, host)
         case "affinity_room":
             mates = followers(world, need.vm_id)
             memory = taken(place, config) + sum(mate.memory for mate in mates)

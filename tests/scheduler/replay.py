@@ -52,10 +52,25 @@ class Replay:
             for what, limit in (("memory", place.memory_limit), ("vcpus", place.vcpus_limit)):
                 if arriving and self.taken(place, what, arriving) > limit:
                     wrong.append(f"{place.id} has too little {what} for {arriving}")
+            wrong += self._short_of_pages(place, arriving)
         for vm, host in wave:
             wrong += self._placed(vm, host, moving, planned)
         self.at |= moving
         return wrong
+
+    def pages(self, place: Place, size: int, also: Collection[str] = ()) -> int:
+        """Huge pages of a size that a host has left."""
+        at_first = sum(g.pages[size] for g in self.guests if g.host_id == place.id)
+        here = [g for g in self.guests if self.at[g.id] == place.id or g.id in also]
+        return place.pages_left[size] + at_first - sum(g.pages[size] for g in here)
+
+    def _short_of_pages(self, place: Place, arriving: Collection[str]) -> list[str]:
+        wanted = [g.pages for g in self.guests if g.id in arriving]
+        return [
+            f"{place.id} has too few huge pages for {arriving}"
+            for size in range(len(place.pages_left))
+            if any(pages[size] for pages in wanted) and self.pages(place, size, arriving) < 0
+        ]
 
     def _placed(self, vm: str, host: str, moving: Mapping[str, str], planned: Mapping[str, str]) -> list[str]:
         guest = next(g for g in self.guests if g.id == vm)
@@ -106,21 +121,27 @@ class Replay:
         """Whether the highly available VMs of a host find room elsewhere together, by trying everything."""
         vms = [g for g in self.guests if self.at[g.id] == dead.id and g.high_availability]
         left = {
-            p.id: (p.memory_limit - self.taken(p, "memory"), p.vcpus_limit - self.taken(p, "vcpus"))
+            p.id: (
+                p.memory_limit - self.taken(p, "memory"),
+                p.vcpus_limit - self.taken(p, "vcpus"),
+                *(self.pages(p, size) for size in range(len(p.pages_left))),
+            )
             for p in self.places
             if p.open and p.id != dead.id
         }
         return self._fit(sorted(vms, key=lambda g: -g.memory), left)
 
-    def _fit(self, vms: Sequence[Guest], left: Mapping[str, tuple[float, float]]) -> bool:
+    def _fit(self, vms: Sequence[Guest], left: Mapping[str, tuple[float, ...]]) -> bool:
         if not vms:
             return True
         first, rest = vms[0], vms[1:]
-        for host, (memory, vcpus) in left.items():
+        for host, (memory, vcpus, *pages) in left.items():
             fits = host in self.suits[first.id] and memory >= first.memory and vcpus >= first.vcpus
             bound = allowed(self.groups, {}, first.id, host)[1]
+            fits = fits and all(w == 0 or w <= n for w, n in zip(first.pages, pages, strict=True))
             if fits and bound:
-                after = {**left, host: (memory - first.memory, vcpus - first.vcpus)}
+                rest_of = (n - w for w, n in zip(first.pages, pages, strict=True))
+                after = {**left, host: (memory - first.memory, vcpus - first.vcpus, *rest_of)}
                 if self._fit(rest, after):
                     return True
         return False

@@ -247,6 +247,7 @@ async def test_a_dry_run_explains_and_claims_nothing(configured: Settings) -> No
             "affinity_vms_wish",
             "affinity_hosts_wish",
             "affinity_room",
+            "numa_match",
             "ha_reservation",
         }
 

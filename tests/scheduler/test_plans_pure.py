@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
+import msgspec
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.scheduler.policies.affinity import Group
+from services.scheduler.cells import CellFigures, Taken
+from services.scheduler.config import SchedulerConfig
+from services.scheduler.fleet import Fleet, HostFigures
+from services.scheduler.model import ClusterPolicy
+from services.scheduler.pages import Pages
+from services.scheduler.policies.affinity import ClusterRules, Group
 from services.scheduler.policies.balancing import Aims, balance
-from services.scheduler.policies.board import Board, Guest, Place
+from services.scheduler.policies.board import Board, Guest, Place, Step
+from services.scheduler.policies.boarding import Standing, board_of
 from services.scheduler.policies.enforcing import broken, enforce
 from services.scheduler.policies.evacuating import evacuate
 from services.scheduler.policies.survival import Survival
+from services.scheduler.policies.waves import waves
 from tests.scheduler.boards import Case, cases
 from tests.scheduler.replay import Replay
 from tests.scheduler.worlds import GIB
 from volery.contracts.affinity_group import AffinityRule
+from volery.contracts.domain import NumaNode
+from volery.contracts.scheduling import Need
 
 AIMS = {
     "even": (Aims(cpu=1.0, memory=1.0), {"load": 1.0, "memory": 1.0}),
@@ -152,3 +164,55 @@ def test_who_must_be_with_a_vm_that_stays_stays_too() -> None:
     plan = evacuate(Case(places, guests, {"a": ["h1"], "b": ["h1"]}, (pair,)).board(), [0])
     assert plan.steps == ()
     assert [s.reason for s in plan.stuck] == ["it must be with VM B, which no plan moves", "pinned"]
+
+
+def test_a_vm_waits_for_the_huge_pages_of_the_one_before_it() -> None:
+    """Both may move one after the other; together they would have to be there twice."""
+    pages = Pages(512)
+    guests = [Guest("b", "B", "h1", GIB, 1, pages=pages), Guest("a", "A", "h0", GIB, 1, pages=pages)]
+    places = [
+        Place(f"h{n}", f"H{n}", 16 * GIB, GIB, 16, 1, 8, pages_left=Pages(left))
+        for n, left in enumerate((0, 0, 512))
+    ]
+    board = Board(places, guests, np.ones((2, 3), np.bool_))
+    steps = [Step(0, 1, 2), Step(1, 0, 1)]
+    assert waves(board, steps) == [[steps[0]], [steps[1]]]
+    free = Board([replace(p, pages_left=Pages(512)) for p in places], guests, np.ones((2, 3), np.bool_))
+    assert waves(free, steps) == [steps]
+
+
+def test_the_board_knows_huge_pages_and_leaves_nodes_that_are_pinned_where_they_are() -> None:
+    fleet, config, policy = Fleet(), SchedulerConfig(), ClusterPolicy("a", "A")
+    fleet.clusters["a"] = policy
+    for host_id, left in (("h0", 0), ("h1", 512), ("h2", 511)):
+        fleet.put(
+            HostFigures(
+                id=host_id, name=host_id, cluster_id="a", status="up", cpus=8, memory_bytes=64 * GIB,
+                memory_limit_bytes=64 * GIB, memory_used_bytes=0, vcpus_limit=80, vcpus_used=0,
+                pages_2m=1024, pages_2m_used=1024 - left,
+            )
+        )  # fmt: skip
+        fleet.put_cells(host_id, [CellFigures(0, 8, Taken(8 * GIB))])
+    node = NumaNode(memory_bytes=GIB, vcpus=(0,), host_cells=(0,))
+    needs = [
+        Need(vm_id="paged", cluster_id="a", memory_bytes=GIB, vcpus=1, hugepage_kib=2048),
+        Need(vm_id="plain", cluster_id="a", memory_bytes=GIB, vcpus=1),
+        Need(vm_id="pinned", cluster_id="a", memory_bytes=GIB, vcpus=1, numa_nodes=(node,)),
+    ]
+    board = board_of(fleet, policy, [Standing(need, "h0") for need in needs], ClusterRules(), config)
+    assert board.fits(0).tolist() == [False, True, False]
+    assert board.fits(1).tolist() == [False, True, True]
+    assert [bool(g.kept) for g in board.guests] == [False, False, True]
+    assert [g.memory == config.guest_overhead_mib << 20 for g in board.guests] == [True, False, False]
+    emptied = evacuate(board, [0])
+    assert {(s.guest, board.places[s.target].id) for s in emptied.steps} >= {(0, "h1")}
+    assert [s.guest for s in emptied.stuck] == [2]
+    short = evacuate(
+        board_of(fleet, policy, [Standing(replace_need(needs[0], 2 * GIB), "h0")], ClusterRules(), config),
+        [0],
+    )
+    assert "has its huge pages left: 1024 of 2 MiB" in short.stuck[0].reason
+
+
+def replace_need(need: Need, memory_bytes: int) -> Need:
+    return msgspec.structs.replace(need, memory_bytes=memory_bytes)

@@ -42,6 +42,7 @@ def test_policies_choose_among_hosts_that_fit_as_the_oracle_does(world: World, p
         network_ids=(),
         host_ids=(),
         storage_host_ids=None,
+        numa_nodes=tuple(replace(node, host_cells=()) for node in place.need.numa_nodes),
     )
     place = replace(place, need=need, excluded_host_ids=(), target_host_id="")
     check_decision(world, place)

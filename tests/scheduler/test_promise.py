@@ -11,15 +11,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from services.scheduler.cells import CellFigures, Taken, needs_of
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.fleet import Fleet, HostFigures, NetworkReach
 from services.scheduler.model import ClusterPolicy, memory_taken
+from services.scheduler.pages import pages_taken
 from services.scheduler.policies.affinity import ClusterRules, Group
 from services.scheduler.policies.bound import FREE, Bound, Seat, resolve
 from services.scheduler.policies.decision import decide
 from services.scheduler.policies.promise import Guest, Loss, World, admit, begin, lose, sets
 from services.scheduler.policies.request import request
 from volery.contracts.affinity_group import AffinityRule
+from volery.contracts.domain import NumaNode
 from volery.contracts.scheduling import Need, Place, Purpose
 
 GIB = 1024**3
@@ -29,9 +32,16 @@ RULES = [AffinityRule.POSITIVE, AffinityRule.NEGATIVE, AffinityRule.NEGATIVE, Af
 
 
 def world_of(
-    sizes: dict[str, tuple[int, int]], guests: list[Guest], groups: tuple[Group, ...] = (), **policy: Any
+    sizes: dict[str, tuple[int, int]],
+    guests: list[Guest],
+    groups: tuple[Group, ...] = (),
+    *,
+    pages: dict[str, int] | None = None,
+    cells: dict[str, int] | None = None,
+    **policy: Any,
 ) -> World:
-    """Hosts by GiB and vCPUs, with what guests hold taken of them."""
+    """Hosts by GiB and vCPUs, by huge pages of 2 MiB, and by the GiB of their only NUMA cell, with what guests hold taken of
+    them."""
     fleet = Fleet()
     cluster = ClusterPolicy("a", "A", reserve_host_failures=1, admission_control="enforce", **policy)
     fleet.clusters["a"] = cluster
@@ -42,8 +52,12 @@ def world_of(
                 id=host_id, name=host_id, cluster_id="a", status="up", cpus=8, memory_bytes=memory * GIB,
                 memory_limit_bytes=memory * GIB, memory_used_bytes=sum(g.memory for g in held), vcpus_limit=vcpus,
                 vcpus_used=sum(g.vcpus for g in held), guests=len(held),
+                pages_2m=(pages or {}).get(host_id, 0), pages_2m_used=sum(g.pages.small for g in held),
             )
         )  # fmt: skip
+        fleet.put_cells(host_id, [CellFigures(0, 8, Taken((cells or {}).get(host_id, 0) * GIB))])
+        for each in held:
+            fleet.use_cells(host_id, each.cells)
     fleet.set_network(NetworkReach("lan", "lan", frozenset(HOSTS[:3])))
     rules = ClusterRules(1, groups)
     return World(fleet, cluster, CONFIG, rules, {g.vm_id: g for g in guests})
@@ -58,7 +72,14 @@ def guest(vm_id: str, host_id: str, gib: int = 1, vcpus: int = 1, **need: Any) -
         "name": vm_id,
     }
     full = Need(**({"high_availability": True} | wanted | need))
-    return Guest(full, host_id, memory_taken(gib * GIB, CONFIG), vcpus)
+    memory = memory_taken(gib * GIB, CONFIG, full.hugepage_kib)
+    pages, cells = pages_taken(gib * GIB, full.hugepage_kib), needs_of(full.numa_nodes, full.hugepage_kib)
+    return Guest(full, host_id, memory, vcpus, pages=pages, cells=cells)
+
+
+def in_cell(gib: int) -> tuple[NumaNode, ...]:
+    """One node with all of a VM's memory, in the only cell."""
+    return (NumaNode(memory_bytes=gib * GIB, vcpus=(0,), host_cells=(0,)),)
 
 
 @st.composite
@@ -69,17 +90,20 @@ def worlds(draw: st.DrawFn) -> World:
     for number in range(draw(st.integers(1, 7))):
         pinned = draw(st.just([]) | st.lists(st.sampled_from(hosts), unique=True))
         reached = draw(st.none() | st.lists(st.sampled_from(hosts), min_size=1, unique=True))
+        gib, paged = draw(st.integers(1, 4)), draw(st.sampled_from([0, 0, 2048]))
         guests.append(
             guest(
                 f"vm{number}",
                 draw(st.sampled_from(hosts)),
-                draw(st.integers(1, 4)),
+                gib,
                 draw(st.integers(1, 3)),
                 high_availability=draw(st.sampled_from([True, True, True, False])),
                 priority=draw(st.integers(1, 2)),
                 host_ids=tuple(pinned),
                 storage_host_ids=None if reached is None else tuple(reached),
                 network_ids=tuple(draw(st.sampled_from([[], [], ["lan"]]))),
+                hugepage_kib=paged,
+                numa_nodes=in_cell(gib) if not paged and draw(st.integers(0, 3)) == 0 else (),
             )
         )
     names = [*(g.vm_id for g in guests), "new"]
@@ -93,7 +117,17 @@ def worlds(draw: st.DrawFn) -> World:
     )  # fmt: skip
     held = {h: sum(g.memory for g in guests if g.host_id == h) // GIB for h in hosts}
     sizes = {h: (held[h] + draw(st.integers(0, 6)), 4 + draw(st.integers(8, 16))) for h in hosts}
-    return world_of(sizes, guests, groups)
+    backed = {h: sum(g.pages.small for g in guests if g.host_id == h) for h in hosts}
+    pinned = {
+        h: sum(c.taken.memory_bytes for g in guests if g.host_id == h for c in g.cells) // GIB for h in hosts
+    }
+    return world_of(
+        sizes,
+        guests,
+        groups,
+        pages={h: backed[h] + 512 * draw(st.integers(0, 6)) for h in hosts},
+        cells={h: pinned[h] + draw(st.integers(0, 6)) for h in hosts},
+    )
 
 
 def bound_at(world: World, vm: Guest, places: dict[str, str]) -> Bound:
@@ -126,7 +160,8 @@ def restarts(world: World, lost: set[str], refuges: dict[str, str], order: list[
             failed.append(vm_id)
             continue
         places[vm_id] = fleet.ids[best]
-        fleet.use(fleet.ids[best], asked.memory, vm.need.vcpus, 1, 1)
+        fleet.use(fleet.ids[best], asked.memory, vm.need.vcpus, 1, 1, asked.pages)
+        fleet.use_cells(fleet.ids[best], asked.cells)
     return failed
 
 
@@ -137,6 +172,7 @@ def figures(fleet: Fleet, host_id: str) -> HostFigures:
         for name, column in {
             "cpus": "cpus", "memory_bytes": "memory_bytes", "memory_limit_bytes": "memory_limit",
             "memory_used_bytes": "memory_used", "vcpus_limit": "vcpus_limit", "vcpus_used": "vcpus_used",
+            "pages_2m": "pages_2m", "pages_2m_used": "pages_2m_used",
         }.items()
     }  # fmt: skip
     return HostFigures(id=host_id, name=host_id, cluster_id="a", status="up", **columns)
@@ -156,10 +192,17 @@ def _legal(world: World, lost: set[str], way: dict[str, str]) -> bool:
     fleet = world.fleet
     for host_id in set(way.values()):
         row, here = fleet.rows[host_id], [world.guests[v].need for v, h in way.items() if h == host_id]
-        if (
-            int(fleet.ints("memory_used")[row]) + sum(n.memory_bytes for n in here)
-            > fleet.ints("memory_limit")[row]
-        ):
+        ordinary = sum(n.memory_bytes for n in here if not n.hugepage_kib)
+        pages = sum(n.memory_bytes for n in here if n.hugepage_kib) // (2 << 20)
+        if int(fleet.ints("memory_used")[row]) + ordinary > fleet.ints("memory_limit")[row]:
+            return False
+        pinned = sum(n.memory_bytes for n in here if n.numa_nodes)
+        cell = int(fleet.ints("cell_memory_bytes")[row, 0]) - int(
+            fleet.ints("cell_memory_bytes_used")[row, 0]
+        )
+        if pinned > cell:
+            return False
+        if pages and int(fleet.ints("pages_2m_used")[row]) + pages > fleet.ints("pages_2m")[row]:
             return False
         if int(fleet.ints("vcpus_used")[row]) + sum(n.vcpus for n in here) > fleet.ints("vcpus_limit")[row]:
             return False
@@ -194,8 +237,11 @@ def _kept(world: World, vm_id: str, host_id: str, at: dict[str, str]) -> bool:
     return True
 
 
+COLUMNS = ("memory_used", "vcpus_used", "guests", "status", "pages_2m_used", "cell_memory_bytes_used")
+
+
 def columns_of(world: World) -> tuple[object, ...]:
-    return tuple(world.fleet.ints(c).tolist() for c in ("memory_used", "vcpus_used", "guests", "status"))
+    return tuple(world.fleet.ints(c).tolist() for c in COLUMNS)
 
 
 def with_refuges(world: World, losses: list[Loss]) -> dict[str, str]:
@@ -310,6 +356,44 @@ def test_a_cluster_without_room_names_the_vm_and_what_would_help() -> None:
     assert "no host of cluster A can take VM db" in loss.homeless[0].message
     assert "h1 has 4.0 GiB left" in loss.homeless[0].message
     assert loss.homeless[0].change
+
+
+def test_a_promise_counts_huge_pages_and_names_what_is_short_of_them() -> None:
+    """There is memory enough for both; pages are there for one."""
+    guests = [guest("db", "h0", 4, hugepage_kib=2048), guest("web", "h1", 1)]
+    sizes = {"h0": (8, 16), "h1": (8, 16)}
+    assert lose(world_of(sizes, guests, pages={"h0": 2048, "h1": 2048}), ["h0"]).places == {"db": "h1"}
+    short = lose(world_of(sizes, guests, pages={"h0": 2048, "h1": 2047}), ["h0"])
+    assert [each.vm_id for each in short.homeless] == ["db"]
+    assert "0 of the 2047 huge pages of 2 MiB of h1 are taken, VM db needs 2048" in short.homeless[0].message
+
+
+BACKED: dict[str, Any] = {"hugepage_kib": 2048}
+
+
+@pytest.mark.parametrize("need", [BACKED, {"numa_nodes": in_cell(2)}], ids=["pages", "cells"])
+def test_a_vm_that_takes_what_a_refuge_was_to_take_has_that_looked_at_again(need: dict[str, Any]) -> None:
+    """Memory and vCPUs are left for both; the pages, or the memory of the cell, are not."""
+    room: dict[str, Any] = {"pages": dict.fromkeys(HOSTS[:3], 1024), "cells": dict.fromkeys(HOSTS[:3], 2)}
+    db = dataclasses.replace(guest("db", "h0", 2, **need), lost_host_id="h0", refuge="h1")
+    new = guest("new", "h1", 2, high_availability=False, **need)
+    third = admit(world_of(dict.fromkeys(HOSTS[:3], (16, 16)), [db], **room), new, 1)
+    assert (third.broken, third.refuges["db"]) == ((), "h2")
+    nowhere = admit(world_of(dict.fromkeys(HOSTS[:2], (16, 16)), [db], **room), new, 1)
+    assert [each.vm_id for loss in nowhere.broken for each in loss.homeless] == ["db"]
+
+
+@pytest.mark.parametrize("need", [BACKED, {"numa_nodes": in_cell(2)}], ids=["pages", "cells"])
+def test_who_has_moved_away_from_a_lost_host_has_taken_it_where_he_went(need: dict[str, Any]) -> None:
+    """The VM of a host that is lost already takes the last of it elsewhere, so that no other loss is survived."""
+    guests = [guest("db", "h0", 2, **need), guest("web", "h1", 2, **need)]
+    room: dict[str, Any] = {"pages": dict.fromkeys(HOSTS[:3], 1024), "cells": dict.fromkeys(HOSTS[:3], 2)}
+    world = world_of(dict.fromkeys(HOSTS[:3], (16, 16)), guests, **room)
+    world.fleet.put(dataclasses.replace(figures(world.fleet, "h0"), status="down"))
+    assert begin(world).places == {"db": "h2"}
+    assert [each.vm_id for each in lose(world, ["h1"]).homeless] == ["web"]
+    world.remove("db")
+    assert lose(world, ["h1"]).places == {"web": "h2"}
 
 
 def group(rule: AffinityRule, *vms: str) -> Group:

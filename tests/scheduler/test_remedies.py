@@ -10,16 +10,18 @@ import pytest
 from hypothesis import given, settings
 from msgspec.structs import replace
 
+from services.scheduler.cells import CellFigures, Taken
 from services.scheduler.fleet import HostFigures
 from services.scheduler.model import ClusterPolicy, limits
 from services.scheduler.policies.affinity import Group
 from services.scheduler.policies.bound import Seat
-from services.scheduler.policies.decision import decide, mend, room
+from services.scheduler.policies.decision import decide, explain, mend, room
 from tests.scheduler import oracle
 from tests.scheduler.oracle import World
 from tests.scheduler.worlds import CONFIG, GIB, MIB, NOW, fleet_of, places, worlds
 from tests.scheduler.worlds import asked as asked_of
 from volery.contracts.affinity_group import AffinityRule
+from volery.contracts.domain import NumaNode
 from volery.contracts.scheduling import Change, ChangeKind, Need, Place, Purpose, Remedy
 from volery.contracts.scheduling_policy import SchedulingPolicy
 
@@ -81,6 +83,23 @@ def applied(world: World, place: Place, change: Change, less: int = 0) -> tuple[
             return of_cluster(world, memory_overcommit_percent=to - less), place
         case "cluster", "cpu_overcommit_ratio":
             return of_cluster(world, cpu_overcommit_ratio=round(to * 10 - less) / 10), place
+        case "host", ("pages_2m_used" | "pages_1g_used") as field:
+            return of_host(world, change.object_id, **{field: to + less}), place
+        case "host", ("pages_2m" | "pages_1g") as field:
+            return with_more_pages(world, change.object_id, field, to - less), place
+        case "vm", "memory_bytes" if change.unit == "pages":
+            size = need.hugepage_kib * 1024
+            assert to % size == 0, "only whole pages"
+            return world, replace(place, need=replace(need, memory_bytes=to + less * size))
+        case "host", field if field.startswith("cells["):
+            return of_cell(world, change.object_id, field, to + less), place
+        case "vm", "numa_nodes":
+            assert to == "unpinned"
+            free = tuple(replace(node, host_cells=()) for node in need.numa_nodes)
+            return world, replace(place, need=replace(need, numa_nodes=free))
+        case "vm", "hugepage_kib":
+            assert to == 0 or need.memory_bytes % (to * 1024) == 0
+            return world, place if less else replace(place, need=replace(need, hugepage_kib=to))
         case "vm", "memory_bytes":
             return world, replace(place, need=replace(need, memory_bytes=to + less * MIB))
         case "vm", ("vcpus" | "cpu_model" | "machine") as field:
@@ -105,6 +124,26 @@ def applied(world: World, place: Place, change: Change, less: int = 0) -> tuple[
                 place, excluded_host_ids=tuple(h for h in place.excluded_host_ids if h != change.current)
             )
     raise AssertionError(f"a change that nobody can make: {change}")
+
+
+def of_cell(world: World, host_id: str, field: str, used: int) -> World:
+    """`cells[0].memory_used`, with another figure."""
+    number, name = field.removeprefix("cells[").split("].")
+    changed = tuple(
+        with_(c, used=c.used._replace(**{name.removesuffix("_used"): used})) if c.cell == int(number) else c
+        for c in world.cells[host_id]
+    )
+    return with_(world, cells={**world.cells, host_id: changed})
+
+
+def with_more_pages(world: World, host_id: str, field: str, count: int) -> World:
+    """More huge pages of one size on a host: what they take, its ordinary memory has no more."""
+    host = next(h for h in world.hosts if h.id == host_id)
+    size = {"pages_2m": 2 * MIB, "pages_1g": GIB}[field]
+    memory = host.memory_bytes - (count - getattr(host, field)) * size
+    assert memory >= 0
+    limit = limits(memory, host.cpus, world.policy, CONFIG).memory_bytes
+    return of_host(world, host_id, **{field: count, "memory_bytes": memory, "memory_limit_bytes": limit})
 
 
 def loosened(group: Group, field: str, change: Change) -> Group:
@@ -167,10 +206,41 @@ def hopeless(world: World, place: Place) -> bool:
     return True
 
 
+def pins(place: Place) -> bool:
+    """Whether a node takes anything of a NUMA cell."""
+    return any(node.host_cells and node.mode != "preferred" for node in place.need.numa_nodes)
+
+
+def smallest(place: Place, fields: dict[str, Any]) -> dict[str, Any]:
+    """A VM on huge pages has at least one, and giving it less memory never makes it need less of a host's ordinary memory."""
+    if fields.keys() == {"hugepage_kib"} and pins(place):
+        return {}
+    if fields.keys() == {"memory_bytes"} and place.need.hugepage_kib:
+        return {"memory_bytes": max(16 * MIB, place.need.hugepage_kib * 1024)}
+    return fields
+
+
+def all_the_pages(host: HostFigures, world: World, place: Place) -> HostFigures:
+    """As many as the VM lacks, where the ordinary memory has room for these and for what the VM takes of it besides."""
+    name = {2048: "pages_2m", 1048576: "pages_1g"}.get(place.need.hugepage_kib)
+    if name is None:
+        return host
+    size = place.need.hugepage_kib * 1024
+    lacking = -(-place.need.memory_bytes // size) + getattr(host, f"{name}_used") - getattr(host, name)
+    if lacking <= 0 or host.memory_bytes < lacking * size:
+        return host
+    new = with_more_pages(with_(world, hosts=(host,)), host.id, name, getattr(host, name) + lacking).hosts[0]
+    return host if "memory" in oracle.refusals(world, place, new, CONFIG) else new
+
+
 def extremes(world: World, place: Place) -> Iterator[tuple[World, Place]]:
     yield with_(world, hosts=tuple(with_(h, status="up") for h in world.hosts)), place
     yield with_(world, hosts=tuple(with_(h, memory_used_bytes=0) for h in world.hosts)), place
     yield with_(world, hosts=tuple(with_(h, vcpus_used=0) for h in world.hosts)), place
+    yield with_(world, hosts=tuple(with_(h, pages_2m_used=0, pages_1g_used=0) for h in world.hosts)), place
+    yield with_(world, hosts=tuple(all_the_pages(h, world, place) for h in world.hosts)), place
+    unpinned = tuple(replace(node, host_cells=()) for node in place.need.numa_nodes)
+    yield world, replace(place, need=replace(place.need, numa_nodes=unpinned))
     yield with_(world, busy_since={}), place
     yield with_(world, swapped={}), place
     yield of_cluster(world, balance="evenly_distributed"), place
@@ -182,9 +252,12 @@ def extremes(world: World, place: Place) -> Iterator[tuple[World, Place]]:
     everywhere = tuple(h.id for h in world.hosts)
     for fields in (
         {"memory_bytes": 16 * MIB}, {"vcpus": 1}, {"network_ids": ()}, {"storage_host_ids": None}, {"host_ids": ()},
-        {"cpu_model": "host-model"}, {"machine": "q35"}, {"machine": "pc"},
+        {"cpu_model": "host-model"}, {"machine": "q35"}, {"machine": "pc"}, {"hugepage_kib": 0},
     ):  # fmt: skip
-        yield world, replace(place, need=replace(place.need, **fields))
+        yield world, replace(place, need=replace(place.need, **smallest(place, fields)))
+    for kib in (2048, 1048576):
+        if place.need.hugepage_kib and place.need.memory_bytes % (kib * 1024) == 0 and not pins(place):
+            yield world, replace(place, need=replace(place.need, hugepage_kib=kib))
     yield world, replace(place, target_host_id="")
     if place.purpose is not Purpose.MIGRATE:
         yield world, replace(place, excluded_host_ids=())
@@ -290,6 +363,82 @@ def test_only_what_can_be_done_is_proposed(
     """A host without known threads, one of another cluster, an over-commit beyond 400 %: nobody can do that."""
     found = remedies(world_of(figures("h1", **changed)), place)
     assert {r.kind: r.changes[0].field for r in found} == expected
+
+
+BACKED = {"memory_bytes": 4 * GIB, "hugepage_kib": 2048}
+
+
+@pytest.mark.parametrize(
+    ("changed", "fields", "expected"),
+    [
+        (
+            {"pages_2m": 2048, "pages_2m_used": 48}, BACKED,
+            {
+                "host": "move or stop VMs with 48 huge pages of 2 MiB on h1",
+                "vm": "give VM web at most 3.9 GiB of memory instead of 4.0 GiB, 48 fewer huge pages of 2 MiB (h1 takes it then)",
+            },
+        ),
+        (
+            {"pages_2m": 1000}, BACKED,
+            {
+                "host": "set 1048 more huge pages of 2 MiB (2.0 GiB) aside on h1",
+                "vm": "give VM web at most 2.0 GiB of memory instead of 4.0 GiB, 1048 fewer huge pages of 2 MiB (h1 takes it then)",
+            },
+        ),
+        (
+            {"pages_1g": 4}, BACKED,
+            {
+                "host": "set 2048 more huge pages of 2 MiB (4.0 GiB) aside on h1",
+                "vm": "back VM web by huge pages of 1 GiB instead of huge pages of 2 MiB (h1 takes it then)",
+            },
+        ),
+        (
+            {"memory_used_bytes": 15 * GIB}, BACKED, {},
+        ),
+        (
+            {"memory_used_bytes": 4 * GIB}, {"memory_bytes": 4 * GIB, "hugepage_kib": 1048576},
+            {
+                "host": "set 4 more huge pages of 1 GiB (4.0 GiB) aside on h1",
+                "vm": "back VM web by ordinary memory instead of huge pages of 1 GiB (h1 takes it then)",
+            },
+        ),
+    ],
+)  # fmt: skip
+def test_huge_pages_are_freed_set_aside_or_done_without(
+    changed: dict[str, Any], fields: dict[str, Any], expected: dict[str, str]
+) -> None:
+    assert said(world_of(figures("h1", **changed)), place_of(**fields)) == expected
+
+
+def test_a_cell_that_is_taken_is_freed_or_the_node_is_let_go() -> None:
+    node = NumaNode(memory_bytes=4 * GIB, vcpus=(0, 1), host_cells=(1,))
+    full = CellFigures(1, 4, Taken(8 * GIB), Taken(6 * GIB))
+    world = with_(world_of(figures("h1"), figures("h2")), cells={"h1": (full,), "h2": ()})
+    place = place_of(numa_nodes=(node,))
+    assert said(world, place) == {
+        "host": "move or stop VMs whose nodes hold 2.0 GiB of memory of NUMA cell 1 of h1",
+        "vm": "let the NUMA nodes of VM web be in any cell (h1 takes it then)",
+    }
+    told = explain(fleet_of(world), asked_of(world, place), decide(fleet_of(world), asked_of(world, place)))
+    assert [v.message for host in told for v in host.verdicts] == [
+        "nodes pinned to NUMA cell 1 of h1 leave 2.0 GiB of memory, VM web needs 4.0 GiB of memory there",
+        "h2 has no NUMA cell 1",
+    ]
+    narrow = with_(world, cells={"h1": (CellFigures(1, 1, Taken(8 * GIB)),), "h2": ()})
+    assert said(narrow, place).keys() == {"vm"}
+    both = replace(place.need, hugepage_kib=2048, numa_nodes=(node,))
+    paged = CellFigures(1, 4, Taken(8 * GIB, 2048, 0), Taken(0, 1, 0))
+    short = with_(world_of(figures("h1", pages_2m=4096)), cells={"h1": (paged,)})
+    assert said(short, replace(place, need=both))["host"] == (
+        "move or stop VMs whose nodes hold 1 huge pages of 2 MiB of NUMA cell 1 of h1"
+    )
+
+
+def test_less_memory_is_no_help_for_the_overhead_of_a_vm_on_huge_pages() -> None:
+    full = figures("h1", pages_2m=4096, memory_used_bytes=16 * GIB - 256 * MIB)
+    assert said(world_of(full), place_of(**BACKED)).keys() == {"host", "cluster"}
+    nearly = figures("h1", pages_2m=4096, memory_used_bytes=16 * GIB - 256 * MIB - 64 * MIB)
+    assert said(world_of(nearly), place_of(**BACKED)).keys() == {"host", "cluster"}
 
 
 def test_a_migration_s_source_is_never_proposed() -> None:

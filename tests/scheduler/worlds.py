@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 import msgspec
 from hypothesis import strategies as st
 
+from services.scheduler.cells import CellFigures, Taken
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.fleet import Fleet, HostFigures, Measured, NetworkReach
 from services.scheduler.model import ClusterPolicy, limits
@@ -19,6 +20,7 @@ from services.scheduler.policies.units import BY_KIND, OPTIONAL
 from tests.scheduler.oracle import World
 from volery.contracts.affinity_group import AffinityRule
 from volery.contracts.cluster import Balance
+from volery.contracts.domain import NumaMode, NumaNode
 from volery.contracts.host import HostStatus
 from volery.contracts.scheduling import Need, Place, Purpose
 from volery.contracts.scheduling_policy import SchedulingPolicy, Selector, UnitKind
@@ -47,7 +49,9 @@ def fleet_of(world: World) -> Fleet:
         fleet.sample(host.id, Measured(load, busy is not None, busy or 0.0, swapped))
         if fresh := world.fresh_vcpus.get(host.id):
             fleet.use(host.id, 0, fresh)
-        fleet.used([(host.id, host.memory_used_bytes, host.vcpus_used, host.guests, host.ha_guests)])
+        held = (host.memory_used_bytes, host.vcpus_used, host.guests, host.ha_guests)
+        fleet.used([(host.id, *held, host.pages_2m_used, host.pages_1g_used)])
+        fleet.put_cells(host.id, world.cells.get(host.id, ()))
     for network in world.networks:
         fleet.set_network(network)
     return fleet
@@ -156,6 +160,10 @@ def worlds(draw: st.DrawFn) -> World:
                 ha_guests=draw(st.integers(0, 3)),
                 cpu_models=frozenset(draw(subsets(MODELS))),
                 machines=frozenset(draw(subsets(MACHINES))),
+                pages_2m=draw(st.just(0) | st.integers(0, 4096)),
+                pages_2m_used=draw(st.just(0) | st.integers(0, 4096)),
+                pages_1g=draw(st.integers(0, 8)),
+                pages_1g_used=draw(st.just(0) | st.integers(0, 8)),
             )
         )
     return World(
@@ -173,7 +181,47 @@ def worlds(draw: st.DrawFn) -> World:
         given=given,
         groups=groups,
         seats=seats,
+        cells={h.id: draw(cells()) for h in hosts},
     )
+
+
+@st.composite
+def cells(draw: st.DrawFn) -> tuple[CellFigures, ...]:
+    """None, or some of cells 0 to 2."""
+    return tuple(
+        CellFigures(
+            cell,
+            draw(st.sampled_from([0, 4, 8])),
+            Taken(
+                draw(st.sampled_from([0, 4 * GIB, 8 * GIB])),
+                draw(st.sampled_from([0, 4096])),
+                draw(st.integers(0, 8)),
+            ),
+            Taken(
+                draw(st.sampled_from([0, GIB, 6 * GIB])),
+                draw(st.sampled_from([0, 3000])),
+                draw(st.integers(0, 8)),
+            ),
+        )
+        for cell in draw(st.just([]) | st.lists(st.integers(0, 2), unique=True))
+    )
+
+
+@st.composite
+def nodes(draw: st.DrawFn, memory: int, vcpus: int) -> tuple[NumaNode, ...]:
+    """Two of a VM that has enough for two, pinned or not."""
+    if vcpus < 2 or draw(st.booleans()):
+        return ()
+    first = draw(st.integers(1, vcpus - 1))
+    made = []
+    for numbers in (range(first), range(first, vcpus)):
+        mode = draw(st.sampled_from(NumaMode))
+        most = 3 if mode is NumaMode.INTERLEAVE else 1
+        pins = draw(st.lists(st.integers(0, 2), unique=True, max_size=most))
+        made.append(
+            NumaNode(memory_bytes=memory // 2, vcpus=tuple(numbers), host_cells=tuple(pins), mode=mode)
+        )
+    return tuple(made)
 
 
 @st.composite
@@ -186,6 +234,7 @@ def roomy_worlds(draw: st.DrawFn) -> World:
             id=host_id, name=host_id.upper(), cluster_id="a", status="up", cpus=8, memory_bytes=64 * GIB,
             memory_limit_bytes=64 * GIB, memory_used_bytes=draw(st.sampled_from([0, GIB, 8 * GIB])), vcpus_limit=80,
             vcpus_used=draw(st.sampled_from([0, 2, 16])), guests=draw(st.integers(0, 3)), ha_guests=draw(st.integers(0, 3)),
+            pages_2m=4096, pages_1g=16,
         )
         for host_id in HOSTS[: draw(st.integers(2, 6))]
     ]  # fmt: skip
@@ -208,11 +257,14 @@ def roomy_worlds(draw: st.DrawFn) -> World:
 @st.composite
 def places(draw: st.DrawFn) -> Place:
     storage = draw(st.none() | subsets(HOSTS))
+    memory = draw(st.sampled_from([16 * MIB, GIB, 4 * GIB]) | st.integers(16 * MIB, 8 * GIB))
+    vcpus = draw(st.integers(1, 9))
     need = Need(
         vm_id="vm",
         cluster_id="a",
-        memory_bytes=draw(st.sampled_from([16 * MIB, GIB, 4 * GIB]) | st.integers(16 * MIB, 8 * GIB)),
-        vcpus=draw(st.integers(1, 9)),
+        memory_bytes=memory,
+        vcpus=vcpus,
+        numa_nodes=draw(nodes(memory, vcpus)),
         name="web",
         cpu_model=draw(st.sampled_from(["", "host-passthrough", *MODELS])),
         machine=draw(st.sampled_from(["", *MACHINES])),
@@ -221,6 +273,7 @@ def places(draw: st.DrawFn) -> Place:
         preferred_host_ids=tuple(draw(subsets(HOSTS))),
         storage_host_ids=None if storage is None else tuple(storage),
         high_availability=draw(st.booleans()),
+        hugepage_kib=draw(st.sampled_from([0, 0, 2048, 1048576])),
     )
     return Place(
         need=need,

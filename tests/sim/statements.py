@@ -82,7 +82,7 @@ def _tables(owner: str) -> list[Table[Any, Any]]:
 def _of_table(table: Table[Any, Any]) -> Iterator[str]:
     """What tables.py makes for a noun."""
     yield f"select doc from {table.name} where id = $1"
-    if table.name in ("capacity", "decision"):
+    if table.name in ("capacity_of_host", "decision"):
         return  # a view; what is written by a statement of its own
     yield f"select doc, private from {table.name} where id = $1"
     for text in (table.sql.insert, table.sql.update, table.sql.update_both, table.sql.delete):

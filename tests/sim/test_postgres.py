@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from services.network.store import NETWORKS
-from services.scheduler import store as scheduler
+from services.scheduler import capacity_store
 from services.scheduler.store import CLAIMS
 from sim.postgres import Database, Unsupported
 from tests.sim.scripts import SCRIPTS
@@ -67,14 +67,14 @@ async def test_pages_are_the_same(twins: Twins) -> None:
         for order in ("", "id", "-id", "name", "-name", "status", "-cluster_id"):
             query = ListQuery(limit=2, order_by=order)
             for _ in range(4):
-                items, following = await scheduler.capacity_page(pool, query)
+                items, following = await capacity_store.page_of_hosts(pool, query)
                 assert items
                 if not following:
                     break
                 query = ListQuery(limit=2, order_by=order, page=following)
         await page(pool, CLAIMS, ListQuery(filter={"state": "held", "epoch": "4"}, order_by="created_at"))
         await page(pool, CLAIMS, ListQuery(filter={"created_at": "2026-11-29 00:00:00+00"}))
-        await scheduler.capacity_page(pool, ListQuery(search="A", filter={"cluster_id": "c1"}))
+        await capacity_store.page_of_hosts(pool, ListQuery(search="A", filter={"cluster_id": "c1"}))
     async with pooled(twins, "network") as pool:
         await page(pool, NETWORKS, ListQuery(search="%", order_by="-vlan"))
         with pytest.raises(Refused):

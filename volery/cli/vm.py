@@ -51,6 +51,21 @@ Blackout = Annotated[
 ]
 
 
+class PageSize(StrEnum):
+    """What backs a VM's memory."""
+
+    SMALL = "2MiB"
+    LARGE = "1GiB"
+    NONE = "none"
+
+
+PAGES_KIB = {PageSize.SMALL: 2048, PageSize.LARGE: 1048576, PageSize.NONE: 0}
+HugePages = Annotated[
+    PageSize | None,
+    typer.Option(help="Back its memory by huge pages of this size; while it is down."),
+]
+
+
 def _size(text: str) -> int:
     try:
         return output.read_size(text)
@@ -63,6 +78,7 @@ def create(
     name: Annotated[str, typer.Argument(help="A name, unique in the data center.")],
     cluster: Annotated[str, typer.Option(help="Name or id of the cluster.")] = "Default",
     memory: Annotated[str, typer.Option(help="e.g. 2GiB")] = "1GiB",
+    huge_pages: HugePages = None,
     vcpus: int = 1,
     disk: Annotated[
         list[str] | None,
@@ -91,6 +107,7 @@ def create(
             name=name,
             cluster_id=work.id_of(client, api.CLUSTERS, cluster),
             memory_bytes=_size(memory),
+            hugepage_kib=PAGES_KIB[huge_pages or PageSize.NONE],
             vcpus=vcpus,
             disks=tuple(_disk(client, text) for text in disk or ()),
             nics=tuple(NewNic(network_id=work.id_of(client, api.NETWORKS, text)) for text in nic or ()),
@@ -128,6 +145,7 @@ def edit(
     name: Name,
     new_name: Annotated[str, typer.Option("--name")] = "",
     memory: str = "",
+    huge_pages: HugePages = None,
     vcpus: int = 0,
     description: str = "",
     ha: Annotated[bool | None, typer.Option("--ha/--no-ha")] = None,
@@ -146,6 +164,7 @@ def edit(
         fields: dict[str, Any] = {}
         fields |= {"name": new_name} if new_name else {}
         fields |= {"memory_bytes": _size(memory)} if memory else {}
+        fields |= {"hugepage_kib": PAGES_KIB[huge_pages]} if huge_pages is not None else {}
         fields |= {"vcpus": vcpus} if vcpus else {}
         fields |= {"description": description} if description else {}
         if ha is not None:

@@ -167,6 +167,8 @@ class DomainReport(Message):
     installation: str = ""
     memory_bytes: int = 0
     vcpus: int = 0
+    hugepage_kib: int = 0
+    """The size of the huge pages that back its memory; 0: none do."""
     responsive: bool = True
     """False: a libvirt call about it has not come back for more than 10 s."""
     agent_connected: bool = False
@@ -193,10 +195,20 @@ class DomainEventHappened(FromHost):
     details: dict[str, Any] = {}
 
 
+class HugePages(Message):
+    """Pages of one size that are set aside, whoever uses them."""
+
+    page_kib: int
+    count: int
+
+
 class NumaCell(Message):
     cell: int
     memory_bytes: int
+    """All of it, that in huge pages too."""
     cpus: tuple[int, ...] = ()
+    huge_pages: tuple[HugePages, ...] = ()
+    """Only sizes of which there are some."""
 
 
 class HostCapabilities(Message):

@@ -42,6 +42,33 @@ class ImageFormat(StrEnum):
     RAW = "raw"
 
 
+MOST_CELLS = 16
+"""NUMA cells of a host that can be pinned to: those numbered below this."""
+
+
+class NumaMode(StrEnum):
+    """Where the host's kernel takes a node's memory from, in libvirt's words."""
+
+    STRICT = "strict"
+    """From its cell and nowhere else."""
+    INTERLEAVE = "interleave"
+    """From its cells in turn."""
+    PREFERRED = "preferred"
+    """From its cell as long as that has some."""
+
+
+class NumaNode(Message):
+    """A NUMA node of a guest."""
+
+    memory_bytes: int
+    vcpus: tuple[int, ...]
+    """Numbers of its vCPUs, from 0."""
+    host_cells: tuple[int, ...] = ()
+    """NUMA cells of its host that its memory comes from: one, or for `interleave` several. None: from anywhere."""
+    mode: NumaMode = NumaMode.STRICT
+    """Says nothing of a node without `host_cells`."""
+
+
 class FileSource(Message, tag="file"):
     """A volume in a directory that the host has mounted."""
 
@@ -115,6 +142,9 @@ class DomainSpec(Message):
     """The VM's name as its owner wrote it."""
     memory_bytes: int
     max_memory_bytes: int = 0
+    hugepage_kib: int = 0
+    """Its memory is in huge pages of this size; 0: in ordinary ones."""
+    numa_nodes: tuple[NumaNode, ...] = ()
     vcpus: int = 1
     sockets: int = 0
     cores: int = 0

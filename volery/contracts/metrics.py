@@ -54,6 +54,14 @@ class VmSample(Message):
     nics: tuple[NicSample, ...] = ()
 
 
+class FreePages(Message):
+    """Huge pages of one size: how many the host has, and how many nobody uses or has reserved."""
+
+    page_kib: int
+    count: int
+    free: int
+
+
 class HostSample(Message):
     """Every 15 s on `metrics.host.{host_id}`; counters are totals since the domain started."""
 
@@ -68,4 +76,6 @@ class HostSample(Message):
     load: float = 0.0
     received_bytes: int = 0
     sent_bytes: int = 0
+    huge_pages: tuple[FreePages, ...] = ()
+    """Only sizes of which there are some."""
     vms: tuple[VmSample, ...] = ()

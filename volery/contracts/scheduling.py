@@ -5,6 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 
 from volery.contracts.base import Call, Done, Entity, Fact, Message
+from volery.contracts.domain import NumaNode
 from volery.contracts.operation import ListQuery, Page
 
 
@@ -16,6 +17,9 @@ class Need(Message):
     memory_bytes: int
     vcpus: int
     name: str = ""
+    hugepage_kib: int = 0
+    """Its memory is in huge pages of this size; 0: in ordinary ones."""
+    numa_nodes: tuple[NumaNode, ...] = ()
     cpu_model: str = ""
     machine: str = ""
     network_ids: tuple[str, ...] = ()
@@ -160,6 +164,16 @@ class Placement(Message):
     """How its weights were put together: weighted_sum (a host's weights are factor × score) or rank (factor × rank)."""
 
 
+class CellClaim(Message):
+    """What is held of one NUMA cell."""
+
+    cell: int
+    memory_bytes: int = 0
+    """Beside huge pages."""
+    pages_2m: int = 0
+    pages_1g: int = 0
+
+
 class Claim(Entity):
     """Capacity held for a VM on a host. The table says what is held, never where a VM runs."""
 
@@ -173,6 +187,11 @@ class Claim(Entity):
     purpose: Purpose = Purpose.START
     high_availability: bool = False
     """What the VM was when it was placed."""
+    pages_2m: int = 0
+    pages_1g: int = 0
+    """Huge pages of 2 MiB and 1 GiB. Their memory isn't part of `memory_bytes`."""
+    cells: tuple[CellClaim, ...] = ()
+    """What of it nodes hold that are pinned to NUMA cells."""
 
 
 class ClaimKey(Message):
@@ -202,6 +221,11 @@ class HostCapacity(Message):
     cpu_percent: float = 0.0
     problem: str = ""
     """That it has promised more than it has, and what to do; "" when it has not."""
+    pages_2m: int = 0
+    pages_2m_used: int = 0
+    pages_1g: int = 0
+    pages_1g_used: int = 0
+    """Huge pages of 2 MiB and 1 GiB, and how many of them claims hold. Their memory isn't part of `memory_bytes`."""
 
 
 class PastDecision(Entity):

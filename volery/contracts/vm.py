@@ -9,7 +9,7 @@ from msgspec import UNSET, UnsetType
 
 from volery.contracts.base import Call, Done, Entity, Fact, Message
 from volery.contracts.cluster import GetById
-from volery.contracts.domain import DiskBus, ImageFormat, NicModel
+from volery.contracts.domain import DiskBus, ImageFormat, NicModel, NumaNode
 from volery.contracts.operation import ListQuery, Operation, Page
 
 
@@ -33,6 +33,10 @@ class VmStatus(StrEnum):
     UNKNOWN = "unknown"
     """The host doesn't answer: it may run or not."""
     DELETING = "deleting"
+
+
+PAGE_SIZES_KIB = (2048, 1048576)
+"""The sizes of huge pages that x86-64 has: 2 MiB and 1 GiB."""
 
 
 class DesiredState(StrEnum):
@@ -149,6 +153,10 @@ class Vm(Entity):
     epoch: int = 0
     """Counts its placements."""
     memory_bytes: int = 0
+    hugepage_kib: int = 0
+    """Its memory is backed by huge pages of this size, 2048 or 1048576; 0: by ordinary ones."""
+    numa_nodes: tuple[NumaNode, ...] = ()
+    """NUMA nodes of the guest: all of its memory and vCPUs. None: the guest sees no nodes."""
     vcpus: int = 1
     sockets: int = 0
     cores: int = 0
@@ -219,6 +227,10 @@ class CreateVm(Message):
     name: str
     cluster_id: str
     memory_bytes: int
+    hugepage_kib: int = 0
+    """Its memory is backed by huge pages of this size, 2048 or 1048576; 0: by ordinary ones."""
+    numa_nodes: tuple[NumaNode, ...] = ()
+    """NUMA nodes of the guest: all of its memory and vCPUs. None: the guest sees no nodes."""
     vcpus: int = 1
     sockets: int = 0
     cores: int = 0
@@ -255,6 +267,10 @@ class UpdateVm(Message):
     description: str | UnsetType = UNSET
     tags: tuple[str, ...] | UnsetType = UNSET
     memory_bytes: int | UnsetType = UNSET
+    hugepage_kib: int | UnsetType = UNSET
+    """Only while it is down."""
+    numa_nodes: tuple[NumaNode, ...] | UnsetType = UNSET
+    """Only while it is down."""
     vcpus: int | UnsetType = UNSET
     sockets: int | UnsetType = UNSET
     cores: int | UnsetType = UNSET

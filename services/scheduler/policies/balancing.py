@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from services.scheduler.fleet import Floats
-from services.scheduler.policies.board import Board, Step
+from services.scheduler.policies.board import Board, Step, enough
 from services.scheduler.policies.survival import Survival
 
 
@@ -123,6 +123,8 @@ class _Search:
         board = self.board
         mask = self.suits[:, hosts] & (board.memory[:, None] <= board.memory_left[None, hosts])
         mask &= board.vcpus[:, None] <= board.vcpus_left[None, hosts]
+        if board.backed:
+            mask &= enough(board.pages[:, None, :], board.pages_left[None, hosts, :])
         mask &= board.at[:, None] != hosts[None, :]
         if board.rivals:
             mask &= board.blocked[:, hosts] == 0

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.scheduler.fleet import Bools, Floats, Ints
+from services.scheduler.pages import NO_PAGES, Pages
 from services.scheduler.policies.affinity import ClusterRules
 
 Matrix = NDArray[np.bool_]
@@ -35,6 +36,7 @@ class Place:
     load: float = 0.0
     open: bool = True
     """Whether it may get VMs: it is up, and nobody empties it."""
+    pages_left: Pages = NO_PAGES
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,7 @@ class Guest:
     priority: int = 0
     kept: str = ""
     """Why no plan moves it; "" when one may."""
+    pages: Pages = NO_PAGES
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +86,11 @@ class Board:
     memory_used: Ints = field(init=False)
     vcpus_limit: Ints = field(init=False)
     vcpus_used: Ints = field(init=False)
+    pages: Ints = field(init=False)
+    """VMs × sizes of huge pages, and `pages_left` hosts × sizes."""
+    pages_left: Ints = field(init=False)
+    backed: bool = field(init=False)
+    """Whether any VM is backed by huge pages."""
     cpus: Floats = field(init=False)
     work: Floats = field(init=False)
     counts: Ints = field(init=False)
@@ -107,6 +115,9 @@ class Board:
         self.memory_used = np.array([place.memory_used for place in places], np.int64)
         self.vcpus_limit = np.array([place.vcpus_limit for place in places], np.int64)
         self.vcpus_used = np.array([place.vcpus_used for place in places], np.int64)
+        self.pages = np.array([guest.pages for guest in guests], np.int64).reshape(-1, len(NO_PAGES))
+        self.pages_left = np.array([place.pages_left for place in places], np.int64)
+        self.backed = bool(self.pages.any())
         self.cpus = np.array([max(place.cpus, 1) for place in places], np.float64)
         self.work = np.array([place.load for place in places], np.float64)
         self.counts = np.bincount(self.at, minlength=len(places)).astype(np.int64)
@@ -167,6 +178,8 @@ class Board:
         rows = list(guests)
         mask: Bools = self.open & (self.memory_left >= self.memory[rows].sum())
         mask &= self.vcpus_left >= self.vcpus[rows].sum()
+        if self.backed:
+            mask &= enough(self.pages[rows].sum(axis=0), self.pages_left)
         mask &= self.allowed[rows].all(axis=0) & (self.blocked[rows] == 0).all(axis=0)
         mask[self.at[rows]] = False
         return mask
@@ -181,6 +194,8 @@ class Board:
         ):
             column[source] -= amount
             column[target] += amount
+        self.pages_left[source] += self.pages[guest]
+        self.pages_left[target] -= self.pages[guest]
         self.at[guest] = target
         if guest in self.rivals:
             others = self.rivals[guest]
@@ -191,5 +206,11 @@ class Board:
         return Step(guest, int(self.at[guest]), target)
 
 
-_MOVED = frozenset({"at", "memory_used", "vcpus_used", "work", "counts", "blocked", "open"})
+def enough(wanted: Ints, left: Ints) -> Bools:
+    """Whether huge pages that are left suffice, the last axis being their sizes; what isn't asked for isn't lacking."""
+    mask: Bools = ((wanted == 0) | (wanted <= left)).all(axis=-1)
+    return mask
+
+
+_MOVED = frozenset({"at", "memory_used", "vcpus_used", "pages_left", "work", "counts", "blocked", "open"})
 """What moves change; `open` may be changed by who makes a plan."""

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from msgspec.structs import replace
 
+from services.scheduler.cells import needs_of
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.fleet import UP, Bools, Fleet
 from services.scheduler.model import ClusterPolicy, memory_taken
+from services.scheduler.pages import pages_taken
 from services.scheduler.policies.affinity import ClusterRules
 from services.scheduler.policies.board import Board, Guest, Place
 from services.scheduler.policies.bound import FREE, Bound, resolve
@@ -19,8 +21,13 @@ from services.scheduler.policies.request import request
 from volery.contracts import scheduling
 from volery.contracts.scheduling import Need, Purpose
 
-MOVED_ON = frozenset({"target", "excluded", "cpu_overcommit", "memory", "affinity_vms"})
+MOVED_ON = frozenset({"target", "excluded", "cpu_overcommit", "memory", "huge_pages", "affinity_vms"})
 """Filters that the board applies itself, since they change with each move."""
+
+
+PINNED_NODES = (
+    "its NUMA nodes are pinned to cells of its host: move it by itself, which looks at the cells of the other"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +64,10 @@ def board_of(
         around = rules.around(each.need.vm_id)
         bound = FREE if around is None else Bound(hosts=resolve(around, rules, {}).hosts)
         # VMs that ask the same of a host, whatever they are called and however much memory they have, share an answer.
-        key = (replace(each.need, vm_id="", name="", memory_bytes=1, preferred_host_ids=()), bound.hosts)
+        key = (
+            replace(each.need, vm_id="", name="", memory_bytes=1, hugepage_kib=0, preferred_host_ids=()),
+            bound.hosts,
+        )
         if key not in known:
             known[key] = _suits(fleet, policy, each.need, config, bound, now)[rows]
         allowed[number] = known[key]
@@ -92,6 +102,7 @@ def _place(fleet: Fleet, row: int, closed: Collection[str]) -> Place:
         cpus=cpus,
         load=float(fleet.floats("cpu_percent")[row]) / 100 * cpus,
         open=int(fleet.ints("status")[row]) == UP and fleet.ids[row] not in closed,
+        pages_left=fleet.pages_left(row),
     )
 
 
@@ -101,10 +112,11 @@ def _guest(each: Standing, config: SchedulerConfig) -> Guest:
         id=need.vm_id,
         name=need.name or need.vm_id,
         host_id=each.host_id,
-        memory=memory_taken(need.memory_bytes, config),
+        memory=memory_taken(need.memory_bytes, config, need.hugepage_kib),
         vcpus=need.vcpus,
         load=assumed if each.load is None else each.load,
         high_availability=need.high_availability,
         priority=each.priority,
-        kept=each.kept,
+        kept=each.kept or (PINNED_NODES if needs_of(need.numa_nodes, need.hugepage_kib) else ""),
+        pages=pages_taken(need.memory_bytes, need.hugepage_kib),
     )

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from services.scheduler.fleet import Bools
-from services.scheduler.policies.board import Board, Step
+from services.scheduler.pages import NAMES
+from services.scheduler.policies.board import Board, Step, enough
 from services.scheduler.policies.request import size
 
 
@@ -121,6 +122,8 @@ def _make_way(board: Board, block: tuple[int, ...], steps: list[Step]) -> bool:
             continue
         if board.memory[other] < short_memory[host] or board.vcpus[other] < short_vcpus[host]:
             continue
+        if board.backed and not enough(board.pages[guest], board.pages_left[host] + board.pages[other]):
+            continue
         if _go(board, (other,), steps):
             _make(board, board.step(guest, host), steps)
             return True
@@ -146,6 +149,10 @@ def _reason(board: Board, block: tuple[int, ...]) -> str:
     usable = suits & apart
     if len(board.block(block[0])) > len(block):
         return f"VM {guest.name} must be on one host with VMs that are on hosts without room for it"
+    pages = board.pages[rows].sum(axis=0)
+    if not (usable & enough(pages, board.pages_left)).any():
+        wanted = " and ".join(f"{count} of {name}" for count, name in zip(pages, NAMES, strict=True) if count)
+        return f"none of the {int(usable.sum())} hosts that suit VM {guest.name}{together} has its huge pages left: {wanted}"
     best = int(np.where(usable, board.memory_left, np.iinfo(np.int64).min).argmax())
     left, vcpus_left = int(board.memory_left[best]), int(board.vcpus_left[best])
     return (

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from services.scheduler.fleet import UP, Bools, Fleet
-from services.scheduler.policies import bound, strain
+from services.scheduler.policies import backing, bound, numa, strain
 from services.scheduler.policies.request import Request, size
 from volery.contracts.host import HostStatus
 
@@ -192,6 +192,8 @@ FILTERS: tuple[Filter, ...] = (
     Filter("cpu", has_threads, too_few_threads),
     Filter("cpu_overcommit", has_vcpus, too_many_vcpus),
     Filter("memory", has_memory, too_little_memory),
+    Filter("huge_pages", backing.has_pages, backing.too_few_pages),
+    Filter("numa", numa.fits, numa.unfit),
     Filter("network", has_networks, lacks_networks),
     Filter("storage", reaches_storage, lacks_storage),
     Filter("cpu_model", has_model, lacks_model),

@@ -195,7 +195,8 @@ def _memory_too_much(fleet: Fleet, request: Request) -> Ints:
     """Whole MiB by which the VM is too large."""
     left = (fleet.ints("memory_limit") - fleet.ints("memory_used") - request.overhead) // MIB * MIB
     too_much = -((left - request.need.memory_bytes) // MIB)
-    return _where(left >= LEAST_MEMORY, too_much)
+    # Of a VM on huge pages a host's memory gets only the overhead, however small it is made.
+    return _where((left >= LEAST_MEMORY) & (not request.need.hugepage_kib), too_much)
 
 
 def shrink_memory(fleet: Fleet, request: Request, row: int, amount: int) -> Change:
@@ -397,6 +398,10 @@ def _vm_memory(request: Request) -> int:
     return max(request.need.memory_bytes // MIB, 1)
 
 
+def _taken(request: Request) -> int:
+    return max(request.memory, 1)
+
+
 def _vm_vcpus(request: Request) -> int:
     return request.need.vcpus
 
@@ -412,14 +417,14 @@ LEVERS: tuple[Lever, ...] = (
     Lever("cpu_overcommit", ChangeKind.CLUSTER, "cpu_overcommit_ratio", _ratio_more, raise_ratio,
           lambda r: max(_tenths_now(r), 1)),
     Lever("memory", ChangeKind.VM, "memory_bytes", _memory_too_much, shrink_memory, _vm_memory),
-    Lever("memory", ChangeKind.HOST, "memory_used_bytes", _memory_to_free, free_memory, lambda r: r.memory),
+    Lever("memory", ChangeKind.HOST, "memory_used_bytes", _memory_to_free, free_memory, _taken),
     Lever("memory", ChangeKind.CLUSTER, "memory_overcommit_percent", _percent_more, raise_percent,
           lambda r: r.policy.memory_overcommit_percent),
     Lever("cluster_maintenance", ChangeKind.CLUSTER, "balance", _once, end_maintenance),
     Lever("cpu_overload", ChangeKind.HOST, "cpu_percent", _once, relieve),
     Lever("cpu_overload", ChangeKind.CLUSTER, "filters cpu_overload", _own_policy, leave_out("cpu_overload")),
     Lever("swap", ChangeKind.CLUSTER, "filters swap", _own_policy, leave_out("swap")),
-    Lever("swap", ChangeKind.HOST, "swapped_bytes", _swapped_too_much, take_back_swap, lambda r: r.memory),
+    Lever("swap", ChangeKind.HOST, "swapped_bytes", _swapped_too_much, take_back_swap, _taken),
     Lever("storage", ChangeKind.CONNECTIONS, "storage_host_ids", _once, reach_disks),
     Lever("cpu_model", ChangeKind.VM, "cpu_model", _once, any_model),
     Lever("machine", ChangeKind.VM, "machine", _once, other_machine),

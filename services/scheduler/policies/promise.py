@@ -14,9 +14,11 @@ from math import comb
 
 import numpy as np
 
+from services.scheduler.cells import CellNeed, shared
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.fleet import STATUSES, UP, Bools, Fleet, Floats
 from services.scheduler.model import ClusterPolicy
+from services.scheduler.pages import NO_PAGES, Pages, too_many, total
 from services.scheduler.policies.affinity import ClusterRules
 from services.scheduler.policies.bound import FREE, Bound, Seat, resolve
 from services.scheduler.policies.decision import decide, explain, mend, sentence
@@ -67,6 +69,8 @@ class Guest:
     lost_host_id: str = ""
     refuge: str = ""
     """Where it goes when `lost_host_id` is lost; "" when that isn't known."""
+    pages: Pages = NO_PAGES
+    cells: tuple[CellNeed, ...] = ()
 
     @property
     def vm_id(self) -> str:
@@ -75,6 +79,11 @@ class Guest:
     @property
     def protected(self) -> bool:
         return self.need.high_availability and not self.need.same_host
+
+    @property
+    def whole_memory(self) -> int:
+        """Huge pages included."""
+        return self.memory + self.pages.memory_bytes
 
     @property
     def haven(self) -> str:
@@ -132,19 +141,30 @@ class World:
     def put(self, guest: Guest) -> None:
         """A VM that is to take its capacity there."""
         self.guests[guest.vm_id] = guest
-        self.fleet.use(guest.host_id, guest.memory, guest.vcpus, 1, int(guest.protected))
+        self._use(guest, 1)
         self._on = None
 
     def move(self, vm_id: str, host_id: str) -> None:
         guest = self.guests[vm_id]
-        self.fleet.use(guest.host_id, -guest.memory, -guest.vcpus, -1, -int(guest.protected))
+        self._use(guest, -1)
         asked = self.request(guest)
-        self.put(replace(guest, host_id=host_id, memory=asked.memory, vcpus=guest.need.vcpus))
+        taken = replace(guest, memory=asked.memory, vcpus=guest.need.vcpus, pages=asked.pages)
+        self.put(replace(taken, host_id=host_id, cells=asked.cells))
 
     def remove(self, vm_id: str) -> None:
-        guest = self.guests.pop(vm_id)
-        self.fleet.use(guest.host_id, -guest.memory, -guest.vcpus, -1, -int(guest.protected))
+        self._use(self.guests.pop(vm_id), -1)
         self._on = None
+
+    def _use(self, guest: Guest, times: int) -> None:
+        self.fleet.use(
+            guest.host_id,
+            times * guest.memory,
+            times * guest.vcpus,
+            times,
+            times * int(guest.protected),
+            guest.pages.times(times),
+        )
+        self.fleet.use_cells(guest.host_id, guest.cells, times)
 
     def request(self, guest: Guest, bound: Bound = FREE) -> Request:
         place = Place(need=guest.need, epoch=0, purpose=Purpose.RESTART)
@@ -166,6 +186,10 @@ class World:
         self._on = None
 
 
+Held = tuple[str, int, int, int, Pages, tuple[CellNeed, ...]]
+"""Host, and what is taken of it: bytes, vCPUs, highly available VMs, huge pages, NUMA cells."""
+
+
 class Placing:
     """VMs of lost hosts are placed one by one on what is left. Whatever is taken is given back at the end."""
 
@@ -174,7 +198,7 @@ class Placing:
         self.lost = frozenset(lost)
         self.alive: Bools = ~world.fleet.among(lost)
         self.places: dict[str, str] = {}
-        self._taken: list[tuple[str, int, int, int]] = []
+        self._taken: list[Held] = []
 
     def bound(self, guest: Guest) -> Bound:
         around = self.world.rules.around(guest.vm_id)
@@ -210,14 +234,17 @@ class Placing:
         return True
 
     def take(self, guest: Guest, asked: Request, host_id: str) -> None:
-        held = (host_id, asked.memory, guest.need.vcpus, int(guest.protected))
+        held = (host_id, asked.memory, guest.need.vcpus, int(guest.protected), asked.pages, asked.cells)
         self._use(held, 1)
         self._taken.append(held)
         self.places[guest.vm_id] = host_id
 
-    def _use(self, held: tuple[str, int, int, int], times: int) -> None:
-        host_id, memory, vcpus, protected = held
-        self.world.fleet.use(host_id, times * memory, times * vcpus, times, times * protected)
+    def _use(self, held: Held, times: int) -> None:
+        host_id, memory, vcpus, protected, pages, cells = held
+        self.world.fleet.use_cells(host_id, cells, times)
+        self.world.fleet.use(
+            host_id, times * memory, times * vcpus, times, times * protected, pages.times(times)
+        )
 
     def give_back(self) -> None:
         for held in self._taken:
@@ -358,7 +385,7 @@ def sets(world: World, failures: int, most: int = MOST_SETS) -> tuple[list[tuple
     others are a host with its VMs and the costliest besides it."""
     fleet = world.fleet
     up = [host_id for row, host_id in enumerate(fleet.ids) if fleet.ints("status")[row] == UP]
-    brings = {h: sum(g.memory for g in world.on(h) if g.protected) for h in fleet.ids}
+    brings = {h: sum(g.whole_memory for g in world.on(h) if g.protected) for h in fleet.ids}
     room = np.maximum(fleet.ints("memory_limit") - fleet.ints("memory_used"), 0)
     cost = {h: brings[h] + (int(room[fleet.rows[h]]) if h in up else 0) for h in fleet.ids}
     alone = sorted((h for h in fleet.ids if brings[h]), key=lambda h: (-cost[h], h))
@@ -406,6 +433,7 @@ def touched(world: World, guest: Guest) -> list[str]:
     others = around.others if around is not None else frozenset[str]()
     memory: dict[str, int] = {}
     vcpus: dict[str, int] = {}
+    pages: dict[str, list[Pages]] = {}
     found = {guest.host_id} if guest.protected else set[str]()
     for each in world.guests.values():
         if not each.protected or each.vm_id == guest.vm_id:
@@ -414,11 +442,16 @@ def touched(world: World, guest: Guest) -> list[str]:
         if haven is None or not up[haven] or each.vm_id in others:
             found.add(each.host_id)
         elif haven == row:
-            memory[each.host_id] = memory.get(each.host_id, 0) + world.request(each).memory
+            asked = world.request(each)
+            memory[each.host_id] = memory.get(each.host_id, 0) + asked.memory
+            pages.setdefault(each.host_id, []).append(asked.pages)
+            if shared(asked.cells, guest.cells):
+                found.add(each.host_id)
             vcpus[each.host_id] = vcpus.get(each.host_id, 0) + each.need.vcpus
     spare_memory = int(fleet.ints("memory_limit")[row] - fleet.ints("memory_used")[row])
     spare_vcpus = int(fleet.ints("vcpus_limit")[row] - fleet.ints("vcpus_used")[row])
     found |= {h for h in memory if memory[h] > spare_memory or vcpus[h] > spare_vcpus}
+    found |= {h for h in memory if too_many(total(pages[h]), fleet.pages_left(row))}
     return sorted(found)
 
 

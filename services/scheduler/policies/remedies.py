@@ -17,12 +17,15 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from services.scheduler.fleet import Bools, Fleet, Floats, Ints
+from services.scheduler.policies.cell_levers import CELL_LEVERS
 from services.scheduler.policies.levers import LEVERS, NEVER, Lever, network_levers
 from services.scheduler.policies.loosening import Loosening
+from services.scheduler.policies.page_levers import PAGE_LEVERS
 from services.scheduler.policies.request import Request
 from volery.contracts.scheduling import Change, ChangeKind, Remedy
 
 AFFINITY = ("affinity_vms", "affinity_hosts")
+ALL_LEVERS = (*LEVERS, *PAGE_LEVERS, *CELL_LEVERS)
 KINDS = (ChangeKind.HOST, ChangeKind.VM, ChangeKind.CLUSTER, ChangeKind.CONNECTIONS, ChangeKind.REQUEST)
 
 
@@ -81,7 +84,7 @@ def _obstacles(
 ) -> list[Obstacle]:
     """Those that stand against any of the hosts."""
     against = [
-        (rule, ~mask[rows], [lever for lever in LEVERS if lever.rule == rule])
+        (rule, ~mask[rows], [lever for lever in ALL_LEVERS if lever.rule == rule])
         for rule, mask in masks.items()
         if rule not in ("network", *AFFINITY)
     ]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from services.scheduler.cells import CellNeed, needs_of
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.model import MIB, ClusterPolicy, memory_taken
+from services.scheduler.pages import NO_PAGES, Pages, pages_taken
 from services.scheduler.policies import units
 from services.scheduler.policies.bound import FREE, Bound
 from services.scheduler.policies.recipe import Recipe, by_balance
@@ -20,7 +22,7 @@ class Request:
     place: Place
     policy: ClusterPolicy
     memory: int
-    """Bytes with overhead: what will be claimed."""
+    """Bytes with overhead and without huge pages: what will be claimed."""
     overhead: int
     reserve: int
     cpu_model: str
@@ -31,6 +33,8 @@ class Request:
     """The scheduling policy that it is decided by."""
     bound: Bound = FREE
     """By affinity groups."""
+    pages: Pages = NO_PAGES
+    cells: tuple[CellNeed, ...] = ()
     overload_seconds: float = 0.0
     swap_percent: float = 0.0
     vcpu_ratio: float = 0.0
@@ -75,19 +79,21 @@ def request(
     """Without a recipe by the built-in policy of the cluster's balance. What a policy doesn't say is a setting."""
     recipe = recipe or by_balance(policy.balance)
     figures = recipe.parameters
-    model = place.need.cpu_model or policy.cpu_model
+    need, model = place.need, place.need.cpu_model or policy.cpu_model
     return Request(
         place=place,
         policy=policy,
-        memory=memory_taken(place.need.memory_bytes, config),
+        memory=memory_taken(need.memory_bytes, config, need.hugepage_kib),
         overhead=config.guest_overhead_mib * MIB,
         reserve=config.host_reserve_mib * MIB,
         cpu_model="" if model in HOSTS_OWN_MODELS else model,
-        machine=place.need.machine or policy.machine,
+        machine=need.machine or policy.machine,
         high_utilization=figures.get(units.HIGH_UTILIZATION, config.high_utilization_percent) / 100,
         vcpu_load=config.vcpu_load_percent / 100,
         recipe=recipe,
         bound=bound,
+        pages=pages_taken(need.memory_bytes, need.hugepage_kib),
+        cells=needs_of(need.numa_nodes, need.hugepage_kib),
         overload_seconds=figures.get(units.OVERLOAD_MINUTES, config.overload_seconds / 60) * 60,
         swap_percent=figures.get(units.SWAP_USAGE, config.swap_percent),
         vcpu_ratio=figures.get(units.VCPU_RATIO, 0.0),

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from services.scheduler.fleet import Bools, Ints
-from services.scheduler.policies.board import Board, Step
+from services.scheduler.pages import NO_PAGES
+from services.scheduler.policies.board import Board, Step, enough
 
 Refuge = dict[int, int]
 """VM → host."""
@@ -28,11 +29,14 @@ class Survival:
     memory: Ints = field(init=False)
     """Dead host × refuge: bytes that would be taken there, and likewise `vcpus`."""
     vcpus: Ints = field(init=False)
+    pages: Ints = field(init=False)
+    """Dead host × refuge × size."""
 
     def __post_init__(self) -> None:
         count = len(self.board.places)
         self.memory = np.zeros((count, count), np.int64)
         self.vcpus = np.zeros((count, count), np.int64)
+        self.pages = np.zeros((count, count, len(NO_PAGES)), np.int64)
         self.refuges = [None] * count
         self.search()
 
@@ -48,13 +52,13 @@ class Survival:
     def move(self, step: Step) -> bool:
         """Make the move, unless a host's VMs would lose their room by it; whether it was made."""
         board, before = self.board, list(self.refuges)
-        memory, vcpus = self.memory.copy(), self.vcpus.copy()
+        memory, vcpus, pages = self.memory.copy(), self.vcpus.copy(), self.pages.copy()
         board.move(step)
         for dead in self._doubtful(step):
             self._search(dead)
             if self.refuges[dead] is None and before[dead] is not None:
                 board.move(Step(step.guest, step.target, step.source))
-                self.refuges, self.memory, self.vcpus = before, memory, vcpus
+                self.refuges, self.memory, self.vcpus, self.pages = before, memory, vcpus, pages
                 return False
         return True
 
@@ -63,6 +67,8 @@ class Survival:
         board, target = self.board, step.target
         short = self.memory[:, target] > board.memory_left[target]
         short |= self.vcpus[:, target] > board.vcpus_left[target]
+        if board.backed:
+            short |= ~enough(self.pages[:, target], board.pages_left[target])
         short |= ~self.kept
         if board.available[step.guest]:
             short[[step.source, target]] = True
@@ -70,8 +76,8 @@ class Survival:
 
     def _search(self, dead: int) -> None:
         board = self.board
-        self.memory[dead], self.vcpus[dead] = 0, 0
-        memory, vcpus = board.memory_left.copy(), board.vcpus_left.copy()
+        self._forget(dead)
+        memory, vcpus, pages = board.memory_left.copy(), board.vcpus_left.copy(), board.pages_left.copy()
         usable = board.open.copy()
         usable[dead] = False
         found: Refuge = {}
@@ -79,14 +85,21 @@ class Survival:
         for guest in sorted(guests.tolist(), key=lambda g: (-int(board.memory[g]), g)):
             taken, needed = board.memory[guest], board.vcpus[guest]
             fits = usable & board.allowed[guest] & (memory >= taken) & (vcpus >= needed)
+            if board.backed:
+                fits &= enough(board.pages[guest], pages)
             if not fits.any():
                 self.refuges[dead] = None
-                self.memory[dead], self.vcpus[dead] = 0, 0
+                self._forget(dead)
                 return
             host = int(np.where(fits, memory, -1).argmax())
             memory[host] -= taken
             vcpus[host] -= needed
+            pages[host] -= board.pages[guest]
             self.memory[dead, host] += taken
             self.vcpus[dead, host] += needed
+            self.pages[dead, host] += board.pages[guest]
             found[guest] = host
         self.refuges[dead] = found
+
+    def _forget(self, dead: int) -> None:
+        self.memory[dead], self.vcpus[dead], self.pages[dead] = 0, 0, 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from services.scheduler.policies.board import Board, Step
+from services.scheduler.policies.board import Board, Step, enough
 
 PER_HOST = 2
 """Migrations that one host takes part in at a time, as source or destination (oVirt's)."""
@@ -43,6 +43,8 @@ def joins(board: Board, wave: list[Step], step: Step, per_host: int) -> bool:
     if board.memory[same].sum() > board.memory_left[step.target]:
         return False
     if board.vcpus[same].sum() > board.vcpus_left[step.target]:
+        return False
+    if board.backed and not enough(board.pages[same].sum(axis=0), board.pages_left[step.target]):
         return False
     rivals = set(board.rivals.get(step.guest, ()))
     here = {other.guest for other in wave if step.target in (other.source, other.target)}
