@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
+from hypothesis import settings as properties
 
 from tests.support.runtime import Databases, settings
 from tests.support.workers import ByRoom, longest_first
@@ -15,6 +16,11 @@ from volery.runtime.programs import Settings
 from volery.setup.embedded import Embedded, temporary_nats, temporary_postgres
 
 os.environ.pop("COLUMNS", None)  # a worker has 80 there, and tables would be as narrow
+
+
+# How long an example takes says more about who else uses the machine.
+properties.register_profile("shared", deadline=None)
+properties.load_profile("shared")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -67,8 +67,8 @@ class Clearing:
     """VM's name → how, those of a former run of the operation included."""
 
     def __post_init__(self) -> None:
-        said = self.run.operation.result.items()
-        self.left = {name: Left(how) for how, names in said for name in names}
+        said = self.run.operation.result
+        self.left = {name: how for how in Left for name in said.get(how, ())}
 
     async def clear(self) -> dict[str, str]:
         """Those that could not leave, by name, with the reason."""
@@ -80,6 +80,22 @@ class Clearing:
             failed = await _Round(self, attempt).clear(vms)
             self.run.checkpoint()
         return failed
+
+    async def look(self, vms: Mapping[str, str]) -> None:
+        """Whether any of these, id → name, has left: somebody else moves them."""
+        before = len(self.left)
+        for vm_id, name in vms.items():
+            if name not in self.left and (how := await self.gone(vm_id)) is not None:
+                self.left[name] = how
+        if len(self.left) > before:
+            await self.show()
+
+    async def gone(self, vm_id: str) -> Left | None:
+        """How it left without us; None: it is still there."""
+        row = await VMS.find(self.inv.core.pool, vm_id)
+        if row is None or row.public.status not in model.ALIVE:
+            return Left.ENDED
+        return None if row.public.host_id == self.host_id else Left.MOVED
 
     async def show(self) -> None:
         """Who has left, and how far it is."""
@@ -132,21 +148,14 @@ class _Round:
         ended = await self._ended(begun)
         if ended.problem is None:
             return Left.STOPPED if self.of.stop_vms else Left.MOVED
-        if (how := await self._gone(vm)) is not None:
+        if (how := await self.of.gone(vm.id)) is not None:
             return how  # it could not be moved since it has ended
         details = {name: value for name, value in ended.problem.details.items() if name != LOST}
         raise Refused(ended.problem.kind, ended.problem.message, **details)
 
-    async def _gone(self, vm: Vm) -> Left | None:
-        """How it left without us; None: it is still there."""
-        row = await VMS.find(self.inv.core.pool, vm.id)
-        if row is None or row.public.status not in model.ALIVE:
-            return Left.ENDED
-        return None if row.public.host_id == self.of.host_id else Left.MOVED
-
     async def _begin(self, vm: Vm, caller: Caller) -> Operation | Left:
         """Asked only while it is there: whoever it was busy with may have moved it."""
-        if (how := await self._gone(vm)) is not None:
+        if (how := await self.of.gone(vm.id)) is not None:
             return how
         if self.of.stop_vms:
             stop = StopVm(id=vm.id, force_after_seconds=STOP_SECONDS)

@@ -1,4 +1,5 @@
-"""A host's maintenance and back: every VM leaves it, several at a time, the most important first.
+"""A host's maintenance and back: every VM leaves it, by a plan of the scheduler's; then, and without a plan, several at a
+time, the most important first.
 
 VMs that can't leave are named with the reason, and the host stays what it was. A VM that ends meanwhile, because its guest
 shut down or the host itself died, has left too: the operation's result says who moved, who was stopped and who ended.
@@ -10,7 +11,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from services.inventory import admission, model
+from services.inventory import admission, emptying, model
 from services.inventory.clearing import Clearing, to_clear
 from services.inventory.desk import Inventory
 from services.inventory.specs import need_of
@@ -78,10 +79,18 @@ async def maintain_host(inv: Inventory, ask: MaintainHost, caller: Caller) -> Op
 
 
 async def _plan(inv: Inventory, host: Host, ask: MaintainHost, caller: Caller) -> dict[str, Any]:
-    """Where each VM would go, looked at as if it were the only one; "" with the reason when nowhere."""
+    """Where each VM would go, in the order of the plan that would be followed, then who would go nowhere and why. A VM that
+    isn't part of it is looked at as if it were the only one."""
     vms = await to_clear(inv, host.id)
-    plan = [await _fate(inv, vm, ask, caller) for vm in vms]
-    return {"vm_ids": [vm.id for vm in vms], "vms": [vm.name for vm in vms], "plan": plan}
+    planned = await emptying.shown(inv, host, vms, caller) if vms and not ask.stop_vms else {}
+    moves = [fate for fate in planned.values() if fate["host_id"]]
+    moving = {fate["vm_id"] for fate in moves}
+    rest = [planned.get(vm.id) or await _fate(inv, vm, ask, caller) for vm in vms if vm.id not in moving]
+    return {
+        "vm_ids": [vm.id for vm in vms],
+        "vms": [vm.name for vm in vms],
+        "plan": [*moves, *rest],
+    }
 
 
 async def _fate(inv: Inventory, vm: Vm, ask: MaintainHost, caller: Caller) -> dict[str, str]:
@@ -109,7 +118,11 @@ async def maintain(inv: Inventory, run: Run) -> None:
         await _settle(inv, ask.id, maintenance=False)
 
     run.undo("back to up", give_back)
-    failed = await Clearing(inv, run, ask.id, stop_vms=ask.stop_vms).clear()
+    clearing = Clearing(inv, run, ask.id, stop_vms=ask.stop_vms)
+    if not ask.stop_vms:
+        host = (await HOSTS.get(inv.core.pool, ask.id)).public
+        await emptying.follow(inv, run, clearing, host)
+    failed = await clearing.clear()
     if failed:
         names = "; ".join(f"{name}: {why}" for name, why in failed.items())
         raise conflict(

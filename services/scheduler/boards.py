@@ -13,6 +13,7 @@ from services.scheduler.policies.affinity import ClusterRules
 from services.scheduler.policies.board import Board
 from services.scheduler.policies.boarding import Standing, board_of
 from services.scheduler.state import Scheduler
+from volery.contracts.host import HostStatus
 from volery.contracts.protection import DESCRIBE_NEEDS, VmNeed, VmNeeds
 from volery.runtime.bus import Caller
 from volery.runtime.clock import monotonic
@@ -22,7 +23,8 @@ SELF = Caller("service:scheduler")
 
 
 async def look(scheduler: Scheduler, cluster_id: str, closed: Collection[str] = ()) -> Board:
-    """Of VMs that move, start or end only what they take is on it. Raises Refused when inventory doesn't answer."""
+    """Of VMs that move, start or end only what they take is on it. `closed` hosts get no VMs; those of them that are being
+    cleared for maintenance are left. Raises Refused when inventory doesn't answer."""
     await scheduler.read_used()
     fleet = scheduler.fleet
     rows = np.flatnonzero(fleet.in_cluster(cluster_id)).tolist()
@@ -33,11 +35,18 @@ async def look(scheduler: Scheduler, cluster_id: str, closed: Collection[str] = 
         vm_id, host_id = told.need.vm_id, held[told.need.vm_id]
         if told.host_id == host_id and told.need.cluster_id == cluster_id:
             load = scheduler.loads.get(host_id, {}).get(vm_id)
-            kept = told.kept or ("" if up[host_id] else "its host is not up")
+            left = up[host_id] or (host_id in closed and is_cleared(scheduler, host_id))
+            kept = told.kept or ("" if left else "its host is not up")
             found.append(Standing(told.need, host_id, load, told.priority, kept))
     rules = scheduler.rules.get(cluster_id) or ClusterRules()
     policy = scheduler.policy(cluster_id)
     return board_of(fleet, policy, found, rules, scheduler.config, now=monotonic(), closed=closed)
+
+
+def is_cleared(scheduler: Scheduler, host_id: str) -> bool:
+    """Whether its VMs leave it for its maintenance."""
+    row = scheduler.fleet.rows.get(host_id)
+    return row is not None and scheduler.fleet.status_of(row) == HostStatus.PREPARING_FOR_MAINTENANCE
 
 
 async def _needs(scheduler: Scheduler, vm_ids: list[str]) -> list[VmNeed]:

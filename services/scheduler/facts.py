@@ -75,7 +75,9 @@ async def cluster_changed(scheduler: Scheduler, cluster: Cluster) -> list[Change
     )
     hosts = await store.hosts_of(scheduler.core.pool, cluster.id)
     new = {h.id: limits(h.memory_bytes, h.cpus, policy, scheduler.config) for h in hosts}
-    return [store.saw_cluster(cluster), store.set_limits(new), *promise_store.heard_of_cluster(cluster.id)]
+    done = await promise_store.done_as(scheduler.core.pool, cluster)
+    heard = promise_store.heard_of_cluster(cluster.id, done)
+    return [store.saw_cluster(cluster), store.set_limits(new), *heard]
 
 
 @part.hears(CLUSTER_DELETED)

@@ -76,7 +76,8 @@ async def _recheck(scheduler: Scheduler, plan: Plan, wave: int, up: list[str]) -
         return
     if plan.state is not PlanState.RUNNING:
         raise conflict(plan.reason or f"the plan has {plan.state}")
-    if lost := set(up) - _hosts_up(scheduler, plan.cluster_id):
+    cleared = {host_id for host_id in plan.host_ids if boards.is_cleared(scheduler, host_id)}
+    if lost := set(up) - _hosts_up(scheduler, plan.cluster_id) - cleared:
         names = [
             scheduler.fleet.names[scheduler.fleet.rows[h]] if h in scheduler.fleet.rows else h for h in lost
         ]

@@ -13,6 +13,7 @@ from services.scheduler.pages import Pages
 from services.scheduler.policies.promise import Guest
 from services.scheduler.store import Pool
 from volery.contracts.base import encode
+from volery.contracts.cluster import Cluster
 from volery.contracts.ids import new_id
 from volery.contracts.promise import PROMISE_CHANGED, PROMISE_DELETED, ClusterPromise, PlannedChange
 from volery.contracts.scheduling import Need
@@ -176,8 +177,8 @@ def hold(planned: PlannedChange) -> Change:
     )
 
 
-def heard_of_cluster(cluster_id: str) -> list[Change]:
-    """What was planned for the cluster itself is done."""
+def heard_of_cluster(cluster_id: str, done: Sequence[str]) -> list[Change]:
+    """`done`: ids of what was planned for the cluster itself, and is as planned now."""
     return [
         Change(
             """insert into promise_count (cluster_id, changes) values ({0}, 0)
@@ -185,9 +186,22 @@ def heard_of_cluster(cluster_id: str) -> list[Change]:
             (cluster_id,),
             guarded=False,
         ),
-        Change(
-            "delete from promise_hold where of_cluster and cluster_id = {0}", (cluster_id,), guarded=False
-        ),
+        Change("delete from promise_hold where id = any({0}::text[])", (list(done),), guarded=False),
+    ]
+
+
+async def done_as(pool: Pool, cluster: Cluster) -> list[str]:
+    """Of what was planned for the cluster itself, what it says of itself now. Its owner is also heard again of what it
+    was before."""
+    records = await pool.fetch(
+        "select id, doc from promise_hold where of_cluster and cluster_id = $1 order by id", cluster.id
+    )
+    found = [(r["id"], msgspec.json.decode(r["doc"], type=PlannedChange)) for r in records]
+    return [
+        hold_id
+        for hold_id, planned in found
+        if planned.reserve_host_failures in (None, cluster.reserve_host_failures)
+        and planned.admission_control in (None, cluster.admission_control)
     ]
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from services.inventory.service import service as inventory
 from services.scheduler.service import service as scheduler
+from tests.inventory.world import world_of
 from tests.support.plane import (
     Agent,
     Plane,
@@ -24,6 +25,7 @@ from volery.contracts.host import GET_HOST, MAINTAIN_HOST, HostStatus, MaintainH
 from volery.contracts.operation import OperationState
 from volery.contracts.vm import CREATE_VM, GET_VM, CreateVm, HighAvailability, Vm, VmStatus
 from volery.runtime.bus import Bus
+from volery.runtime.programs import Settings
 
 MIB = 1024 * 1024
 
@@ -87,3 +89,15 @@ async def test_with_stop_vms_they_are_shut_down_and_the_result_says_so(
     await until_host(bus, agent.host.id, HostStatus.MAINTENANCE)
     for vm in vms:
         assert (await bus.ask(GET_VM, GetById(id=vm.id))).status is VmStatus.DOWN
+
+
+async def test_without_a_plan_vms_leave_one_after_the_other(configured: Settings) -> None:
+    async with world_of(configured) as (world, (first, second)):
+        plain, available = await world.vm(), await world.vm(ha=True)
+        shown = await world.bus.ask(MAINTAIN_HOST, MaintainHost(id=first.id, dry_run=True))
+        fates = [(fate["name"], fate["host_id"]) for fate in shown.result["plan"]]
+        assert fates == [(available.name, second.id), (plain.name, second.id)]
+        op = await world.ended(await world.bus.ask(MAINTAIN_HOST, MaintainHost(id=first.id)))
+        assert (op.state, op.result) == (OperationState.SUCCEEDED, {"moved": sorted(("vm1", "vm2"))})
+        assert world.scheduler.plans_asked == 2
+        await world.host_is(first, HostStatus.MAINTENANCE)

@@ -59,6 +59,7 @@ from volery.contracts.liveness import (
     ProofKind,
 )
 from volery.contracts.operation import ENDED, GET_OPERATION, GetOperation, Operation, OperationState
+from volery.contracts.plan import MAKE_PLAN, MakePlan
 from volery.contracts.scheduling import (
     CONFIRM_CLAIM,
     PLACE,
@@ -236,6 +237,7 @@ class Scheduler(Speaker):
     owner: Owner = Owner.SCHEDULER
     host_ids: list[str] = field(default_factory=list)
     asked: list[Place] = field(default_factory=list)
+    plans_asked: int = 0
     may_place: asyncio.Event = field(default_factory=asyncio.Event)
     confirming: Callable[[ClaimKey], None] = lambda ask: None
     """Raises what the confirmation of a claim is refused with."""
@@ -252,7 +254,12 @@ class Scheduler(Speaker):
             (CONFIRM_CLAIM, self._confirm),
             (RELEASE_CLAIM, self._release),
             (RELEASE_VM_CLAIMS, self._release_vm),
+            (MAKE_PLAN, self._no_plan),
         ]
+
+    async def _no_plan(self, _: Speaker, ask: MakePlan, caller: Caller) -> Operation:
+        self.plans_asked += 1
+        raise Refused(Kind.UNAVAILABLE, "this scheduler makes no plans")
 
     async def _place(self, _: Speaker, ask: Place, caller: Caller) -> Placement:
         self.asked.append(ask)

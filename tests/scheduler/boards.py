@@ -100,3 +100,37 @@ def cases(draw: st.DrawFn, *, with_groups: bool = True) -> Case:
     )
     assume(not conflicts(groups))
     return Case(places, guests, suits, groups)
+
+
+@st.composite
+def crowded(draw: st.DrawFn, *, groups: int = 3) -> Case:
+    """Hosts that suit nearly all VMs, with room for one or two more, and rules about most VMs: what is legal depends on who
+    went before."""
+    hosts = [f"h{n}" for n in range(draw(st.integers(2, 4)))]
+    vms = [f"v{n}" for n in range(draw(st.integers(2, 6)))]
+    guests = [
+        Guest(vm, vm.upper(), draw(st.sampled_from(hosts)), draw(st.integers(1, 4)) * GIB, 1) for vm in vms
+    ]
+    places = []
+    for host in hosts:
+        used = sum(g.memory for g in guests if g.host_id == host)
+        limit = used + draw(st.integers(0, 4)) * GIB
+        count = sum(g.host_id == host for g in guests)
+        places.append(Place(host, host.upper(), max(limit, GIB), used, 16, count, 4))
+    rules = st.sampled_from(AffinityRule)
+    made = tuple(
+        Group(
+            id=f"g{n}",
+            name=f"G{n}",
+            priority=1.0,
+            vm_rule=draw(rules),
+            vm_enforcing=draw(st.sampled_from([True, True, False])),
+            host_rule=draw(rules),
+            host_enforcing=draw(st.booleans()),
+            vms=frozenset(draw(st.lists(st.sampled_from(vms), min_size=2, unique=True))),
+            hosts=frozenset(draw(st.lists(st.sampled_from(hosts), min_size=1, unique=True))),
+        )
+        for n in range(draw(st.integers(1, groups)))
+    )
+    assume(not conflicts(made))
+    return Case(places, guests, dict.fromkeys(vms, hosts), made)

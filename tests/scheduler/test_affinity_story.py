@@ -11,7 +11,7 @@ import httpx
 from services.inventory.service import service as inventory
 from tests.api_gateway.scripted import decoded, running_gateway
 from tests.inventory.world import Scheduler, World, found_cluster, until
-from tests.scheduler.fleets import network_owner, scheduler
+from tests.scheduler.fleets import hosts_known, network_owner, scheduler
 from tests.support.bell import Bell
 from tests.support.runtime import running
 from volery.contracts.account import CREATE_USER, LOGIN, CreateUser, Login
@@ -29,6 +29,7 @@ async def desk(configured: Settings) -> AsyncIterator[tuple[httpx.AsyncClient, W
         try:
             for name in ("h1", "h2"):
                 await world.machine(name)
+            await hosts_known(bus, 2)
             await bus.ask(CREATE_USER, CreateUser(name="ada", password=PASSWORD))
             issued = await bus.ask(LOGIN, Login(name="ada", password=PASSWORD))
             async with running_gateway(configured.bus.servers) as gateway:

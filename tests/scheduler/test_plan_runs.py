@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from services.scheduler import affinity_store
+from services.scheduler import affinity_store, boards
 from services.scheduler.state import Scheduler
 from tests.scheduler.fleets import GIB, cluster, host, hosts_known, network_owner, scheduler, until, vm
 from tests.scheduler.test_affinity_groups import need, one
@@ -260,6 +260,26 @@ async def test_a_plan_stops_when_a_host_of_its_cluster_is_lost(configured: Setti
         stopped = await at.becomes(op, PlanState.STOPPED)
         assert "host h3 is no longer up" in stopped.reason
         assert len(at.movers.moved) == 2 < len(plan.steps)
+
+
+async def test_a_plan_goes_on_when_the_host_that_it_empties_goes_into_maintenance(
+    configured: Settings,
+) -> None:
+    """So also for the maintenance itself, which the scheduler may hear of only after the plan began."""
+    async with site(configured, vms=3) as at:
+        op = await at.make(PlanKind.EVACUATION, at.hosts[0])
+        await at.begun(2)
+        cleared = replace(at.hosts[0], revision=2, status=HostStatus.PREPARING_FOR_MAINTENANCE)
+        await at.owner.says(HOST_CHANGED, cleared)
+
+        async def heard() -> bool:
+            return all(boards.is_cleared(each, cleared.id) for each in at.schedulers)
+
+        await until(heard)
+        at.movers.gate.set()
+        plan = await at.becomes(op, PlanState.SUCCEEDED)
+        assert {step.wave for step in plan.steps} == {0, 1}
+        assert cleared.id not in at.at()
 
 
 async def test_a_plan_stops_when_a_vm_is_not_where_it_was(configured: Settings) -> None:

@@ -12,6 +12,9 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
+from services.scheduler.facts import list_again
+from services.scheduler.promise_store import holds
+from services.scheduler.state import Scheduler
 from tests.scheduler.fleets import (
     GIB,
     MIB,
@@ -71,10 +74,12 @@ async def site(
     *,
     needs: dict[str, Need] | None = None,
     schedulers: int = 1,
+    opened: list[Scheduler] | None = None,
 ) -> AsyncIterator[tuple[Speaker, Bus]]:
     """Schedulers that know a cluster and its hosts, and the inventory that told them."""
     owner = owner_of(needs if needs is not None else {})
-    async with running(configured, owner.service(), *(scheduler() for _ in range(schedulers))) as bus:
+    services = [scheduler(opened) for _ in range(schedulers)]
+    async with running(configured, owner.service(), *services) as bus:
         await owner.says(CLUSTER_CHANGED, c)
         await owner.says(HOST_CHANGED, *hosts)
         await hosts_known(bus, len(hosts))
@@ -212,6 +217,24 @@ async def test_maintenance_over_commit_and_edits_are_checked_and_hold_until_they
         await bus.ask(ADMIT_CHANGE, more, Caller("t", new_id()))  # and for seconds it counts as made
         assert not (await place(bus, ha(c, name="late"))).claimed
         assert "this would break a promise" in await admit(leaving_host_ids=(hosts[0].id,))
+
+
+async def test_what_is_planned_holds_though_the_cluster_is_heard_of_as_it_was(configured: Settings) -> None:
+    """A leader lists everything again when it begins, and after facts were lost."""
+    c, opened = promising(), list[Scheduler]()
+    async with site(configured, c, hosts_of(c, 4, 4, 4), opened=opened) as (owner, bus):
+        for n in range(4):
+            assert (await place(bus, ha(c, name=f"vm{n}"))).claimed
+        more = PlannedChange(cluster_id=c.id, what="this", reserve_host_failures=2)
+        await bus.ask(ADMIT_CHANGE, more, Caller("t", new_id()))
+        await list_again(opened[0], Owner.INVENTORY)
+        assert not (await place(bus, ha(c, name="late"))).claimed
+        await owner.says(CLUSTER_CHANGED, replace(c, revision=2, reserve_host_failures=2))
+
+        async def done() -> bool:
+            return not await holds(opened[0].core.pool, c.id)
+
+        await until(done)
 
 
 async def test_a_leaving_host_counts_as_gone_from_the_answer_on(configured: Settings) -> None:

@@ -103,7 +103,10 @@ class UpdateHost(Message):
 class MaintainHost(Message):
     """Move every VM away, a few at a time, then leave the host alone. VMs that can't move are named and the operation
     fails, unless `stop_vms` says to shut them down; those that have left by then stay where they are. The result names
-    who `moved`, was `stopped` or `ended` by itself; that of a dry run has a `plan`: where each VM would go, or why nowhere."""
+    who `moved`, was `stopped` or `ended` by itself; that of a dry run has a `plan`: where each VM would go, or why nowhere.
+
+    VMs leave by a plan of the scheduler's (an evacuation), which a step names, with the VMs that have no place in it; without
+    one when the scheduler makes none."""
 
     id: str
     if_revision: int = 0

@@ -82,7 +82,7 @@ def _best(
         for block, target in _mends(board, names):
             if (block, target) not in refused:
                 change = _change(board, groups, block, target)
-                if change < (0.0,) * KINDS:
+                if change < (0.0,) * KINDS and change[kind] < 0:
                     found.append((change, len(block), _full(board, block, target), block, target))
         if found:
             return min(found)[3:]

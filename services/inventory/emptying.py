@@ -1,0 +1,149 @@
+"""A host is emptied by a plan of the scheduler's: where each VM goes and in which order, computed as a whole.
+
+The scheduler carries the plan out and holds what it moves, so that no other plan takes the room away, and VMs that must be
+together may change their host. Maintenance waits for its end and moves what it left as ever; so also when there is no plan:
+the scheduler doesn't answer, or another plan that empties hosts is under way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import msgspec
+
+from services.inventory.clearing import Clearing, to_clear
+from services.inventory.desk import Inventory
+from volery.contracts.base import Message
+from volery.contracts.cluster import GetById
+from volery.contracts.errors import Kind, Refused
+from volery.contracts.host import Host
+from volery.contracts.operation import Operation
+from volery.contracts.plan import CANCEL_PLAN, GET_PLAN, MAKE_PLAN, MakePlan, Plan, PlanKind, PlanStep
+from volery.contracts.vm import Vm
+from volery.runtime.bus import LOST, Caller
+from volery.runtime.run import Run
+from volery.runtime.tasks import end
+
+log = logging.getLogger(__name__)
+
+LOOK_SECONDS = 2.0
+NAMED = 5
+"""VMs without a place that a step's title names; the plan names all."""
+
+
+class Followed(Message):
+    """The plan that a maintenance follows; without an id there is none."""
+
+    id: str = ""
+    operation_id: str = ""
+    title: str = ""
+    vms: dict[str, str] = {}
+    """Who is to leave: VM → its name."""
+
+
+async def follow(inv: Inventory, run: Run, clearing: Clearing, host: Host) -> None:
+    """VMs leave by a plan, if there is one. Whoever is still there afterwards has no place in it, or it was stopped."""
+    followed = await run.step("plan", "Planning where its VMs go", lambda: _made(inv, run, host), Followed)
+    if not followed.id:
+        return
+    run.undo("plan", lambda: _cancel(inv, run, followed.id))
+    with suppress(Refused):  # a plan that stopped says so itself, and what it left is moved without it
+        await run.step("moves", followed.title, lambda: _ended(inv, run, clearing, followed))
+    run.undone("plan")
+    await clearing.look(followed.vms)
+    run.checkpoint()
+
+
+async def _made(inv: Inventory, run: Run, host: Host) -> Followed:
+    vms = await to_clear(inv, host.id)
+    if not vms:
+        return Followed()
+    question = MakePlan(cluster_id=host.cluster_id, kind=PlanKind.EVACUATION, host_ids=(host.id,))
+    try:
+        begun = await _asked(inv, question, run.caller_for("plan"))
+    except Refused as refused:
+        log.info("host %s is emptied without a plan: %s", host.name, refused.message)
+        return Followed()
+    plan = await inv.core.bus.ask(GET_PLAN, GetById(id=begun.object_id), run.caller)
+    names = {vm.id: vm.name for vm in vms}
+    return Followed(id=plan.id, operation_id=begun.id, title=title(plan), vms=names)
+
+
+async def _asked(inv: Inventory, question: MakePlan, caller: Caller) -> Operation:
+    """Once more, under the same id, when nobody knows whether it was begun."""
+    try:
+        return await inv.core.bus.ask(MAKE_PLAN, question, caller)
+    except Refused as refused:
+        if refused.kind is not Kind.TIMEOUT or not refused.details.get(LOST):
+            raise
+    return await inv.core.bus.ask(MAKE_PLAN, question, caller)
+
+
+def title(plan: Plan) -> str:
+    """Who has no place is named before anything moves."""
+    named = "; ".join(f"{each.vm_name}: {each.reason}" for each in plan.unplaced[:NAMED])
+    more = len(plan.unplaced) - NAMED
+    stays = f" ({named}{f'; and {more} more' if more > 0 else ''})" if named else ""
+    return f"Following plan {plan.id}: it {plan.message}{stays}"
+
+
+async def _ended(inv: Inventory, run: Run, clearing: Clearing, followed: Followed) -> None:
+    """When the maintenance is cancelled its plan is, too: what is on its way arrives. Raises Refused when it was stopped."""
+    ending = asyncio.create_task(inv.foreign_operation(followed.operation_id))
+    cancelling = asyncio.create_task(run.cancelling.wait())
+    told = False
+    try:
+        while not ending.done():
+            waited = [ending] if told else [ending, cancelling]
+            await asyncio.wait(waited, timeout=LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            if cancelling.done() and not told:
+                told = True
+                await _cancel(inv, run, followed.id)
+            await clearing.look(followed.vms)
+        await ending
+    finally:
+        await end([ending, cancelling])
+
+
+async def _cancel(inv: Inventory, run: Run, plan_id: str) -> None:
+    try:
+        await inv.core.bus.ask(CANCEL_PLAN, GetById(id=plan_id), run.caller_for("cancel"))
+    except Refused as refused:
+        if refused.kind is not Kind.CONFLICT:  # it has just ended by itself
+            raise
+
+
+# Shown before
+
+
+async def shown(inv: Inventory, host: Host, vms: Sequence[Vm], caller: Caller) -> dict[str, dict[str, Any]]:
+    """VM → what a plan would do with it, in the order in which they move: VMs of this host and those of others that make
+    way; then those that have no place. Nothing when there would be no plan."""
+    question = MakePlan(
+        cluster_id=host.cluster_id, kind=PlanKind.EVACUATION, host_ids=(host.id,), dry_run=True
+    )
+    try:
+        answer = await inv.core.bus.ask(MAKE_PLAN, question, Caller(caller.principal), again=False)
+    except Refused as refused:
+        log.info("where each VM of host %s would go is said without a plan: %s", host.name, refused.message)
+        return {}
+    plan = msgspec.convert(answer.result["plan"], Plan)
+    here = {vm.id for vm in vms}
+    found = {step.vm_id: _moves(step, here) for step in plan.steps}
+    for each in plan.unplaced:
+        found[each.vm_id] = _said(each.vm_id, each.vm_name, "", each.reason)
+    return found
+
+
+def _moves(step: PlanStep, here: set[str]) -> dict[str, Any]:
+    way = "" if step.vm_id in here else f", to make way, from {step.source_host_name}"
+    words = f"moves to {step.target_host_name} in wave {step.wave + 1}{way}"
+    return _said(step.vm_id, step.vm_name, step.target_host_id, words)
+
+
+def _said(vm_id: str, name: str, host_id: str, message: str) -> dict[str, Any]:
+    return {"vm_id": vm_id, "name": name, "host_id": host_id, "message": message}

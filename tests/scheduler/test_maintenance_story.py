@@ -1,0 +1,269 @@
+"""A host goes into maintenance by a plan: the gateway, inventory and scheduler are real, hosts' agents are scripted."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+
+from services.inventory.service import service as inventory
+from tests.api_gateway.scripted import decoded
+from tests.inventory.world import Scheduler, World, found_cluster, until
+from tests.scheduler.fleets import hosts_known, network_owner, scheduler
+from tests.scheduler.test_affinity_story import desk, ends
+from tests.scheduler.test_plan_story import planning, started, where
+from tests.support.bell import Bell
+from tests.support.runtime import running
+from volery.contracts.base import Owner
+from volery.contracts.domain_orders import MIGRATE_DOMAIN
+from volery.contracts.host import MAINTAIN_HOST, HostStatus, MaintainHost
+from volery.contracts.operation import (
+    CANCEL_OPERATION,
+    CancelOperation,
+    ListQuery,
+    OperationState,
+)
+from volery.contracts.plan import LIST_PLANS
+from volery.runtime.programs import Settings
+
+GIB = 1 << 30
+
+
+async def runs(http: httpx.AsyncClient, world: World, host: str, name: str, gib: int, **fields: Any) -> str:
+    assert world.cluster is not None
+    body = {"name": name, "cluster_id": world.cluster.id, "memory_bytes": gib * GIB, **fields}
+    vm_id: str = (await ends(http, await http.post("/vms", json=body)))["object_id"]
+    op = await ends(http, await http.post(f"/vms/{vm_id}/start", json={"host_id": host}))
+    assert op["state"] == "succeeded", op
+    return vm_id
+
+
+async def shown(http: httpx.AsyncClient, host: str, moves: int) -> list[Any]:
+    """What a dry run says, once the scheduler has heard that so many VMs can move."""
+
+    async def planned() -> Any:
+        answer = await http.post(f"/hosts/{host}/maintenance?dry_run=true", json={})
+        plan = decoded(answer)["result"]["plan"]
+        return plan if sum(" in wave " in fate["message"] for fate in plan) == moves else None
+
+    found: list[Any] = await until(planned)
+    return found
+
+
+async def maintained(http: httpx.AsyncClient, host: str) -> Any:
+    return await ends(http, await http.post(f"/hosts/{host}/maintenance", json={}))
+
+
+def titles(op: Any) -> str:
+    return "; ".join(step["title"] for step in op["steps"])
+
+
+async def test_vms_that_fit_in_one_order_only_are_all_moved(configured: Settings) -> None:
+    """The large one suits the second host only, where a small one has to make way."""
+    async with desk(planning(configured, 0)) as (http, world):
+        await world.machine("h3")
+        await hosts_known(world.bus, 3)
+        first, second, third = world.machines
+        large = await runs(http, world, first, "large", 10)
+        small = await runs(http, world, second, "small", 6)
+        assert world.cluster is not None
+        group = {"name": "here", "cluster_id": world.cluster.id, "vm_ids": [large]}
+        group |= {"host_ids": [first, second], "host_rule": "positive"}
+        assert (await http.post("/affinity-groups", json=group)).status_code == 201
+
+        plan = await shown(http, first, 2)
+        assert [(fate["name"], fate["host_id"]) for fate in plan] == [("small", third), ("large", second)]
+        assert "to make way, from h2" in plan[0]["message"]
+        assert await where(http, [large, small]) == [first, second]
+
+        op = await maintained(http, first)
+        assert op["state"] == "succeeded", op
+        assert await where(http, [large, small]) == [second, third]
+        assert op["result"] == {"moved": ["large"]}
+        kept = decoded(await http.get("/plans"))["items"]
+        assert [(p["kind"], p["state"], p["principal"]) for p in kept] == [
+            ("evacuation", "succeeded", op["principal"])
+        ]
+        assert f"Following plan {kept[0]['id']}" in titles(op)
+
+
+async def test_vms_that_must_be_together_leave_together(configured: Settings) -> None:
+    async with desk(planning(configured, 0)) as (http, world):
+        assert world.cluster is not None
+        first, second = world.machines
+        vm_ids = await started(http, world, first, "a", "b", "c")
+        group = {"name": "three", "cluster_id": world.cluster.id, "vm_ids": vm_ids, "vm_rule": "positive"}
+        assert (await http.post("/affinity-groups", json=group)).status_code == 201
+        alone = await ends(http, await http.post(f"/vms/{vm_ids[0]}/migrate", json={}))
+        assert alone["state"] == "failed"
+        await shown(http, first, 3)
+        op = await maintained(http, first)
+        assert op["state"] == "succeeded", op
+        assert await where(http, vm_ids) == [second] * 3
+
+
+async def test_who_has_no_place_is_named_before_anything_moves(configured: Settings) -> None:
+    async with desk(planning(configured, 0)) as (http, world):
+        first, second = world.machines
+        stays = await runs(http, world, first, "stays", 1, migration={"allowed": False})
+        goes = await runs(http, world, first, "goes", 1)
+        plan = await shown(http, first, 1)
+        why = "its migration policy forbids to move it"
+        assert [(f["name"], f["host_id"], f["message"]) for f in plan] == [
+            ("goes", second, "moves to h2 in wave 1"),
+            ("stays", "", why),
+        ]
+        gate = world.machines[first].held[MIGRATE_DOMAIN.kind] = asyncio.Event()
+        begun = decoded(await http.post(f"/hosts/{first}/maintenance", json={}))
+
+        async def named() -> bool:
+            now = decoded(await http.get(f"/operations/{begun['id']}"))
+            return f"1 VMs have no place (stays: {why})" in titles(now)
+
+        await until(named)
+        assert await where(http, [stays, goes]) == [first, first]
+        gate.set()
+
+        async def ended() -> Any:
+            now = decoded(await http.get(f"/operations/{begun['id']}"))
+            return now if now["state"] == "failed" else None
+
+        op = await until(ended)
+        assert "these VMs can't leave host h1: stays: " in op["problem"]["message"]
+        assert op["result"] == {"moved": ["goes"]}
+        assert await where(http, [stays, goes]) == [first, second]
+
+
+async def test_a_plan_that_stops_leaves_the_rest_to_be_moved_without_it(configured: Settings) -> None:
+    """A person cancels the plan, not the maintenance."""
+    async with desk(planning(configured, 0)) as (http, world):
+        await world.machine("h3")
+        await hosts_known(world.bus, 3)
+        first, second, third = world.machines
+        vm_ids = await started(http, world, first, "a", "b", "c", "d")
+        await shown(http, first, 4)
+        gate = world.machines[first].held[MIGRATE_DOMAIN.kind] = asyncio.Event()
+        begun = decoded(await http.post(f"/hosts/{first}/maintenance", json={}))
+
+        async def plans() -> Any:
+            found = decoded(await http.get("/plans"))["items"]
+            moving = [s for p in found for s in p["steps"] if s["state"] == "moving"]
+            return found if len(moving) == 2 else None
+
+        (plan,) = await until(plans)
+        other = await http.post(f"/plans/{plan['id']}/cancel", json={})
+        assert other.status_code == 202, other.text
+        gate.set()
+
+        async def ended() -> Any:
+            now = decoded(await http.get(f"/operations/{begun['id']}"))
+            return now if now["state"] in ("succeeded", "failed") else None
+
+        op = await until(ended)
+        assert op["state"] == "succeeded", op
+        assert first not in await where(http, vm_ids)
+        assert sorted(op["result"]["moved"]) == ["a", "b", "c", "d"]
+        assert decoded(await http.get(f"/plans/{plan['id']}"))["state"] == "cancelled"
+        assert {second, third} >= set(await where(http, vm_ids))
+
+
+async def test_a_second_host_leaves_without_a_plan_while_the_first_follows_one(configured: Settings) -> None:
+    async with desk(planning(configured, 0)) as (http, world):
+        await world.machine("h3")
+        await hosts_known(world.bus, 3)
+        first, second, third = world.machines
+        vm_ids = await started(http, world, first, "a")
+        vm_ids += await started(http, world, second, "b")
+        await shown(http, first, 1)
+        await shown(http, second, 1)
+        gate = world.machines[first].held[MIGRATE_DOMAIN.kind] = asyncio.Event()
+        begun = decoded(await http.post(f"/hosts/{first}/maintenance", json={}))
+
+        async def moving() -> Any:
+            found = decoded(await http.get("/plans"))["items"]
+            return [s for p in found for s in p["steps"] if s["state"] == "moving"]
+
+        await until(moving)
+        other = await maintained(http, second)
+        assert other["state"] == "succeeded", other
+        gate.set()
+
+        async def ended() -> Any:
+            now = decoded(await http.get(f"/operations/{begun['id']}"))
+            return now if now["state"] in ("succeeded", "failed") else None
+
+        assert (await until(ended))["state"] == "succeeded"
+        assert await where(http, vm_ids) == [third, third]
+
+
+@asynccontextmanager
+async def beside(configured: Settings) -> AsyncIterator[World]:
+    """All but inventory, which each test begins and ends."""
+    ha = Bell()
+    services = (scheduler(), ha.service(), network_owner().service())
+    async with running(planning(configured, 0), *services) as bus:
+        world = World(bus, configured, Scheduler(), ha)
+        try:
+            yield world
+        finally:
+            for machine in world.machines.values():
+                await machine.agent.kill()
+
+
+async def test_an_inventory_that_comes_back_follows_the_same_plan(configured: Settings) -> None:
+    async with beside(configured) as world:
+        async with running(planning(configured, 0), inventory):
+            await found_cluster(world)
+            first = await world.machine("h1")
+            await hosts_known(world.bus, 1)
+            vms = [await world.vm() for _ in range(3)]
+            second = await world.machine("h2")
+            await hosts_known(world.bus, 2)
+            gate = first.held[MIGRATE_DOMAIN.kind] = asyncio.Event()
+
+            async def planned() -> bool:
+                ask = MaintainHost(id=first.id, dry_run=True)
+                plan = (await world.bus.ask(MAINTAIN_HOST, ask)).result["plan"]
+                return sum(" in wave " in fate["message"] for fate in plan) == 3
+
+            await until(planned)
+            op = await world.bus.ask(MAINTAIN_HOST, MaintainHost(id=first.id))
+            await until(first.begun.wait)
+            await until(lambda: plans_of(world, 1))
+        gate.set()
+        async with running(planning(configured, 0), inventory):
+            assert (await world.ended(op)).state is OperationState.SUCCEEDED
+            assert {(await world.get(vm.id)).host_id for vm in vms} == {second.id}
+            await world.host_is(first, HostStatus.MAINTENANCE)
+            assert await plans_of(world, 1)
+
+
+async def plans_of(world: World, count: int) -> bool:
+    return len((await world.bus.ask(LIST_PLANS, ListQuery())).items) == count
+
+
+async def test_a_maintenance_that_is_cancelled_cancels_its_plan(configured: Settings) -> None:
+    async with desk(planning(configured, 0)) as (http, world):
+        first, second = world.machines
+        vm_ids = await started(http, world, first, "a", "b", "c", "d")
+        await shown(http, first, 4)
+        gate = world.machines[first].held[MIGRATE_DOMAIN.kind] = asyncio.Event()
+        op = await world.bus.ask(MAINTAIN_HOST, MaintainHost(id=first))
+
+        async def moving() -> Any:
+            found = decoded(await http.get("/plans"))["items"]
+            return [s for p in found for s in p["steps"] if s["state"] == "moving"]
+
+        assert len(await until(moving)) <= 2
+        await world.bus.ask(CANCEL_OPERATION[Owner.INVENTORY], CancelOperation(id=op.id))
+
+        gate.set()
+        assert (await world.ended(op)).state is OperationState.CANCELLED
+        plan = decoded(await http.get("/plans"))["items"][0]
+        assert plan["state"] == "cancelled"
+        await world.host_is(world.machines[first], HostStatus.UP)
+        at = await where(http, vm_ids)
+        assert at.count(second) == 2, "what was on its way arrived, nothing more began"
