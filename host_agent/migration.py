@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import replace
 from typing import Any
 
-from host_agent import devices, leases, runningxml
+from host_agent import cpus, devices, leases, pins, runningxml
 from host_agent.action import Action, Host, Running
 from host_agent.domain_waits import settled
 from host_agent.domxml import Placement
@@ -42,6 +42,7 @@ async def admit_migration(host: Host, order: AdmitMigration, running: Running) -
         )
     await leases.check_lease(order.spec.lease)
     await devices.prepare_secrets(host, order.spec.disks, order.spec.installation)
+    await cpus.make_room(host, order.vm_id, order.spec.cpus)
     return Done()
 
 
@@ -102,7 +103,10 @@ def _check(now: DomainReport, order: MigrateDomain, running: Running) -> None:
 async def _parameters(host: Host, order: MigrateDomain, now: DomainReport) -> MigrationParameters:
     root = runningxml.parsed(await host.hypervisor.domain_xml(order.vm_id, migratable=True))
     runningxml.replace_sources(root, order.disks, order.nics, now.installation)
-    placement = Placement(order.destination_epoch, order.destination_order_seq)
+    pins.put(
+        root, order.cpus, ()
+    )  # bound to no CPU of this host; the destination keeps it off those that aren't shared
+    placement = Placement(order.destination_epoch, order.destination_order_seq).on(order.cpus)
     return MigrationParameters(
         destination_uri=order.destination_uri,
         destination_address=order.destination_address,

@@ -115,7 +115,7 @@ async def migrate(inv: Inventory, run: Run) -> None:
     target = (await HOSTS.get(inv.core.pool, placed.host_id)).public
     await run.step("move", "Reserving the destination", lambda: _destined(inv, ask.id, moving, target.id))
     vm = (await VMS.get(inv.core.pool, ask.id)).public
-    spec = await inv.once_free(lambda: domain_spec(inv, vm, target.id, None, run.caller))
+    spec = await inv.once_free(lambda: domain_spec(inv, vm, target.id, None, run.caller, placed.cpus))
     run.undo("destination", lambda: _forget(inv, run, ask.id, moving, target.id))
     await run.order(
         "admit",
@@ -217,6 +217,7 @@ async def _transfer(
         timeout_seconds=ask.timeout_seconds,
         disks=spec.disks,
         nics=spec.nics,
+        cpus=spec.cpus,
     )
 
     def progressed(fact: OrderProgressed) -> None:

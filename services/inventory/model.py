@@ -11,6 +11,7 @@ from msgspec.structs import asdict, replace
 
 from services.inventory.config import InventoryConfig
 from volery.contracts.base import Message
+from volery.contracts.cpus import CpuPinning, PinningPolicy
 from volery.contracts.domain import DiskBus, DomainState
 from volery.contracts.errors import conflict, invalid
 from volery.contracts.host import Host, HostStatus
@@ -21,6 +22,7 @@ MIB = 1024 * 1024
 MIN_MEMORY_BYTES = 16 * MIB
 MAX_MEMORY_BYTES = 64 * 1024 * 1024 * MIB  # 64 TiB, what oVirt validated for EL9 hosts
 MAX_VCPUS = 2048
+MAX_HOST_CPUS = 8192  # what Linux can be built for
 MAX_DISKS = 64
 MAX_NICS = 32
 
@@ -100,12 +102,34 @@ def check_shape(memory_bytes: int, vcpus: int, sockets: int, cores: int, threads
             )
 
 
+def check_pinning(pinning: CpuPinning, vcpus: int) -> None:
+    """Whether there is such a host is the scheduler's to say."""
+    field = "cpu_pinning.pins"
+    if pinning.policy is not PinningPolicy.MANUAL:
+        if pinning.pins:
+            raise invalid(f"only manual pinning has pins; {pinning.policy} chooses CPUs itself", field=field)
+        return
+    if len(pinning.pins) != vcpus:
+        raise invalid(
+            f"manual pinning names the CPUs of each vCPU: {vcpus} lists are needed, {len(pinning.pins)} are there",
+            field=field,
+        )
+    for number, cpus in enumerate(pinning.pins):
+        if not cpus or len(set(cpus)) != len(cpus) or not all(0 <= cpu < MAX_HOST_CPUS for cpu in cpus):
+            raise invalid(
+                f"vCPU {number} is pinned to at least one CPU of the host, each of them once, from 0 to "
+                f"{MAX_HOST_CPUS - 1}",
+                field=field,
+            )
+
+
 def check_create(ask: CreateVm) -> None:
     """Everything about a new VM that needs no look-up."""
     checks.name(ask.name)
     checks.text(ask.description, "description")
     checks.tags(ask.tags)
     check_shape(ask.memory_bytes, ask.vcpus, ask.sockets, ask.cores, ask.threads)
+    check_pinning(ask.cpu_pinning, ask.vcpus)
     if len(ask.disks) > MAX_DISKS:
         raise invalid(f"a VM has at most {MAX_DISKS} disks, not {len(ask.disks)}", field="disks")
     if len(ask.nics) > MAX_NICS:
@@ -200,13 +224,20 @@ NOW = frozenset(
 
 
 def edited(vm: Vm, ask: UpdateVm) -> Vm:
-    """The VM after the edit. Raises Refused(invalid)."""
+    """The VM after the edit. Raises Refused(invalid), or Refused(conflict) for what can't be edited now."""
     fields = given(ask)
     new = replace(vm, **fields)
     checks.name(new.name)
     checks.text(new.description, "description")
     checks.tags(new.tags)
     check_shape(new.memory_bytes, new.vcpus, new.sockets, new.cores, new.threads)
+    check_pinning(new.cpu_pinning, new.vcpus)
+    if new.cpu_pinning != vm.cpu_pinning and vm.status is not VmStatus.DOWN:
+        raise conflict(
+            f"VM {vm.name} is {vm.status}: shut it down before its CPU pinning is changed",
+            rule="cpu_pinning",
+            status=vm.status,
+        )
     check_policies(new.affinity.host_ids + new.affinity.preferred_host_ids, new.high_availability.priority)
     later = vm.status is not VmStatus.DOWN and any(
         field not in NOW and getattr(vm, field) != value for field, value in fields.items()
@@ -214,7 +245,7 @@ def edited(vm: Vm, ask: UpdateVm) -> Vm:
     return replace(new, next_run=vm.next_run or later)
 
 
-ASKED = ("memory_bytes", "vcpus", "cpu_model", "machine", "affinity", "high_availability")
+ASKED = ("memory_bytes", "vcpus", "cpu_pinning", "cpu_model", "machine", "affinity", "high_availability")
 """What a VM asks of the host on which it is brought back, as far as an edit goes."""
 
 

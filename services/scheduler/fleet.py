@@ -14,10 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.scheduler.model import ClusterPolicy
+from services.scheduler.policies.cpus import FREE, Held, HostCpus, read_cores
 from services.scheduler.policies.recipe import Recipe, by_balance
 from volery.contracts.host import HostStatus
 
 Bools = NDArray[np.bool_]
+Cpus = frozenset[int]
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
@@ -45,6 +47,10 @@ class HostFigures:
     """Highly available ones among them."""
     cpu_models: frozenset[str] = frozenset()
     machines: frozenset[str] = frozenset()
+    cores: str = ""
+    """As JSON; "" for a host that hasn't said."""
+    largest_shared: int = 0
+    """vCPUs of the largest VM there that has no CPUs of its own; more than that for a moment after it has left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +92,11 @@ _COLUMNS: dict[str, type] = {
     "swapped": np.int64,
     "models": np.int64,
     "machines": np.int64,
+    "cpu_state": np.int64,
+    "vcpus_promised": np.int64,
+    "cpus_exclusive": np.int64,
+    "vcpus_exclusive": np.int64,
+    "largest_shared": np.int64,
 }
 IDLE = 0.0
 """`busy_since` of a host that isn't busy."""
@@ -109,6 +120,13 @@ class Fleet:
     _sets: dict[frozenset[str], int] = field(default_factory=dict)
     """What hosts can do, numbered: a fleet has few kinds of hosts."""
     _lists: list[frozenset[str]] = field(default_factory=list)
+    """The same by number."""
+    _held: dict[str, Held] = field(default_factory=dict)
+    """Host → physical CPUs that claims hold."""
+    _cores: dict[str, str] = field(default_factory=dict)
+    _cpu_numbers: dict[tuple[str, Cpus, Cpus], int] = field(default_factory=dict)
+    """Cores and who has which of them, numbered: most hosts of a kind have given away the same."""
+    cpu_states: list[HostCpus] = field(default_factory=list)
     """The same by number."""
     _masks: dict[tuple[str, str], Bools] = field(default_factory=dict)
     _ranks: Ints | None = None
@@ -135,7 +153,8 @@ class Fleet:
             "memory_bytes": host.memory_bytes,
             "memory_limit": host.memory_limit_bytes,
             "memory_used": host.memory_used_bytes,
-            "vcpus_limit": host.vcpus_limit,
+            "vcpus_promised": host.vcpus_limit,
+            "largest_shared": host.largest_shared,
             "vcpus_used": host.vcpus_used,
             "guests": host.guests,
             "ha_guests": host.ha_guests,
@@ -144,6 +163,46 @@ class Fleet:
         }
         for name, value in figures.items():
             self._columns[name][row] = value
+        self._cores[host.id] = host.cores
+        self.hold(host.id, self.held(host.id))
+
+    def held(self, host_id: str) -> Held:
+        return self._held.get(host_id, FREE)
+
+    def hold(self, host_id: str, held: Held) -> None:
+        """Which physical CPUs claims hold there. What is shared may be promised as often as the over-commit says."""
+        row = self.rows.get(host_id)
+        if row is None:
+            return
+        self._held[host_id] = held
+        cpus, promised = int(self._columns["cpus"][row]), int(self._columns["vcpus_promised"][row])
+        alone = len(held.exclusive)
+        limit = promised * max(cpus - alone, 0) // cpus + held.vcpus if alone and cpus else promised
+        figures = {
+            "cpu_state": self._cpu_number(self._cores.get(host_id, ""), held),
+            "cpus_exclusive": alone,
+            "vcpus_exclusive": held.vcpus,
+            "vcpus_limit": limit,
+        }
+        for name, value in figures.items():
+            self._columns[name][row] = value
+
+    def cpus_of(self, row: int) -> HostCpus:
+        return self.cpu_states[int(self.ints("cpu_state")[row])]
+
+    def _cpu_number(self, cores: str, held: Held) -> int:
+        key = (cores, held.exclusive, held.pinned)
+        number = self._cpu_numbers.setdefault(key, len(self.cpu_states))
+        if number == len(self.cpu_states):
+            self.cpu_states.append(HostCpus(read_cores(cores), held.exclusive, held.pinned))
+        return number
+
+    def forget_cpu_states(self) -> None:
+        """Those that no host has any more."""
+        self._cpu_numbers.clear()
+        self.cpu_states.clear()
+        for host_id in self.ids:
+            self.hold(host_id, self.held(host_id))
 
     def _append(self, host: HostFigures) -> int:
         row = len(self.ids)
@@ -162,6 +221,8 @@ class Fleet:
         row = self.rows.pop(host_id, None)
         if row is None:
             return
+        self._held.pop(host_id, None)
+        self._cores.pop(host_id, None)
         last = len(self.ids) - 1
         for column in self._columns.values():
             column[row] = column[last]
@@ -191,7 +252,22 @@ class Fleet:
         self._columns["ha_guests"][row] += ha_guests
         self._columns["fresh_vcpus"][row] = max(self._columns["fresh_vcpus"][row] + vcpus, 0)
 
-    def used(self, host_id: str, memory_bytes: int, vcpus: int, guests: int, ha_guests: int) -> None:
+    def share(self, host_id: str, vcpus: int) -> None:
+        """A VM more that has no CPUs of its own."""
+        row = self.rows.get(host_id)
+        if row is not None:
+            largest = self._columns["largest_shared"]
+            largest[row] = max(largest[row], vcpus)
+
+    def used(
+        self,
+        host_id: str,
+        memory_bytes: int,
+        vcpus: int,
+        guests: int,
+        ha_guests: int,
+        largest_shared: int = 0,
+    ) -> None:
         """What the database says is used."""
         row = self.rows.get(host_id)
         if row is not None:
@@ -199,6 +275,7 @@ class Fleet:
             self._columns["vcpus_used"][row] = vcpus
             self._columns["guests"][row] = guests
             self._columns["ha_guests"][row] = ha_guests
+            self._columns["largest_shared"][row] = largest_shared
 
     def sample(self, host_id: str, measured: Measured) -> None:
         """A measured load contains the VMs that were started before it."""
@@ -249,6 +326,10 @@ class Fleet:
             _cluster_numbers=dict(self._cluster_numbers),
             _sets=dict(self._sets),
             _lists=list(self._lists),
+            _held={host_id: self._held[host_id] for host_id in ids if host_id in self._held},
+            _cores={host_id: self._cores[host_id] for host_id in ids if host_id in self._cores},
+            _cpu_numbers=dict(self._cpu_numbers),
+            cpu_states=list(self.cpu_states),
         )
 
     def among(self, host_ids: Iterable[str]) -> Bools:

@@ -13,6 +13,7 @@ from enum import StrEnum
 
 from services.scheduler.config import SchedulerConfig
 from volery.contracts.cluster import AdmissionControl, Balance
+from volery.contracts.cpus import PinningPolicy
 from volery.contracts.errors import invalid
 from volery.contracts.scheduling import Claim, Need, Place
 from volery.contracts.vm import VmStatus
@@ -78,6 +79,11 @@ def check(place: Place) -> None:
         raise invalid(f"{_vm(need)} has {need.vcpus} vCPUs; give it 1 to {MAX_VCPUS}")
     if not 1 <= need.memory_bytes <= MAX_MEMORY_BYTES:
         raise invalid(f"{_vm(need)} has {need.memory_bytes} bytes of memory; give it 1 to {MAX_MEMORY_BYTES}")
+    pinning = need.cpu_pinning
+    if pinning.policy is PinningPolicy.MANUAL and len(pinning.pins) < need.vcpus:
+        raise invalid(
+            f"{_vm(need)} has {need.vcpus} vCPUs and pins for {len(pinning.pins)}; pin each of them"
+        )
     if place.epoch < 0:
         raise invalid(f"{_vm(need)} can't be placed under epoch {place.epoch}; epochs count from 0")
 

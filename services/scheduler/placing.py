@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import Any
 
@@ -11,13 +12,15 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
-from services.scheduler import affinity, model, promising, store
+from services.scheduler import affinity, cpu_store, model, promising, store
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.fleet import Fleet
 from services.scheduler.policies.bound import Bound
 from services.scheduler.policies.decision import NAMED_HOSTS, decide, explain, mend, sentence
+from services.scheduler.policies.pinned import given
 from services.scheduler.policies.request import Request, request
 from services.scheduler.state import Scheduler
+from volery.contracts.cpus import GivenCpus, PinningPolicy
 from volery.contracts.errors import Kind, Refused, conflict, not_found
 from volery.contracts.ids import new_id
 from volery.contracts.operation import ListQuery
@@ -61,12 +64,12 @@ async def place(scheduler: Scheduler, ask: Place, caller: Caller) -> Placement:
     waited = False
     for _ in range(TRIES):
         try:
-            async with affinity.turn(scheduler, ask.need), promising.turn(scheduler, ask.need.cluster_id):
+            async with _turns(scheduler, ask):
                 placement = await _try(scheduler, ask, caller, refuses=waited)
             if placement is not None:
                 return placement
             waited = True
-            await _hear_more(scheduler)
+            await _hear_more(scheduler, ask)
         except Stale:
             await scheduler.read_used()
             await scheduler.read_rules(ask.need.cluster_id)
@@ -80,6 +83,18 @@ async def place(scheduler: Scheduler, ask: Place, caller: Caller) -> Placement:
         Kind.EXHAUSTED,
         f"VM {ask.need.name or ask.need.vm_id} lost its place to others {TRIES} times; try again shortly",
     )
+
+
+@asynccontextmanager
+async def _turns(scheduler: Scheduler, ask: Place) -> AsyncIterator[None]:
+    """In one process they come one after the other: those that depend on each other's places, and those that would choose
+    the same CPUs."""
+    async with AsyncExitStack() as turns:
+        if ask.need.cpu_pinning.policy is not PinningPolicy.NONE:
+            await turns.enter_async_context(scheduler.turn(f"cpus {ask.need.cluster_id}"))
+        await turns.enter_async_context(affinity.turn(scheduler, ask.need))
+        await turns.enter_async_context(promising.turn(scheduler, ask.need.cluster_id))
+        yield
 
 
 async def _try(scheduler: Scheduler, ask: Place, caller: Caller, *, refuses: bool) -> Placement | None:
@@ -116,6 +131,7 @@ def decided(fleet: Fleet, asked: Request, config: SchedulerConfig) -> Placement:
         fitting=decision.fitting,
         excluded_by=decision.excluded_by(),
         remedies=mended,
+        cpus=_cpus(fleet, asked, best),
         policy_id=asked.recipe.id,
         policy_name=asked.recipe.name,
         policy_revision=asked.recipe.revision,
@@ -123,8 +139,18 @@ def decided(fleet: Fleet, asked: Request, config: SchedulerConfig) -> Placement:
     )
 
 
-async def _hear_more(scheduler: Scheduler) -> None:
+def _cpus(fleet: Fleet, asked: Request, row: int | None) -> GivenCpus | None:
+    """Those that it gets on the host, under the revision that they were chosen under."""
+    found = None if row is None else given(fleet, asked, row)
+    if row is None or found is None:
+        return None
+    return replace(found, revision=fleet.held(fleet.ids[row]).revision)
+
+
+async def _hear_more(scheduler: Scheduler, ask: Place) -> None:
     """What would make room may be on its way: read all again, and give facts a moment to arrive."""
+    if ask.need.cpu_pinning.policy is not PinningPolicy.NONE:
+        await cpu_store.lower_largest(scheduler.core.pool, ask.need.cluster_id)
     scheduler.changed.clear()
     try:
         async with asyncio.timeout(scheduler.config.refusal_wait_seconds):
@@ -175,6 +201,7 @@ async def _first_answer(scheduler: Scheduler, ask: Place, claims: Claims) -> Pla
             epoch=ask.epoch,
             host_id=host_id,
             claimed=True,
+            cpus=row.public.cpus,
             message="placed before; the explanation is no longer kept",
         )
     first = msgspec.json.decode(kept, type=Placement)
@@ -190,10 +217,10 @@ async def _commit(
     placement = replace(placement, decision_id=decision_id, claimed=bool(placement.host_id))
     changes: list[Change] = []
     if placement.host_id:
-        claim = _claim(scheduler, ask, placement.host_id)
+        claim = _claim(scheduler, ask, placement)
         changes = [
             *guards,
-            store.take_capacity(claim),
+            cpu_store.take_cpus(claim) if claim.cpu_pinning else store.take_capacity(claim),
             store.CLAIMS.insert(claim, store.ClaimPrivate(decision_id=decision_id)),
         ]
     await scheduler.core.commit(
@@ -204,8 +231,8 @@ async def _commit(
     return placement
 
 
-def _claim(scheduler: Scheduler, ask: Place, host_id: str) -> Claim:
-    now = utc_now()
+def _claim(scheduler: Scheduler, ask: Place, placement: Placement) -> Claim:
+    now, pinning = utc_now(), ask.need.cpu_pinning.policy
     return Claim(
         id=new_id(),
         revision=1,
@@ -213,12 +240,15 @@ def _claim(scheduler: Scheduler, ask: Place, host_id: str) -> Claim:
         updated_at=now,
         vm_id=ask.need.vm_id,
         epoch=ask.epoch,
-        host_id=host_id,
+        host_id=placement.host_id,
         memory_bytes=model.memory_taken(ask.need.memory_bytes, scheduler.config),
         vcpus=ask.need.vcpus,
         state=model.TENTATIVE,
         purpose=ask.purpose,
         high_availability=ask.need.high_availability,
+        cpu_pinning="" if pinning is PinningPolicy.NONE else pinning,
+        cpus=placement.cpus,
+        exclusive_cpus=len(placement.cpus.exclusive) if placement.cpus is not None else 0,
     )
 
 

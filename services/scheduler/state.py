@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 import msgspec
 from nats.aio.msg import Msg
 
-from services.scheduler import affinity_store, policy_store, store
+from services.scheduler import affinity_store, cpu_store, policy_store, store
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.fleet import Fleet, Measured
 from services.scheduler.model import Audit, ClusterPolicy, Looked
@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 USED_SECONDS = 1.0
 """How old the other replicas' claims may be in this one's fleet; a guard in the database has the last word."""
 RETRY_SECONDS = 0.5
+CPU_STATES = 1000
+"""So many that no host has any more are kept beside those that some have."""
 
 
 @dataclass(slots=True)
@@ -97,6 +99,11 @@ class Scheduler:
     def took(self, claim: Claim) -> None:
         """In this replica's memory, ahead of the next reading."""
         self.fleet.use(claim.host_id, claim.memory_bytes, claim.vcpus, 1, int(claim.high_availability))
+        if claim.cpus is None:
+            self.fleet.share(claim.host_id, claim.vcpus)
+        elif self.fleet.held(claim.host_id).revision == claim.cpus.revision:
+            more = self.fleet.held(claim.host_id).with_more(claim.cpus, claim.vcpus)
+            self.fleet.hold(claim.host_id, more)
 
     def gave_back(self, claim: Claim) -> None:
         self.fleet.use(claim.host_id, -claim.memory_bytes, -claim.vcpus, -1, -int(claim.high_availability))
@@ -124,12 +131,24 @@ class Scheduler:
         self.fleet.keep_only(host.id for host in hosts)
         for host in hosts:
             self.fleet.put(host)
+        await self._read_cpus()
         self.changed.set()
 
     async def read_used(self) -> None:
         """Only what claims hold, which changes most."""
         for host_id, *held in await store.used(self.core.pool):
             self.fleet.used(host_id, *held)
+        await self._read_cpus()
+
+    async def _read_cpus(self) -> None:
+        """Of the hosts where CPUs were given or taken back since; what is read is at least as new as that is known."""
+        now = await cpu_store.revisions(self.core.pool)
+        changed = [host_id for host_id in now if now[host_id] != self.fleet.held(host_id).revision]
+        if changed:
+            for host_id, held in (await cpu_store.held(self.core.pool, changed)).items():
+                self.fleet.hold(host_id, held)
+        if len(self.fleet.cpu_states) > 2 * len(self.fleet) + CPU_STATES:
+            self.fleet.forget_cpu_states()
 
     async def _read_row(self, table: str, row_id: str) -> None:
         pool = self.core.pool
@@ -139,6 +158,7 @@ class Scheduler:
                 self.fleet.put(host)
             if not hosts:
                 self.fleet.remove(row_id)
+            await self._read_cpus()
         elif table == "cluster":
             await self.read_rules(row_id)
         elif table == "scheduling_policy":

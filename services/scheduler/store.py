@@ -56,6 +56,8 @@ CLAIMS: Table[Claim, ClaimPrivate] = Table(
         "memory_bytes": "memory_bytes",
         "vcpus": "vcpus",
         "high_availability": "high_availability",
+        "cpu_pinning": "cpu_pinning",
+        "exclusive_cpus": "exclusive_cpus",
         "created_at": "created_at",
         "updated_at": "updated_at",
     },
@@ -90,13 +92,17 @@ DECISIONS: Table[PastDecision, ClaimPrivate] = Table(
 
 
 def take_capacity(claim: Claim) -> Change:
-    """Its guard fails when the host has not that much left, or is no longer up."""
+    """Its guard fails when the host has not that much left, or is no longer up. For a VM without CPUs of its own; see
+    `cpu_store.take_cpus`."""
     return Change(
         """update host_capacity
            set memory_used_bytes = memory_used_bytes + {1}, vcpus_used = vcpus_used + {2}, guests = guests + 1,
-               ha_guests = ha_guests + {3}
+               ha_guests = ha_guests + {3}, largest_shared = greatest(largest_shared, {2})
            where id = {0} and status = 'up' and not gone
-             and memory_used_bytes + {1} <= memory_limit_bytes and vcpus_used + {2} <= vcpus_limit
+             and memory_used_bytes + {1} <= memory_limit_bytes
+             and (vcpus_used - vcpus_exclusive + {2}) * cpus::bigint
+                 <= vcpus_limit::bigint * (cpus - cpus_exclusive)
+             and (cpus_exclusive = 0 or {2} <= cpus - cpus_exclusive)
            returning 1""",
         (claim.host_id, claim.memory_bytes, claim.vcpus, int(claim.high_availability)),
     )
@@ -107,7 +113,9 @@ def force_capacity(claim: Claim, times: int = 1) -> Change:
     return Change(
         """update host_capacity
            set memory_used_bytes = memory_used_bytes + {1}, vcpus_used = vcpus_used + {2}, guests = guests + {3},
-               ha_guests = ha_guests + {4}
+               ha_guests = ha_guests + {4}, cpus_revision = cpus_revision + {5},
+               cpus_exclusive = cpus_exclusive + {6}, vcpus_exclusive = vcpus_exclusive + {7},
+               largest_shared = greatest(largest_shared, {8})
            where id = {0}""",
         (
             claim.host_id,
@@ -115,6 +123,10 @@ def force_capacity(claim: Claim, times: int = 1) -> Change:
             times * claim.vcpus,
             times,
             times * int(claim.high_availability),
+            int(bool(claim.cpu_pinning)),
+            times * claim.exclusive_cpus,
+            times * claim.vcpus if claim.exclusive_cpus else 0,
+            claim.vcpus if times > 0 and not claim.cpu_pinning else 0,
         ),
         guarded=False,
     )
@@ -190,6 +202,9 @@ async def correct_counters(pool: Pool) -> list[tuple[str, int, int]]:
            having h.memory_used_bytes <> coalesce(sum(c.memory_bytes), 0)
                or h.vcpus_used <> coalesce(sum(c.vcpus), 0) or h.guests <> count(c.id)
                or h.ha_guests <> coalesce(sum(c.high_availability::integer), 0)
+               or h.cpus_exclusive <> coalesce(sum(c.exclusive_cpus), 0)
+               or h.vcpus_exclusive <> coalesce(sum(case when c.exclusive_cpus > 0 then c.vcpus else 0 end), 0)
+               or h.largest_shared <> coalesce(max(case when c.cpu_pinning = '' then c.vcpus else 0 end), 0)
            order by h.id"""
     )
     wrong = []
@@ -202,10 +217,14 @@ async def correct_counters(pool: Pool) -> list[tuple[str, int, int]]:
             )
             after = await connection.fetchrow(
                 """update host_capacity set memory_used_bytes = s.memory, vcpus_used = s.vcpus, guests = s.guests,
-                       ha_guests = s.ha_guests
+                       ha_guests = s.ha_guests, cpus_exclusive = s.exclusive, vcpus_exclusive = s.alone,
+                       largest_shared = s.largest
                    from (select coalesce(sum(memory_bytes), 0)::bigint as memory,
                                 coalesce(sum(vcpus), 0)::integer as vcpus, count(*)::integer as guests,
-                                coalesce(sum(high_availability::integer), 0)::integer as ha_guests
+                                coalesce(sum(high_availability::integer), 0)::integer as ha_guests,
+                                coalesce(sum(exclusive_cpus), 0)::integer as exclusive,
+                                coalesce(sum(case when exclusive_cpus > 0 then vcpus else 0 end), 0)::integer as alone,
+                                coalesce(max(case when cpu_pinning = '' then vcpus else 0 end), 0)::integer as largest
                          from claim where host_id = $1) s
                    where id = $1 returning memory_used_bytes, vcpus_used""",
                 suspect["id"],
@@ -262,16 +281,19 @@ async def forget_decisions(pool: Pool, days: int) -> None:
 
 
 def saw_host(host: Host, limits: Limits) -> Change:
+    """The same revision again says what the previous release didn't take over."""
     return Change(
         """insert into host_capacity (id, revision, name, cluster_id, status, cpus, memory_bytes, cpu_models,
-               machines, memory_limit_bytes, vcpus_limit)
-           values ({0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}::text[], {8}::text[], {9}, {10})
+               machines, memory_limit_bytes, vcpus_limit, cores)
+           values ({0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}::text[], {8}::text[], {9}, {10}, {11})
            on conflict (id) do update set revision = excluded.revision, name = excluded.name,
                cluster_id = excluded.cluster_id, status = excluded.status, cpus = excluded.cpus,
                memory_bytes = excluded.memory_bytes, cpu_models = excluded.cpu_models,
                machines = excluded.machines, memory_limit_bytes = excluded.memory_limit_bytes,
-               vcpus_limit = excluded.vcpus_limit
-           where host_capacity.revision < excluded.revision and not host_capacity.gone""",
+               vcpus_limit = excluded.vcpus_limit, cores = excluded.cores
+           where not host_capacity.gone
+             and (host_capacity.revision < excluded.revision
+                  or host_capacity.revision = excluded.revision and host_capacity.cores <> excluded.cores)""",
         (
             host.id,
             host.revision,
@@ -284,6 +306,7 @@ def saw_host(host: Host, limits: Limits) -> Change:
             list(host.capabilities.machines),
             limits.memory_bytes,
             limits.vcpus,
+            encode(host.capabilities.cores).decode() if host.capabilities.cores else "",
         ),
         guarded=False,
     )
@@ -403,7 +426,8 @@ def gone(table: str, ids: Sequence[str]) -> Change:
 # The fleet, read.
 
 _HOST = """select id, name, cluster_id, status, cpus, memory_bytes, memory_limit_bytes, memory_used_bytes,
-                  vcpus_limit, vcpus_used, guests, ha_guests, cpu_models, machines from host_capacity"""
+                  vcpus_limit, vcpus_used, guests, ha_guests, cpu_models, machines, cores, largest_shared
+           from host_capacity"""
 
 
 async def hosts(pool: Pool, condition: str = "not gone", *arguments: Any) -> list[HostFigures]:
@@ -418,12 +442,13 @@ async def hosts(pool: Pool, condition: str = "not gone", *arguments: Any) -> lis
     ]
 
 
-async def used(pool: Pool) -> list[tuple[str, int, int, int, int]]:
-    """Host, bytes, vCPUs, VMs that hold them, and highly available ones among these."""
+async def used(pool: Pool) -> list[tuple[str, int, int, int, int, int]]:
+    """Host, bytes, vCPUs, VMs that hold them, highly available ones among these, and vCPUs of the largest that shares CPUs."""
     records = await pool.fetch(
-        "select id, memory_used_bytes, vcpus_used, guests, ha_guests from host_capacity where not gone"
+        """select id, memory_used_bytes, vcpus_used, guests, ha_guests, largest_shared from host_capacity
+           where not gone"""
     )
-    return [(r[0], r[1], r[2], r[3], r[4]) for r in records]
+    return [(r[0], r[1], r[2], r[3], r[4], r[5]) for r in records]
 
 
 async def clusters(pool: Pool, condition: str = "true", *arguments: Any) -> list[ClusterPolicy]:

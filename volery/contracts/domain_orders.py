@@ -5,6 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 
 from volery.contracts.base import Done, Message, Order
+from volery.contracts.cpus import GivenCpus
 from volery.contracts.domain import DomainDisk, DomainNic, DomainSpec, DomainState, VolumeSource
 
 
@@ -157,6 +158,8 @@ class MigrateDomain(Message):
     timeout_seconds: float = 600.0
     disks: tuple[DomainDisk, ...] = ()
     nics: tuple[DomainNic, ...] = ()
+    cpus: GivenCpus | None = None
+    """On the destination, as in its spec there."""
 
 
 class MigrationDone(Message):

@@ -1,0 +1,20 @@
+-- Physical CPUs. Which ones a claim holds says its document; a host counts them, and every change of what is held raises
+-- cpus_revision: a claim of physical CPUs is committed only under the revision that they were chosen under, so no two hold
+-- the same one alone. largest_shared is never too low: it is raised with each claim, and lowered when somebody looks, a minute
+-- later at most. What the previous release claims beside this one is counted then, too.
+
+alter table host_capacity
+    add column cores text not null default '',             -- as inventory reports them; '': not heard yet
+    add column cpus_revision bigint not null default 0,
+    add column cpus_exclusive integer not null default 0,  -- one VM's alone
+    add column vcpus_exclusive integer not null default 0, -- of the VMs that have CPUs alone
+    add column largest_shared integer not null default 0;  -- vCPUs of the largest VM that has no CPUs of its own
+alter table claim
+    add column cpu_pinning text not null default '',
+    add column exclusive_cpus integer not null default 0;
+create index claim_pinned on claim (host_id) where cpu_pinning <> '';
+update host_capacity h set largest_shared = coalesce((select max(vcpus) from claim c where c.host_id = h.id), 0);
+
+create trigger tell_fleet_cores after update on host_capacity
+    for each row when (old.cores is distinct from new.cores)
+    execute function tell_fleet();
