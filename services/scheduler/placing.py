@@ -12,10 +12,11 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
-from services.scheduler import affinity, cpu_store, model, promising, store
+from services.scheduler import affinity, cpu_store, licence_store, model, promising, store
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.fleet import Fleet
 from services.scheduler.policies.bound import Bound
+from services.scheduler.policies.cpus import footprint
 from services.scheduler.policies.decision import NAMED_HOSTS, decide, explain, mend, sentence
 from services.scheduler.policies.pinned import given
 from services.scheduler.policies.request import Request, request
@@ -55,7 +56,10 @@ async def place(scheduler: Scheduler, ask: Place, caller: Caller) -> Placement:
     if ask.dry_run:
         bound, _ = await affinity.bind(scheduler, ask.need)
         again = partial(_decided, scheduler, bound=bound)
-        return (await promising.admitted(scheduler, ask, again(ask), again))[0]
+        plan = again(ask)
+        if not plan.host_id and await _saw_who_left(scheduler, ask):
+            plan = again(ask)
+        return (await promising.admitted(scheduler, ask, plan, again))[0]
     claims = await store.claims_of(scheduler.core.pool, ask.need.vm_id)
     if (first := await _first_answer(scheduler, ask, claims)) is not None:
         return first
@@ -149,14 +153,22 @@ def _cpus(fleet: Fleet, asked: Request, row: int | None) -> GivenCpus | None:
 
 async def _hear_more(scheduler: Scheduler, ask: Place) -> None:
     """What would make room may be on its way: read all again, and give facts a moment to arrive."""
-    if ask.need.cpu_pinning.policy is not PinningPolicy.NONE:
-        await cpu_store.lower_largest(scheduler.core.pool, ask.need.cluster_id)
+    await _saw_who_left(scheduler, ask)
     scheduler.changed.clear()
     try:
         async with asyncio.timeout(scheduler.config.refusal_wait_seconds):
             await scheduler.changed.wait()
     except TimeoutError:
         await scheduler.reload()
+
+
+async def _saw_who_left(scheduler: Scheduler, ask: Place) -> bool:
+    """Looks whether CPUs could become one VM's alone since larger VMs that shared them left, for a VM that wants some."""
+    if ask.need.cpu_pinning.policy in (PinningPolicy.NONE, PinningPolicy.MANUAL):
+        return False
+    await cpu_store.lower_largest(scheduler.core.pool, ask.need.cluster_id)
+    await scheduler.read_used()
+    return True
 
 
 async def _make_way(scheduler: Scheduler, ask: Place, claims: Claims) -> None:
@@ -222,6 +234,7 @@ async def _commit(
             *guards,
             cpu_store.take_cpus(claim) if claim.cpu_pinning else store.take_capacity(claim),
             store.CLAIMS.insert(claim, store.ClaimPrivate(decision_id=decision_id)),
+            *_use(scheduler, ask, placement, claim),
         ]
     await scheduler.core.commit(
         *changes, store.keep_decision(placement, _in_short(placement)), caller=caller, answer=placement
@@ -229,6 +242,16 @@ async def _commit(
     if placement.host_id:
         scheduler.took(claim)
     return placement
+
+
+def _use(scheduler: Scheduler, ask: Place, placement: Placement, claim: Claim) -> list[Change]:
+    """For the licence report."""
+    if claim.cpus is None:
+        return []
+    host = scheduler.fleet.cpus_of(scheduler.fleet.rows[claim.host_id])
+    cores, sockets = footprint(host, claim.cpus)
+    name = placement.hosts[0].name
+    return [licence_store.begin_use(claim, ask.need.name, name, cores, sockets)]
 
 
 def _claim(scheduler: Scheduler, ask: Place, placement: Placement) -> Claim:

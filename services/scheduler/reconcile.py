@@ -6,7 +6,7 @@ import logging
 
 from msgspec.structs import replace
 
-from services.scheduler import model, store
+from services.scheduler import licence_store, model, store
 from services.scheduler.model import SeenVm, Settling
 from services.scheduler.state import Scheduler
 from volery.contracts.ids import new_id
@@ -100,3 +100,4 @@ async def check_counters(scheduler: Scheduler) -> None:
 async def forget(scheduler: Scheduler) -> None:
     await store.forget_decisions(scheduler.core.pool, scheduler.config.decision_days)
     await store.forget_gone(scheduler.core.pool)
+    await licence_store.forget_uses(scheduler.core.pool, scheduler.config.licence_days)

@@ -134,7 +134,11 @@ def force_capacity(claim: Claim, times: int = 1) -> Change:
 
 def release(row: Row[Claim, ClaimPrivate]) -> list[Change]:
     """Delete a claim and give its capacity back."""
-    return [force_capacity(row.public, -1), CLAIMS.delete(row)]
+    changes = [force_capacity(row.public, -1), CLAIMS.delete(row)]
+    if row.public.cpu_pinning:
+        sql = "update cpu_use set ended_at = now() where id = {0}"
+        changes.append(Change(sql, (row.id,), guarded=False))
+    return changes
 
 
 async def claim_of(pool: Pool, vm_id: str, epoch: int) -> Row[Claim, ClaimPrivate] | None:

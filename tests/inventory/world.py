@@ -31,6 +31,7 @@ from volery.contracts.cluster import (
     CreateDataCenter,
     GetById,
 )
+from volery.contracts.cpus import GivenCpus
 from volery.contracts.domain import DomainState
 from volery.contracts.domain_orders import (
     ACT_ON_DOMAIN,
@@ -101,6 +102,8 @@ class Machine:
     begun: asyncio.Event = field(default_factory=asyncio.Event)
     started: list[tuple[str, str]] = field(default_factory=list)
     """(boot, VM) of every domain that wasn't there and was started."""
+    asked: list[Any] = field(default_factory=list)
+    """Every order, as it came."""
     memories: set[str] = field(default_factory=set)
     """Files with the memory of suspended VMs."""
 
@@ -138,6 +141,7 @@ class Machine:
     def gated(self, kind: str, act: Any) -> Any:
         async def gated(question: Any) -> Any:
             self.begun.set()
+            self.asked.append(question)
             if (gate := self.held.get(kind)) is not None:
                 await gate.wait()
             if (refusal := self.refusals.get(kind)) is not None:
@@ -243,6 +247,8 @@ class Scheduler(Speaker):
     may_confirm: asyncio.Event = field(default_factory=asyncio.Event)
     confirmed: list[ClaimKey] = field(default_factory=list)
     released: list[ReleaseVm] = field(default_factory=list)
+    cpus: dict[str, GivenCpus] = field(default_factory=dict)
+    """Host → the physical CPUs that a VM gets there."""
 
     def __post_init__(self) -> None:
         self.may_place.set()
@@ -266,6 +272,7 @@ class Scheduler(Speaker):
             epoch=ask.epoch,
             host_id=host_id,
             message="" if host_id else "no host is left",
+            cpus=self.cpus.get(host_id),
         )
 
     async def _confirm(self, _: Speaker, ask: ClaimKey, caller: Caller) -> Done:

@@ -165,6 +165,13 @@ def _split(threads: tuple[int, ...], size: int) -> Iterator[tuple[int, ...]]:
         yield threads[at : at + size]
 
 
+def footprint(host: HostCpus, given: GivenCpus) -> tuple[int, int]:
+    """How many of the host's cores, and of its sockets, these CPUs are of."""
+    cpus = frozenset(given.exclusive).union(*given.pins)
+    cores = [core for core in host.cores if cpus.intersection(core.cpus)]
+    return len(cores), len({core.socket for core in cores})
+
+
 @lru_cache(maxsize=1 << 16)
 def most_vcpus(host: HostCpus, wish: Wish, most: int) -> int:
     """The largest number of vCPUs, not more than it has, for which the host would give up to `most` CPUs; 0 for none."""

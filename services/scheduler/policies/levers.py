@@ -131,16 +131,20 @@ def free_memory(fleet: Fleet, request: Request, row: int, amount: int) -> Change
 
 def _vcpus_at_most(fleet: Fleet, request: Request) -> Ints:
     """Those that the VM can have on the host: where it has more, they must shrink to the host's threads in any case,
-    unless its policy lets a VM have more."""
-    if not request.follows("cpu"):
-        return np.full(len(fleet), request.need.vcpus)
-    return np.minimum(request.need.vcpus, np.maximum(fleet.ints("cpus"), 1))
+    unless its policy lets a VM have more; and to those that are shared, where some aren't."""
+    shared = pinned.shared(fleet).cpus
+    most = shared if request.follows("cpu") else np.where(fleet.ints("cpus_exclusive") > 0, shared, NEVER)
+    return np.minimum(request.need.vcpus, np.maximum(most, 1))
 
 
 def _vcpus_to_free(fleet: Fleet, request: Request) -> Ints:
     vcpus, limit = _vcpus_at_most(fleet, request), fleet.ints("vcpus_limit")
     short = fleet.ints("vcpus_used") + vcpus - limit
     return _where((limit >= vcpus) & (short > 0), short)
+
+
+def _vcpus_to_unshare(fleet: Fleet, request: Request) -> Ints:
+    return _where(*pinned.sharing_too_much(fleet, request))
 
 
 def free_vcpus(fleet: Fleet, request: Request, row: int, amount: int) -> Change:
@@ -416,6 +420,7 @@ LEVERS: tuple[Lever, ...] = (
     Lever("cpu_overcommit", ChangeKind.CLUSTER, "cpu_overcommit_ratio", _ratio_more, raise_ratio,
           lambda r: max(_tenths_now(r), 1)),
     Lever("cpu_pinning", ChangeKind.VM, "vcpus", _vcpus_beyond_cpus, shrink_vcpus, _vm_vcpus),
+    Lever("cpu_pinning", ChangeKind.HOST, "vcpus_used", _vcpus_to_unshare, free_vcpus, _vm_vcpus),
     Lever("memory", ChangeKind.VM, "memory_bytes", _memory_too_much, shrink_memory, _vm_memory),
     Lever("memory", ChangeKind.HOST, "memory_used_bytes", _memory_to_free, free_memory, lambda r: r.memory),
     Lever("memory", ChangeKind.CLUSTER, "memory_overcommit_percent", _percent_more, raise_percent,

@@ -127,3 +127,16 @@ def fitting_vcpus(fleet: Fleet, request: Request) -> Ints:
         for state, spare in zip(states, room.spare.tolist(), strict=True)
     )
     return np.fromiter(most, np.int64, len(fleet))
+
+
+def sharing_too_much(fleet: Fleet, request: Request) -> tuple[Bools, Ints]:
+    """Hosts that could give the VM its CPUs if fewer vCPUs shared the rest, and by how many."""
+    wish = request.wish
+    if wish is None or not wish.alone:
+        return np.zeros(len(fleet), np.bool_), np.zeros(len(fleet), np.int64)
+    wanted, cpus = taken(fleet, wish), np.maximum(fleet.ints("cpus"), 1)
+    left = shared(fleet).cpus - wanted
+    sharing = fleet.ints("vcpus_used") - fleet.ints("vcpus_exclusive")
+    more = sharing - fleet.ints("vcpus_promised") * np.maximum(left, 0) // cpus
+    possible = (wanted != NONE) & (left >= np.maximum(fleet.ints("largest_shared"), 0)) & (more > 0)
+    return possible, more

@@ -18,3 +18,21 @@ update host_capacity h set largest_shared = coalesce((select max(vcpus) from cla
 create trigger tell_fleet_cores after update on host_capacity
     for each row when (old.cores is distinct from new.cores)
     execute function tell_fleet();
+
+-- Which VM held which physical CPUs of which host, for whoever asks years later: written and closed with its claim.
+create table cpu_use (
+    id text primary key,                  -- the claim's: by time
+    vm_id text not null,
+    vm_name text not null,
+    epoch bigint not null,
+    host_id text not null,
+    host_name text not null,
+    policy text not null,
+    cpus text not null,                   -- JSON, like exclusive
+    exclusive text not null,
+    cores integer not null,
+    sockets integer not null,
+    began_at timestamptz not null default now(),
+    ended_at timestamptz                  -- null: it holds them
+);
+create index cpu_use_ended_at on cpu_use (ended_at);
