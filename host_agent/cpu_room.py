@@ -36,10 +36,10 @@ class CpuRoom:
         return bool(self.held or self.promised)
 
     @property
-    def shared(self) -> frozenset[int]:
-        """For guests that have no CPUs of their own; empty: all of them."""
+    def shared(self) -> frozenset[int] | None:
+        """For guests that have no CPUs of their own; None: all of them, which may be more than are known."""
         taken = frozenset[int]().union(*self.held.values(), *self.promised.values())
-        return self.every - taken if taken else frozenset()
+        return self.every - taken if taken else None
 
     def owner_of(self, cpus: frozenset[int], but: str) -> str:
         """A VM that has one of these CPUs alone, or is about to; "" for none."""

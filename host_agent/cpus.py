@@ -42,18 +42,27 @@ async def settle(host: Host) -> None:
         room.held = {seat.vm_id: seat.exclusive for seat in seats if seat.exclusive}
         for vm_id in room.held:
             room.promised.pop(vm_id, None)
-        wanted = room.shared or room.every
+        wanted = room.every if room.shared is None else room.shared
         for seat in seats:
             if seat.ours and not seat.pinned and (seat.allowed or room.every) != wanted:
                 await _move(host, seat.vm_id, wanted)
 
 
 async def _move(host: Host, vm_id: str, cpus: Collection[int]) -> None:
+    if not cpus:
+        raise _none_left(vm_id)
     try:
         await host.hypervisor.pin(vm_id, cpus)
     except Refused as problem:
         if not is_libvirt(problem, LibvirtError.NO_DOMAIN):
             raise
+
+
+def _none_left(vm_id: str) -> Refused:
+    return conflict(
+        f"VM {vm_id} has no CPUs of its own, and every CPU of this host is, or is to be, another VM's alone: move one of them away",
+        vm_id=vm_id,
+    )
 
 
 async def make_room(host: Host, vm_id: str, cpus: GivenCpus | None) -> None:
@@ -86,13 +95,13 @@ async def make_room(host: Host, vm_id: str, cpus: GivenCpus | None) -> None:
 
 
 @asynccontextmanager
-async def placed(host: Host, vm_id: str, cpus: GivenCpus | None) -> AsyncIterator[frozenset[int]]:
+async def placed(host: Host, vm_id: str, cpus: GivenCpus | None) -> AsyncIterator[frozenset[int] | None]:
     """While a domain is made: it has its CPUs, or is told which are shared."""
     room = host.hypervisor.cpus
     if cpus is not None and cpus.exclusive:
         await make_room(host, vm_id, cpus)
         try:
-            yield frozenset()
+            yield None
             room.held[vm_id] = frozenset(cpus.exclusive)
         finally:
             room.promised.pop(vm_id, None)
@@ -100,6 +109,8 @@ async def placed(host: Host, vm_id: str, cpus: GivenCpus | None) -> AsyncIterato
                 await _try(host)
         return
     shared, made = room.shared, asyncio.get_running_loop().create_future()
+    if cpus is None and shared is not None and not shared:
+        raise _none_left(vm_id)
     room.beginning.add(made)
     try:
         yield shared

@@ -64,8 +64,10 @@ class Machine:
     arch: str = "x86_64"
 
 
-def domain_xml(spec: DomainSpec, placement: Placement, machine: Machine, shared: Collection[int] = ()) -> str:
-    """The whole domain, for virDomainCreateXML. `shared`: the CPUs for guests that have none of their own; empty: all."""
+def domain_xml(
+    spec: DomainSpec, placement: Placement, machine: Machine, shared: Collection[int] | None = None
+) -> str:
+    """The whole domain, for virDomainCreateXML. `shared`: the CPUs for guests that have none of their own; None: all."""
     root = ET.Element("domain", type=machine.domain_type)
     _text(root, "name", spec.name)
     _text(root, "uuid", spec.vm_id)

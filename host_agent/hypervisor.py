@@ -199,9 +199,7 @@ class Hypervisor(Pinning):
             found = []
             for domain in connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE):
                 with _unless_gone():
-                    found.append(
-                        runningxml.cpu_seat(runningxml.parsed(domain.XMLDesc(0)), domain.UUIDString())
-                    )
+                    found.append(runningxml.cpu_seat(domain.XMLDesc(0), domain.UUIDString()))
             return found
 
         return await self._listing("see who uses which CPUs", look)

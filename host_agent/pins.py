@@ -23,8 +23,8 @@ def read(text: str) -> frozenset[int]:
     return frozenset(found)
 
 
-def put(root: ET.Element, cpus: GivenCpus | None, shared: Collection[int]) -> None:
-    """What a pinned domain got; any other may use the CPUs that are shared, which is all of them when that is empty."""
+def put(root: ET.Element, cpus: GivenCpus | None, shared: Collection[int] | None) -> None:
+    """What a pinned domain got; any other may use the CPUs that are shared, which is all of them when that is None."""
     vcpu = root.find("vcpu")
     assert vcpu is not None, "every domain has vCPUs"
     vcpu.attrib.pop("cpuset", None)
@@ -34,7 +34,7 @@ def put(root: ET.Element, cpus: GivenCpus | None, shared: Collection[int]) -> No
             for old in tune.findall(tag):
                 tune.remove(old)
     if cpus is None:
-        if shared:
+        if shared is not None:
             vcpu.set("cpuset", text_of(shared))
         return
     if tune is None:

@@ -55,8 +55,9 @@ def metadata_of(root: ET.Element) -> DomainMetadata | None:
     )
 
 
-def cpu_seat(root: ET.Element, vm_id: str) -> CpuSeat:
+def cpu_seat(xml: str, vm_id: str) -> CpuSeat:
     """The CPUs that a domain has and may use."""
+    root = parsed(xml)
     metadata = metadata_of(root)
     return CpuSeat(
         vm_id,

@@ -245,7 +245,16 @@ def edited(vm: Vm, ask: UpdateVm) -> Vm:
     return replace(new, next_run=vm.next_run or later)
 
 
-ASKED = ("memory_bytes", "vcpus", "cpu_pinning", "cpu_model", "machine", "affinity", "high_availability")
+ASKED = (
+    "memory_bytes",
+    "vcpus",
+    "threads",
+    "cpu_pinning",
+    "cpu_model",
+    "machine",
+    "affinity",
+    "high_availability",
+)
 """What a VM asks of the host on which it is brought back, as far as an edit goes."""
 
 

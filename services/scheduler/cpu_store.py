@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+import asyncpg
 import msgspec
 
 from services.scheduler.policies.cpus import NOBODY, Held
 from services.scheduler.store import Pool
 from volery.contracts.scheduling import Claim
 from volery.runtime.tables import Change
+
+_CPUS = msgspec.json.Decoder(tuple[int, ...])
 
 
 def take_cpus(claim: Claim) -> Change:
@@ -50,25 +53,25 @@ async def revisions(pool: Pool) -> dict[str, int]:
 
 
 async def held(pool: Pool, host_ids: Collection[str]) -> dict[str, Held]:
-    """What claims hold on these hosts, each as of one moment."""
+    """What is held on these hosts, each as of one moment."""
     records = await pool.fetch(
-        """select h.id, h.cpus_revision, c.doc from host_capacity h
-           left join claim c on c.host_id = h.id and c.cpu_pinning <> ''
+        """select h.id, h.cpus_revision, u.cpus, u.exclusive, u.vcpus from host_capacity h
+           left join cpu_use u on u.host_id = h.id and u.ended_at is null
            where h.id = any($1::text[])""",
         list(host_ids),
     )
     found: dict[str, Held] = {}
     for record in records:
         now = found.get(record["id"], Held(record["cpus_revision"], NOBODY, NOBODY))
-        found[record["id"]] = now if record["doc"] is None else _with(now, record["doc"])
+        found[record["id"]] = now if record["cpus"] is None else _with(now, record)
     return found
 
 
-def _with(held: Held, doc: str) -> Held:
-    claim = msgspec.json.decode(doc, type=Claim)
-    assert claim.cpus is not None
-    more = held.with_more(claim.cpus, claim.vcpus)
-    return Held(held.revision, more.exclusive, more.pinned, more.vcpus)
+def _with(held: Held, record: asyncpg.Record) -> Held:
+    alone = frozenset(_CPUS.decode(record["exclusive"]))
+    pinned = NOBODY if alone else frozenset(_CPUS.decode(record["cpus"]))
+    vcpus = record["vcpus"] if alone else 0
+    return Held(held.revision, held.exclusive | alone, held.pinned | pinned, held.vcpus + vcpus)
 
 
 async def lower_largest(pool: Pool, cluster_id: str) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.scheduler.model import ClusterPolicy
-from services.scheduler.policies.cpus import FREE, Held, HostCpus, read_cores
+from services.scheduler.policies.cpus import FREE, Held, HostCpus, Wish, choose, read_cores
 from services.scheduler.policies.recipe import Recipe, by_balance
 from volery.contracts.host import HostStatus
 
@@ -258,6 +258,23 @@ class Fleet:
         if row is not None:
             largest = self._columns["largest_shared"]
             largest[row] = max(largest[row], vcpus)
+
+    def seat(self, host_id: str, vcpus: int, wish: Wish | None) -> tuple[Held, int]:
+        """A VM takes its place among the host's CPUs, to see what is left. Returns what `unseat` needs."""
+        row, held = self.rows[host_id], self.held(host_id)
+        before = held, int(self._columns["largest_shared"][row])
+        if wish is None:
+            self.share(host_id, vcpus)
+        elif (given := choose(self.cpus_of(row), wish)) is not None:
+            self.hold(host_id, held.with_more(given, vcpus))
+        return before
+
+    def unseat(self, host_id: str, before: tuple[Held, int]) -> None:
+        """Who was seated last goes first."""
+        held, largest = before
+        if held is not self.held(host_id):
+            self.hold(host_id, held)
+        self._columns["largest_shared"][self.rows[host_id]] = largest
 
     def used(
         self,

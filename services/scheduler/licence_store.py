@@ -17,8 +17,9 @@ def begin_use(claim: Claim, vm_name: str, host_name: str, cores: int, sockets: i
     assert claim.cpus is not None
     cpus = sorted(frozenset[int]().union(*claim.cpus.pins))
     return Change(
-        """insert into cpu_use (id, vm_id, vm_name, epoch, host_id, host_name, policy, cpus, exclusive, cores, sockets)
-           values ({0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}, {8}, {9}, {10}) returning 1""",
+        """insert into cpu_use (id, vm_id, vm_name, epoch, host_id, host_name, policy, cpus, exclusive, vcpus, cores,
+               sockets)
+           values ({0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}, {8}, {9}, {10}, {11}) returning 1""",
         (
             claim.id,
             claim.vm_id,
@@ -29,6 +30,7 @@ def begin_use(claim: Claim, vm_name: str, host_name: str, cores: int, sockets: i
             claim.cpu_pinning,
             encode(cpus).decode(),
             encode(claim.cpus.exclusive).decode(),
+            claim.vcpus,
             cores,
             sockets,
         ),
@@ -68,6 +70,14 @@ async def report(pool: Pool, ask: AskLicenceReport) -> LicenceReport:
         for r in records[: ask.limit]
     )
     return LicenceReport(items=items, next=items[-1].id if len(records) > ask.limit else "")
+
+
+async def close_uses(pool: Pool) -> None:
+    """Of claims that the previous release gave back, which knows of no report."""
+    await pool.execute(
+        """update cpu_use u set ended_at = now()
+           where ended_at is null and not exists (select 1 from claim c where c.id = u.id)"""
+    )
 
 
 async def forget_uses(pool: Pool, days: int) -> None:

@@ -96,6 +96,11 @@ async def check_counters(scheduler: Scheduler) -> None:
         )
 
 
+@part.every(CHECK_SECONDS)
+async def close_uses(scheduler: Scheduler) -> None:
+    await licence_store.close_uses(scheduler.core.pool)
+
+
 @part.every(FORGET_SECONDS)
 async def forget(scheduler: Scheduler) -> None:
     await store.forget_decisions(scheduler.core.pool, scheduler.config.decision_days)

@@ -222,7 +222,7 @@ async def correct_counters(pool: Pool) -> list[tuple[str, int, int]]:
             after = await connection.fetchrow(
                 """update host_capacity set memory_used_bytes = s.memory, vcpus_used = s.vcpus, guests = s.guests,
                        ha_guests = s.ha_guests, cpus_exclusive = s.exclusive, vcpus_exclusive = s.alone,
-                       largest_shared = s.largest
+                       largest_shared = s.largest, cpus_revision = cpus_revision + 1
                    from (select coalesce(sum(memory_bytes), 0)::bigint as memory,
                                 coalesce(sum(vcpus), 0)::integer as vcpus, count(*)::integer as guests,
                                 coalesce(sum(high_availability::integer), 0)::integer as ha_guests,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from host_agent import cpus, pins, runningxml
-from host_agent.domxml import Machine, Placement, domain_xml
+from host_agent.domxml import Machine, Placement, domain_xml, written
 from tests.support.libvirt_host import LibvirtHost
 from tests.support.vms import VmHost, tiny_spec
 from volery.contracts.cpus import CpuCore, GivenCpus
@@ -51,18 +51,18 @@ def test_a_domain_says_which_cpus_it_has_and_another_host_gives_it_others() -> N
         ("1", "3"),
     ]
     assert [p.get("cpuset") for p in root.findall("cputune/emulatorpin")] == ["2,3"]
-    seat = runningxml.cpu_seat(root, spec.vm_id)
+    seat = runningxml.cpu_seat(written(root), spec.vm_id)
     assert (seat.pinned, seat.exclusive, seat.allowed) == (True, {2, 3, 6, 7}, {2, 3})
 
-    pins.put(root, GivenCpus(pins=((0,), (1,), (5,))), ())
+    pins.put(root, GivenCpus(pins=((0,), (1,), (5,))), {7})
     moved = runningxml.parsed(runningxml.with_placement(root, Placement(2, 1, pinned=True)))
-    seat = runningxml.cpu_seat(moved, spec.vm_id)
+    seat = runningxml.cpu_seat(written(moved), spec.vm_id)
     assert (seat.pinned, seat.exclusive, seat.allowed) == (True, frozenset(), {0, 1, 5})
 
     pins.put(moved, None, {4, 5})
-    assert runningxml.cpu_seat(moved, spec.vm_id).allowed == {4, 5}
-    pins.put(moved, None, ())
-    assert runningxml.cpu_seat(moved, spec.vm_id).allowed == frozenset()
+    assert runningxml.cpu_seat(written(moved), spec.vm_id).allowed == {4, 5}
+    pins.put(moved, None, None)
+    assert runningxml.cpu_seat(written(moved), spec.vm_id).allowed == frozenset()
 
 
 def test_a_domain_that_is_not_pinned_says_nothing_of_cpus() -> None:
@@ -83,9 +83,7 @@ async def eight(driver: VmHost) -> AsyncIterator[VmHost]:
 
 
 async def allowed(host: VmHost, spec: DomainSpec) -> frozenset[int]:
-    return runningxml.cpu_seat(
-        runningxml.parsed(await host.hypervisor.domain_xml(spec.vm_id)), spec.vm_id
-    ).allowed
+    return runningxml.cpu_seat(await host.hypervisor.domain_xml(spec.vm_id), spec.vm_id).allowed
 
 
 async def becomes(host: VmHost, spec: DomainSpec, wanted: frozenset[int]) -> None:
@@ -172,7 +170,11 @@ async def test_who_cannot_be_moved_keeps_the_guest_from_starting(eight: VmHost) 
 async def test_room_is_made_for_one_who_arrives_and_given_back_when_it_will_not_come(eight: VmHost) -> None:
     shared, coming = tiny_spec(), tiny_spec(vcpus=2, cpus=ALONE)
     await eight.run(shared)
-    await eight.order(ADMIT_MIGRATION, AdmitMigration(vm_id=coming.vm_id, spec=coming))
+    other = tiny_spec()
+    nobody = await eight.order(ADMIT_MIGRATION, AdmitMigration(vm_id=other.vm_id, spec=other))
+    assert nobody.shared_cpus is None
+    admitted = await eight.order(ADMIT_MIGRATION, AdmitMigration(vm_id=coming.vm_id, spec=coming))
+    assert admitted.shared_cpus == tuple(sorted(REST))
     assert await allowed(eight, shared) == REST
     await eight.order(FORGET_DOMAIN, ForgetDomain(vm_id=coming.vm_id), epoch=2)
     assert await allowed(eight, shared) == ALL
@@ -218,3 +220,18 @@ async def test_the_kernel_keeps_real_guests_off_them(qemu: VmHost, libvirt_host:
     assert threads_on(libvirt_host, shared) == {every}
     watching.cancel()
     await asyncio.gather(watching, return_exceptions=True)
+
+
+async def test_a_guest_without_cpus_of_its_own_needs_one_that_is_shared(eight: VmHost) -> None:
+    shared, owner = tiny_spec(), tiny_spec(cpus=GivenCpus(pins=((0,),), exclusive=tuple(ALL)))
+    await eight.run(shared)
+    with pytest.raises(Refused, match="every CPU of this host"):
+        await eight.run(owner)
+    await eight.power_off(shared.vm_id)
+    await eight.run(owner)
+    with pytest.raises(Refused, match="has no CPUs of its own") as refused:
+        await eight.run(tiny_spec())
+    assert refused.value.kind is Kind.CONFLICT
+    pinned = tiny_spec(cpus=GivenCpus(pins=((3,),)))
+    await eight.run(pinned)
+    assert await allowed(eight, pinned) == {3}

@@ -46,6 +46,7 @@ async def test_hosts_are_told_the_cpus_that_the_scheduler_chose(configured: Sett
     async with world_of(configured, hosts=2) as (world, (first, second)):
         here = GivenCpus(pins=((4,), (5,)), exclusive=(4, 5), revision=3)
         there = GivenCpus(pins=((0,), (1,)), exclusive=(0, 1), revision=7)
+        second.shared_cpus = (2, 3)
         world.scheduler.cpus = {first.id: here, second.id: there}
         vm = await world.vm(vcpus=2, threads=2, cores=1, sockets=1, cpu_pinning=DEDICATED)
         need = world.scheduler.asked[-1].need
@@ -57,7 +58,7 @@ async def test_hosts_are_told_the_cpus_that_the_scheduler_chose(configured: Sett
         assert op.state is OperationState.SUCCEEDED, op.problem
         (admit,) = [order for order in second.asked if isinstance(order, AdmitMigration)]
         (move,) = [order for order in first.asked if isinstance(order, MigrateDomain)]
-        assert (admit.spec.cpus, move.cpus) == (there, there)
+        assert (admit.spec.cpus, move.cpus, move.shared_cpus) == (there, there, (2, 3))
 
 
 async def test_a_pinning_is_edited_only_while_the_vm_is_down(configured: Settings) -> None:

@@ -47,6 +47,7 @@ from volery.contracts.domain_orders import (
     STOP_DOMAIN,
     DomainRunning,
     DomainStopped,
+    MigrationAdmitted,
     MigrationDone,
 )
 from volery.contracts.errors import Kind, Refused
@@ -102,6 +103,8 @@ class Machine:
     begun: asyncio.Event = field(default_factory=asyncio.Event)
     started: list[tuple[str, str]] = field(default_factory=list)
     """(boot, VM) of every domain that wasn't there and was started."""
+    shared_cpus: tuple[int, ...] | None = None
+    """Those for guests that have none of their own."""
     asked: list[Any] = field(default_factory=list)
     """Every order, as it came."""
     memories: set[str] = field(default_factory=set)
@@ -204,8 +207,8 @@ class Machine:
     def _has(self, vm_id: str, disk_ids: Iterable[str]) -> None:
         self.domains[vm_id] = replace(self.domains[vm_id], disk_ids=tuple(sorted(disk_ids)))
 
-    async def _admit(self, ask: Any) -> Done:
-        return Done()
+    async def _admit(self, ask: Any) -> MigrationAdmitted:
+        return MigrationAdmitted(shared_cpus=self.shared_cpus)
 
     async def moved(self, ask: Any) -> MigrationDone:
         await self.arrive(ask.vm_id, self.others[ask.destination_uri], ask.destination_epoch)

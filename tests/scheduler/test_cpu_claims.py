@@ -13,6 +13,7 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
+from services.scheduler import cpu_store, licence_store, store
 from tests.scheduler.fleets import (
     GIB,
     capacities,
@@ -322,3 +323,42 @@ async def test_the_licence_report_says_who_held_which_cpus_and_closes_what_is_gi
             with pytest.raises(Refused) as refused:
                 await bus.ask(LICENCE_REPORT, wrong)
             assert refused.value.kind is Kind.INVALID
+
+
+async def test_what_the_previous_release_did_to_a_claim_is_put_right(
+    configured: Settings, database: DatabaseConfig
+) -> None:
+    """It confirms a claim without knowing of CPUs, and gives one back without closing its record."""
+    c = cluster()
+    async with fleet(configured, c, built(c, "h1")) as bus:
+        confirmed = placing(c.id, vcpus=2, cpu_pinning=DEDICATED)
+        released = placing(c.id, vcpus=2, cpu_pinning=DEDICATED)
+        for ask in (confirmed, released):
+            assert (await bus.ask(PLACE, ask)).cpus is not None
+        pool = await asyncpg.create_pool(
+            database.dsn, user="scheduler", password="secret", server_settings={"search_path": "scheduler"}
+        )
+        await pool.execute(
+            "update claim set doc = (doc::jsonb - 'cpus' - 'cpu_pinning' - 'exclusive_cpus')::text where vm_id = $1",
+            confirmed.need.vm_id,
+        )
+        await pool.execute("delete from claim where vm_id = $1", released.need.vm_id)
+        await pool.execute("update host_capacity set vcpus_used = vcpus_used - 2, guests = guests - 1")
+        await licence_store.close_uses(pool)
+        await store.correct_counters(pool)
+        host_id, held = next(
+            iter((await cpu_store.held(pool, list(await cpu_store.revisions(pool)))).items())
+        )
+        assert (len(held.exclusive), held.vcpus) == (2, 2)
+        row = await pool.fetchrow(
+            "select cpus_exclusive, vcpus_exclusive from host_capacity where id = $1", host_id
+        )
+        assert tuple(row) == (2, 2)
+        open_ones = [
+            use.vm_id for use in (await bus.ask(LICENCE_REPORT, AskLicenceReport())).items if not use.until
+        ]
+        assert open_ones == [confirmed.need.vm_id]
+        others = await bus.ask(PLACE, placing(c.id, vcpus=6, cpu_pinning=DEDICATED))
+        assert others.cpus is not None, others.message
+        assert not held.exclusive & set(others.cpus.exclusive)
+        await pool.close()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.scheduler.fleet import Fleet, HostFigures
 from services.scheduler.model import ClusterPolicy
+from services.scheduler.policies.affinity import ClusterRules
 from services.scheduler.policies.cpus import NOBODY, Held, HostCpus, Wish, choose, most_vcpus
 from services.scheduler.policies.decision import decide, explain, mend, sentence
+from services.scheduler.policies.promise import Guest, World, lose
 from services.scheduler.policies.request import request
 from tests.scheduler.worlds import CONFIG, GIB
 from volery.contracts.base import encode
@@ -110,15 +114,16 @@ def test_manual_pins_are_taken_as_they_are_unless_a_cpu_is_missing_or_somebody_e
     assert choose(host, Wish(MANUAL, 1, pins=((4,),))) is None
 
 
+FIGURES = HostFigures(
+    id="h1", name="h1", cluster_id="a", status="up", cpus=8, memory_bytes=16 * GIB, memory_limit_bytes=16 * GIB,
+    memory_used_bytes=0, vcpus_limit=80, vcpus_used=0, cores=encode(machine(1, 4, 2)).decode(),
+)  # fmt: skip
+
+
 def fleet_of(held: Held, **figures: object) -> Fleet:
     fleet = Fleet()
     fleet.clusters["a"] = ClusterPolicy("a", "Default")
-    made: dict[str, object] = {
-        "id": "h1", "name": "h1", "cluster_id": "a", "status": "up", "cpus": 8, "memory_bytes": 16 * GIB,
-        "memory_limit_bytes": 16 * GIB, "memory_used_bytes": 0, "vcpus_limit": 80, "vcpus_used": held.vcpus,
-        "cores": encode(machine(1, 4, 2)).decode(),
-    }  # fmt: skip
-    fleet.put(HostFigures(**(made | figures)))  # type: ignore[arg-type]
+    fleet.put(dataclasses.replace(FIGURES, **({"vcpus_used": held.vcpus} | figures)))  # type: ignore[arg-type]
     fleet.hold("h1", held)
     return fleet
 
@@ -167,3 +172,31 @@ def test_columns_forget_what_hosts_held_once() -> None:
     part.hold("h1", Held(50, frozenset({0, 1, 2}), NOBODY, 3))
     assert (fleet.ints("vcpus_limit")[0], part.ints("vcpus_limit")[0]) == (71, 53)
     assert fleet.held("h1").revision == 49
+
+
+def test_a_loss_is_survived_only_with_cpus_for_each_of_those_that_want_some_alone() -> None:
+    """Two VMs of a lost host don't both count on the same ones, and what was tried is taken back."""
+
+    def of(vcpus: int) -> World:
+        fleet = fleet_of(Held(), cores=encode(machine(1, 4, 2)).decode(), largest_shared=2)
+        fleet.put(dataclasses.replace(FIGURES, id="h2", name="h2"))
+        guests = [
+            Guest(
+                Need(
+                    vm_id=vm_id, cluster_id="a", memory_bytes=GIB, vcpus=vcpus, name=vm_id, high_availability=True,
+                    cpu_pinning=CpuPinning(policy=DEDICATED),
+                ),
+                "h2", GIB, vcpus,
+            )
+            for vm_id in ("one", "two")
+        ]  # fmt: skip
+        return World(fleet, fleet.clusters["a"], CONFIG, ClusterRules(0, ()), {g.vm_id: g for g in guests})
+
+    assert lose(of(3), ["h2"]).homeless == ()
+    world = of(4)
+    (homeless,) = lose(world, ["h2"]).homeless
+    assert "2 can be given away" in homeless.message
+    assert world.fleet.held("h1") == Held()
+    assert world.fleet.ints("largest_shared").tolist() == [2, 0]
+    world.put(dataclasses.replace(world.guests["one"], host_id="h1"))
+    assert len(world.fleet.held("h1").exclusive) == 4

@@ -71,7 +71,10 @@ def lacks_cpus(fleet: Fleet, request: Request, row: int) -> tuple[str, str]:
             f"give {vm} at most {left} vCPUs, or move VMs away from {name} that have CPUs alone",
         )
     if not host.cores:
-        return f"{name} has not said how its CPUs are built", f"update the agent of {name}, and let it report"
+        return (
+            f"{name} has not said how its CPUs are built",
+            f"let {name} report its CPUs: its agent is of an older release, or its libvirt doesn't say",
+        )
     if wish.policy is PinningPolicy.MANUAL:
         return _lacks_pins(fleet, request, row, wish)
     figures = (
@@ -82,7 +85,7 @@ def lacks_cpus(fleet: Fleet, request: Request, row: int) -> tuple[str, str]:
         wanted = (
             f"{wish.vcpus} CPUs" if wish.policy is PinningPolicy.DEDICATED else f"{wish.vcpus} whole cores"
         )
-        threads = f" with {wish.threads} threads of each core" if wish.threads > 1 else ""
+        threads = f", {wish.threads} threads of each core" if wish.threads > 1 else ""
         return f"{figures}, {vm} wants {wanted} of its own{threads}", _fewer(fleet, request, row, wish)
     needed = left - int(shared(fleet).spare[row])
     return (
