@@ -180,6 +180,20 @@ async def test_room_is_made_for_one_who_arrives_and_given_back_when_it_will_not_
     assert await allowed(eight, shared) == ALL
 
 
+async def test_it_waits_for_a_guest_that_was_told_otherwise_before(eight: VmHost) -> None:
+    """One whose domain isn't there yet when the CPUs are given away: it can't be moved before it is."""
+    owner, late = tiny_spec(vcpus=2, cpus=ALONE), tiny_spec()
+    async with cpus.placed(eight.host, late.vm_id, None) as shared:
+        assert shared is None
+        starting = asyncio.create_task(eight.run(owner))
+        await asyncio.sleep(0.3)
+        assert (await eight.hypervisor.domain(owner.vm_id)).state is DomainState.GONE
+        assert not starting.done()
+        await eight.hypervisor.create(domain_xml(late, Placement(1, 1), eight.hypervisor.machine, shared))
+    await starting
+    assert await allowed(eight, late) == REST
+
+
 async def test_guests_that_start_at_the_same_time_are_off_them_too(eight: VmHost) -> None:
     for _ in range(5):
         owner = tiny_spec(vcpus=2, cpus=ALONE)

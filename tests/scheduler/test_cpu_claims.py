@@ -30,13 +30,15 @@ from tests.scheduler.test_placing import claims
 from tests.support.runtime import running
 from volery.contracts.agent import HostCapabilities
 from volery.contracts.cluster import CLUSTER_CHANGED, Cluster
-from volery.contracts.cpus import CpuPinning, PinningPolicy
+from volery.contracts.cpus import CpuPinning, GivenCpus, PinningPolicy
 from volery.contracts.errors import Kind, Refused
 from volery.contracts.host import HOST_CHANGED, Host
+from volery.contracts.ids import new_id
 from volery.contracts.licence import LICENCE_REPORT, AskLicenceReport, as_csv
 from volery.contracts.scheduling import (
     PLACE,
     RELEASE_VM_CLAIMS,
+    Claim,
     Place,
     Placement,
     Purpose,
@@ -45,6 +47,7 @@ from volery.contracts.scheduling import (
 from volery.runtime.bus import Bus
 from volery.runtime.config import DatabaseConfig
 from volery.runtime.programs import Settings
+from volery.runtime.tables import Change, Stale, commit
 
 DEDICATED = CpuPinning(policy=PinningPolicy.DEDICATED)
 ISOLATED = CpuPinning(policy=PinningPolicy.ISOLATE_THREADS)
@@ -134,6 +137,45 @@ async def test_a_dedicated_vm_gets_cpus_a_repeat_the_same_and_what_is_given_back
         assert again.cpus.pins == ((0,), (1,))
         assert again.cpus.exclusive == (0, 1, 4, 5)
         assert await given_twice(database) == []
+
+
+async def test_the_database_refuses_what_would_be_too_much_whatever_was_decided(
+    configured: Settings, database: DatabaseConfig
+) -> None:
+    """The guards alone: claims as they would be written by a scheduler whose memory is old. 8 CPUs, twice promised."""
+    c = cluster(cpu_overcommit_ratio=2.0)
+    h1 = built(c, "h1")
+    async with fleet(configured, c, h1) as bus:
+        placed = await bus.ask(PLACE, placing(c.id, vcpus=4, cpu_pinning=DEDICATED))
+        assert placed.cpus is not None
+        (held,) = await claims(bus)
+        pool = await asyncpg.create_pool(
+            database.dsn, user="scheduler", password="secret", server_settings={"search_path": "scheduler"}
+        )
+
+        def sharing(vcpus: int) -> Claim:
+            return replace(held, id=new_id(), vcpus=vcpus, cpu_pinning="", cpus=None, exclusive_cpus=0)
+
+        def alone(cpus: int, revision: int) -> Claim:
+            given = GivenCpus(pins=(tuple(range(cpus)),), exclusive=tuple(range(cpus)), revision=revision)
+            return replace(held, id=new_id(), vcpus=cpus, cpus=given, exclusive_cpus=cpus)
+
+        async def fails(change: Change) -> None:
+            with pytest.raises(Stale):
+                await commit(pool, [change])
+
+        await fails(store.take_capacity(sharing(5)))  # 4 CPUs are shared
+        await fails(cpu_store.take_cpus(alone(1, placed.cpus.revision)))  # that was before
+        now = placed.cpus.revision + 1
+        await commit(pool, [store.take_capacity(sharing(3))])
+        await fails(cpu_store.take_cpus(alone(2, now)))  # 2 would be left for 3 vCPUs
+        await commit(pool, [store.take_capacity(sharing(3))])
+        await fails(store.take_capacity(sharing(3)))  # 4 CPUs are promised twice: 8
+        await fails(cpu_store.take_cpus(alone(2, now)))
+        await fails(cpu_store.take_cpus(alone(1, now + 1)))
+        await commit(pool, [store.take_capacity(sharing(2))])
+        await fails(cpu_store.take_cpus(alone(1, now)))  # 3 CPUs could promise 6
+        await pool.close()
 
 
 async def test_the_answer_is_rebuilt_from_the_claim_when_its_decision_is_gone(
