@@ -72,6 +72,8 @@ async def make_room(host: Host, vm_id: str, cpus: GivenCpus | None) -> None:
     wanted = frozenset(cpus.exclusive) if cpus is not None else frozenset[int]()
     if not wanted:
         return
+    if room.owner_of(wanted, but=vm_id):
+        await _try(host)  # it may have ended just now
     if other := room.owner_of(wanted, but=vm_id):
         raise conflict(
             f"VM {vm_id} is to have CPUs {sorted(wanted)} of this host alone, but VM {other} has some of them: it has to"
@@ -102,10 +104,12 @@ async def placed(host: Host, vm_id: str, cpus: GivenCpus | None) -> AsyncIterato
         await make_room(host, vm_id, cpus)
         try:
             yield None
-            room.held[vm_id] = frozenset(cpus.exclusive)
+            async with room.turn:  # who looks now and has not seen it yet still finds the promise
+                room.held[vm_id] = frozenset(cpus.exclusive)
+                room.promised.pop(vm_id, None)
         finally:
-            room.promised.pop(vm_id, None)
             if vm_id not in room.held:
+                room.promised.pop(vm_id, None)
                 await _try(host)
         return
     shared, made = room.shared, asyncio.get_running_loop().create_future()

@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.scheduler.model import ClusterPolicy
-from services.scheduler.policies.cpus import FREE, Held, HostCpus, Wish, choose, read_cores
+from services.scheduler.policies.cpus import FREE, Held, HostCpus, Wish, capacity, choose, read_cores
 from services.scheduler.policies.recipe import Recipe, by_balance
+from volery.contracts.cpus import PinningPolicy
 from volery.contracts.host import HostStatus
 
 Bools = NDArray[np.bool_]
@@ -93,6 +94,7 @@ _COLUMNS: dict[str, type] = {
     "models": np.int64,
     "machines": np.int64,
     "cpu_state": np.int64,
+    "threads": np.int64,
     "vcpus_promised": np.int64,
     "cpus_exclusive": np.int64,
     "vcpus_exclusive": np.int64,
@@ -128,6 +130,8 @@ class Fleet:
     """Cores and who has which of them, numbered: most hosts of a kind have given away the same."""
     cpu_states: list[HostCpus] = field(default_factory=list)
     """The same by number."""
+    _capacities: dict[tuple[PinningPolicy, int], Ints] = field(default_factory=dict)
+    """For how many vCPUs each of them has CPUs alone."""
     _masks: dict[tuple[str, str], Bools] = field(default_factory=dict)
     _ranks: Ints | None = None
 
@@ -178,8 +182,10 @@ class Fleet:
         cpus, promised = int(self._columns["cpus"][row]), int(self._columns["vcpus_promised"][row])
         alone = len(held.exclusive)
         limit = promised * max(cpus - alone, 0) // cpus + held.vcpus if alone and cpus else promised
+        number = self._cpu_number(self._cores.get(host_id, ""), held)
         figures = {
-            "cpu_state": self._cpu_number(self._cores.get(host_id, ""), held),
+            "cpu_state": number,
+            "threads": self.cpu_states[number].threads,
             "cpus_exclusive": alone,
             "vcpus_exclusive": held.vcpus,
             "vcpus_limit": limit,
@@ -197,10 +203,21 @@ class Fleet:
             self.cpu_states.append(HostCpus(read_cores(cores), held.exclusive, held.pinned))
         return number
 
+    def capacity(self, wish: Wish) -> Ints:
+        """For how many vCPUs of such a VM each host has CPUs that nobody else uses. Only what is new is counted."""
+        key = (wish.policy, wish.threads)
+        known = self._capacities.get(key, np.zeros(0, np.int64))
+        if len(known) < len(self.cpu_states):
+            more = [capacity(state, *key) for state in self.cpu_states[len(known) :]]
+            known = self._capacities[key] = np.concatenate([known, np.array(more, np.int64)])
+        by_host: Ints = known[self.ints("cpu_state")]
+        return by_host
+
     def forget_cpu_states(self) -> None:
         """Those that no host has any more."""
         self._cpu_numbers.clear()
         self.cpu_states.clear()
+        self._capacities.clear()
         for host_id in self.ids:
             self.hold(host_id, self.held(host_id))
 
@@ -347,6 +364,7 @@ class Fleet:
             _cores={host_id: self._cores[host_id] for host_id in ids if host_id in self._cores},
             _cpu_numbers=dict(self._cpu_numbers),
             cpu_states=list(self.cpu_states),
+            _capacities=dict(self._capacities),
         )
 
     def among(self, host_ids: Iterable[str]) -> Bools:

@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 from services.scheduler.fleet import Fleet, HostFigures
 from services.scheduler.model import ClusterPolicy
 from services.scheduler.policies.affinity import ClusterRules
-from services.scheduler.policies.cpus import NOBODY, Held, HostCpus, Wish, choose, most_vcpus
+from services.scheduler.policies.cpus import (
+    NOBODY,
+    Held,
+    HostCpus,
+    Wish,
+    alone,
+    capacity,
+    choose,
+    most_vcpus,
+)
 from services.scheduler.policies.decision import decide, explain, mend, sentence
 from services.scheduler.policies.promise import Guest, World, lose
 from services.scheduler.policies.request import request
@@ -35,6 +44,8 @@ def machine(sockets: int, cores: int, threads: int) -> tuple[CpuCore, ...]:
 @st.composite
 def hosts(draw: st.DrawFn) -> HostCpus:
     cores = machine(draw(st.integers(1, 2)), draw(st.integers(1, 6)), draw(st.sampled_from([1, 2, 4])))
+    if draw(st.integers(0, 3)) == 0:  # some cores are small ones
+        cores = (*cores, *(CpuCore(cell=0, socket=0, cpus=(100 + n,)) for n in range(3)))
     every = sorted(cpu for core in cores for cpu in core.cpus)
     taken = st.frozensets(st.sampled_from(every))
     exclusive = draw(taken)
@@ -86,6 +97,17 @@ def test_the_most_vcpus_fit_and_one_more_does_not(
     found = most_vcpus(host, Wish(policy, vcpus), most)
     assert found == 0 or fits(found)
     assert found == vcpus or not fits(found + 1)
+
+
+@settings(max_examples=300, deadline=None)
+@given(hosts(), st.integers(1, 12), st.sampled_from([DEDICATED, ISOLATED]), st.sampled_from([1, 2, 3]))
+def test_what_is_counted_for_masks_is_what_would_be_given(
+    host: HostCpus, vcpus: int, policy: PinningPolicy, threads: int
+) -> None:
+    wish = Wish(policy, vcpus, threads)
+    found = choose(host, wish)
+    assert (found is not None) == (capacity(host, policy, threads) >= vcpus)
+    assert found is None or len(found.exclusive) == alone(host, wish)
 
 
 def test_a_small_vm_leaves_whole_cores_and_whole_sockets_to_others() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, lru_cache
+from functools import cache
 from itertools import chain
 
 import msgspec
@@ -21,7 +21,7 @@ NOBODY: Cpus = frozenset()
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HostCpus:
-    """A host's cores, and who has which of their CPUs. Kept one of a kind, so that answers are found by which it is."""
+    """A host's cores, and who has which of their CPUs. Kept one of a kind: most hosts of a fleet share theirs."""
 
     cores: tuple[CpuCore, ...] = ()
     """Empty: the host hasn't said."""
@@ -32,11 +32,15 @@ class HostCpus:
     every: Cpus = field(init=False)
     free: Cpus = field(init=False)
     """Those that one VM could have alone."""
+    threads: int = field(init=False)
+    """Of each core; 0 where they differ."""
 
     def __post_init__(self) -> None:
         every = frozenset(chain.from_iterable(core.cpus for core in self.cores))
         object.__setattr__(self, "every", every)
         object.__setattr__(self, "free", every - self.exclusive - self.pinned)
+        sizes = {len(core.cpus) for core in self.cores}
+        object.__setattr__(self, "threads", sizes.pop() if len(sizes) == 1 else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +70,18 @@ FREE = Held()
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What a VM asks, as far as choosing goes: VMs that ask the same share an answer."""
+    """What a VM asks, as far as choosing goes."""
 
     policy: PinningPolicy
     vcpus: int
     threads: int = 1
     """Of each of its cores."""
     pins: tuple[tuple[int, ...], ...] = ()
+    named: Cpus = field(init=False)
+    """All CPUs of its pins."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "named", frozenset(chain.from_iterable(self.pins)))
 
     @staticmethod
     def of(pinning: CpuPinning, vcpus: int, threads: int) -> Wish | None:
@@ -93,17 +102,18 @@ def read_cores(text: str) -> tuple[CpuCore, ...]:
     return msgspec.json.decode(text, type=tuple[CpuCore, ...]) if text else ()
 
 
-@lru_cache(maxsize=1 << 16)
 def choose(host: HostCpus, wish: Wish) -> GivenCpus | None:
     """The same for the same question; None when the host hasn't got them."""
     return _CHOOSERS[wish.policy](host, wish)
 
 
+def has_pins(host: HostCpus, wish: Wish) -> bool:
+    wanted = wish.named
+    return wanted <= host.every and wanted.isdisjoint(host.exclusive) and len(wish.pins) >= wish.vcpus
+
+
 def _manual(host: HostCpus, wish: Wish) -> GivenCpus | None:
-    wanted = frozenset(chain.from_iterable(wish.pins))
-    if wanted - host.every or wanted & host.exclusive or len(wish.pins) < wish.vcpus:
-        return None
-    return GivenCpus(pins=wish.pins)
+    return GivenCpus(pins=wish.pins) if has_pins(host, wish) else None
 
 
 def _dedicated(host: HostCpus, wish: Wish) -> GivenCpus | None:
@@ -172,11 +182,32 @@ def footprint(host: HostCpus, given: GivenCpus) -> tuple[int, int]:
     return len(cores), len({core.socket for core in cores})
 
 
-@lru_cache(maxsize=1 << 16)
+def capacity(host: HostCpus, policy: PinningPolicy, threads: int) -> int:
+    """For how many vCPUs of a VM whose cores have so many threads the host has CPUs that nobody else uses."""
+    free = host.free
+    if policy is PinningPolicy.ISOLATE_THREADS:
+        return sum(free.issuperset(core.cpus) for core in host.cores)
+    if threads == 1:
+        return len(free)
+    return threads * sum(len(free.intersection(core.cpus)) // threads for core in host.cores)
+
+
+def alone(host: HostCpus, wish: Wish) -> int:
+    """How many CPUs would be the VM's alone on a host with the capacity for it."""
+    if wish.policy is PinningPolicy.DEDICATED:
+        return wish.vcpus
+    if host.threads:
+        return wish.vcpus * host.threads
+    given = choose(host, wish)
+    return 0 if given is None else len(given.exclusive)
+
+
 def most_vcpus(host: HostCpus, wish: Wish, most: int) -> int:
     """The largest number of vCPUs, not more than it has, for which the host would give up to `most` CPUs; 0 for none."""
-    for vcpus in range(min(wish.vcpus, len(host.free)), 0, -1):
-        given = choose(host, replace(wish, vcpus=vcpus))
-        if given is not None and len(given.exclusive) <= most:
-            return vcpus
-    return 0
+    least = min(wish.vcpus, capacity(host, wish.policy, wish.threads))
+    if wish.policy is PinningPolicy.DEDICATED:
+        return max(min(least, most), 0)
+    if host.threads:
+        return max(min(least, most // host.threads), 0)
+    fits = (vcpus for vcpus in range(least, 0, -1) if alone(host, replace(wish, vcpus=vcpus)) <= most)
+    return next(fits, 0)

@@ -114,7 +114,7 @@ def too_many_vcpus(fleet: Fleet, request: Request, row: int) -> tuple[str, str]:
     name, wanted = fleet.names[row], request.need.vcpus
     used, limit = int(fleet.ints("vcpus_used")[row]), int(fleet.ints("vcpus_limit")[row])
     alone = int(fleet.ints("vcpus_exclusive")[row])
-    cpus = max(int(pinned.shared(fleet).cpus[row]), 1)
+    cpus = max(pinned.shared_at(fleet, row)[0], 1)
     ratio = math.ceil((used - alone + wanted) / cpus * 10) / 10
     return (
         f"{used} of the {limit} vCPUs that {name} may promise are taken, {request.vm} needs {wanted}",

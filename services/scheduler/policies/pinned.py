@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from services.scheduler.fleet import Bools, Fleet, Ints
-from services.scheduler.policies.cpus import Wish, choose, most_vcpus
+from services.scheduler.policies.cpus import Wish, alone, capacity, choose, has_pins, most_vcpus
 from services.scheduler.policies.request import Request
 from volery.contracts.cpus import GivenCpus, PinningPolicy
 
@@ -32,16 +32,27 @@ def shared(fleet: Fleet) -> Shared:
     return Shared(left, left - needed)
 
 
+def shared_at(fleet: Fleet, row: int) -> tuple[int, int]:
+    """The same of one host."""
+    cpus, promised = int(fleet.ints("cpus")[row]), max(int(fleet.ints("vcpus_promised")[row]), 1)
+    left = cpus - int(fleet.ints("cpus_exclusive")[row])
+    sharing = int(fleet.ints("vcpus_used")[row] - fleet.ints("vcpus_exclusive")[row])
+    return left, left - max(int(fleet.ints("largest_shared")[row]), -(-sharing * cpus // promised))
+
+
 def taken(fleet: Fleet, wish: Wish) -> Ints:
     """How many CPUs of each host would be the VM's alone; NONE where it can't have what it wants."""
-    answers = (choose(state, wish) for state in fleet.cpu_states)
-    counts = np.fromiter(
-        (NONE if given is None else len(given.exclusive) for given in answers),
-        np.int64,
-        len(fleet.cpu_states),
-    )
-    found: Ints = counts[fleet.ints("cpu_state")]
-    return found
+    if not wish.alone:
+        has = (0 if has_pins(state, wish) else NONE for state in fleet.cpu_states)
+        by_state: Ints = np.fromiter(has, np.int64, len(fleet.cpu_states))
+        return by_state[fleet.ints("cpu_state")]
+    enough = fleet.capacity(wish) >= wish.vcpus
+    if wish.policy is PinningPolicy.DEDICATED:
+        return np.where(enough, wish.vcpus, NONE)
+    count = wish.vcpus * fleet.ints("threads")
+    for row in np.flatnonzero(enough & (count == 0)).tolist():  # hosts whose cores differ
+        count[row] = alone(fleet.cpus_of(row), wish)
+    return np.where(enough, count, NONE)
 
 
 def given(fleet: Fleet, request: Request, row: int) -> GivenCpus | None:
@@ -64,7 +75,7 @@ def has_cpus(fleet: Fleet, request: Request) -> Bools:
 
 def lacks_cpus(fleet: Fleet, request: Request, row: int) -> tuple[str, str]:
     name, vm, host, wish = fleet.names[row], request.vm, fleet.cpus_of(row), request.wish
-    left = int(shared(fleet).cpus[row])
+    left, spare = shared_at(fleet, row)
     if wish is None:
         return (
             f"{name} has {left} CPUs left that VMs share, {vm} has {request.need.vcpus} vCPUs",
@@ -81,17 +92,17 @@ def lacks_cpus(fleet: Fleet, request: Request, row: int) -> tuple[str, str]:
         f"of {len(host.every)} CPUs of {name} {len(host.exclusive)} are others' alone and VMs are pinned to "
         f"{len(host.pinned - host.exclusive)}"
     )
-    if choose(host, wish) is None:
+    if capacity(host, wish.policy, wish.threads) < wish.vcpus:
         wanted = (
             f"{wish.vcpus} CPUs" if wish.policy is PinningPolicy.DEDICATED else f"{wish.vcpus} whole cores"
         )
         threads = f", {wish.threads} threads of each core" if wish.threads > 1 else ""
-        return f"{figures}, {vm} wants {wanted} of its own{threads}", _fewer(fleet, request, row, wish)
-    needed = left - int(shared(fleet).spare[row])
+        return f"{figures}, {vm} wants {wanted} of its own{threads}", _fewer(fleet, request, row, spare)
+    needed = left - spare
     return (
         f"{figures}, and the VMs that share the others need {needed} of them: {max(left - needed, 0)} can be given away, "
-        f"{vm} wants {int(taken(fleet, wish)[row])}",
-        _fewer(fleet, request, row, wish),
+        f"{vm} wants {alone(host, wish)}",
+        _fewer(fleet, request, row, spare),
     )
 
 
@@ -111,8 +122,8 @@ def _list(cpus: list[int]) -> str:
     return ", ".join(map(str, cpus))
 
 
-def _fewer(fleet: Fleet, request: Request, row: int, wish: Wish) -> str:
-    most = most_vcpus(fleet.cpus_of(row), wish, int(shared(fleet).spare[row]))
+def _fewer(fleet: Fleet, request: Request, row: int, spare: int) -> str:
+    most = 0 if request.wish is None else most_vcpus(fleet.cpus_of(row), request.wish, spare)
     away = f"move VMs away from {fleet.names[row]}"
     return f"give {request.vm} at most {most} vCPUs, or {away}" if most else away
 
@@ -124,12 +135,11 @@ def fitting_vcpus(fleet: Fleet, request: Request) -> Ints:
         return np.maximum(room.cpus, 0)
     if not wish.alone:
         return np.zeros(len(fleet), np.int64)
-    states = fleet.ints("cpu_state").tolist()
-    most = (
-        most_vcpus(fleet.cpu_states[state], wish, spare)
-        for state, spare in zip(states, room.spare.tolist(), strict=True)
-    )
-    return np.fromiter(most, np.int64, len(fleet))
+    each = np.ones(len(fleet), np.int64) if wish.policy is PinningPolicy.DEDICATED else fleet.ints("threads")
+    most = np.minimum(np.minimum(fleet.capacity(wish), wish.vcpus), room.spare // np.maximum(each, 1))
+    for row in np.flatnonzero(each == 0).tolist():
+        most[row] = most_vcpus(fleet.cpus_of(row), wish, int(room.spare[row]))
+    return np.maximum(most, 0)
 
 
 def sharing_too_much(fleet: Fleet, request: Request) -> tuple[Bools, Ints]:
