@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import Any
 
-import asyncpg
 import msgspec
 
 from services.scheduler.policies.cpus import NOBODY, Held
@@ -63,11 +63,11 @@ async def held(pool: Pool, host_ids: Collection[str]) -> dict[str, Held]:
     found: dict[str, Held] = {}
     for record in records:
         now = found.get(record["id"], Held(record["cpus_revision"], NOBODY, NOBODY))
-        found[record["id"]] = now if record["cpus"] is None else _with(now, record)
+        found[record["id"]] = now if record["cpus"] is None else _with(now, dict(record))
     return found
 
 
-def _with(held: Held, record: asyncpg.Record) -> Held:
+def _with(held: Held, record: Mapping[str, Any]) -> Held:
     alone = frozenset(_CPUS.decode(record["exclusive"]))
     pinned = NOBODY if alone else frozenset(_CPUS.decode(record["cpus"]))
     vcpus = record["vcpus"] if alone else 0
