@@ -16,6 +16,7 @@ import uvloop
 from host_agent import (
     capabilities,
     console,
+    cpus,
     data_server,
     domains,
     enrolment,
@@ -87,7 +88,7 @@ PARTS = Parts(
         watch_networks=network_watch.watch,
     ),
     sample=Sampler().sample,
-    background=(watch_guests, serve_data),
+    background=(watch_guests, serve_data, cpus.watch),
     restore=network.restore,
     prepare=capabilities.prepare,
 )

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from host_agent import children, leases, listening, runningxml
+from host_agent import children, cpus, leases, listening, pins, runningxml
 from host_agent.action import Host
 from host_agent.hypervisor import Hypervisor
 from host_agent.stats import carries_traffic
@@ -59,6 +59,7 @@ async def prepare(host: Host) -> None:
     if hypervisor.domain_type == "auto":
         hypervisor.domain_type = "kvm" if await _kvm_works(host) else "qemu"
     log.info("domains run as type %s", hypervisor.domain_type)
+    await cpus.learn(host)
     for name in await hypervisor.forbid_autostart(host.config.installation):
         log.warning("domain %s had autostart, which is off now: Volery decides where a VM runs", name)
     if LIBVIRT_GUESTS.exists():
@@ -116,6 +117,7 @@ class Describer:
             cpu_flags=_cpu_flags(),
             memory_bytes=node.memory_bytes,
             numa=numa_cells(root),
+            cores=pins.cores(root),
             machines=("pc", "q35") if hypervisor.domain_type == "test" else machines(root),
             nics=physical_nics(),
             features=self.features,

@@ -9,10 +9,21 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
-from host_agent import devices, disk_locks, domxml, huge_pages, leases, migration, runningxml, suspension
+from host_agent import (
+    cpus,
+    devices,
+    disk_locks,
+    domxml,
+    huge_pages,
+    leases,
+    migration,
+    runningxml,
+    suspension,
+)
 from host_agent.action import Action, Host, Running, to_its_end
 from host_agent.domain_waits import settled, wait_gone
 from host_agent.domxml import Placement
@@ -87,7 +98,7 @@ async def run_domain(host: Host, order: RunDomain, running: Running) -> DomainRu
     What can't live any more (crashed, or waiting for a migration that won't come) is ended first.
     """
     hypervisor, spec = host.hypervisor, order.spec
-    placement = Placement(running.epoch, running.order_seq)
+    placement = Placement(running.epoch, running.order_seq).on(spec.cpus)
     now = await hypervisor.domain(order.vm_id)
     if now.state not in ENDED:
         check_ours(now, spec.installation)
@@ -112,7 +123,7 @@ async def run_domain(host: Host, order: RunDomain, running: Running) -> DomainRu
     await asyncio.to_thread(huge_pages.check, spec)
     await devices.prepare_secrets(host, spec.disks, spec.installation)
     if order.restore_path:
-        async with _taken_back(host, order.vm_id, placement):
+        async with cpus.placed(host, order.vm_id, spec.cpus), _taken_back(host, order.vm_id, placement):
             await suspension.restore(host, order, placement)
         return await to_its_end(_run_on(host, order, placement, waits=True))
     return await _create(host, order, placement)
@@ -142,14 +153,14 @@ async def _taken_back(host: Host, vm_id: str, placement: Placement) -> AsyncIter
 
 
 async def _create(host: Host, order: RunDomain, placement: Placement) -> DomainRunning:
-    xml = domxml.domain_xml(order.spec, placement, host.hypervisor.machine)
-
-    async def create() -> None:
+    async def create(xml: str) -> None:
         start = host.hypervisor.create(xml, paused=order.paused)
         await disk_locks.started("start the VM", start, order.spec.disks)
 
     async with _taken_back(host, order.vm_id, placement):
-        await _leased(order.spec.lease, create)
+        async with cpus.placed(host, order.vm_id, order.spec.cpus) as shared:
+            xml = domxml.domain_xml(order.spec, placement, host.hypervisor.machine, shared)
+            await _leased(order.spec.lease, partial(create, xml))
         await _check_held(host, order)
         return await _running(host, order.vm_id, order.spec, placement)
 
@@ -227,7 +238,10 @@ async def _running(host: Host, vm_id: str, spec: DomainSpec, placement: Placemen
 
 
 async def _mark(host: Host, vm_id: str, spec: DomainSpec, placement: Placement) -> None:
-    """Waits for what libvirt is doing to the domain."""
+    """Waits for what libvirt is doing to the domain. Which CPUs it has isn't this order's to change."""
+    has = runningxml.metadata_of(runningxml.parsed(await host.hypervisor.domain_xml(vm_id)))
+    if has is not None:
+        placement = replace(placement, pinned=has.pinned, exclusive=has.exclusive)
     await host.hypervisor.set_metadata(vm_id, domxml.metadata_xml(spec.title, spec.installation, placement))
 
 
@@ -307,6 +321,7 @@ async def forget_domain(host: Host, order: ForgetDomain, running: Running) -> Do
         check_ours(now)
         check_epoch(now, running)
         await _end(host, order.vm_id)
+    await cpus.let_go(host, order.vm_id)
     return Done()
 
 

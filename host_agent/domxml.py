@@ -8,9 +8,11 @@ from __future__ import annotations
 import re
 import uuid
 import xml.etree.ElementTree as ET
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
+from host_agent import pins
+from volery.contracts.cpus import GivenCpus
 from volery.contracts.domain import (
     DiskBus,
     DomainDisk,
@@ -42,6 +44,16 @@ class Placement:
 
     epoch: int
     order_seq: int
+    pinned: bool = False
+    """It has CPUs of its own choice, so it is left where it is when others get theirs."""
+    exclusive: tuple[int, ...] = ()
+    """Physical CPUs that no other guest may use while it lives."""
+
+    def on(self, cpus: GivenCpus | None) -> Placement:
+        """The same, with what the domain gets of the host's CPUs."""
+        if cpus is None:
+            return self
+        return replace(self, pinned=True, exclusive=cpus.exclusive)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +65,17 @@ class Machine:
     arch: str = "x86_64"
 
 
-def domain_xml(spec: DomainSpec, placement: Placement, machine: Machine) -> str:
-    """The whole domain, for virDomainCreateXML."""
+def domain_xml(
+    spec: DomainSpec, placement: Placement, machine: Machine, shared: Collection[int] | None = None
+) -> str:
+    """The whole domain, for virDomainCreateXML. `shared`: the CPUs for guests that have none of their own; None: all."""
     root = ET.Element("domain", type=machine.domain_type)
     _text(root, "name", spec.name)
     _text(root, "uuid", spec.vm_id)
     root.append(_in_metadata(spec, placement))
     _memory(root, spec)
     _text(root, "vcpu", str(spec.vcpus))
+    pins.put(root, spec.cpus, shared)
     _firmware(root, spec, machine)
     features = ET.SubElement(root, "features")
     ET.SubElement(features, "acpi")
@@ -130,13 +145,24 @@ def _sub(parent: ET.Element, tag: str, **attributes: str) -> ET.Element:
 
 
 def _metadata(title: str, installation: str, placement: Placement) -> ET.Element:
-    return ET.Element(
+    made = ET.Element(
         f"{{{NAMESPACE}}}domain",
         installation=_legal(installation),
         epoch=str(placement.epoch),
         order_seq=str(placement.order_seq),
         title=_legal(title),
     )
+    put_pinning(made, placement)
+    return made
+
+
+def put_pinning(metadata: ET.Element, placement: Placement) -> None:
+    """Nothing is written of a domain that isn't pinned."""
+    said = {"pinned": "yes" if placement.pinned else "", "exclusive": pins.text_of(placement.exclusive)}
+    for name, text in said.items():
+        metadata.attrib.pop(name, None)
+        if text:
+            metadata.set(name, text)
 
 
 def _in_metadata(spec: DomainSpec, placement: Placement) -> ET.Element:

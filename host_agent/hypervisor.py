@@ -18,10 +18,11 @@ from host_agent import domxml, runningxml
 from host_agent.audit import audit
 from host_agent.config import AgentConfig
 from host_agent.connections import BULK_SECONDS, OPEN_SECONDS, RESCUE_SECONDS, START_SECONDS
+from host_agent.cpu_room import CpuSeat
 from host_agent.events import EVENTS, EventName, HypervisorEvent, state_of
 from host_agent.findings import GuestInfo, NetworkState, NodeInfo, Versions, guest_of
-from host_agent.killing import Killing
 from host_agent.migration_parameters import MigrationParameters, MigrationStats, migration_stats
+from host_agent.pinning import Pinning
 from host_agent.serial_console import ConsoleStream
 from volery.contracts.agent import DomainReport, OpenLun
 from volery.contracts.domain_orders import StopMethod
@@ -124,7 +125,7 @@ def _close_quietly(connection: Any) -> None:
         connection.close()
 
 
-class Hypervisor(Killing):
+class Hypervisor(Pinning):
     """`start` once, `close` at the end. Every method may raise Refused; `Disconnected` when libvirtd is away."""
 
     def __init__(self, config: AgentConfig) -> None:
@@ -190,6 +191,18 @@ class Hypervisor(Killing):
             return found
 
         return await self._listing("see which LUNs are open", look)
+
+    async def cpu_seats(self) -> list[CpuSeat]:
+        """Which physical CPUs each domain may use, also those that Volery did not make."""
+
+        def look(connection: Any) -> list[CpuSeat]:
+            found = []
+            for domain in connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE):
+                with _unless_gone():
+                    found.append(runningxml.cpu_seat(domain.XMLDesc(0), domain.UUIDString()))
+            return found
+
+        return await self._listing("see who uses which CPUs", look)
 
     async def all_domain_stats(self) -> dict[str, dict[str, Any]]:
         """libvirt's statistics by vm_id; of a domain that hangs only what is known without it."""

@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import replace
 from typing import Any
 
-from host_agent import devices, huge_pages, leases, runningxml
+from host_agent import cpus, devices, huge_pages, leases, pins, runningxml
 from host_agent.action import Action, Host, Running
 from host_agent.domain_waits import settled
 from host_agent.domxml import Placement
@@ -14,13 +14,13 @@ from host_agent.events import EventName
 from host_agent.migration_parameters import MigrationParameters, MigrationStats, migration_stats
 from host_agent.refusals import LibvirtError, is_libvirt
 from volery.contracts.agent import DomainReport
-from volery.contracts.base import Done
 from volery.contracts.domain import DomainState, FileSource
 from volery.contracts.domain_orders import (
     ADMIT_MIGRATION,
     MIGRATE_DOMAIN,
     AdmitMigration,
     MigrateDomain,
+    MigrationAdmitted,
     MigrationDone,
 )
 from volery.contracts.errors import Kind, Refused, conflict
@@ -31,7 +31,7 @@ END_SECONDS = 20.0
 """What an aborted migration gets to clean up on both sides."""
 
 
-async def admit_migration(host: Host, order: AdmitMigration, running: Running) -> Done:
+async def admit_migration(host: Host, order: AdmitMigration, running: Running) -> MigrationAdmitted:
     """On the destination: no domain of this VM is in the way, and QEMU will reach its disks."""
     now = await host.hypervisor.domain(order.vm_id)
     if now.state not in (DomainState.GONE, DomainState.SHUTOFF):
@@ -43,7 +43,9 @@ async def admit_migration(host: Host, order: AdmitMigration, running: Running) -
     await leases.check_lease(order.spec.lease)
     await asyncio.to_thread(huge_pages.check, order.spec)
     await devices.prepare_secrets(host, order.spec.disks, order.spec.installation)
-    return Done()
+    await cpus.make_room(host, order.vm_id, order.spec.cpus)
+    shared = host.hypervisor.cpus.shared
+    return MigrationAdmitted(shared_cpus=None if shared is None else tuple(sorted(shared)))
 
 
 async def migrate_domain(host: Host, order: MigrateDomain, running: Running) -> MigrationDone:
@@ -103,7 +105,10 @@ def _check(now: DomainReport, order: MigrateDomain, running: Running) -> None:
 async def _parameters(host: Host, order: MigrateDomain, now: DomainReport) -> MigrationParameters:
     root = runningxml.parsed(await host.hypervisor.domain_xml(order.vm_id, migratable=True))
     runningxml.replace_sources(root, order.disks, order.nics, now.installation)
-    placement = Placement(order.destination_epoch, order.destination_order_seq)
+    pins.put(
+        root, order.cpus, order.shared_cpus
+    )  # should more be given away there meanwhile, its agent moves it
+    placement = Placement(order.destination_epoch, order.destination_order_seq).on(order.cpus)
     return MigrationParameters(
         destination_uri=order.destination_uri,
         destination_address=order.destination_address,

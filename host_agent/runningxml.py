@@ -10,7 +10,17 @@ import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from host_agent.domxml import ALIAS, NAMESPACE, Placement, disk_element, nic_element, written
+from host_agent import pins
+from host_agent.cpu_room import CpuSeat
+from host_agent.domxml import (
+    ALIAS,
+    NAMESPACE,
+    Placement,
+    disk_element,
+    nic_element,
+    put_pinning,
+    written,
+)
 from volery.contracts.agent import DomainReport, OpenLun
 from volery.contracts.domain import DomainDisk, DomainNic, DomainState
 
@@ -29,6 +39,8 @@ class DomainMetadata:
     epoch: int
     order_seq: int
     title: str
+    pinned: bool = False
+    exclusive: tuple[int, ...] = ()
 
 
 def metadata_of(root: ET.Element) -> DomainMetadata | None:
@@ -41,6 +53,21 @@ def metadata_of(root: ET.Element) -> DomainMetadata | None:
         epoch=int(found.get("epoch", "0")),
         order_seq=int(found.get("order_seq", "0")),
         title=found.get("title", ""),
+        pinned=found.get("pinned", "") == "yes",
+        exclusive=tuple(sorted(pins.read(found.get("exclusive", "")))),
+    )
+
+
+def cpu_seat(xml: str, vm_id: str) -> CpuSeat:
+    """The CPUs that a domain has and may use."""
+    root = parsed(xml)
+    metadata = metadata_of(root)
+    return CpuSeat(
+        vm_id,
+        ours=metadata is not None,
+        pinned=metadata is not None and metadata.pinned,
+        exclusive=frozenset(metadata.exclusive) if metadata is not None else frozenset(),
+        allowed=pins.allowed(root),
     )
 
 
@@ -142,6 +169,7 @@ def with_placement(root: ET.Element, placement: Placement) -> str:
         raise ValueError("the domain has no metadata of Volery's")
     found.set("epoch", str(placement.epoch))
     found.set("order_seq", str(placement.order_seq))
+    put_pinning(found, placement)
     return written(root)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from api_gateway.route import Route
+from api_gateway import licences
+from api_gateway.openapi_parts import parameter, text_of
+from api_gateway.route import Route, Special
 from volery.contracts import affinity_group as a
 from volery.contracts import history as y
 from volery.contracts import liveness as l
@@ -103,6 +105,11 @@ ROUTES = (
     Route("GET", "/start-groups/{id}", g.GET_START_GROUP, LIVENESS, "Get a start group"),
     Route("PATCH", "/start-groups/{id}", g.UPDATE_START_GROUP, LIVENESS, "Change a start group"),
     Route("DELETE", "/start-groups/{id}", g.DELETE_START_GROUP, LIVENESS, "Delete a start group that none comes after"),
+    licences.ROUTE,
+    Special("GET", "/licence-report.csv", licences.table, SCHEDULING, "Get the licence report as a table",
+            parameters=tuple(parameter(name, {"type": "string"}) for name in licences.QUERY), refuses=(400, 503, 504),
+            note="One row per VM and time, with the names of the columns first.",
+            responses={200: text_of("text/csv", "Every row that fits the question")}),
     Route("GET", "/history/versions", y.LIST_VERSIONS, HISTORY, "List versions of configuration",
           query=("noun", "id", "at", "limit", "page")),
     Route("GET", "/history/samples", y.QUERY_SAMPLES, HISTORY, "Get samples or aggregates of an object",

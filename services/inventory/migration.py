@@ -115,9 +115,9 @@ async def migrate(inv: Inventory, run: Run) -> None:
     target = (await HOSTS.get(inv.core.pool, placed.host_id)).public
     await run.step("move", "Reserving the destination", lambda: _destined(inv, ask.id, moving, target.id))
     vm = (await VMS.get(inv.core.pool, ask.id)).public
-    spec = await inv.once_free(lambda: domain_spec(inv, vm, target.id, None, run.caller))
+    spec = await inv.once_free(lambda: domain_spec(inv, vm, target.id, None, run.caller, placed.cpus))
     run.undo("destination", lambda: _forget(inv, run, ask.id, moving, target.id))
-    await run.order(
+    admitted = await run.order(
         "admit",
         f"Preparing {target.name}",
         ADMIT_MIGRATION,
@@ -125,7 +125,7 @@ async def migrate(inv: Inventory, run: Run) -> None:
         host_id=target.id,
         epoch=moving.epoch,
     )
-    await _transfer(inv, run, ask, vm, spec, moving, source, target)
+    await _transfer(inv, run, ask, vm, spec, moving, source, target, admitted.shared_cpus)
     # From here on it is at the destination, whatever happens to us.
     for undo in ("destination", "claim", "epoch", "status"):
         run.undone(undo)
@@ -198,6 +198,7 @@ async def _transfer(
     moving: Moving,
     source: Host,
     target: Host,
+    shared_cpus: tuple[int, ...] | None,
 ) -> None:
     policy = vm.migration
     cluster = (await CLUSTERS.get(inv.core.pool, vm.cluster_id)).public
@@ -217,6 +218,8 @@ async def _transfer(
         timeout_seconds=ask.timeout_seconds,
         disks=spec.disks,
         nics=spec.nics,
+        cpus=spec.cpus,
+        shared_cpus=shared_cpus,
     )
 
     def progressed(fact: OrderProgressed) -> None:

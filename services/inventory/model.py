@@ -12,6 +12,7 @@ from msgspec.structs import asdict, replace
 from services.inventory import numa
 from services.inventory.config import InventoryConfig
 from volery.contracts.base import Message
+from volery.contracts.cpus import CpuPinning, PinningPolicy
 from volery.contracts.domain import DiskBus, DomainState
 from volery.contracts.errors import conflict, invalid
 from volery.contracts.host import Host, HostStatus
@@ -23,6 +24,7 @@ MIB = 1024 * 1024
 MIN_MEMORY_BYTES = 16 * MIB
 MAX_MEMORY_BYTES = 64 * 1024 * 1024 * MIB  # 64 TiB, what oVirt validated for EL9 hosts
 MAX_VCPUS = 2048
+MAX_HOST_CPUS = 8192  # what Linux can be built for
 MAX_DISKS = 64
 MAX_NICS = 32
 
@@ -123,6 +125,27 @@ def check_backing(memory_bytes: int, hugepage_kib: int) -> None:
         )
 
 
+def check_pinning(pinning: CpuPinning, vcpus: int) -> None:
+    """Whether there is such a host is the scheduler's to say."""
+    field = "cpu_pinning.pins"
+    if pinning.policy is not PinningPolicy.MANUAL:
+        if pinning.pins:
+            raise invalid(f"only manual pinning has pins; {pinning.policy} chooses CPUs itself", field=field)
+        return
+    if len(pinning.pins) != vcpus:
+        raise invalid(
+            f"manual pinning names the CPUs of each vCPU: {vcpus} lists are needed, {len(pinning.pins)} are there",
+            field=field,
+        )
+    for number, cpus in enumerate(pinning.pins):
+        if not cpus or len(set(cpus)) != len(cpus) or not all(0 <= cpu < MAX_HOST_CPUS for cpu in cpus):
+            raise invalid(
+                f"vCPU {number} is pinned to at least one CPU of the host, each of them once, from 0 to "
+                f"{MAX_HOST_CPUS - 1}",
+                field=field,
+            )
+
+
 def check_create(ask: CreateVm) -> None:
     """Everything about a new VM that needs no look-up."""
     checks.name(ask.name)
@@ -131,6 +154,7 @@ def check_create(ask: CreateVm) -> None:
     check_shape(ask.memory_bytes, ask.vcpus, ask.sockets, ask.cores, ask.threads)
     check_backing(ask.memory_bytes, ask.hugepage_kib)
     numa.check(ask.numa_nodes, ask.memory_bytes, ask.vcpus, ask.hugepage_kib)
+    check_pinning(ask.cpu_pinning, ask.vcpus)
     if len(ask.disks) > MAX_DISKS:
         raise invalid(f"a VM has at most {MAX_DISKS} disks, not {len(ask.disks)}", field="disks")
     if len(ask.nics) > MAX_NICS:
@@ -229,7 +253,7 @@ SETTLED_AT_START = {"hugepage_kib": "huge pages", "numa_nodes": "NUMA nodes"}
 
 
 def edited(vm: Vm, ask: UpdateVm) -> Vm:
-    """The VM after the edit. Raises Refused(invalid)."""
+    """The VM after the edit. Raises Refused(invalid), or Refused(conflict) for what can't be edited now."""
     fields = given(ask)
     new = replace(vm, **fields)
     checks.name(new.name)
@@ -246,6 +270,13 @@ def edited(vm: Vm, ask: UpdateVm) -> Vm:
                 field=field,
                 vm_id=vm.id,
             )
+    check_pinning(new.cpu_pinning, new.vcpus)
+    if new.cpu_pinning != vm.cpu_pinning and vm.status is not VmStatus.DOWN:
+        raise conflict(
+            f"VM {vm.name} is {vm.status}: shut it down before its CPU pinning is changed",
+            rule="cpu_pinning",
+            status=vm.status,
+        )
     check_policies(new.affinity.host_ids + new.affinity.preferred_host_ids, new.high_availability.priority)
     later = vm.status is not VmStatus.DOWN and any(
         field not in NOW and getattr(vm, field) != value for field, value in fields.items()
@@ -258,6 +289,8 @@ ASKED = (
     "hugepage_kib",
     "numa_nodes",
     "vcpus",
+    "threads",
+    "cpu_pinning",
     "cpu_model",
     "machine",
     "affinity",

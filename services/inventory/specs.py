@@ -12,6 +12,7 @@ from services.inventory import leases, restored
 from services.inventory.desk import Inventory
 from services.inventory.store import CLUSTERS
 from volery.contracts.cluster import Cluster
+from volery.contracts.cpus import GivenCpus
 from volery.contracts.domain import DiskBus, DomainDisk, DomainNic, DomainSpec
 from volery.contracts.errors import Kind, Refused
 from volery.contracts.network import PREPARE_NETWORKS, NetworkBridge, PrepareNetworks
@@ -102,9 +103,14 @@ def network_ids(vm: Vm) -> tuple[str, ...]:
 
 
 async def domain_spec(
-    inv: Inventory, vm: Vm, host_id: str, run_once: RunOnce | None, caller: Caller
+    inv: Inventory,
+    vm: Vm,
+    host_id: str,
+    run_once: RunOnce | None,
+    caller: Caller,
+    cpus: GivenCpus | None = None,
 ) -> DomainSpec:
-    """The VM as this host must run it. Raises Refused when the host lacks a volume or a network, or can't hold
+    """The VM as this host must run it, on the physical CPUs that it was given there. Raises Refused when the host lacks a volume or a network, or can't hold
     the VM's lease."""
     volumes, bridges, lease = await asyncio.gather(
         prepared_disks(inv, vm.id, vm.epoch, host_id, disk_ids(vm, run_once), caller),
@@ -147,6 +153,7 @@ async def domain_spec(
         kernel_cmdline=once.kernel_cmdline,
         installation=inv.config.installation,
         lease=lease,
+        cpus=cpus,
     )
 
 
@@ -193,4 +200,6 @@ def need(vm: Vm, cluster: Cluster, reach: DiskReach) -> Need:
         high_availability=vm.high_availability.enabled,
         priority=vm.high_availability.priority,
         same_host=vm.high_availability.where is RestartWhere.SAME_HOST,
+        cpu_pinning=vm.cpu_pinning,
+        threads=vm.threads,
     )

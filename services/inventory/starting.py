@@ -238,7 +238,7 @@ async def bring_up(inv: Inventory, run: Run, ask: Starting) -> None:
             tried = f" Tried already: {'; '.join(reasons)}." if reasons else ""
             raise Refused(Kind.EXHAUSTED, f"{placed.message}{tried}", placement=placed, tried=len(reasons))
         try:
-            await _run_on(inv, run, ask, attempt, epoch, placed.host_id)
+            await _run_on(inv, run, ask, attempt, epoch, placed)
         except Refused as refused:
             if refused.details.get(LOST):
                 raise  # another service's silence is no fault of this host
@@ -336,12 +336,15 @@ async def _host_set(inv: Inventory, vm_id: str, epoch: int, host_id: str) -> lis
     ]
 
 
-async def _run_on(inv: Inventory, run: Run, ask: Starting, attempt: int, epoch: int, host_id: str) -> None:
+async def _run_on(
+    inv: Inventory, run: Run, ask: Starting, attempt: int, epoch: int, placed: Placement
+) -> None:
+    host_id = placed.host_id
     row = await VMS.get(inv.core.pool, ask.vm_id)
     once, prepared = ask.run_once, list[DomainSpec]()
 
     async def prepare() -> None:
-        prepared.append(await domain_spec(inv, row.public, host_id, once, run.caller))
+        prepared.append(await domain_spec(inv, row.public, host_id, once, run.caller, placed.cpus))
 
     async def question() -> RunDomain:
         await run.step(f"prepare-{attempt}", PREPARING, prepare)

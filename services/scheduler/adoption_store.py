@@ -31,17 +31,21 @@ async def unclaimed_vms(pool: Pool, settled_seconds: float, most: int) -> list[S
 def force_capacities(claims: Sequence[Claim]) -> Change:
     """For VMs that run on their hosts already: what is true must be recordable."""
     sums: dict[str, tuple[int, ...]] = {}
+    largest: dict[str, int] = {}
     for claim in claims:
         counts = held(claim)
         sums[claim.host_id] = tuple(map(add, sums.get(claim.host_id, (0,) * len(counts)), counts))
+        largest[claim.host_id] = max(largest.get(claim.host_id, 0), claim.vcpus)
     return Change(
         """update host_capacity h
            set memory_used_bytes = h.memory_used_bytes + n.memory::bigint, vcpus_used = h.vcpus_used + n.vcpus::integer,
                guests = h.guests + n.guests::integer, ha_guests = h.ha_guests + n.ha_guests::integer,
-               pages_2m_used = h.pages_2m_used + n.small::integer, pages_1g_used = h.pages_1g_used + n.large::integer
-           from unnest({0}::text[], {1}::text[], {2}::text[], {3}::text[], {4}::text[], {5}::text[], {6}::text[])
-                as n(id, memory, vcpus, guests, ha_guests, small, large)
+               pages_2m_used = h.pages_2m_used + n.small::integer, pages_1g_used = h.pages_1g_used + n.large::integer,
+               largest_shared = greatest(h.largest_shared, n.largest::integer)
+           from unnest({0}::text[], {1}::text[], {2}::text[], {3}::text[], {4}::text[], {5}::text[], {6}::text[],
+                       {7}::text[])
+                as n(id, memory, vcpus, guests, ha_guests, small, large, largest)
            where h.id = n.id""",
-        text_columns((host_id, *taken) for host_id, taken in sorted(sums.items())),
+        text_columns((host_id, *taken, largest[host_id]) for host_id, taken in sorted(sums.items())),
         guarded=False,
     )

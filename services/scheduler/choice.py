@@ -24,8 +24,10 @@ from services.scheduler.policies.decision import (
     mend,
     sentence,
 )
+from services.scheduler.policies.pinned import given
 from services.scheduler.policies.request import Request, request
 from services.scheduler.state import Scheduler
+from volery.contracts.cpus import GivenCpus, PinningPolicy
 from volery.contracts.errors import conflict
 from volery.contracts.ids import new_id
 from volery.contracts.scheduling import Claim, PastDecision, Place, Placement
@@ -81,11 +83,20 @@ class Look:
             fitting=decision.fitting,
             excluded_by=decision.excluded_by(),
             remedies=mended,
+            cpus=_cpus(fleet, asked, best),
             policy_id=asked.recipe.id,
             policy_name=asked.recipe.name,
             policy_revision=asked.recipe.revision,
             selector=asked.recipe.selector,
         )
+
+
+def _cpus(fleet: Fleet, asked: Request, row: int | None) -> GivenCpus | None:
+    """Those that it gets on the host, under the revision that they were chosen under."""
+    found = None if row is None else given(fleet, asked, row)
+    if row is None or found is None:
+        return None
+    return replace(found, revision=fleet.held(fleet.ids[row]).revision)
 
 
 async def first_answer(scheduler: Scheduler, ask: Place, claims: Claims) -> Placement | None:
@@ -118,6 +129,7 @@ async def first_answer(scheduler: Scheduler, ask: Place, claims: Claims) -> Plac
             epoch=ask.epoch,
             host_id=host_id,
             claimed=True,
+            cpus=row.public.cpus,
             message="placed before; the explanation is no longer kept",
         )
     first = msgspec.json.decode(kept, type=Placement)
@@ -125,8 +137,8 @@ async def first_answer(scheduler: Scheduler, ask: Place, claims: Claims) -> Plac
     return replace(first, hosts=first.hosts[: shown(scheduler.config)])
 
 
-def claim_of(scheduler: Scheduler, ask: Place, host_id: str) -> Claim:
-    now, need = utc_now(), ask.need
+def claim_of(scheduler: Scheduler, ask: Place, placement: Placement) -> Claim:
+    now, need, cpus = utc_now(), ask.need, placement.cpus
     pages = pages_taken(need.memory_bytes, need.hugepage_kib)
     return Claim(
         id=new_id(),
@@ -135,7 +147,7 @@ def claim_of(scheduler: Scheduler, ask: Place, host_id: str) -> Claim:
         updated_at=now,
         vm_id=need.vm_id,
         epoch=ask.epoch,
-        host_id=host_id,
+        host_id=placement.host_id,
         memory_bytes=model.memory_taken(need.memory_bytes, scheduler.config, need.hugepage_kib),
         vcpus=need.vcpus,
         state=model.TENTATIVE,
@@ -144,6 +156,9 @@ def claim_of(scheduler: Scheduler, ask: Place, host_id: str) -> Claim:
         pages_2m=pages.small,
         pages_1g=pages.large,
         cells=claims_of(needs_of(need.numa_nodes, need.hugepage_kib)),
+        cpu_pinning="" if need.cpu_pinning.policy is PinningPolicy.NONE else need.cpu_pinning.policy,
+        cpus=cpus,
+        exclusive_cpus=len(cpus.exclusive) if cpus is not None else 0,
     )
 
 

@@ -45,5 +45,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """Moves of a balance that the scheduler begins by itself; it looks again a minute later."""
     plan_pause_seconds: float = 300.0
     """After a plan that was stopped, the scheduler leaves its cluster alone for so long."""
+    licence_days: int = 1827
+    """How long it can be asked which VM held which physical CPUs, after it gave them back: five years."""
     plan_days: int = 30
     """How long plans that ended stay readable."""

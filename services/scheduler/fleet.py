@@ -16,11 +16,14 @@ from numpy.typing import NDArray
 from services.scheduler.cells import CELL_CPUS, CELLS, CELLS_USED, CellFigures, CellNeed, Taken
 from services.scheduler.model import ClusterPolicy
 from services.scheduler.pages import NO_PAGES, PAGES, PAGES_USED, Pages
+from services.scheduler.policies.cpus import FREE, Held, HostCpus, Wish, capacity, choose, read_cores
 from services.scheduler.policies.recipe import Recipe, by_balance
+from volery.contracts.cpus import PinningPolicy
 from volery.contracts.domain import MOST_CELLS
 from volery.contracts.host import HostStatus
 
 Bools = NDArray[np.bool_]
+Cpus = frozenset[int]
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
@@ -53,6 +56,10 @@ class HostFigures:
     pages_1g: int = 0
     pages_1g_used: int = 0
     """Huge pages, and how many claims hold."""
+    cores: str = ""
+    """As JSON; "" for a host that hasn't said."""
+    largest_shared: int = 0
+    """vCPUs of the largest VM there that has no CPUs of its own; more than that for a moment after it has left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +102,12 @@ _COLUMNS: dict[str, type] = {
     "models": np.int64,
     "machines": np.int64,
     **dict.fromkeys((*PAGES, *PAGES_USED), np.int64),
+    "cpu_state": np.int64,
+    "threads": np.int64,
+    "vcpus_promised": np.int64,
+    "cpus_exclusive": np.int64,
+    "vcpus_exclusive": np.int64,
+    "largest_shared": np.int64,
 }
 _USED = ("memory_used", "vcpus_used", "guests", "ha_guests", *PAGES_USED)
 """What claims take, in the order in which it is told."""
@@ -134,6 +147,15 @@ class Fleet:
     """What hosts can do, numbered: a fleet has few kinds of hosts."""
     _lists: list[frozenset[str]] = field(default_factory=list)
     """The same by number."""
+    _held: dict[str, Held] = field(default_factory=dict)
+    """Host → physical CPUs that claims hold."""
+    _cores: dict[str, str] = field(default_factory=dict)
+    _cpu_numbers: dict[tuple[str, Cpus, Cpus], int] = field(default_factory=dict)
+    """Cores and who has which of them, numbered: most hosts of a kind have given away the same."""
+    cpu_states: list[HostCpus] = field(default_factory=list)
+    """The same by number."""
+    _capacities: dict[tuple[PinningPolicy, int], Ints] = field(default_factory=dict)
+    """For how many vCPUs each of them has CPUs alone."""
     _masks: dict[tuple[str, str], Bools] = field(default_factory=dict)
     _ranks: Ints | None = None
     _everyone: Bools | None = None
@@ -164,7 +186,8 @@ class Fleet:
             "memory_bytes": host.memory_bytes,
             "memory_limit": host.memory_limit_bytes,
             "memory_used": host.memory_used_bytes,
-            "vcpus_limit": host.vcpus_limit,
+            "vcpus_promised": host.vcpus_limit,
+            "largest_shared": host.largest_shared,
             "vcpus_used": host.vcpus_used,
             "guests": host.guests,
             "ha_guests": host.ha_guests,
@@ -176,6 +199,59 @@ class Fleet:
                 self._forget_masks(name)
             self._columns[name][row] = value
         self._add_booked(host.id)
+        self._cores[host.id] = host.cores
+        self.hold(host.id, self.held(host.id))
+
+    def held(self, host_id: str) -> Held:
+        return self._held.get(host_id, FREE)
+
+    def hold(self, host_id: str, held: Held) -> None:
+        """Which physical CPUs claims hold there. What is shared may be promised as often as the over-commit says."""
+        row = self.rows.get(host_id)
+        if row is None:
+            return
+        self._held[host_id] = held
+        cpus, promised = int(self._columns["cpus"][row]), int(self._columns["vcpus_promised"][row])
+        alone = len(held.exclusive)
+        limit = promised * max(cpus - alone, 0) // cpus + held.vcpus if alone and cpus else promised
+        number = self._cpu_number(self._cores.get(host_id, ""), held)
+        figures = {
+            "cpu_state": number,
+            "threads": self.cpu_states[number].threads,
+            "cpus_exclusive": alone,
+            "vcpus_exclusive": held.vcpus,
+            "vcpus_limit": limit,
+        }
+        for name, value in figures.items():
+            self._columns[name][row] = value
+
+    def cpus_of(self, row: int) -> HostCpus:
+        return self.cpu_states[int(self.ints("cpu_state")[row])]
+
+    def _cpu_number(self, cores: str, held: Held) -> int:
+        key = (cores, held.exclusive, held.pinned)
+        number = self._cpu_numbers.setdefault(key, len(self.cpu_states))
+        if number == len(self.cpu_states):
+            self.cpu_states.append(HostCpus(read_cores(cores), held.exclusive, held.pinned))
+        return number
+
+    def capacity(self, wish: Wish) -> Ints:
+        """For how many vCPUs of such a VM each host has CPUs that nobody else uses. Only what is new is counted."""
+        key = (wish.policy, wish.threads)
+        known = self._capacities.get(key, np.zeros(0, np.int64))
+        if len(known) < len(self.cpu_states):
+            more = [capacity(state, *key) for state in self.cpu_states[len(known) :]]
+            known = self._capacities[key] = np.concatenate([known, np.array(more, np.int64)])
+        by_host: Ints = known[self.ints("cpu_state")]
+        return by_host
+
+    def forget_cpu_states(self) -> None:
+        """Those that no host has any more."""
+        self._cpu_numbers.clear()
+        self.cpu_states.clear()
+        self._capacities.clear()
+        for host_id in self.ids:
+            self.hold(host_id, self.held(host_id))
 
     def _append(self, host: HostFigures) -> int:
         row = len(self.ids)
@@ -194,6 +270,8 @@ class Fleet:
         row = self.rows.pop(host_id, None)
         if row is None:
             return
+        self._held.pop(host_id, None)
+        self._cores.pop(host_id, None)
         last = len(self.ids) - 1
         for column in self._columns.values():
             column[row] = column[last]
@@ -244,6 +322,30 @@ class Fleet:
         fresh = self._columns["fresh_vcpus"]
         fresh[row] = max(fresh[row] + amounts[1], 0)
 
+    def share(self, host_id: str, vcpus: int) -> None:
+        """A VM more that has no CPUs of its own."""
+        row = self.rows.get(host_id)
+        if row is not None:
+            largest = self._columns["largest_shared"]
+            largest[row] = max(largest[row], vcpus)
+
+    def seat(self, host_id: str, vcpus: int, wish: Wish | None) -> tuple[Held, int]:
+        """A VM takes its place among the host's CPUs, to see what is left. Returns what `unseat` needs."""
+        row, held = self.rows[host_id], self.held(host_id)
+        before = held, int(self._columns["largest_shared"][row])
+        if wish is None:
+            self.share(host_id, vcpus)
+        elif (given := choose(self.cpus_of(row), wish)) is not None:
+            self.hold(host_id, held.with_more(given, vcpus))
+        return before
+
+    def unseat(self, host_id: str, before: tuple[Held, int]) -> None:
+        """Who was seated last goes first."""
+        held, largest = before
+        if held is not self.held(host_id):
+            self.hold(host_id, held)
+        self._columns["largest_shared"][self.rows[host_id]] = largest
+
     def use(
         self,
         host_id: str,
@@ -257,13 +359,14 @@ class Fleet:
         self._add(host_id, (memory_bytes, vcpus, guests, ha_guests, *pages))
 
     def used(self, held: Sequence[tuple[str, *tuple[int, ...]]]) -> None:
-        """What the database says is used: host, bytes, vCPUs, guests, highly available guests, huge pages of each size."""
+        """What the database says is used: host, bytes, vCPUs, guests, highly available guests, huge pages of each size, vCPUs of
+        the largest VM that shares CPUs."""
         if not held:
             return
         ids, *columns = zip(*held, strict=True)
         rows = np.fromiter(map(self.rows.get, ids, repeat(-1)), np.int64, len(ids))
         known = rows >= 0
-        for name, column in zip(_USED, columns, strict=True):
+        for name, column in zip((*_USED, "largest_shared"), columns, strict=True):
             self._columns[name][rows[known]] = np.array(column)[known]
         for host_id in self._booked.keys() & set(ids):
             self._add_booked(host_id)
@@ -373,6 +476,11 @@ class Fleet:
             _cluster_numbers=dict(self._cluster_numbers),
             _sets=dict(self._sets),
             _lists=list(self._lists),
+            _held={host_id: self._held[host_id] for host_id in ids if host_id in self._held},
+            _cores={host_id: self._cores[host_id] for host_id in ids if host_id in self._cores},
+            _cpu_numbers=dict(self._cpu_numbers),
+            cpu_states=list(self.cpu_states),
+            _capacities=dict(self._capacities),
         )
 
     def among(self, host_ids: Iterable[str]) -> Bools:

@@ -22,6 +22,7 @@ from services.scheduler.round_store import HostChange
 from services.scheduler.rounds import Rounds, Waiting
 from services.scheduler.state import Scheduler
 from volery.contracts.base import Done, encode
+from volery.contracts.cpus import PinningPolicy
 from volery.contracts.errors import Kind, Refused
 from volery.contracts.ids import new_id
 from volery.contracts.scheduling import Claim, Need, Place, Purpose
@@ -44,8 +45,8 @@ class OneByOne(Exception):
 
 
 def has_parts(claim: Claim) -> bool:
-    """Parts of a host of its own: NUMA cells."""
-    return bool(claim.cells)
+    """Parts of a host of its own: NUMA cells, or physical CPUs."""
+    return bool(claim.cells or claim.cpu_pinning)
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -66,7 +67,8 @@ class Asked(Waiting):
 
 def goes_alone(scheduler: Scheduler, need: Need) -> bool:
     """Not in a round, as far as can be told before its claims are read."""
-    return scheduler.policy(need.cluster_id).promises or bool(need.numa_nodes)
+    parts = bool(need.numa_nodes) or need.cpu_pinning.policy is not PinningPolicy.NONE
+    return parts or scheduler.policy(need.cluster_id).promises
 
 
 def placing(scheduler: Scheduler, ask: Place, caller: Caller) -> Asked:
@@ -119,6 +121,8 @@ class Ledger:
     def _book(self, claim: Claim, times: int) -> None:
         self.booked.append((claim, times))
         self.scheduler.fleet.book(claim.host_id, *store.held(claim, times))
+        if times > 0:
+            self.scheduler.fleet.share(claim.host_id, claim.vcpus)
 
     def close(self, *, committed: bool) -> None:
         for claim, times in self.booked:
@@ -209,7 +213,7 @@ async def _place(ledger: Ledger, member: Asked, ask: Place, later: list[Asked]) 
     ledger.decisions.append(store.keep_decision(body, choice.in_short(placement)))
     ledger.answers.append((member, body))
     if placement.host_id:
-        ledger.take(ask, choice.claim_of(scheduler, ask, placement.host_id), placement.decision_id)
+        ledger.take(ask, choice.claim_of(scheduler, ask, placement), placement.decision_id)
 
 
 async def _commit(ledger: Ledger) -> None:

@@ -13,6 +13,7 @@ from enum import StrEnum
 
 from services.scheduler.config import SchedulerConfig
 from volery.contracts.cluster import AdmissionControl, Balance
+from volery.contracts.cpus import PinningPolicy
 from volery.contracts.errors import invalid
 from volery.contracts.scheduling import Claim, Need, Place
 from volery.contracts.vm import PAGE_SIZES_KIB, VmStatus
@@ -82,6 +83,11 @@ def check(place: Place) -> None:
         raise invalid(
             f"{_vm(need)} asks for huge pages of {need.hugepage_kib} KiB; there are pages of "
             f"{' and '.join(map(str, PAGE_SIZES_KIB))} KiB"
+        )
+    pinning = need.cpu_pinning
+    if pinning.policy is PinningPolicy.MANUAL and len(pinning.pins) < need.vcpus:
+        raise invalid(
+            f"{_vm(need)} has {need.vcpus} vCPUs and pins for {len(pinning.pins)}; pin each of them"
         )
     if place.epoch < 0:
         raise invalid(f"{_vm(need)} can't be placed under epoch {place.epoch}; epochs count from 0")

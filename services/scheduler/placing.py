@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from typing import Any
 
 import msgspec
 from msgspec.structs import replace
 
-from services.scheduler import affinity, cell_claims, choice, granting, model, promising, store
+from services.scheduler import (
+    affinity,
+    cell_claims,
+    choice,
+    cpu_store,
+    granting,
+    licence_store,
+    model,
+    promising,
+    store,
+)
+from services.scheduler.policies.cpus import footprint
 from services.scheduler.state import Scheduler
 from volery.contracts.base import encode
+from volery.contracts.cpus import PinningPolicy
 from volery.contracts.errors import Kind, Refused, not_found
 from volery.contracts.ids import new_id
 from volery.contracts.operation import ListQuery
@@ -45,7 +57,10 @@ async def place(scheduler: Scheduler, ask: Place, caller: Caller) -> Any:
     if ask.dry_run:
         bound, _ = await affinity.bind(scheduler, ask.need)
         again = partial(choice.choose, scheduler, bound=bound)
-        return (await promising.admitted(scheduler, ask, again(ask), again))[0]
+        plan = again(ask)
+        if not plan.host_id and await _saw_who_left(scheduler, ask):
+            plan = again(ask)
+        return (await promising.admitted(scheduler, ask, plan, again))[0]
     if not granting.goes_alone(scheduler, ask.need):
         with suppress(granting.OneByOne):
             return await scheduler.rounds.ask(granting.placing(scheduler, ask, caller))
@@ -62,11 +77,12 @@ async def _by_itself(scheduler: Scheduler, ask: Place, caller: Caller) -> Placem
     waited = False
     for _ in range(TRIES):
         try:
-            async with affinity.turn(scheduler, ask.need), promising.turn(scheduler, ask.need.cluster_id):
+            async with _turns(scheduler, ask):
                 placement = await _try(scheduler, ask, caller, refuses=waited)
             if placement is not None:
                 return placement
             waited = True
+            await _saw_who_left(scheduler, ask)
             await scheduler.hear_more()
         except Stale:
             await scheduler.read_used()
@@ -83,6 +99,18 @@ async def _by_itself(scheduler: Scheduler, ask: Place, caller: Caller) -> Placem
     )
 
 
+@asynccontextmanager
+async def _turns(scheduler: Scheduler, ask: Place) -> AsyncIterator[None]:
+    """In one process they come one after the other: those that depend on each other's places, and those that would choose
+    the same CPUs."""
+    async with AsyncExitStack() as turns:
+        if ask.need.cpu_pinning.policy is not PinningPolicy.NONE:
+            await turns.enter_async_context(scheduler.turn(f"cpus {ask.need.cluster_id}"))
+        await turns.enter_async_context(affinity.turn(scheduler, ask.need))
+        await turns.enter_async_context(promising.turn(scheduler, ask.need.cluster_id))
+        yield
+
+
 async def _try(scheduler: Scheduler, ask: Place, caller: Caller, *, refuses: bool) -> Placement | None:
     """None when no host fits and that isn't to be said yet. Raises Stale when it lost its place to another."""
     bound, guards = await affinity.bind(scheduler, ask.need)
@@ -91,6 +119,15 @@ async def _try(scheduler: Scheduler, ask: Place, caller: Caller, *, refuses: boo
     if not placement.host_id and not refuses:
         return None
     return await _commit(scheduler, ask, placement, guards, caller)
+
+
+async def _saw_who_left(scheduler: Scheduler, ask: Place) -> bool:
+    """Looks whether CPUs could become one VM's alone since larger VMs that shared them left, for a VM that wants some."""
+    if ask.need.cpu_pinning.policy in (PinningPolicy.NONE, PinningPolicy.MANUAL):
+        return False
+    await cpu_store.lower_largest(scheduler.core.pool, ask.need.cluster_id)
+    await scheduler.read_used()
+    return True
 
 
 async def _make_way(scheduler: Scheduler, ask: Place, claims: Claims) -> None:
@@ -113,12 +150,13 @@ async def _commit(
     placement = replace(placement, decision_id=decision_id, claimed=bool(placement.host_id))
     changes: list[Change] = []
     if placement.host_id:
-        claim = choice.claim_of(scheduler, ask, placement.host_id)
+        claim = choice.claim_of(scheduler, ask, placement)
         changes = [
             *guards,
-            store.take_capacity(claim),
+            cpu_store.take_cpus(claim) if claim.cpu_pinning else store.take_capacity(claim),
             *cell_claims.take(claim),
             store.CLAIMS.insert(claim, store.ClaimPrivate(decision_id=decision_id)),
+            *_use(scheduler, ask, placement, claim),
         ]
     await scheduler.core.commit(
         *changes,
@@ -129,6 +167,16 @@ async def _commit(
     if placement.host_id:
         scheduler.took(claim)
     return placement
+
+
+def _use(scheduler: Scheduler, ask: Place, placement: Placement, claim: Claim) -> list[Change]:
+    """For the licence report."""
+    if claim.cpus is None:
+        return []
+    host = scheduler.fleet.cpus_of(scheduler.fleet.rows[claim.host_id])
+    cores, sockets = footprint(host, claim.cpus)
+    name = placement.hosts[0].name
+    return [licence_store.begin_use(claim, ask.need.name, name, cores, sockets)]
 
 
 @part.answers(GET_DECISION)

@@ -8,7 +8,15 @@ from collections.abc import Sequence
 import msgspec
 from msgspec.structs import replace
 
-from services.scheduler import adoption_store, capacity_store, cell_claims, cell_store, model, store
+from services.scheduler import (
+    adoption_store,
+    capacity_store,
+    cell_claims,
+    cell_store,
+    licence_store,
+    model,
+    store,
+)
 from services.scheduler.cells import claims_of, needs_of
 from services.scheduler.model import SeenVm, Settling
 from services.scheduler.pages import pages_taken
@@ -144,7 +152,13 @@ async def warn_of_shortages(scheduler: Scheduler) -> None:
     scheduler.short = said
 
 
+@part.every(CHECK_SECONDS)
+async def close_uses(scheduler: Scheduler) -> None:
+    await licence_store.close_uses(scheduler.core.pool)
+
+
 @part.every(FORGET_SECONDS)
 async def forget(scheduler: Scheduler) -> None:
     await store.forget_decisions(scheduler.core.pool, scheduler.config.decision_days)
     await store.forget_gone(scheduler.core.pool)
+    await licence_store.forget_uses(scheduler.core.pool, scheduler.config.licence_days)

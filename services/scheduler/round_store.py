@@ -18,10 +18,13 @@ class HostChange:
     counts: tuple[int, ...] = (0, 0, 0, 0, 0, 0)
     takes: bool = False
     """At least one VM was placed there."""
+    largest: int = 0
+    """vCPUs of the largest of these. Whoever gets CPUs of its own isn't in a round."""
 
     def add(self, claim: Claim, times: int) -> None:
         self.counts = tuple(map(add, self.counts, held(claim, times)))
-        self.takes = self.takes or times > 0
+        if times > 0:
+            self.takes, self.largest = True, max(self.largest, claim.vcpus)
 
 
 def change_capacity(changes: Mapping[str, HostChange]) -> list[Change]:
@@ -36,20 +39,28 @@ def change_capacity(changes: Mapping[str, HostChange]) -> list[Change]:
         """update host_capacity h
            set memory_used_bytes = h.memory_used_bytes + n.memory, vcpus_used = h.vcpus_used + n.vcpus,
                guests = h.guests + n.guests, ha_guests = h.ha_guests + n.ha_guests,
-               pages_2m_used = h.pages_2m_used + n.small, pages_1g_used = h.pages_1g_used + n.large
+               pages_2m_used = h.pages_2m_used + n.small, pages_1g_used = h.pages_1g_used + n.large,
+               largest_shared = greatest(h.largest_shared, n.largest)
            from (select a.* from unnest({0}::text[], {1}::bigint[], {2}::integer[], {3}::integer[], {4}::integer[],
-                                        {5}::integer[], {6}::integer[], {7}::boolean[])
-                     as a(id, memory, vcpus, guests, ha_guests, small, large, takes)
+                                        {5}::integer[], {6}::integer[], {7}::integer[], {8}::boolean[])
+                     as a(id, memory, vcpus, guests, ha_guests, small, large, largest, takes)
                  join (select id from host_capacity where id = any({0}::text[]) order by id for update) l
                      on l.id = a.id) n
            where h.id = n.id
              and (not n.takes
                   or h.status = 'up' and not h.gone and h.memory_used_bytes + n.memory <= h.memory_limit_bytes
-                     and h.vcpus_used + n.vcpus <= h.vcpus_limit
+                     and (h.vcpus_used - h.vcpus_exclusive + n.vcpus) * h.cpus::bigint
+                         <= h.vcpus_limit::bigint * (h.cpus - h.cpus_exclusive)
+                     and (h.cpus_exclusive = 0 or n.largest <= h.cpus - h.cpus_exclusive)
                      and (n.small <= 0 or h.pages_2m_used + n.small <= h.pages_2m)
                      and (n.large <= 0 or h.pages_1g_used + n.large <= h.pages_1g))
            returning h.id, n.takes""",
-        (ids, *map(list, columns), [changes[host_id].takes for host_id in ids]),
+        (
+            ids,
+            *map(list, columns),
+            [changes[host_id].largest for host_id in ids],
+            [changes[host_id].takes for host_id in ids],
+        ),
         guarded=False,
     )
     takers = Change(

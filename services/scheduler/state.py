@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 import msgspec
 from nats.aio.msg import Msg
 
-from services.scheduler import affinity_store, cell_store, policy_store, store
+from services.scheduler import affinity_store, cell_store, cpu_store, policy_store, store
 from services.scheduler.cells import needs_from
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.fleet import Fleet, Measured
@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 USED_SECONDS = 1.0
 """How old the other replicas' claims may be in this one's fleet; a guard in the database has the last word."""
 RETRY_SECONDS = 0.5
+CPU_STATES = 1000
+"""So many that no host has any more are kept beside those that some have."""
 
 
 @dataclass(slots=True)
@@ -107,6 +109,11 @@ class Scheduler:
     def took(self, claim: Claim) -> None:
         """In this replica's memory, ahead of the next reading."""
         self._hold(claim, 1)
+        if claim.cpus is None:
+            self.fleet.share(claim.host_id, claim.vcpus)
+        elif self.fleet.held(claim.host_id).revision == claim.cpus.revision:
+            more = self.fleet.held(claim.host_id).with_more(claim.cpus, claim.vcpus)
+            self.fleet.hold(claim.host_id, more)
 
     def gave_back(self, claim: Claim) -> None:
         self._hold(claim, -1)
@@ -144,6 +151,7 @@ class Scheduler:
         for host in hosts:
             self.fleet.put(host)
             self.fleet.put_cells(host.id, cells.get(host.id, ()))
+        await self._read_cpus()
         self.changed.set()
 
     async def read_used(self) -> None:
@@ -153,6 +161,7 @@ class Scheduler:
     async def _read_used(self) -> None:
         self.fleet.used(await store.used(self.core.pool))
         self.fleet.used_cells(await cell_store.used(self.core.pool))
+        await self._read_cpus()
 
     async def read_hosts(self, host_ids: Collection[str]) -> None:
         """These hosts as the tables have them, with what claims hold of them. Thousands change when a data center comes up."""
@@ -165,6 +174,17 @@ class Scheduler:
             self.fleet.put_cells(host.id, cells.get(host.id, ()))
         for gone in set(host_ids) - {host.id for host in found}:
             self.fleet.remove(gone)
+        await self._read_cpus()
+
+    async def _read_cpus(self) -> None:
+        """Of the hosts where CPUs were given or taken back since; what is read is at least as new as that is known."""
+        now = await cpu_store.revisions(self.core.pool)
+        changed = [host_id for host_id in now if now[host_id] != self.fleet.held(host_id).revision]
+        if changed:
+            for host_id, held in (await cpu_store.held(self.core.pool, changed)).items():
+                self.fleet.hold(host_id, held)
+        if len(self.fleet.cpu_states) > 2 * len(self.fleet) + CPU_STATES:
+            self.fleet.forget_cpu_states()
 
     async def hear_more(self) -> None:
         """What would make room may be on its way: give facts a moment to arrive. Claims are told to nobody, so they are

@@ -61,6 +61,8 @@ CLAIMS: Table[Claim, ClaimPrivate] = Table(
         "high_availability": "high_availability",
         "pages_2m": "pages_2m",
         "pages_1g": "pages_1g",
+        "cpu_pinning": "cpu_pinning",
+        "exclusive_cpus": "exclusive_cpus",
         "created_at": "created_at",
         "updated_at": "updated_at",
     },
@@ -90,10 +92,14 @@ DECISIONS: Table[PastDecision, ClaimPrivate] = Table(
 
 
 def take_capacity(claim: Claim) -> Change:
-    """Its guard fails when the host has not that much left, or is no longer up."""
+    """Its guard fails when the host has not that much left, or is no longer up. For a VM without CPUs of its own; see
+    `cpu_store.take_cpus`."""
     return Change(
         f"""{_HOLD} and status = 'up' and not gone
-             and memory_used_bytes + {{1}} <= memory_limit_bytes and vcpus_used + {{2}} <= vcpus_limit
+             and memory_used_bytes + {{1}} <= memory_limit_bytes
+             and (vcpus_used - vcpus_exclusive + {{2}}) * cpus::bigint
+                 <= vcpus_limit::bigint * (cpus - cpus_exclusive)
+             and (cpus_exclusive = 0 or {{2}} <= cpus - cpus_exclusive)
              and ({{5}} = 0 or pages_2m_used + {{5}} <= pages_2m) and ({{6}} = 0 or pages_1g_used + {{6}} <= pages_1g)
            returning 1""",
         _held(claim),
@@ -107,13 +113,22 @@ def force_capacity(claim: Claim, times: int = 1) -> Change:
 
 _HOLD = """update host_capacity
            set memory_used_bytes = memory_used_bytes + {1}, vcpus_used = vcpus_used + {2}, guests = guests + {3},
-               ha_guests = ha_guests + {4}, pages_2m_used = pages_2m_used + {5}, pages_1g_used = pages_1g_used + {6}
+               ha_guests = ha_guests + {4}, pages_2m_used = pages_2m_used + {5}, pages_1g_used = pages_1g_used + {6},
+               cpus_revision = cpus_revision + {7}, cpus_exclusive = cpus_exclusive + {8},
+               vcpus_exclusive = vcpus_exclusive + {9}, largest_shared = greatest(largest_shared, {10})
            where id = {0}"""
 
 
 def _held(claim: Claim, times: int = 1) -> tuple[str | int, ...]:
-    """The host, and what is added to its counters."""
-    return (claim.host_id, *held(claim, times))
+    """The host, what is added to its counters, and what it holds of its CPUs."""
+    return (
+        claim.host_id,
+        *held(claim, times),
+        int(bool(claim.cpu_pinning)),
+        times * claim.exclusive_cpus,
+        times * claim.vcpus if claim.exclusive_cpus else 0,
+        claim.vcpus if times > 0 and not claim.cpu_pinning else 0,
+    )
 
 
 def held(claim: Claim, times: int = 1) -> tuple[int, ...]:
@@ -131,7 +146,11 @@ def held(claim: Claim, times: int = 1) -> tuple[int, ...]:
 
 def release(row: Row[Claim, ClaimPrivate]) -> list[Change]:
     """Delete a claim and give its capacity back."""
-    return [force_capacity(row.public, -1), *cell_claims.give_back(row.public), CLAIMS.delete(row)]
+    changes = [force_capacity(row.public, -1), *cell_claims.give_back(row.public), CLAIMS.delete(row)]
+    if row.public.cpu_pinning:
+        sql = "update cpu_use set ended_at = now() where id = {0}"
+        changes.append(Change(sql, (row.id,), guarded=False))
+    return changes
 
 
 async def claim_of(pool: Pool, vm_id: str, epoch: int) -> Row[Claim, ClaimPrivate] | None:
@@ -185,6 +204,9 @@ async def correct_counters(pool: Pool) -> list[tuple[str, int, int]]:
                or h.vcpus_used <> coalesce(sum(c.vcpus), 0) or h.guests <> count(c.id)
                or h.ha_guests <> coalesce(sum(c.high_availability::integer), 0)
                or h.pages_2m_used <> coalesce(sum(c.pages_2m), 0) or h.pages_1g_used <> coalesce(sum(c.pages_1g), 0)
+               or h.cpus_exclusive <> coalesce(sum(c.exclusive_cpus), 0)
+               or h.vcpus_exclusive <> coalesce(sum(case when c.exclusive_cpus > 0 then c.vcpus else 0 end), 0)
+               or h.largest_shared <> coalesce(max(case when c.cpu_pinning = '' then c.vcpus else 0 end), 0)
            order by h.id"""
     )
     wrong = []
@@ -197,12 +219,16 @@ async def correct_counters(pool: Pool) -> list[tuple[str, int, int]]:
             )
             after = await connection.fetchrow(
                 """update host_capacity set memory_used_bytes = s.memory, vcpus_used = s.vcpus, guests = s.guests,
-                       ha_guests = s.ha_guests, pages_2m_used = s.pages_2m, pages_1g_used = s.pages_1g
+                       ha_guests = s.ha_guests, cpus_exclusive = s.exclusive, vcpus_exclusive = s.alone,
+                       largest_shared = s.largest, cpus_revision = cpus_revision + 1, pages_2m_used = s.pages_2m, pages_1g_used = s.pages_1g
                    from (select coalesce(sum(memory_bytes), 0)::bigint as memory,
                                 coalesce(sum(vcpus), 0)::integer as vcpus, count(*)::integer as guests,
                                 coalesce(sum(high_availability::integer), 0)::integer as ha_guests,
                                 coalesce(sum(pages_2m), 0)::integer as pages_2m,
-                                coalesce(sum(pages_1g), 0)::integer as pages_1g
+                                coalesce(sum(pages_1g), 0)::integer as pages_1g,
+                                coalesce(sum(exclusive_cpus), 0)::integer as exclusive,
+                                coalesce(sum(case when exclusive_cpus > 0 then vcpus else 0 end), 0)::integer as alone,
+                                coalesce(max(case when cpu_pinning = '' then vcpus else 0 end), 0)::integer as largest
                          from claim where host_id = $1) s
                    where id = $1 returning memory_used_bytes, vcpus_used""",
                 suspect["id"],
@@ -263,18 +289,19 @@ def saw_host(host: Host, memory_bytes: int, pages: Pages, limits: Limits) -> Cha
     """Memory is that beside huge pages. The same revision again says what the previous release didn't take over."""
     return Change(
         """insert into host_capacity (id, revision, name, cluster_id, status, cpus, memory_bytes, cpu_models,
-               machines, memory_limit_bytes, vcpus_limit, pages_2m, pages_1g)
-           values ({0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}::text[], {8}::text[], {9}, {10}, {11}, {12})
+               machines, memory_limit_bytes, vcpus_limit, pages_2m, pages_1g, cores)
+           values ({0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}::text[], {8}::text[], {9}, {10}, {11}, {12}, {13})
            on conflict (id) do update set revision = excluded.revision, name = excluded.name,
                cluster_id = excluded.cluster_id, status = excluded.status, cpus = excluded.cpus,
                memory_bytes = excluded.memory_bytes, cpu_models = excluded.cpu_models,
                machines = excluded.machines, memory_limit_bytes = excluded.memory_limit_bytes,
-               vcpus_limit = excluded.vcpus_limit, pages_2m = excluded.pages_2m, pages_1g = excluded.pages_1g
+               vcpus_limit = excluded.vcpus_limit, pages_2m = excluded.pages_2m, pages_1g = excluded.pages_1g,
+               cores = excluded.cores
            where not host_capacity.gone
              and (host_capacity.revision < excluded.revision
                   or host_capacity.revision = excluded.revision
-                     and (host_capacity.memory_bytes, host_capacity.pages_2m, host_capacity.pages_1g)
-                         is distinct from (excluded.memory_bytes, excluded.pages_2m, excluded.pages_1g))""",
+                     and (host_capacity.memory_bytes, host_capacity.pages_2m, host_capacity.pages_1g, host_capacity.cores)
+                         is distinct from (excluded.memory_bytes, excluded.pages_2m, excluded.pages_1g, excluded.cores))""",
         (
             host.id,
             host.revision,
@@ -288,6 +315,7 @@ def saw_host(host: Host, memory_bytes: int, pages: Pages, limits: Limits) -> Cha
             limits.memory_bytes,
             limits.vcpus,
             *pages,
+            encode(host.capabilities.cores).decode() if host.capabilities.cores else "",
         ),
         guarded=False,
     )
@@ -416,7 +444,7 @@ def gone(table: str, ids: Sequence[str]) -> Change:
 
 _HOST = """select id, name, cluster_id, status, cpus, memory_bytes, memory_limit_bytes, memory_used_bytes,
                   vcpus_limit, vcpus_used, guests, ha_guests, cpu_models, machines, pages_2m, pages_2m_used,
-                  pages_1g, pages_1g_used from host_capacity"""
+                  pages_1g, pages_1g_used, cores, largest_shared from host_capacity"""
 
 
 async def hosts(pool: Pool, condition: str = "not gone", *arguments: Any) -> list[HostFigures]:
@@ -432,9 +460,10 @@ async def hosts(pool: Pool, condition: str = "not gone", *arguments: Any) -> lis
 
 
 async def used(pool: Pool) -> list[tuple[str, *tuple[int, ...]]]:
-    """Host, bytes, vCPUs, VMs that hold them, highly available ones among these, and huge pages."""
+    """Host, bytes, vCPUs, VMs that hold them, highly available ones among these, huge pages, and vCPUs of the largest VM that
+    shares CPUs."""
     records = await pool.fetch(
-        """select id, memory_used_bytes, vcpus_used, guests, ha_guests, pages_2m_used, pages_1g_used
+        """select id, memory_used_bytes, vcpus_used, guests, ha_guests, pages_2m_used, pages_1g_used, largest_shared
            from host_capacity where not gone"""
     )
     return [tuple(r) for r in records]

@@ -30,6 +30,7 @@ from volery.contracts.domain_orders import (
     DomainAction,
     ForgetDomain,
     MigrateDomain,
+    MigrationAdmitted,
     SaveDomain,
     StopDomain,
     StopMethod,
@@ -190,7 +191,7 @@ async def test_what_needs_a_running_vm_says_so(driver: VmHost) -> None:
 
 async def test_a_vm_that_is_here_can_not_arrive(driver: VmHost) -> None:
     vm = spec()
-    assert await driver.order(ADMIT_MIGRATION, AdmitMigration(vm_id=vm.vm_id, spec=vm)) == Done()
+    assert await driver.order(ADMIT_MIGRATION, AdmitMigration(vm_id=vm.vm_id, spec=vm)) == MigrationAdmitted()
     await driver.run(vm)
     with pytest.raises(Refused, match="already on this host"):
         await driver.order(ADMIT_MIGRATION, AdmitMigration(vm_id=vm.vm_id, spec=vm), epoch=2)

@@ -23,6 +23,7 @@ from volery.contracts.domain_orders import (
     AdmitMigration,
     ForgetDomain,
     MigrateDomain,
+    MigrationAdmitted,
 )
 from volery.contracts.errors import Kind, Refused
 
@@ -112,7 +113,10 @@ async def test_a_guest_goes_on_counting_on_the_other_host(pair: Pair) -> None:
     await pair.here.run(vm)
     await pair.here.agent_up(vm.vm_id)
     before = await _ticks(pair.here, vm.vm_id)
-    assert await pair.there.order(ADMIT_MIGRATION, AdmitMigration(vm_id=vm.vm_id, spec=vm), epoch=2) == Done()
+    assert (
+        await pair.there.order(ADMIT_MIGRATION, AdmitMigration(vm_id=vm.vm_id, spec=vm), epoch=2)
+        == MigrationAdmitted()
+    )
     nics = (type(vm.nics[0])(nic_id=vm.nics[0].nic_id, mac=vm.nics[0].mac, bridge="br-there"),)
     done = await pair.here.order(MIGRATE_DOMAIN, pair.move(vm, nics=nics))
     assert done.total_ms > 0

@@ -31,6 +31,7 @@ from volery.contracts.cluster import (
     CreateDataCenter,
     GetById,
 )
+from volery.contracts.cpus import GivenCpus
 from volery.contracts.domain import DomainState
 from volery.contracts.domain_orders import (
     ACT_ON_DOMAIN,
@@ -46,6 +47,7 @@ from volery.contracts.domain_orders import (
     STOP_DOMAIN,
     DomainRunning,
     DomainStopped,
+    MigrationAdmitted,
     MigrationDone,
 )
 from volery.contracts.errors import Kind, Refused
@@ -102,6 +104,10 @@ class Machine:
     begun: asyncio.Event = field(default_factory=asyncio.Event)
     started: list[tuple[str, str]] = field(default_factory=list)
     """(boot, VM) of every domain that wasn't there and was started."""
+    shared_cpus: tuple[int, ...] | None = None
+    """Those for guests that have none of their own."""
+    asked: list[Any] = field(default_factory=list)
+    """Every order, as it came."""
     memories: set[str] = field(default_factory=set)
     """Files with the memory of suspended VMs."""
 
@@ -139,6 +145,7 @@ class Machine:
     def gated(self, kind: str, act: Any) -> Any:
         async def gated(question: Any) -> Any:
             self.begun.set()
+            self.asked.append(question)
             if (gate := self.held.get(kind)) is not None:
                 await gate.wait()
             if (refusal := self.refusals.get(kind)) is not None:
@@ -201,8 +208,8 @@ class Machine:
     def _has(self, vm_id: str, disk_ids: Iterable[str]) -> None:
         self.domains[vm_id] = replace(self.domains[vm_id], disk_ids=tuple(sorted(disk_ids)))
 
-    async def _admit(self, ask: Any) -> Done:
-        return Done()
+    async def _admit(self, ask: Any) -> MigrationAdmitted:
+        return MigrationAdmitted(shared_cpus=self.shared_cpus)
 
     async def moved(self, ask: Any) -> MigrationDone:
         await self.arrive(ask.vm_id, self.others[ask.destination_uri], ask.destination_epoch)
@@ -245,6 +252,8 @@ class Scheduler(Speaker):
     may_confirm: asyncio.Event = field(default_factory=asyncio.Event)
     confirmed: list[ClaimKey] = field(default_factory=list)
     released: list[ReleaseVm] = field(default_factory=list)
+    cpus: dict[str, GivenCpus] = field(default_factory=dict)
+    """Host → the physical CPUs that a VM gets there."""
 
     def __post_init__(self) -> None:
         self.may_place.set()
@@ -273,6 +282,7 @@ class Scheduler(Speaker):
             epoch=ask.epoch,
             host_id=host_id,
             message="" if host_id else "no host is left",
+            cpus=self.cpus.get(host_id),
         )
 
     async def _confirm(self, _: Speaker, ask: ClaimKey, caller: Caller) -> Done:

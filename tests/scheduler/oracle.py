@@ -13,6 +13,7 @@ from services.scheduler.fleet import HostFigures, NetworkReach
 from services.scheduler.model import ClusterPolicy
 from services.scheduler.policies.affinity import Group
 from services.scheduler.policies.bound import Seat
+from services.scheduler.policies.cpus import FREE, Held, read_cores
 from volery.contracts.scheduling import Need, Place
 from volery.contracts.scheduling_policy import SchedulingPolicy
 
@@ -38,6 +39,8 @@ class World:
     """Where the other VMs of the groups are."""
     cells: Mapping[str, Sequence[CellFigures]] = field(default_factory=dict)
     """Host → its NUMA cells."""
+    held: Mapping[str, Held] = field(default_factory=dict)
+    """Host → its CPUs that VMs hold."""
 
 
 LEFT_OUT = ("cpu", "cpu_overload", "swap", "cluster_maintenance")
@@ -151,6 +154,49 @@ def followers(world: World, vm: str) -> list[Seat]:
     return [] if any(mate.host_ids for mate in mates) else mates
 
 
+# Physical CPUs
+
+
+def shared_limit(world: World, host: HostFigures) -> int:
+    """vCPUs that the host may promise: its shared CPUs as often as the over-commit says, and those of VMs with their own."""
+    held = world.held.get(host.id, FREE)
+    if not held.exclusive:
+        return host.vcpus_limit
+    return host.vcpus_limit * (host.cpus - len(held.exclusive)) // host.cpus + held.vcpus
+
+
+def cpus_alone(world: World, need: Need, host: HostFigures) -> int | None:
+    """How many CPUs of the host the VM would have alone; None when it can't have what it wants. By counting."""
+    held, cores = world.held.get(host.id, FREE), read_cores(host.cores)
+    everything = {cpu for core in cores for cpu in core.cpus}
+    free = [[cpu for cpu in c.cpus if cpu not in held.exclusive | held.pinned] for c in cores]
+    match need.cpu_pinning.policy:
+        case "manual":
+            wanted = {cpu for pins in need.cpu_pinning.pins for cpu in pins}
+            return 0 if wanted <= everything and not wanted & held.exclusive else None
+        case "dedicated":
+            threads = max(need.threads, 1)
+            groups = sum(len(left) // threads for left in free)
+            return need.vcpus if groups * threads >= need.vcpus else None
+        case "isolate_threads":
+            whole = [left for left, core in zip(free, cores, strict=True) if len(left) == len(core.cpus)]
+            return len(cores[0].cpus) * need.vcpus if len(whole) >= need.vcpus else None
+    return 0
+
+
+def lacks_cpus(world: World, need: Need, host: HostFigures) -> bool:
+    held, policy = world.held.get(host.id, FREE), need.cpu_pinning.policy
+    left = host.cpus - len(held.exclusive)
+    if policy == "none":
+        return bool(held.exclusive) and need.vcpus > left
+    alone = cpus_alone(world, need, host)
+    if policy == "manual" or alone is None:
+        return alone is None
+    left -= alone
+    sharing = host.vcpus_used - held.vcpus
+    return left < host.largest_shared or sharing * host.cpus > host.vcpus_limit * left
+
+
 # Rules
 
 
@@ -177,8 +223,11 @@ def refusals(world: World, place: Place, host: HostFigures, config: SchedulerCon
         refused.add("excluded")
     if need.vcpus > host.cpus:
         refused.add("cpu")
-    if host.vcpus_limit - host.vcpus_used < need.vcpus:
+    alone = need.cpu_pinning.policy in ("dedicated", "isolate_threads")
+    if not alone and shared_limit(world, host) - host.vcpus_used < need.vcpus:
         refused.add("cpu_overcommit")
+    if lacks_cpus(world, need, host):
+        refused.add("cpu_pinning")
     if host.memory_limit_bytes - host.memory_used_bytes < taken(place, config):
         refused.add("memory")
     if need.hugepage_kib:
@@ -324,7 +373,7 @@ def score(unit: str, world: World, place: Place, host: HostFigures, config: Sche
             memory = taken(place, config) + sum(mate.memory for mate in mates)
             vcpus = need.vcpus + sum(mate.vcpus for mate in mates)
             fits = host.memory_used_bytes + memory <= host.memory_limit_bytes
-            return float(bool(mates) and fits and host.vcpus_used + vcpus <= host.vcpus_limit)
+            return float(bool(mates) and fits and host.vcpus_used + vcpus <= shared_limit(world, host))
     return 0.0
 
 

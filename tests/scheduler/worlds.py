@@ -14,12 +14,15 @@ from services.scheduler.fleet import Fleet, HostFigures, Measured, NetworkReach
 from services.scheduler.model import ClusterPolicy, limits
 from services.scheduler.policies.affinity import ClusterRules, Group
 from services.scheduler.policies.bound import FREE, Seat, resolve
+from services.scheduler.policies.cpus import Held
 from services.scheduler.policies.recipe import Recipe
 from services.scheduler.policies.request import Request, request
 from services.scheduler.policies.units import BY_KIND, OPTIONAL
 from tests.scheduler.oracle import World
 from volery.contracts.affinity_group import AffinityRule
+from volery.contracts.base import encode
 from volery.contracts.cluster import Balance
+from volery.contracts.cpus import CpuCore, CpuPinning, PinningPolicy
 from volery.contracts.domain import NumaMode, NumaNode
 from volery.contracts.host import HostStatus
 from volery.contracts.scheduling import Need, Place, Purpose
@@ -50,8 +53,10 @@ def fleet_of(world: World) -> Fleet:
         if fresh := world.fresh_vcpus.get(host.id):
             fleet.use(host.id, 0, fresh)
         held = (host.memory_used_bytes, host.vcpus_used, host.guests, host.ha_guests)
-        fleet.used([(host.id, *held, host.pages_2m_used, host.pages_1g_used)])
+        fleet.used([(host.id, *held, host.pages_2m_used, host.pages_1g_used, host.largest_shared)])
         fleet.put_cells(host.id, world.cells.get(host.id, ()))
+    for host_id, given in world.held.items():
+        fleet.hold(host_id, given)
     for network in world.networks:
         fleet.set_network(network)
     return fleet
@@ -133,17 +138,51 @@ def affinity(draw: st.DrawFn) -> tuple[tuple[Group, ...], dict[str, Seat]]:
 
 
 @st.composite
+def holdings(draw: st.DrawFn, cpus: int) -> Held:
+    """Of a host with so many CPUs."""
+    alone = draw(st.frozensets(st.integers(0, cpus - 1)))
+    pinned = draw(st.frozensets(st.integers(0, cpus - 1), max_size=2)) - alone
+    return Held(draw(st.integers(1, 9)), alone, pinned, draw(st.integers(0, len(alone))))
+
+
+@st.composite
+def built(draw: st.DrawFn, cpus: int) -> str:
+    """Cores of one kind in two cells, or nothing known."""
+    threads = draw(st.sampled_from([0, 1, 2, 2, 4]))
+    if not cpus or not threads or cpus % threads:
+        return ""
+    count = cpus // threads
+    cores = (
+        CpuCore(cell=n * 2 // count, socket=n * 2 // count, cpus=tuple(range(n, cpus, count)))
+        for n in range(count)
+    )
+    return encode(tuple(cores)).decode()
+
+
+@st.composite
+def pinnings(draw: st.DrawFn, vcpus: int) -> CpuPinning:
+    policy = draw(st.sampled_from([PinningPolicy.NONE, PinningPolicy.NONE, *PinningPolicy]))
+    if policy is not PinningPolicy.MANUAL:
+        return CpuPinning(policy=policy)
+    pins = st.sets(st.integers(0, 8), min_size=1, max_size=3).map(lambda cpus: tuple(sorted(cpus)))
+    return CpuPinning(policy=policy, pins=tuple(draw(st.lists(pins, min_size=vcpus, max_size=vcpus))))
+
+
+@st.composite
 def worlds(draw: st.DrawFn) -> World:
     """Hosts whose limits are those of their cluster, small enough for a VM not to fit for each of many reasons."""
     policy, given = draw(policies()), draw(st.none() | given_policies())
     groups, seats = draw(st.just(((), {})) | affinity())
     if given is not None:
         policy = dataclasses.replace(policy, policy_id=given.id)
-    hosts = []
+    hosts, held = [], {}
     for host_id in draw(subsets(HOSTS)):
         cpus = draw(st.sampled_from([8, 8]) | st.integers(0, 8))
         memory = draw(st.sampled_from([8 * GIB, 8 * GIB, 16 * GIB]) | st.integers(0, 8 * GIB))
         limit = limits(memory, cpus, policy, CONFIG)
+        if cpus and draw(st.booleans()):
+            held[host_id] = draw(holdings(cpus))
+        given_vcpus = held[host_id].vcpus if host_id in held else 0
         hosts.append(
             HostFigures(
                 id=host_id,
@@ -155,7 +194,7 @@ def worlds(draw: st.DrawFn) -> World:
                 memory_limit_bytes=limit.memory_bytes,
                 memory_used_bytes=draw(st.just(0) | st.integers(0, 8 * GIB)),
                 vcpus_limit=limit.vcpus,
-                vcpus_used=draw(st.just(0) | st.integers(0, 32)),
+                vcpus_used=draw(st.just(0) | st.integers(0, 32)) + given_vcpus,
                 guests=draw(st.integers(0, 5)),
                 ha_guests=draw(st.integers(0, 3)),
                 cpu_models=frozenset(draw(subsets(MODELS))),
@@ -164,6 +203,8 @@ def worlds(draw: st.DrawFn) -> World:
                 pages_2m_used=draw(st.just(0) | st.integers(0, 4096)),
                 pages_1g=draw(st.integers(0, 8)),
                 pages_1g_used=draw(st.just(0) | st.integers(0, 8)),
+                cores=draw(built(cpus)),
+                largest_shared=draw(st.just(0) | st.integers(0, 8)),
             )
         )
     return World(
@@ -182,6 +223,7 @@ def worlds(draw: st.DrawFn) -> World:
         groups=groups,
         seats=seats,
         cells={h.id: draw(cells()) for h in hosts},
+        held=held,
     )
 
 
@@ -265,6 +307,8 @@ def places(draw: st.DrawFn) -> Place:
         memory_bytes=memory,
         vcpus=vcpus,
         numa_nodes=draw(nodes(memory, vcpus)),
+        cpu_pinning=draw(pinnings(vcpus)),
+        threads=draw(st.sampled_from([0, 0, 1, 2])),
         name="web",
         cpu_model=draw(st.sampled_from(["", "host-passthrough", *MODELS])),
         machine=draw(st.sampled_from(["", *MACHINES])),

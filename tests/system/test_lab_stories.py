@@ -9,18 +9,20 @@ from pathlib import Path
 
 import pytest
 
+from host_agent import pins, runningxml
 from lab.board import Fault
 from lab.scene import MIB, Scene, staged
-from volery.client import api
+from volery.client import api, licences
 from volery.client.request import Request, body_of
 from volery.client.transport import OperationFailed, ProblemError
+from volery.contracts.cpus import CpuPinning, PinningPolicy
 from volery.contracts.liveness import HostLiveness, LivenessState, ProofKind
 from volery.contracts.operation import Operation, OperationState
 from volery.contracts.power import (
     ConfirmHostRebooted,
 )
 from volery.contracts.storage import CreateDisk
-from volery.contracts.vm import CreateVm, HighAvailability, MigrationPolicy, Vm, VmStatus
+from volery.contracts.vm import Affinity, CreateVm, HighAvailability, MigrationPolicy, Vm, VmStatus
 
 pytestmark = pytest.mark.timeout(420)
 
@@ -53,6 +55,47 @@ def test_a_guest_migrates_while_it_counts(stage: Scene) -> None:
     source = stage.host(vm.host_id)
     assert not stage.domains(source, vm)
     stage.remove(moved)
+
+
+def bound(stage: Scene, vm: Vm) -> tuple[set[str], frozenset[int]]:
+    """The CPU of each vCPU as libvirt has it on its host, and all that something of it may use."""
+    host = stage.host(vm.host_id)
+    (name,) = stage.domains(host, vm)
+    shown = subprocess.run(host.enter(["virsh", "dumpxml", name]), capture_output=True, text=True, check=True)
+    root = runningxml.parsed(shown.stdout)
+    return {pin.get("cpuset", "") for pin in root.findall("cputune/vcpupin")}, pins.allowed(root)
+
+
+def test_a_guest_with_a_cpu_of_its_own_takes_one_along_and_others_leave_it(stage: Scene) -> None:
+    first, second = (stage.client.find(api.HOSTS, name).id for name in ("h1", "h2"))
+    alone = stage.guest(
+        "alone",
+        cpu_pinning=CpuPinning(policy=PinningPolicy.DEDICATED),
+        affinity=Affinity(preferred_host_ids=(first,)),
+    )
+    shares = stage.guest("shares", affinity=Affinity(preferred_host_ids=(second,)))
+    assert (alone.host_id, shares.host_id) == (first, second)
+    stage.act(alone.id, "migrate")
+    moved = stage.client.send(api.VMS.get(alone.id))
+    assert moved.host_id == second
+    was, now = licences.all_of(stage.client, licences.asked(None, None, alone.id, ""))
+    assert (was.host_id, now.host_id) == (first, second)
+    assert was.until is not None
+    assert bound(stage, moved) == ({str(now.cpus[0])}, frozenset(now.cpus))
+    every = {cpu for core in stage.client.find(api.HOSTS, "h2").capabilities.cores for cpu in core.cpus}
+    assert bound(stage, shares)[1] == every - set(now.cpus)
+
+    stage.act(shares.id, "migrate")
+    away = stage.client.send(api.VMS.get(shares.id))
+    assert not bound(stage, away)[1] or bound(stage, away)[1] == every, "nobody has CPUs alone there"
+    stage.act(shares.id, "migrate")
+    back = stage.client.send(api.VMS.get(shares.id))
+    assert back.host_id == second
+    assert bound(stage, back)[1] == every - set(now.cpus)
+    assert stage.inside(moved, "echo alive").strip() == "alive"
+    stage.remove(moved)
+    stage.wait(lambda: bound(stage, back)[1] == every, 20, lambda: "CPUs that nobody gives back")
+    stage.remove(back)
 
 
 def test_a_migration_is_cancelled_and_the_guest_stays(stage: Scene) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from host_agent import pins
 from services.inventory.service import service as inventory
 from services.scheduler.service import service as scheduler
 from services.storage.service import service as storage
@@ -25,7 +26,9 @@ from tests.support.plane import (
     until_host,
 )
 from volery.contracts.cluster import GetById
+from volery.contracts.cpus import CpuPinning, PinningPolicy
 from volery.contracts.host import HostStatus
+from volery.contracts.licence import LICENCE_REPORT, AskLicenceReport
 from volery.contracts.operation import OperationState
 from volery.contracts.vm import (
     ACT_ON_VM,
@@ -43,6 +46,8 @@ from volery.contracts.vm import (
     VmStatus,
 )
 from volery.runtime.bus import Bus
+
+DEDICATED = CpuPinning(policy=PinningPolicy.DEDICATED)
 
 
 @pytest.fixture
@@ -96,6 +101,69 @@ async def test_a_vm_lives_and_dies(plane: Plane, machine: LibvirtHost) -> None:
             assert (await bus.ask(GET_VM, GetById(id=vm_id))).status_reason == "crashed"
             gone = await ended(bus, await bus.ask(DELETE_VM, DeleteVm(id=vm_id)))
             assert gone.state is OperationState.SUCCEEDED, gone.problem
+        except BaseException:
+            print(agent.log())
+            raise
+        finally:
+            agent.stop()
+
+
+def cpus_of(machine: LibvirtHost, vm_id: str) -> set[frozenset[int]]:
+    """On which CPUs the kernel may run each thread of a VM's QEMU."""
+    found = set()
+    for status in Path(f"/proc/{machine.qemu(vm_id)}/task").glob("*/status"):
+        (line,) = [x for x in status.read_text().splitlines() if x.startswith("Cpus_allowed_list:")]
+        found.add(pins.read(line.partition(":")[2].strip()))
+    return found
+
+
+async def test_a_vm_gets_a_cpu_of_its_own_and_the_others_leave_it(plane: Plane, machine: LibvirtHost) -> None:
+    """From the wish to the kernel: one VM shares, one has a CPU alone, and a third finds none left."""
+    async with running_plane(plane, inventory, scheduler, storage) as bus:
+        cluster = await default_cluster(bus)
+        agent = await enrolled_agent(bus, plane, cluster, "h1", VOLERY_AGENT_LIBVIRT_URI=machine.uri)
+        agent.start()
+        try:
+            host = await until_host(bus, agent.host.id, HostStatus.UP)
+            every = frozenset(cpu for core in host.capabilities.cores for cpu in core.cpus)
+            assert len(every) == host.capabilities.cpus > 1
+
+            async def made(name: str, pinning: CpuPinning) -> str:
+                ask = CreateVm(
+                    name=name,
+                    cluster_id=cluster.id,
+                    memory_bytes=64 * 1024 * 1024,
+                    vcpus=1,
+                    cpu_pinning=pinning,
+                )
+                op = await bus.ask(CREATE_VM, ask)
+                await succeeded(bus, op)
+                return op.object_id
+
+            shares, alone = await made("shares", CpuPinning()), await made("alone", DEDICATED)
+            await succeeded(bus, await bus.ask(START_VM, StartVm(id=shares)))
+            assert cpus_of(machine, shares) == {every}
+            await succeeded(bus, await bus.ask(START_VM, StartVm(id=alone)))
+            (use,) = (await bus.ask(LICENCE_REPORT, AskLicenceReport())).items
+            assert (use.vm_name, use.host_name, use.until) == ("alone", "h1", None)
+            assert cpus_of(machine, alone) == {frozenset(use.cpus)}
+            assert cpus_of(machine, shares) == {every - set(use.cpus)}
+
+            greedy = CpuPinning(policy=PinningPolicy.MANUAL, pins=(use.cpus,))
+            other = await made("other", greedy)
+            failed = await ended(bus, await bus.ask(START_VM, StartVm(id=other)))
+            assert failed.problem is not None
+            assert f"CPU {use.cpus[0]} of h1 is another VM's alone" in failed.problem.message
+
+            await succeeded(bus, await bus.ask(STOP_VM, StopVm(id=alone, force=True)))
+            async with asyncio.timeout(20):
+                while cpus_of(machine, shares) != {every}:
+                    await asyncio.sleep(0.05)
+            async with asyncio.timeout(20):
+                while (await bus.ask(LICENCE_REPORT, AskLicenceReport())).items[0].until is None:
+                    await asyncio.sleep(0.05)
+            await succeeded(bus, await bus.ask(START_VM, StartVm(id=other)))
+            assert cpus_of(machine, other) == {frozenset(use.cpus)}
         except BaseException:
             print(agent.log())
             raise

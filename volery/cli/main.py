@@ -8,6 +8,7 @@ from volery.cli import (
     access,
     admin,
     affinity,
+    cpus,
     estate,
     fencing,
     placing,
@@ -65,6 +66,7 @@ app.command()(access.logout)
 app.command()(streams.events)
 app.command()(streams.console)
 app.command("explain")(placing.explain)
+app.command("licence-report")(cpus.licence_report)
 
 
 def main() -> None:

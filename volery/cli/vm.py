@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from msgspec.structs import replace
 
-from volery.cli import output, placing, work
+from volery.cli import cpus, output, placing, work
 from volery.cli.output import Format
 from volery.cli.work import DryRun, Output, Wait
 from volery.client import api
@@ -89,6 +89,8 @@ def create(
     ha: Annotated[bool, typer.Option("--ha", help="Bring it back when it crashes or its host dies.")] = False,
     ha_where: HaWhere = RestartWhere.ELSEWHERE,
     pin: Annotated[list[str] | None, typer.Option(help="Only on these hosts.")] = None,
+    cpu_pinning: cpus.PolicyOption = None,
+    cpu_pins: cpus.PinsOption = "",
     io_error: Annotated[
         IoErrorPolicy, typer.Option(help="What an I/O error that pauses it leads to.")
     ] = IoErrorPolicy.RESUME,
@@ -109,6 +111,7 @@ def create(
             memory_bytes=_size(memory),
             hugepage_kib=PAGES_KIB[huge_pages or PageSize.NONE],
             vcpus=vcpus,
+            cpu_pinning=cpus.pinning(cpu_pinning, cpu_pins),
             disks=tuple(_disk(client, text) for text in disk or ()),
             nics=tuple(NewNic(network_id=work.id_of(client, api.NETWORKS, text)) for text in nic or ()),
             cdroms=(CdRom(disk_id=work.id_of(client, api.DISKS, cdrom)),) if cdrom else (),
@@ -148,6 +151,8 @@ def edit(
     huge_pages: HugePages = None,
     vcpus: int = 0,
     description: str = "",
+    cpu_pinning: cpus.PolicyOption = None,
+    cpu_pins: cpus.PinsOption = "",
     ha: Annotated[bool | None, typer.Option("--ha/--no-ha")] = None,
     ha_where: HaWhere = RestartWhere.ELSEWHERE,
     io_error: Annotated[
@@ -167,6 +172,8 @@ def edit(
         fields |= {"hugepage_kib": PAGES_KIB[huge_pages]} if huge_pages is not None else {}
         fields |= {"vcpus": vcpus} if vcpus else {}
         fields |= {"description": description} if description else {}
+        if cpu_pinning is not None or cpu_pins:
+            fields |= {"cpu_pinning": cpus.pinning(cpu_pinning, cpu_pins)}
         if ha is not None:
             where = ha_where if ha else RestartWhere.POSSIBLE
             fields |= {"high_availability": replace(vm.high_availability, enabled=ha, where=where)}

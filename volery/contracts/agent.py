@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from volery.contracts.base import Call, Fact, Message
+from volery.contracts.cpus import CpuCore
 from volery.contracts.domain import DomainState, ImageFormat
 from volery.contracts.errors import Problem
 from volery.contracts.leases import LeaseAbility, LockspaceReport
@@ -236,6 +237,8 @@ class HostCapabilities(Message):
     cpu_flags: tuple[str, ...] = ()
     memory_bytes: int = 0
     numa: tuple[NumaCell, ...] = ()
+    cores: tuple[CpuCore, ...] = ()
+    """How its CPUs are built, in the order of their first threads; empty: it isn't known, and no VM is pinned there."""
     machines: tuple[str, ...] = ()
     nics: tuple[str, ...] = ()
     """Physical network devices that could carry a logical network."""

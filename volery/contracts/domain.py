@@ -8,6 +8,7 @@ from __future__ import annotations
 from enum import StrEnum
 
 from volery.contracts.base import Message
+from volery.contracts.cpus import GivenCpus
 
 
 class DomainState(StrEnum):
@@ -166,5 +167,7 @@ class DomainSpec(Message):
     graphics: bool = True
     installation: str = ""
     """Which Volery made it: kept in the domain's metadata; other installations leave it alone."""
+    cpus: GivenCpus | None = None
+    """The physical CPUs that it has on this host; None: any that the host has given to nobody alone."""
     lease: DomainLease | None = None
     """The host must have joined its lockspace. Without one, nothing but epochs keeps the VM from running twice."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 
 from volery.contracts.base import Done, Message, Order
+from volery.contracts.cpus import GivenCpus
 from volery.contracts.domain import DomainDisk, DomainNic, DomainSpec, DomainState, VolumeSource
 
 
@@ -140,6 +141,11 @@ class AdmitMigration(Message):
     spec: DomainSpec
 
 
+class MigrationAdmitted(Message):
+    shared_cpus: tuple[int, ...] | None = None
+    """The destination's CPUs for guests that have none of their own; None: all."""
+
+
 class MigrateDomain(Message):
     """Live migration, peer to peer, on the source. `epoch` of the order is the source's; the destination gets e+1."""
 
@@ -157,6 +163,10 @@ class MigrateDomain(Message):
     timeout_seconds: float = 600.0
     disks: tuple[DomainDisk, ...] = ()
     nics: tuple[DomainNic, ...] = ()
+    cpus: GivenCpus | None = None
+    """On the destination, as in its spec there."""
+    shared_cpus: tuple[int, ...] | None = None
+    """Of the destination, as it said when it admitted the VM."""
 
 
 class MigrationDone(Message):
@@ -194,7 +204,7 @@ RESIZE_DOMAIN_DISK = Order("domain.resize_disk", ResizeDomainDisk, Done)
 ATTACH_NIC = Order("domain.attach_nic", AttachNic, Done)
 UPDATE_NIC = Order("domain.update_nic", UpdateNic, Done)
 DETACH_NIC = Order("domain.detach_nic", DetachNic, Done)
-ADMIT_MIGRATION = Order("domain.admit_migration", AdmitMigration, Done)
+ADMIT_MIGRATION = Order("domain.admit_migration", AdmitMigration, MigrationAdmitted)
 MIGRATE_DOMAIN = Order(
     "domain.migrate", MigrateDomain, MigrationDone, repeat_safe=False, deadline_seconds=3600
 )

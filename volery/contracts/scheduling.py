@@ -5,6 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 
 from volery.contracts.base import Call, Done, Entity, Fact, Message
+from volery.contracts.cpus import CpuPinning, GivenCpus
 from volery.contracts.domain import NumaNode
 from volery.contracts.operation import ListQuery, Page
 
@@ -33,6 +34,9 @@ class Need(Message):
     """With which it is brought back before others."""
     same_host: bool = False
     """It is to be brought back on its own host only: no cluster can promise anything for it."""
+    cpu_pinning: CpuPinning = CpuPinning()
+    threads: int = 0
+    """Of each of its cores; 0 or 1: its vCPUs are cores."""
 
 
 class Purpose(StrEnum):
@@ -160,6 +164,8 @@ class Placement(Message):
     policy_name: str = ""
     policy_revision: int = 0
     """As the policy was then."""
+    cpus: GivenCpus | None = None
+    """The physical CPUs that a pinned VM gets there."""
     selector: str = ""
     """How its weights were put together: weighted_sum (a host's weights are factor × score) or rank (factor × rank)."""
 
@@ -192,6 +198,11 @@ class Claim(Entity):
     """Huge pages of 2 MiB and 1 GiB. Their memory isn't part of `memory_bytes`."""
     cells: tuple[CellClaim, ...] = ()
     """What of it nodes hold that are pinned to NUMA cells."""
+    cpu_pinning: str = ""
+    """By which policy it holds physical CPUs; "": by none, it shares what others leave."""
+    cpus: GivenCpus | None = None
+    exclusive_cpus: int = 0
+    """How many of them are its alone."""
 
 
 class ClaimKey(Message):

@@ -9,6 +9,7 @@ from msgspec import UNSET, UnsetType
 
 from volery.contracts.base import Call, Done, Entity, Fact, Message
 from volery.contracts.cluster import GetById
+from volery.contracts.cpus import CpuPinning
 from volery.contracts.domain import DiskBus, ImageFormat, NicModel, NumaNode
 from volery.contracts.operation import ListQuery, Operation, Page
 
@@ -161,6 +162,8 @@ class Vm(Entity):
     sockets: int = 0
     cores: int = 0
     threads: int = 0
+    cpu_pinning: CpuPinning = CpuPinning()
+    """On which physical CPUs it runs; which it has now says its claim."""
     cpu_model: str = ""
     """"" is the cluster's."""
     machine: str = ""
@@ -235,6 +238,7 @@ class CreateVm(Message):
     sockets: int = 0
     cores: int = 0
     threads: int = 0
+    cpu_pinning: CpuPinning = CpuPinning()
     cpu_model: str = ""
     machine: str = ""
     uefi: bool = False
@@ -275,6 +279,8 @@ class UpdateVm(Message):
     sockets: int | UnsetType = UNSET
     cores: int | UnsetType = UNSET
     threads: int | UnsetType = UNSET
+    cpu_pinning: CpuPinning | UnsetType = UNSET
+    """Only while it is down."""
     cpu_model: str | UnsetType = UNSET
     machine: str | UnsetType = UNSET
     uefi: bool | UnsetType = UNSET

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from services.scheduler.fleet import UP, Bools, Fleet
-from services.scheduler.policies import backing, bound, numa, strain
+from services.scheduler.policies import backing, bound, numa, pinned, strain
 from services.scheduler.policies.request import Request, size
 from volery.contracts.host import HostStatus
 
@@ -102,14 +102,17 @@ def too_few_threads(fleet: Fleet, request: Request, row: int) -> tuple[str, str]
 
 
 def has_vcpus(fleet: Fleet, request: Request) -> Bools:
+    if request.wish is not None and request.wish.alone:
+        return fleet.everyone  # it takes nothing of what is promised several times
     return fleet.ints("vcpus_used") + request.need.vcpus <= fleet.ints("vcpus_limit")
 
 
 def too_many_vcpus(fleet: Fleet, request: Request, row: int) -> tuple[str, str]:
     name, wanted = fleet.names[row], request.need.vcpus
     used, limit = int(fleet.ints("vcpus_used")[row]), int(fleet.ints("vcpus_limit")[row])
-    cpus = max(int(fleet.ints("cpus")[row]), 1)
-    ratio = math.ceil((used + wanted) / cpus * 10) / 10
+    alone = int(fleet.ints("vcpus_exclusive")[row])
+    cpus = max(pinned.shared_at(fleet, row)[0], 1)
+    ratio = math.ceil((used - alone + wanted) / cpus * 10) / 10
     return (
         f"{used} of the {limit} vCPUs that {name} may promise are taken, {request.vm} needs {wanted}",
         f"stop VMs with {used + wanted - limit} vCPUs on {name}, or raise the cluster's CPU over-commit to {ratio:g}",
@@ -191,6 +194,7 @@ FILTERS: tuple[Filter, ...] = (
     Filter("excluded", is_not_excluded, is_excluded),
     Filter("cpu", has_threads, too_few_threads),
     Filter("cpu_overcommit", has_vcpus, too_many_vcpus),
+    Filter("cpu_pinning", pinned.has_cpus, pinned.lacks_cpus),
     Filter("memory", has_memory, too_little_memory),
     Filter("huge_pages", backing.has_pages, backing.too_few_pages),
     Filter("numa", numa.fits, numa.unfit),

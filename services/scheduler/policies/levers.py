@@ -15,7 +15,7 @@ import numpy as np
 
 from services.scheduler.fleet import STATUSES, Bools, Fleet, Ints
 from services.scheduler.model import MIB
-from services.scheduler.policies import strain
+from services.scheduler.policies import pinned, strain
 from services.scheduler.policies.recipe import BY_BALANCE
 from services.scheduler.policies.request import Request, size
 from volery.contracts.cluster import Balance
@@ -131,16 +131,20 @@ def free_memory(fleet: Fleet, request: Request, row: int, amount: int) -> Change
 
 def _vcpus_at_most(fleet: Fleet, request: Request) -> Ints:
     """Those that the VM can have on the host: where it has more, they must shrink to the host's threads in any case,
-    unless its policy lets a VM have more."""
-    if not request.follows("cpu"):
-        return np.full(len(fleet), request.need.vcpus)
-    return np.minimum(request.need.vcpus, np.maximum(fleet.ints("cpus"), 1))
+    unless its policy lets a VM have more; and to those that are shared, where some aren't."""
+    shared = pinned.shared(fleet).cpus
+    most = shared if request.follows("cpu") else np.where(fleet.ints("cpus_exclusive") > 0, shared, NEVER)
+    return np.minimum(request.need.vcpus, np.maximum(most, 1))
 
 
 def _vcpus_to_free(fleet: Fleet, request: Request) -> Ints:
     vcpus, limit = _vcpus_at_most(fleet, request), fleet.ints("vcpus_limit")
     short = fleet.ints("vcpus_used") + vcpus - limit
     return _where((limit >= vcpus) & (short > 0), short)
+
+
+def _vcpus_to_unshare(fleet: Fleet, request: Request) -> Ints:
+    return _where(*pinned.sharing_too_much(fleet, request))
 
 
 def free_vcpus(fleet: Fleet, request: Request, row: int, amount: int) -> Change:
@@ -218,6 +222,11 @@ def _vcpus_beyond_limit(fleet: Fleet, request: Request) -> Ints:
     return _where(left >= 1, request.need.vcpus - left)
 
 
+def _vcpus_beyond_cpus(fleet: Fleet, request: Request) -> Ints:
+    most = pinned.fitting_vcpus(fleet, request)
+    return _where(most >= 1, request.need.vcpus - most)
+
+
 def shrink_vcpus(fleet: Fleet, request: Request, row: int, amount: int) -> Change:
     now = request.need.vcpus
     return _of_vm(
@@ -292,14 +301,13 @@ def _tenths_now(request: Request) -> int:
 
 def _ratio_more(fleet: Fleet, request: Request) -> Ints:
     """Tenths of the least ratio r, in whole tenths, with ⌊threads × r⌋ ≥ what would be used, as limits are computed."""
-    cpus = np.maximum(fleet.ints("cpus"), 1)
-    wanted = fleet.ints("vcpus_used") + _vcpus_at_most(fleet, request)
+    cpus, shared = np.maximum(fleet.ints("cpus"), 1), pinned.shared(fleet).cpus
+    sharing = fleet.ints("vcpus_used") - fleet.ints("vcpus_exclusive") + _vcpus_at_most(fleet, request)
+    wanted = -(-sharing * cpus // np.maximum(shared, 1))
     tenths = -(-wanted * 10 // cpus)
     tenths += np.floor(cpus * (tenths / 10)) < wanted
     more: Ints = tenths - _tenths_now(request)
-    return _where(
-        _own(fleet, request) & (fleet.ints("cpus") > 0) & (tenths <= MOST_TENTHS) & (more > 0), more
-    )
+    return _where(_own(fleet, request) & (shared > 0) & (tenths <= MOST_TENTHS) & (more > 0), more)
 
 
 def raise_ratio(fleet: Fleet, request: Request, row: int, amount: int) -> Change:
@@ -416,6 +424,8 @@ LEVERS: tuple[Lever, ...] = (
     Lever("cpu_overcommit", ChangeKind.HOST, "vcpus_used", _vcpus_to_free, free_vcpus, _vm_vcpus),
     Lever("cpu_overcommit", ChangeKind.CLUSTER, "cpu_overcommit_ratio", _ratio_more, raise_ratio,
           lambda r: max(_tenths_now(r), 1)),
+    Lever("cpu_pinning", ChangeKind.VM, "vcpus", _vcpus_beyond_cpus, shrink_vcpus, _vm_vcpus),
+    Lever("cpu_pinning", ChangeKind.HOST, "vcpus_used", _vcpus_to_unshare, free_vcpus, _vm_vcpus),
     Lever("memory", ChangeKind.VM, "memory_bytes", _memory_too_much, shrink_memory, _vm_memory),
     Lever("memory", ChangeKind.HOST, "memory_used_bytes", _memory_to_free, free_memory, _taken),
     Lever("memory", ChangeKind.CLUSTER, "memory_overcommit_percent", _percent_more, raise_percent,

@@ -19,6 +19,7 @@ from services.scheduler.config import SchedulerConfig
 from services.scheduler.fleet import STATUSES, UP, Bools, Fleet, Floats
 from services.scheduler.model import ClusterPolicy
 from services.scheduler.pages import NO_PAGES, Pages, too_many, total
+from services.scheduler.policies import cpus
 from services.scheduler.policies.affinity import ClusterRules
 from services.scheduler.policies.bound import FREE, Bound, Seat, resolve
 from services.scheduler.policies.decision import decide, explain, mend, sentence
@@ -142,6 +143,8 @@ class World:
         """A VM that is to take its capacity there."""
         self.guests[guest.vm_id] = guest
         self._use(guest, 1)
+        if guest.host_id in self.fleet.rows:
+            self.fleet.seat(guest.host_id, guest.vcpus, self.request(guest).wish)
         self._on = None
 
     def move(self, vm_id: str, host_id: str) -> None:
@@ -199,6 +202,7 @@ class Placing:
         self.alive: Bools = ~world.fleet.among(lost)
         self.places: dict[str, str] = {}
         self._taken: list[Held] = []
+        self._seated: list[tuple[str, tuple[cpus.Held, int]]] = []
 
     def bound(self, guest: Guest) -> Bound:
         around = self.world.rules.around(guest.vm_id)
@@ -237,6 +241,7 @@ class Placing:
         held = (host_id, asked.memory, guest.need.vcpus, int(guest.protected), asked.pages, asked.cells)
         self._use(held, 1)
         self._taken.append(held)
+        self._seated.append((host_id, self.world.fleet.seat(host_id, guest.need.vcpus, asked.wish)))
         self.places[guest.vm_id] = host_id
 
     def _use(self, held: Held, times: int) -> None:
@@ -250,6 +255,8 @@ class Placing:
         for held in self._taken:
             self._use(held, -1)
         self._taken.clear()
+        while self._seated:
+            self.world.fleet.unseat(*self._seated.pop())
 
     def why(self, guest: Guest) -> Homeless:
         """Explained on the hosts as they are now, the lost ones down."""

@@ -10,6 +10,7 @@ from services.scheduler.model import MIB, ClusterPolicy, memory_taken
 from services.scheduler.pages import NO_PAGES, Pages, pages_taken
 from services.scheduler.policies import units
 from services.scheduler.policies.bound import FREE, Bound
+from services.scheduler.policies.cpus import Wish
 from services.scheduler.policies.recipe import Recipe, by_balance
 from volery.contracts.scheduling import Need, Place, Purpose
 
@@ -43,6 +44,8 @@ class Request:
     """By what the weight of highly available VMs is divided."""
     now: float = 0.0
     """By the clock that dates the fleet's samples."""
+    wish: Wish | None = None
+    """Which physical CPUs it wants; None: those that are shared."""
 
     def follows(self, unit: str) -> bool:
         """Whether a filter is one of its policy's."""
@@ -99,6 +102,7 @@ def request(
         vcpu_ratio=figures.get(units.VCPU_RATIO, 0.0),
         scale_down=figures.get(units.SCALE_DOWN, 1.0),
         now=now,
+        wish=Wish.of(place.need.cpu_pinning, place.need.vcpus, place.need.threads),
     )
 
 

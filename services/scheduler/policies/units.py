@@ -97,6 +97,8 @@ UNITS: tuple[PolicyUnit, ...] = (
           mandatory="a VM doesn't migrate to where it is"),
     _unit(F, "cpu", "has fewer threads than the VM has vCPUs", ovirt="CPU"),
     _unit(F, "cpu_overcommit", "has promised too many vCPUs", mandatory=_GUARD),
+    _unit(F, "cpu_pinning", "hasn't the physical CPUs that the VM wants, or would have too few left for VMs that share them",
+          ovirt="CpuPinning", mandatory=_GUARD),
     _unit(F, "memory", "has too little memory left", ovirt="Memory", mandatory=_GUARD),
     _unit(F, "huge_pages", "has too few huge pages left", ovirt="HugePages", mandatory=_GUARD),
     _unit(F, "numa", "lacks a NUMA cell that a node of the VM is pinned to, or room in it", ovirt="NUMA",
