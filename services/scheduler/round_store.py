@@ -8,7 +8,7 @@ from operator import add
 
 from services.scheduler.store import CLAIMS, ClaimPrivate, held
 from volery.contracts.scheduling import Claim
-from volery.runtime.tables import Change, Row
+from volery.runtime.tables import ENTITY_COLUMNS, Change, Row
 
 
 @dataclass(slots=True)
@@ -87,17 +87,29 @@ def next_placements(counted: Mapping[str, tuple[int, int]]) -> Change:
     )
 
 
+_TYPES = {
+    "revision": "bigint",
+    "epoch": "bigint",
+    "memory_bytes": "bigint",
+    "vcpus": "integer",
+    "high_availability": "boolean",
+    "pages_2m": "integer",
+    "pages_1g": "integer",
+    "exclusive_cpus": "integer",
+    "created_at": "timestamptz",
+    "updated_at": "timestamptz",
+}
+"""Columns of claims that aren't text."""
+_CLAIM = (*ENTITY_COLUMNS, *CLAIMS.columns)
+_COLUMNS = ", ".join(_CLAIM)
+_ARRAYS = ", ".join(f"{{{number}}}::{_TYPES.get(name, 'text')}[]" for number, name in enumerate(_CLAIM))
+
+
 def insert_claims(inserts: Sequence[Change]) -> Change:
     """Many of `CLAIMS.insert` at once."""
     columns = zip(*(change.arguments for change in inserts), strict=True)
     return Change(
-        """insert into claim (id, revision, doc, private, vm_id, epoch, host_id, state, memory_bytes, vcpus,
-               high_availability, pages_2m, pages_1g, created_at, updated_at)
-           select * from unnest({0}::text[], {1}::bigint[], {2}::text[], {3}::text[], {4}::text[], {5}::bigint[],
-               {6}::text[], {7}::text[], {8}::bigint[], {9}::integer[], {10}::boolean[], {11}::integer[],
-               {12}::integer[], {13}::timestamptz[], {14}::timestamptz[]) as n(id, revision, doc, private, vm_id, epoch,
-               host_id, state, memory_bytes, vcpus, high_availability, pages_2m, pages_1g, created_at, updated_at)
-           returning 1""",
+        f"insert into claim ({_COLUMNS}) select * from unnest({_ARRAYS}) as n({_COLUMNS}) returning 1",
         tuple(list(column) for column in columns),
         facts=tuple(fact for change in inserts for fact in change.facts),
         each_of=0,
