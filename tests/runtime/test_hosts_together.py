@@ -214,3 +214,20 @@ async def test_after_a_loss_of_the_connection_it_goes_on_where_it_stood(configur
             await at.report(host_id)
         assert hearing._after(await js.stream_info(HOST_STREAM)) == 0
         assert len(await at.told(9)) == 9
+
+
+async def test_whoever_begins_anew_hears_again_what_a_restored_database_has_not(configured: Settings) -> None:
+    """Also in the process that had heard it before."""
+    async with hosts(configured) as at:
+        host_id = new_id()
+        async with at.heard() as hearing:
+            await at.report(host_id)
+            await at.event(host_id)
+            await at.told(2)
+        await at.pool.execute("update heard_host set seq = 1")
+        await at.pool.execute("delete from told where seq = 2")
+        again = asyncio.create_task(hearing.run())
+        try:
+            assert await at.told(2) == [(host_id, 1), (host_id, 2)]
+        finally:
+            await end([again])

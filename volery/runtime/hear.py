@@ -117,6 +117,7 @@ class HostHearing:
         return (at is not None and at.seq >= seq) or not seq
 
     async def run(self) -> None:
+        self.stood = (None, 0)  # the database may be an older one now: what it hasn't heard is in the stream
         await self._load()
         while True:
             try:
