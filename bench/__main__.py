@@ -49,7 +49,7 @@ ROWS: dict[str, Row] = {
     "leader": leader.killed,
     "decisions": decisions.decisions,
     "plans": plans.plans,
-    "hbal": plans.hbal_only,
+    "hbal": plans.against_hbal,
     "placements": placements.placements,
     "placement": openstack.placement,
     "nova": nova.decided,

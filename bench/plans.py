@@ -12,6 +12,7 @@ import itertools
 import random
 import re
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -254,12 +255,12 @@ def replace_open(board: Board, hosts: Sequence[int]) -> Board:
 
 
 async def plans(world: World) -> list[Line]:
-    lines = [*large(), *emptied()]
+    return [*large(), *emptied()]
+
+
+async def against_hbal(world: World) -> list[Line]:
+    lines: list[Line] = []
     for nodes, count in NODES:
         lines += await beside_hbal(nodes, count)
+        print(f"  {lines[-1].note}", file=sys.stderr)
     return lines
-
-
-async def hbal_only(world: World) -> list[Line]:
-    """The part of it that runs beside hbal."""
-    return [line for nodes, count in NODES for line in await beside_hbal(nodes, count)]

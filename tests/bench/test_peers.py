@@ -6,6 +6,7 @@ Peers are installed when their row is measured (`python -m bench placement`); wh
 from __future__ import annotations
 
 import random
+import re
 
 import pytest
 
@@ -55,3 +56,7 @@ async def test_a_plan_beside_hbals() -> None:
     assert line.theirs is not None
     assert min(line.ours, line.theirs) > 0
     assert "0 at the beginning, ours 0, hbal's 0" in line.note
+    found = re.search(r"ours ([\d.]+) after (\d+) moves, hbal's ([\d.]+) after (\d+)", line.note)
+    assert found is not None
+    assert float(found[1]) <= float(found[3])
+    assert int(found[2]) <= int(found[4])

@@ -14,6 +14,7 @@ from services.scheduler.config import SchedulerConfig
 from services.scheduler.fleet import Fleet, HostFigures, Measured
 from services.scheduler.model import ClusterPolicy
 from services.scheduler.policies.decision import Decision, decide, explain, mend, room, sentence
+from services.scheduler.policies.recipe import PACKING, Recipe
 from services.scheduler.policies.request import request
 from tests.scheduler import oracle
 from tests.scheduler.oracle import World
@@ -210,6 +211,25 @@ def test_even_distribution_takes_the_emptier_and_power_saving_the_fuller() -> No
     assert decided(hosts_of(*hosts), place_of(), ClusterPolicy("a"))[0] == "empty"
     saving = ClusterPolicy("a", balance="power_saving")
     assert decided(hosts_of(*hosts), place_of(), saving)[0] == "half"
+
+
+def test_packing_takes_what_a_host_has_too_much_of_and_the_fuller_of_two_alike() -> None:
+    recipe = Recipe.of(PACKING)
+
+    def chosen(place: Place, *hosts: HostFigures) -> str:
+        fleet = hosts_of(*hosts)
+        best = decide(fleet, request(place, ClusterPolicy("a"), CONFIG, recipe=recipe)).best
+        return fleet.ids[best] if best is not None else ""
+
+    three = (
+        figures("whole"),
+        figures("memory to spare", vcpus_used=60),
+        figures("vcpus to spare", memory_used_bytes=12 * GIB),
+    )
+    assert chosen(place_of(vcpus=1), *three) == "memory to spare"
+    assert chosen(place_of(memory_bytes=512 * MIB, vcpus=8), *three) == "vcpus to spare"
+    alike = figures("fuller", memory_used_bytes=4 * GIB)
+    assert chosen(place_of(), figures("a"), alike) == "fuller"
 
 
 def test_power_saving_spares_a_busy_host() -> None:
