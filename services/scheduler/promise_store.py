@@ -138,6 +138,18 @@ def keep_needs(told: Sequence[Need]) -> Change:
     )
 
 
+def keep_need(need: Need, lost_host_id: str, refuge_host_id: str) -> Change:
+    """The same of one VM, with where it goes: one statement can't write a row twice."""
+    return Change(
+        """insert into promised_vm (vm_id, cluster_id, need, lost_host_id, refuge_host_id)
+           values ({0}, {1}, {2}, {3}, {4})
+           on conflict (vm_id) do update set cluster_id = excluded.cluster_id, need = excluded.need,
+               lost_host_id = excluded.lost_host_id, refuge_host_id = excluded.refuge_host_id, asked_at = now()""",
+        (need.vm_id, need.cluster_id, encode(need).decode(), lost_host_id, refuge_host_id),
+        guarded=False,
+    )
+
+
 def keep_refuges(found: Mapping[str, tuple[str, str]]) -> Change:
     """VM → the host whose loss it is for, and where it goes then."""
     vm_ids = sorted(found)

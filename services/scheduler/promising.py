@@ -179,7 +179,10 @@ def _changes(
             keep(known, refuges)
             scheduler.guests[cluster_id] = count + 1, known
 
-    return [store.keep_needs([ask.need]).and_then(committed), store.keep_refuges(refuges)]
+    own = refuges.get(guest.vm_id)
+    told = store.keep_needs([ask.need]) if own is None else store.keep_need(ask.need, *own)
+    others = {vm_id: found for vm_id, found in refuges.items() if vm_id != guest.vm_id}
+    return [told.and_then(committed), store.keep_refuges(others)]
 
 
 def keep(known: dict[str, Guest], refuges: dict[str, tuple[str, str]]) -> None:

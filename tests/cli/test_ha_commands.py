@@ -29,6 +29,7 @@ from volery.contracts import soft_fence as s
 from volery.contracts import start_group as g
 from volery.contracts.base import Call
 from volery.contracts.cluster import UPDATE_CLUSTER, AdmissionControl
+from volery.contracts.domain import NumaMode, NumaNode
 from volery.contracts.fencing import PowerAction
 from volery.contracts.liveness import GET_LIVENESS
 from volery.contracts.vm import CREATE_VM, UPDATE_VM
@@ -272,7 +273,27 @@ ROWS = (
         CREATE_VM,
         {"hugepage_kib": 1048576, "memory_bytes": 2 << 30},
     ),
-    Row("vm create web2", CREATE_VM, {"hugepage_kib": 0}),
+    Row("vm create web2", CREATE_VM, {"hugepage_kib": 0, "numa_nodes": ()}),
+    Row(
+        "vm create web2 --memory 3GiB --vcpus 4 --numa-node 0-1,3:2GiB:0 --numa-node 2:1GiB:0,1",
+        CREATE_VM,
+        {
+            "numa_nodes": (
+                NumaNode(memory_bytes=2 << 30, vcpus=(0, 1, 3), host_cells=(0,)),
+                NumaNode(memory_bytes=1 << 30, vcpus=(2,), host_cells=(0, 1), mode=NumaMode.INTERLEAVE),
+            )
+        },
+    ),
+    Row(
+        "vm edit web1 --numa-node 0:1GiB:2:preferred",
+        UPDATE_VM,
+        {
+            "numa_nodes": (
+                NumaNode(memory_bytes=1 << 30, vcpus=(0,), host_cells=(2,), mode=NumaMode.PREFERRED),
+            )
+        },
+    ),
+    Row("vm edit web1 --numa-node none", UPDATE_VM, {"numa_nodes": ()}),
     Row("vm edit web1 --huge-pages 2MiB", UPDATE_VM, {"hugepage_kib": 2048}),
     Row("vm edit web1 --huge-pages none", UPDATE_VM, {"hugepage_kib": 0}),
     Row("vm edit web1 --vcpus 2", UPDATE_VM, {"hugepage_kib": msgspec.UNSET}),
@@ -304,6 +325,8 @@ class Bad:
 
 
 BAD = (
+    Bad("vm create web2 --numa-node 0-3", "no NUMA node like", 2),
+    Bad("vm create web2 --numa-node 0-3:1GiB:0:firm", "firm", 2),
     Bad(f"{SET} --keep-password --option lanplus", "write NAME=VALUE"),
     Bad("host power-management set h1 --file -", "isn't a power management", stdin='{"devices": 7}'),
     Bad("host power-management set h1 --file -", "isn't a power management", stdin="[]"),

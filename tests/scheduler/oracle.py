@@ -317,13 +317,15 @@ def taken(place: Place, config: SchedulerConfig) -> int:
     return ordinary + config.guest_overhead_mib * MIB
 
 
-def whole_room_lost(neighbours: Sequence[HostFigures], host: HostFigures, memory: int, vcpus: int) -> float:
+def whole_room_lost(
+    world: World, neighbours: Sequence[HostFigures], host: HostFigures, memory: int, vcpus: int
+) -> float:
     """How many hosts of the cluster's average fit into what is left, before less after the VM; of the most it could lose."""
     count = max(len(neighbours), 1)
     of_memory = max(sum(h.memory_limit_bytes for h in neighbours) / count, 1)
-    of_vcpus = max(sum(h.vcpus_limit for h in neighbours) / count, 1)
+    of_vcpus = max(sum(shared_limit(world, h) for h in neighbours) / count, 1)
     left_memory = host.memory_limit_bytes - host.memory_used_bytes
-    left_vcpus = host.vcpus_limit - host.vcpus_used
+    left_vcpus = shared_limit(world, host) - host.vcpus_used
     before = min(left_memory / of_memory, left_vcpus / of_vcpus)
     after = min((left_memory - memory) / of_memory, (left_vcpus - vcpus) / of_vcpus)
     lost = (before - after) / max(memory / of_memory, vcpus / of_vcpus)
@@ -351,7 +353,7 @@ def score(unit: str, world: World, place: Place, host: HostFigures, config: Sche
         case "memory_saving":
             return min(share, 1.0)
         case "fragmentation":
-            return 1 - whole_room_lost(neighbours, host, taken(place, config), need.vcpus)
+            return 1 - whole_room_lost(world, neighbours, host, taken(place, config), need.vcpus)
         case "guests_even":
             most = max((h.guests for h in neighbours), default=0)
             return 1 - min(host.guests / max(most, 1), 1.0)

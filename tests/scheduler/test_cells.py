@@ -178,7 +178,11 @@ async def test_cells_that_go_and_counters_that_drift_are_seen(
         await until(lambda: refused("leave 4.0 GiB of memory"))
         await owner.says(HOST_CHANGED, replace(host_of(c.id, "h1", 8), id=h1.id, revision=2))
         await until(lambda: refused("has no NUMA cell 1"))
-        await owner.says(HOST_CHANGED, h1)  # an older word
+        await owner.says(
+            HOST_CHANGED, h1, host(c.id, name="h2")
+        )  # an older word, and one to see that it was heard
+        await hosts_known(bus, 2)
+        assert await refused("has no NUMA cell 1")
         await owner.says(HOST_CHANGED, replace(host_of(c.id, "h1", 8, 1), id=h1.id, revision=3))
         await until(lambda: refused("leave 1.0 GiB of memory"))
         await check_counters(opened[0])
@@ -218,8 +222,10 @@ async def test_a_start_that_takes_the_cell_of_a_promise_is_refused(configured: S
             asking(c.id, pinned(6, 0), name=name, high_availability=True) for name in ("db", "web")
         )
         assert (await bus.ask(PLACE, first)).claimed
-        refused = await bus.ask(PLACE, second)
-        assert not refused.claimed
-        assert "would break a promise" in refused.message
-        assert "nodes pinned to NUMA cell 0" in refused.message
+        for available in (True, False):
+            need = replace(second.need, high_availability=available)
+            refused = await bus.ask(PLACE, replace(second, need=need))
+            assert not refused.claimed
+            assert "would break a promise" in refused.message
+            assert "nodes pinned to NUMA cell 0" in refused.message
         assert (await bus.ask(PLACE, asking(c.id, pinned(6, 1), name="app", high_availability=True))).claimed

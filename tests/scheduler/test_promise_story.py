@@ -324,6 +324,16 @@ async def test_who_waits_for_its_restart_keeps_its_place_whatever_starts_meanwhi
         assert (await place(bus, again)).host_id == hosts[1].id
 
 
+async def test_who_was_placed_before_is_placed_again_and_its_refuge_is_another(configured: Settings) -> None:
+    """What it asks and where it would go are known of it already, and both are written anew."""
+    c = promising()
+    async with site(configured, c, hosts_of(c, 2, 2, 2)) as (_, bus):
+        first = ha(c)
+        for epoch in (1, 2, 3):
+            assert (await place(bus, replace(first, epoch=epoch))).claimed
+        await kept(bus)
+
+
 async def test_a_stop_makes_room_for_the_next_start(configured: Settings) -> None:
     c = promising()
     hosts = hosts_of(c, 2, 2)

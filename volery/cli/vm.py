@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
 from msgspec.structs import replace
 
-from volery.cli import cpus, output, placing, work
+from volery.cli import cpus, numa, output, placing, work
 from volery.cli.output import Format
 from volery.cli.work import DryRun, Output, Wait
 from volery.client import api
 from volery.client.request import Request, body_of
+from volery.contracts.domain import NumaNode
 from volery.contracts.operation import Operation
 from volery.contracts.vm import (
     Affinity,
@@ -64,6 +66,19 @@ HugePages = Annotated[
     PageSize | None,
     typer.Option(help="Back its memory by huge pages of this size; while it is down."),
 ]
+NumaNodes = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="VCPUS:MEMORY[:CELLS[:MODE]], e.g. 0-3:4GiB:0; once for each node, or none. Modes: strict, interleave, preferred."
+    ),
+]
+
+
+def _nodes(texts: Sequence[str]) -> tuple[NumaNode, ...]:
+    try:
+        return numa.nodes(texts)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 def _size(text: str) -> int:
@@ -79,6 +94,7 @@ def create(
     cluster: Annotated[str, typer.Option(help="Name or id of the cluster.")] = "Default",
     memory: Annotated[str, typer.Option(help="e.g. 2GiB")] = "1GiB",
     huge_pages: HugePages = None,
+    numa_node: NumaNodes = None,
     vcpus: int = 1,
     disk: Annotated[
         list[str] | None,
@@ -110,6 +126,7 @@ def create(
             cluster_id=work.id_of(client, api.CLUSTERS, cluster),
             memory_bytes=_size(memory),
             hugepage_kib=PAGES_KIB[huge_pages or PageSize.NONE],
+            numa_nodes=_nodes(numa_node or ()),
             vcpus=vcpus,
             cpu_pinning=cpus.pinning(cpu_pinning, cpu_pins),
             disks=tuple(_disk(client, text) for text in disk or ()),
@@ -149,6 +166,7 @@ def edit(
     new_name: Annotated[str, typer.Option("--name")] = "",
     memory: str = "",
     huge_pages: HugePages = None,
+    numa_node: NumaNodes = None,
     vcpus: int = 0,
     description: str = "",
     cpu_pinning: cpus.PolicyOption = None,
@@ -170,6 +188,7 @@ def edit(
         fields |= {"name": new_name} if new_name else {}
         fields |= {"memory_bytes": _size(memory)} if memory else {}
         fields |= {"hugepage_kib": PAGES_KIB[huge_pages]} if huge_pages is not None else {}
+        fields |= {"numa_nodes": _nodes(numa_node)} if numa_node else {}
         fields |= {"vcpus": vcpus} if vcpus else {}
         fields |= {"description": description} if description else {}
         if cpu_pinning is not None or cpu_pins:

@@ -199,8 +199,7 @@ def _memory_too_much(fleet: Fleet, request: Request) -> Ints:
     """Whole MiB by which the VM is too large."""
     left = (fleet.ints("memory_limit") - fleet.ints("memory_used") - request.overhead) // MIB * MIB
     too_much = -((left - request.need.memory_bytes) // MIB)
-    # Of a VM on huge pages a host's memory gets only the overhead, however small it is made.
-    return _where((left >= LEAST_MEMORY) & (not request.need.hugepage_kib), too_much)
+    return _where(left >= LEAST_MEMORY, too_much)
 
 
 def shrink_memory(fleet: Fleet, request: Request, row: int, amount: int) -> Change:
