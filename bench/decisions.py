@@ -14,7 +14,8 @@ from msgspec.structs import replace
 from bench.rows import Line, below, percentile
 from bench.world import World
 from services.scheduler.config import SchedulerConfig
-from services.scheduler.fleet import Fleet, HostFigures, Measured, NetworkReach
+from services.scheduler.figures import HostFigures, Measured, NetworkReach
+from services.scheduler.fleet import Fleet
 from services.scheduler.model import ClusterPolicy, limits
 from services.scheduler.placing import decided
 from services.scheduler.policies.decision import decide

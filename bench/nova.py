@@ -26,7 +26,8 @@ from bench.peers.environments import environment, pinned
 from bench.rows import Line, percentile
 from bench.world import World
 from services.scheduler.config import SchedulerConfig
-from services.scheduler.fleet import Fleet, HostFigures, Measured
+from services.scheduler.figures import HostFigures, Measured
+from services.scheduler.fleet import Fleet
 from services.scheduler.model import ClusterPolicy, limits
 from services.scheduler.policies.affinity import ClusterRules, Group
 from services.scheduler.policies.bound import FREE, Bound, Seat, resolve

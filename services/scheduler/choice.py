@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
-from services.scheduler import model, store
+from services.scheduler import decision_store, model, store
 from services.scheduler.cells import claims_of, needs_of
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.fleet import Fleet
@@ -122,7 +122,7 @@ async def first_answer(scheduler: Scheduler, ask: Place, claims: Claims) -> Plac
             host_id=host_id,
             claim_id=row.id,
         )
-    kept = await store.decision(scheduler.core.pool, row.private.decision_id)
+    kept = await decision_store.decision(scheduler.core.pool, row.private.decision_id)
     if kept is None:
         return Placement(
             vm_id=ask.need.vm_id,

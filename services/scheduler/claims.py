@@ -76,23 +76,21 @@ async def _release(scheduler: Scheduler, asked: Asked, caller: Caller) -> Any:
     try:
         return await scheduler.rounds.ask(asked)
     except OneByOne:
-        while not await _by_itself(scheduler, asked, caller):
-            pass
+        await _by_itself(scheduler, asked)
+        await scheduler.core.commit(caller=caller, answer=DONE)
         return DONE
 
 
-async def _by_itself(scheduler: Scheduler, asked: Asked, caller: Caller) -> bool:
-    """Whether all were given back; False: somebody changed one meanwhile."""
-    found = await store.claims_of(scheduler.core.pool, asked.vm_id)
-    rows = sorted((r for r in found if asked.releases(r.public)), key=lambda r: (r.public.host_id, r.id))
-    changes = [change for row in rows for change in store.release(row)]
-    try:
-        await scheduler.core.commit(*changes, caller=caller, answer=DONE)
-    except Stale:
-        return False
-    for row in rows:
-        scheduler.gave_back(row.public)
-    return True
+async def _by_itself(scheduler: Scheduler, asked: Asked) -> None:
+    """One claim after the other: two of one host can't be given back in one statement."""
+    while rows := [
+        r for r in await store.claims_of(scheduler.core.pool, asked.vm_id) if asked.releases(r.public)
+    ]:
+        try:
+            await scheduler.core.commit(*store.release(rows[0]))
+        except Stale:
+            continue
+        scheduler.gave_back(rows[0].public)
 
 
 @part.answers(LIST_CLAIMS)

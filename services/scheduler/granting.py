@@ -15,7 +15,7 @@ from functools import partial
 from msgspec import Raw
 from msgspec.structs import replace
 
-from services.scheduler import affinity, choice, round_store, store
+from services.scheduler import affinity, choice, decision_store, round_store, store
 from services.scheduler.affinity_store import ClaimRow
 from services.scheduler.policies.decision import NAMED_HOSTS
 from services.scheduler.round_store import HostChange
@@ -210,7 +210,7 @@ async def _place(ledger: Ledger, member: Asked, ask: Place, later: list[Asked]) 
     told = look.told(NAMED_HOSTS if look.fits else choice.shown(scheduler.config))
     placement = replace(told, decision_id=new_id(), claimed=look.fits)
     body = encode(placement)
-    ledger.decisions.append(store.keep_decision(body, choice.in_short(placement)))
+    ledger.decisions.append(decision_store.keep_decision(body, choice.in_short(placement)))
     ledger.answers.append((member, body))
     if placement.host_id:
         ledger.take(ask, choice.claim_of(scheduler, ask, placement), placement.decision_id)

@@ -15,6 +15,7 @@ from services.scheduler import (
     cell_claims,
     choice,
     cpu_store,
+    decision_store,
     granting,
     licence_store,
     model,
@@ -160,7 +161,7 @@ async def _commit(
         ]
     await scheduler.core.commit(
         *changes,
-        store.keep_decision(encode(placement), choice.in_short(placement)),
+        decision_store.keep_decision(encode(placement), choice.in_short(placement)),
         caller=caller,
         answer=placement,
     )
@@ -181,7 +182,7 @@ def _use(scheduler: Scheduler, ask: Place, placement: Placement, claim: Claim) -
 
 @part.answers(GET_DECISION)
 async def get_decision(scheduler: Scheduler, ask: GetDecision, caller: Caller) -> Any:
-    body = await store.decision(scheduler.core.pool, ask.id)
+    body = await decision_store.decision(scheduler.core.pool, ask.id)
     if body is None:
         raise not_found("decision", ask.id)
     return msgspec.Raw(body)
@@ -190,4 +191,4 @@ async def get_decision(scheduler: Scheduler, ask: GetDecision, caller: Caller) -
 @part.answers(LIST_DECISIONS)
 async def list_decisions(scheduler: Scheduler, ask: ListQuery, caller: Caller) -> Any:
     newest_first = ask if ask.order_by else replace(ask, order_by="-id")
-    return await store.decisions(scheduler.core.pool, newest_first)
+    return await decision_store.decisions(scheduler.core.pool, newest_first)

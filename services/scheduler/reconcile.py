@@ -13,6 +13,7 @@ from services.scheduler import (
     capacity_store,
     cell_claims,
     cell_store,
+    decision_store,
     licence_store,
     model,
     store,
@@ -159,6 +160,6 @@ async def close_uses(scheduler: Scheduler) -> None:
 
 @part.every(FORGET_SECONDS)
 async def forget(scheduler: Scheduler) -> None:
-    await store.forget_decisions(scheduler.core.pool, scheduler.config.decision_days)
+    await decision_store.forget_decisions(scheduler.core.pool, scheduler.config.decision_days)
     await store.forget_gone(scheduler.core.pool)
     await licence_store.forget_uses(scheduler.core.pool, scheduler.config.licence_days)

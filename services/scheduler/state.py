@@ -15,7 +15,8 @@ from nats.aio.msg import Msg
 from services.scheduler import affinity_store, cell_store, cpu_store, policy_store, store
 from services.scheduler.cells import needs_from
 from services.scheduler.config import SchedulerConfig
-from services.scheduler.fleet import Fleet, Measured
+from services.scheduler.figures import Measured
+from services.scheduler.fleet import Fleet
 from services.scheduler.model import Audit, ClusterPolicy, Looked
 from services.scheduler.pages import Pages
 from services.scheduler.policies.affinity import ClusterRules

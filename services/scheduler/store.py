@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import zlib
 from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
@@ -14,7 +13,7 @@ import asyncpg
 import msgspec
 
 from services.scheduler import cell_claims
-from services.scheduler.fleet import HostFigures, NetworkReach
+from services.scheduler.figures import HostFigures, NetworkReach
 from services.scheduler.model import ClusterPolicy, Limits, SeenVm
 from services.scheduler.pages import Pages
 from volery.contracts.affinity_group import AFFINITY_GROUP_CHANGED, AFFINITY_GROUP_DELETED, AffinityGroup
@@ -22,10 +21,8 @@ from volery.contracts.base import Message, encode
 from volery.contracts.cluster import Cluster
 from volery.contracts.host import Host
 from volery.contracts.network import Network
-from volery.contracts.operation import ListQuery
-from volery.contracts.scheduling import CLAIM_CHANGED, CLAIM_DELETED, Claim, PastDecision
+from volery.contracts.scheduling import CLAIM_CHANGED, CLAIM_DELETED, Claim
 from volery.contracts.vm import Vm
-from volery.runtime.pages import page
 from volery.runtime.tables import Change, Nothing, Row, Table, text_columns
 
 Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
@@ -81,12 +78,6 @@ GROUPS: Table[AffinityGroup, Nothing] = Table(
     noun="affinity group",
 )
 GROUP_NAME = "affinity_group_name"
-
-DECISIONS: Table[PastDecision, ClaimPrivate] = Table(
-    "decision", PastDecision, ClaimPrivate, columns={"vm_id": "vm_id", "host_id": "host_id"}
-)
-"""Only its documents are read this way."""
-
 
 # Claims and the capacity they hold. The host's row is always written first, so that its lock orders them.
 
@@ -249,37 +240,6 @@ async def forget_gone(pool: Pool) -> None:
            and not exists (select 1 from claim where vm_id = v.id)
            and not exists (select 1 from affinity_group where position(v.id in vm_ids) > 0)"""
     )
-
-
-# Decisions.
-
-
-def keep_decision(placement: bytes, short: PastDecision) -> Change:
-    """The placement as JSON."""
-    return Change(
-        "insert into decision (id, vm_id, host_id, doc, body) values ({0}, {1}, {2}, {3}, {4}::bytea) returning 1",
-        (
-            short.id,
-            short.vm_id,
-            short.host_id,
-            encode(short).decode(),
-            zlib.compress(placement, level=1),
-        ),
-    )
-
-
-async def decisions(pool: Pool, query: ListQuery) -> bytes:
-    """A page of those that the previous release didn't write."""
-    return await page(pool, DECISIONS, query, "doc <> ''")
-
-
-async def decision(pool: Pool, decision_id: str) -> bytes | None:
-    body = await pool.fetchval("select body from decision where id = $1", decision_id)
-    return None if body is None else zlib.decompress(body)
-
-
-async def forget_decisions(pool: Pool, days: int) -> None:
-    await pool.execute("delete from decision where created_at < now() - make_interval(days => $1)", days)
 
 
 # What other owners said. A revision already known changes nothing, so facts and lists may come twice.

@@ -9,7 +9,7 @@ from itertools import permutations, product
 
 from services.scheduler.cells import CellFigures
 from services.scheduler.config import SchedulerConfig
-from services.scheduler.fleet import HostFigures, NetworkReach
+from services.scheduler.figures import HostFigures, NetworkReach
 from services.scheduler.model import ClusterPolicy
 from services.scheduler.policies.affinity import Group
 from services.scheduler.policies.bound import Seat

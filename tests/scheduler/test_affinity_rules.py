@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.scheduler.config import SchedulerConfig
-from services.scheduler.fleet import Fleet, HostFigures, Measured
+from services.scheduler.figures import HostFigures, Measured
+from services.scheduler.fleet import Fleet
 from services.scheduler.model import ClusterPolicy, SeenVm
 from services.scheduler.policies.affinity import (
     NEGATIVE,

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.scheduler.fleet import HostFigures
+from services.scheduler.figures import HostFigures
 from services.scheduler.model import ClusterPolicy
 from services.scheduler.policies.balance import BALANCES, loads
 from services.scheduler.policies.recipe import BY_BALANCE, Recipe

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.scheduler.fleet import Fleet, HostFigures
+from services.scheduler.figures import HostFigures
+from services.scheduler.fleet import Fleet
 from services.scheduler.model import ClusterPolicy
 from services.scheduler.policies.affinity import ClusterRules
 from services.scheduler.policies.cpus import (

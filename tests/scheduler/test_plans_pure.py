@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from services.scheduler.cells import CellFigures, Taken
 from services.scheduler.config import SchedulerConfig
-from services.scheduler.fleet import Fleet, HostFigures
+from services.scheduler.figures import HostFigures
+from services.scheduler.fleet import Fleet
 from services.scheduler.model import ClusterPolicy
 from services.scheduler.pages import Pages
 from services.scheduler.policies.affinity import ClusterRules, Group

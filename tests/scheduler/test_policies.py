@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from services.scheduler.config import SchedulerConfig
-from services.scheduler.fleet import Fleet, HostFigures, Measured
+from services.scheduler.figures import HostFigures, Measured
+from services.scheduler.fleet import Fleet
 from services.scheduler.model import ClusterPolicy
 from services.scheduler.policies.decision import Decision, decide, explain, mend, room, sentence
 from services.scheduler.policies.recipe import PACKING, Recipe

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from services.scheduler.cells import CellFigures, Taken, needs_of
 from services.scheduler.config import SchedulerConfig
-from services.scheduler.fleet import Fleet, HostFigures, NetworkReach
+from services.scheduler.figures import HostFigures, NetworkReach
+from services.scheduler.fleet import Fleet
 from services.scheduler.model import ClusterPolicy, memory_taken
 from services.scheduler.pages import pages_taken
 from services.scheduler.policies.affinity import ClusterRules, Group

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from msgspec.structs import replace
 
 from services.scheduler.cells import CellFigures, Taken
-from services.scheduler.fleet import HostFigures
+from services.scheduler.figures import HostFigures
 from services.scheduler.model import ClusterPolicy, limits
 from services.scheduler.policies.affinity import Group
 from services.scheduler.policies.bound import Seat

@@ -9,7 +9,8 @@ import asyncpg
 from msgspec.structs import replace
 
 from services.scheduler.config import SchedulerConfig
-from services.scheduler.fleet import Fleet, HostFigures, Measured
+from services.scheduler.figures import HostFigures, Measured
+from services.scheduler.fleet import Fleet
 from services.scheduler.model import ClusterPolicy
 from services.scheduler.policies.decision import decide, explain
 from services.scheduler.policies.request import request

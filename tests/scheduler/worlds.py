@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from services.scheduler.cells import CellFigures, Taken
 from services.scheduler.config import SchedulerConfig
-from services.scheduler.fleet import Fleet, HostFigures, Measured, NetworkReach
+from services.scheduler.figures import HostFigures, Measured, NetworkReach
+from services.scheduler.fleet import Fleet
 from services.scheduler.model import ClusterPolicy, limits
 from services.scheduler.policies.affinity import ClusterRules, Group
 from services.scheduler.policies.bound import FREE, Seat, resolve

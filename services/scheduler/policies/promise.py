@@ -159,15 +159,8 @@ class World:
         self._on = None
 
     def _use(self, guest: Guest, times: int) -> None:
-        self.fleet.use(
-            guest.host_id,
-            times * guest.memory,
-            times * guest.vcpus,
-            times,
-            times * int(guest.protected),
-            guest.pages.times(times),
-        )
-        self.fleet.use_cells(guest.host_id, guest.cells, times)
+        taken = (guest.host_id, guest.memory, guest.vcpus, int(guest.protected), guest.pages, guest.cells)
+        use(self.fleet, taken, times)
 
     def request(self, guest: Guest, bound: Bound = FREE) -> Request:
         place = Place(need=guest.need, epoch=0, purpose=Purpose.RESTART)
@@ -191,6 +184,13 @@ class World:
 
 Held = tuple[str, int, int, int, Pages, tuple[CellNeed, ...]]
 """Host, and what is taken of it: bytes, vCPUs, highly available VMs, huge pages, NUMA cells."""
+
+
+def use(fleet: Fleet, held: Held, times: int) -> None:
+    """Taken, or with -1 times given back."""
+    host_id, memory, vcpus, protected, pages, cells = held
+    fleet.use(host_id, times * memory, times * vcpus, times, times * protected, pages.times(times))
+    fleet.use_cells(host_id, cells, times)
 
 
 class Placing:
@@ -239,21 +239,14 @@ class Placing:
 
     def take(self, guest: Guest, asked: Request, host_id: str) -> None:
         held = (host_id, asked.memory, guest.need.vcpus, int(guest.protected), asked.pages, asked.cells)
-        self._use(held, 1)
+        use(self.world.fleet, held, 1)
         self._taken.append(held)
         self._seated.append((host_id, self.world.fleet.seat(host_id, guest.need.vcpus, asked.wish)))
         self.places[guest.vm_id] = host_id
 
-    def _use(self, held: Held, times: int) -> None:
-        host_id, memory, vcpus, protected, pages, cells = held
-        self.world.fleet.use_cells(host_id, cells, times)
-        self.world.fleet.use(
-            host_id, times * memory, times * vcpus, times, times * protected, pages.times(times)
-        )
-
     def give_back(self) -> None:
         for held in self._taken:
-            self._use(held, -1)
+            use(self.world.fleet, held, -1)
         self._taken.clear()
         while self._seated:
             self.world.fleet.unseat(*self._seated.pop())
