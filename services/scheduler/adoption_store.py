@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from operator import add
 
 from services.scheduler.model import SeenVm
-from services.scheduler.store import Pool, held
+from services.scheduler.store import Pool, held, seen
 from volery.contracts.scheduling import Claim
 from volery.runtime.tables import Change, text_columns
 
@@ -15,8 +15,7 @@ async def unclaimed_vms(pool: Pool, settled_seconds: float, most: int) -> list[S
     """VMs that certainly run on a host where no claim holds their capacity: external ones, and after a loss. Those of one
     host are neighbours."""
     records = await pool.fetch(
-        """select v.id, v.epoch, v.status, v.host_id, v.memory_bytes, v.vcpus, v.name, v.deleted, v.heard_at
-           from vm v join host_capacity h on h.id = v.host_id
+        """select v.* from vm v join host_capacity h on h.id = v.host_id
            where not v.deleted and v.status in ('up', 'paused', 'powering_up', 'reboot_in_progress')
              and v.heard_at < now() - make_interval(secs => $1)
              and not exists (select 1 from claim c where c.vm_id = v.id and c.host_id = v.host_id)
@@ -25,7 +24,7 @@ async def unclaimed_vms(pool: Pool, settled_seconds: float, most: int) -> list[S
         settled_seconds,
         most,
     )
-    return [SeenVm(**dict(record)) for record in records]
+    return [seen(record) for record in records]
 
 
 def force_capacities(claims: Sequence[Claim]) -> Change:

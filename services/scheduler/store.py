@@ -173,10 +173,10 @@ async def suspicious_claims(
         claim_seconds,
         settled_seconds,
     )
-    return [(CLAIMS.row(r), None if r["id"] is None else _seen(r), r["replaced"]) for r in records]
+    return [(CLAIMS.row(r), None if r["id"] is None else seen(r), r["replaced"]) for r in records]
 
 
-def _seen(record: asyncpg.Record) -> SeenVm:
+def seen(record: asyncpg.Record) -> SeenVm:
     return SeenVm(**{name: record[name] for name in SeenVm.__slots__})
 
 
