@@ -463,7 +463,7 @@ MUTANTS: dict[str, Mutant] = {
     "hosts that know more are not believed": Mutant(
         _hosts_that_know_more_are_not_believed, 11, "made anew", quick=True
     ),
-    "operations begin at once": Mutant(_operations_begin_at_once, 10, "asked anew", quick=True),
+    "operations begin at once": Mutant(_operations_begin_at_once, 1, "asked anew", quick=True),
     "lost streams raise no doubt": Mutant(_lost_streams_raise_no_doubt, 10, "asked anew", quick=True),
     "restored databases are noticed late": Mutant(_restored_databases_are_noticed_late, 5, "moved since"),
 }
