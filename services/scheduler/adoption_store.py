@@ -28,7 +28,7 @@ async def unclaimed_vms(pool: Pool, settled_seconds: float, most: int) -> list[S
 
 
 def force_capacities(claims: Sequence[Claim]) -> Change:
-    """For VMs that run on their hosts already: what is true must be recordable."""
+    """For VMs that run on their hosts already: what is true must be recordable. Locked in the order of ids, as by rounds."""
     sums: dict[str, tuple[int, ...]] = {}
     largest: dict[str, int] = {}
     for claim in claims:
@@ -41,9 +41,11 @@ def force_capacities(claims: Sequence[Claim]) -> Change:
                guests = h.guests + n.guests::integer, ha_guests = h.ha_guests + n.ha_guests::integer,
                pages_2m_used = h.pages_2m_used + n.small::integer, pages_1g_used = h.pages_1g_used + n.large::integer,
                largest_shared = greatest(h.largest_shared, n.largest::integer)
-           from unnest({0}::text[], {1}::text[], {2}::text[], {3}::text[], {4}::text[], {5}::text[], {6}::text[],
-                       {7}::text[])
-                as n(id, memory, vcpus, guests, ha_guests, small, large, largest)
+           from (select a.* from unnest({0}::text[], {1}::text[], {2}::text[], {3}::text[], {4}::text[], {5}::text[],
+                                        {6}::text[], {7}::text[])
+                     as a(id, memory, vcpus, guests, ha_guests, small, large, largest)
+                 join (select id from host_capacity where id = any({0}::text[]) order by id for update) l
+                     on l.id = a.id) n
            where h.id = n.id""",
         text_columns((host_id, *taken, largest[host_id]) for host_id, taken in sorted(sums.items())),
         guarded=False,
