@@ -6,12 +6,11 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from services.scheduler import capacity_store, model, store
+from services.scheduler import capacity_store, store
 from services.scheduler.granting import Asked, OneByOne
 from services.scheduler.shortage import shortage
 from services.scheduler.state import Scheduler
 from volery.contracts.base import Done
-from volery.contracts.errors import Kind, Refused
 from volery.contracts.operation import ListQuery
 from volery.contracts.scheduling import (
     CONFIRM_CLAIM,
@@ -33,30 +32,9 @@ DONE = Done()
 
 
 @part.answers(CONFIRM_CLAIM)
-async def confirm(scheduler: Scheduler, ask: ClaimKey, caller: Caller) -> Done:
+async def confirm(scheduler: Scheduler, ask: ClaimKey, caller: Caller) -> Any:
     """Raises Refused(not_found) for a claim that was given back meanwhile."""
-    while True:
-        row = await store.claim_of(scheduler.core.pool, ask.vm_id, ask.epoch)
-        if row is None:
-            raise Refused(
-                Kind.NOT_FOUND,
-                f"VM {ask.vm_id} holds no claim under epoch {ask.epoch}: it was released, or expired before it was "
-                "confirmed; place the VM again",
-                vm_id=ask.vm_id,
-                epoch=ask.epoch,
-            )
-        if row.public.state == model.CONFIRMED:
-            await scheduler.core.commit(caller=caller, answer=DONE)
-            return DONE
-        try:
-            await scheduler.core.commit(
-                store.CLAIMS.update(row, replace(row.public, state=model.CONFIRMED)),
-                caller=caller,
-                answer=DONE,
-            )
-            return DONE
-        except Stale:
-            continue
+    return await scheduler.rounds.ask(Asked(vm_id=ask.vm_id, caller=caller, confirm=ask.epoch))
 
 
 @part.answers(RELEASE_CLAIM)

@@ -1,4 +1,4 @@
-"""Granting: one round of placements and releases, decided one after the other in memory and committed in one statement.
+"""Granting: one round of placements, confirmations and releases, decided one after the other in memory and committed in one statement.
 
 What is decided is booked in this replica's fleet at once, so that the next decision, also of the next round, sees it. The
 guards of the statement have the last word: when one fails nothing was written, what was booked is taken back, the hosts
@@ -15,7 +15,7 @@ from functools import partial
 from msgspec import Raw
 from msgspec.structs import replace
 
-from services.scheduler import affinity, choice, decision_store, round_store, store
+from services.scheduler import affinity, choice, decision_store, model, round_store, store
 from services.scheduler.affinity_store import ClaimRow
 from services.scheduler.policies.decision import NAMED_HOSTS
 from services.scheduler.round_store import HostChange
@@ -51,12 +51,14 @@ def has_parts(claim: Claim) -> bool:
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Asked(Waiting):
-    """A placement (`place`), or the release of those of the VM's claims that have or don't have these epochs."""
+    """A placement (`place`), the confirmation of the claim of an epoch (`confirm`), or the release of those of the VM's claims
+    that have or don't have these epochs."""
 
     caller: Caller
     place: Place | None = None
     patient: bool = True
     """That no host fits isn't to be said yet."""
+    confirm: int | None = None
     epochs: frozenset[int] = frozenset()
     keep: bool = False
     """These epochs' claims are the ones that stay."""
@@ -90,6 +92,8 @@ class Ledger:
     """Claims made (1) and given back (-1)."""
     inserts: list[Change] = field(default_factory=list)
     released: list[ClaimRow] = field(default_factory=list)
+    updates: list[Change] = field(default_factory=list)
+    """Of claims that are confirmed."""
     decisions: list[Change] = field(default_factory=list)
     cluster_ids: set[str] = field(default_factory=set)
     placements: dict[str, int] = field(default_factory=dict)
@@ -142,6 +146,8 @@ class Ledger:
             found += round_store.change_capacity(hosts)
         if self.released:
             found.append(round_store.delete_claims(self.released))
+        if self.updates:
+            found.append(round_store.update_claims(self.updates))
         if self.inserts:
             found.append(round_store.insert_claims(self.inserts))
         if self.decisions:
@@ -178,12 +184,31 @@ async def play(scheduler: Scheduler, members: Sequence[Asked]) -> list[Asked]:
 
 async def _enter(ledger: Ledger, member: Asked, later: list[Asked]) -> None:
     try:
-        if member.place is None:
-            _release(ledger, member)
-        else:
+        if member.place is not None:
             await _place(ledger, member, member.place, later)
+        elif member.confirm is not None:
+            _confirm(ledger, member, member.confirm)
+        else:
+            _release(ledger, member)
     except (Refused, OneByOne) as refused:
         member.fail(refused)
+
+
+def _confirm(ledger: Ledger, member: Asked, epoch: int) -> None:
+    """Raises Refused(not_found) for a claim that was given back meanwhile."""
+    rows = ledger.near.rows.get(member.vm_id, ())
+    row = next((row for row in rows if row.public.epoch == epoch), None)
+    if row is None:
+        raise Refused(
+            Kind.NOT_FOUND,
+            f"VM {member.vm_id} holds no claim under epoch {epoch}: it was released, or expired before it was confirmed; "
+            "place the VM again",
+            vm_id=member.vm_id,
+            epoch=epoch,
+        )
+    if row.public.state != model.CONFIRMED:
+        ledger.updates.append(store.CLAIMS.update(row, replace(row.public, state=model.CONFIRMED)))
+    ledger.answers.append((member, DONE))
 
 
 def _release(ledger: Ledger, member: Asked) -> None:

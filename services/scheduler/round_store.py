@@ -116,6 +116,27 @@ def insert_claims(inserts: Sequence[Change]) -> Change:
     )
 
 
+_SET = ("revision", "doc", *CLAIMS.columns)
+_SEEN = ", ".join(("id", "seen", *_SET))
+_NEW = ", ".join(f"{name} = n.{name}" for name in _SET)
+_NEW_ARRAYS = ", ".join(
+    f"{{{number}}}::{_TYPES.get(name, 'text')}[]" for number, name in enumerate(("id", "revision", *_SET))
+)
+
+
+def update_claims(updates: Sequence[Change]) -> Change:
+    """Many of `CLAIMS.update` at once."""
+    columns = zip(*(change.arguments for change in updates), strict=True)
+    return Change(
+        f"""update claim c set {_NEW} from unnest({_NEW_ARRAYS}) as n({_SEEN})
+            where c.id = n.id and c.revision = n.seen
+            returning 1""",
+        tuple(list(column) for column in columns),
+        facts=tuple(fact for change in updates for fact in change.facts),
+        each_of=0,
+    )
+
+
 def delete_claims(rows: Sequence[Row[Claim, ClaimPrivate]]) -> Change:
     """Many of `CLAIMS.delete` at once."""
     return Change(

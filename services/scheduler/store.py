@@ -144,11 +144,6 @@ def release(row: Row[Claim, ClaimPrivate]) -> list[Change]:
     return changes
 
 
-async def claim_of(pool: Pool, vm_id: str, epoch: int) -> Row[Claim, ClaimPrivate] | None:
-    rows = await CLAIMS.where(pool, "vm_id = $1 and epoch = $2", vm_id, epoch)
-    return rows[0] if rows else None
-
-
 async def claims_of(pool: Pool, vm_id: str) -> list[Row[Claim, ClaimPrivate]]:
     return await CLAIMS.where(pool, "vm_id = $1", vm_id)
 

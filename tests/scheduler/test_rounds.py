@@ -30,6 +30,7 @@ from volery.contracts.errors import Kind, Refused
 from volery.contracts.host import HOST_CHANGED
 from volery.contracts.ids import new_id
 from volery.contracts.scheduling import (
+    CONFIRM_CLAIM,
     PLACE,
     RELEASE_CLAIM,
     RELEASE_VM_CLAIMS,
@@ -88,7 +89,7 @@ async def place(bus: Bus, ask: Place, who: Caller) -> Placement:
 async def test_500_parallel_starts_and_their_ends_never_exceed_any_host(
     configured: Settings, database: DatabaseConfig, replicas: int, ratio: float
 ) -> None:
-    """Each start is asked for twice under one id, and a third of those that were placed end meanwhile."""
+    """Each start is asked for twice under one id, half of those that were placed are confirmed, and a third end meanwhile."""
     dice, owner, c = random.Random(replicas), inventory(), cluster(cpu_overcommit_ratio=ratio)
     hosts = [
         host(c.id, name=f"h{n}", memory_bytes=dice.randrange(8, 40) * GIB, cpus=dice.choice((4, 8)))
@@ -109,8 +110,10 @@ async def test_500_parallel_starts_and_their_ends_never_exceed_any_host(
             )
             first, second = await asyncio.gather(place(bus, ask, who), place(bus, ask, who))
             assert first == second
+            key = ClaimKey(vm_id=ask.need.vm_id, epoch=1)
+            if first.claimed and number % 2:
+                await bus.ask_raw(CONFIRM_CLAIM.subject, CONFIRM_CLAIM.encode(key), caller(), 120.0)
             if first.claimed and number % 3 == 0:
-                key = ClaimKey(vm_id=ask.need.vm_id, epoch=1)
                 await bus.ask_raw(RELEASE_CLAIM.subject, RELEASE_CLAIM.encode(key), caller(), 120.0)
                 return None
             return first
@@ -124,6 +127,12 @@ async def test_500_parallel_starts_and_their_ends_never_exceed_any_host(
             memory, vcpus, *_ = sums.get(each.id, (0, 0))
             assert memory <= each.capabilities.memory_bytes - RESERVE
             assert vcpus <= each.capabilities.cpus * ratio
+        states = await fetch(
+            database,
+            "select state, (doc::json->>'state') as said, revision, (doc::json->>'revision')::integer as told from claim",
+        )
+        assert {(r["state"] == r["said"], r["revision"] == r["told"]) for r in states} == {(True, True)}
+        assert {(r["state"], r["revision"]) for r in states} == {("tentative", 1), ("confirmed", 2)}
         full = sum(m for m, *_ in sums.values()) / sum(h.capabilities.memory_bytes - RESERVE for h in hosts)
         assert full > 0.5  # there were more of them than room
         for each in opened:
