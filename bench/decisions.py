@@ -13,11 +13,11 @@ from msgspec.structs import replace
 
 from bench.rows import Line, below, percentile
 from bench.world import World
+from services.scheduler.choice import Look
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.figures import HostFigures, Measured, NetworkReach
 from services.scheduler.fleet import Fleet
 from services.scheduler.model import ClusterPolicy, limits
-from services.scheduler.placing import decided
 from services.scheduler.policies.decision import decide
 from services.scheduler.policies.request import request
 from volery.contracts.base import encode
@@ -98,7 +98,9 @@ async def decisions(world: World) -> list[Line]:
             times.append((time.perf_counter() - began) * 1000)
         large = replace(ask, need=replace(ask.need, memory_bytes=2048 * GIB))
         began = time.perf_counter()
-        kept = zlib.compress(encode(decided(fleet, request(large, POLICY, CONFIG), CONFIG)), level=1)
+        asked = request(large, POLICY, CONFIG)
+        told = Look(fleet, asked, decide(fleet, asked)).told(CONFIG.explained_hosts)
+        kept = zlib.compress(encode(told), level=1)
         refused.append((time.perf_counter() - began) * 1000)
         sizes.append(len(kept))
     return [

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -17,6 +17,7 @@ import msgspec
 
 from services.inventory.clearing import Clearing, to_clear
 from services.inventory.desk import Inventory
+from services.inventory.store import VMS
 from volery.contracts.base import Message
 from volery.contracts.cluster import GetById
 from volery.contracts.errors import Kind, Refused
@@ -92,7 +93,8 @@ def title(plan: Plan) -> str:
 
 
 async def _ended(inv: Inventory, run: Run, clearing: Clearing, followed: Followed) -> None:
-    """When the maintenance is cancelled its plan is, too: what is on its way arrives. Raises Refused when it was stopped."""
+    """When the maintenance is cancelled its plan is, too, and so are the moves of its host's VMs that are under way; others
+    that make way for them arrive. Raises Refused when it was stopped."""
     ending = asyncio.create_task(inv.foreign_operation(followed.operation_id))
     cancelling = asyncio.create_task(run.cancelling.wait())
     told = False
@@ -103,10 +105,24 @@ async def _ended(inv: Inventory, run: Run, clearing: Clearing, followed: Followe
             if cancelling.done() and not told:
                 told = True
                 await _cancel(inv, run, followed.id)
+            if told:  # again each time: one may have been begun just before
+                await _stop_moves(inv, run, clearing.host_id, followed.vms)
             await clearing.look(followed.vms)
         await ending
     finally:
         await end([ending, cancelling])
+
+
+async def _stop_moves(inv: Inventory, run: Run, host_id: str, vm_ids: Iterable[str]) -> None:
+    """Those that this plan began are this maintenance's caller's. A move that has gone too far to be stopped arrives."""
+    for vm_id in vm_ids:
+        row = await VMS.find(inv.core.pool, vm_id)
+        if row is None or row.public.host_id != host_id or not row.public.busy_with:
+            continue
+        with suppress(Refused):
+            moving = (await inv.core.operations.table.get(inv.core.pool, row.public.busy_with)).public
+            if moving.kind == "vm.migrate" and moving.principal == run.operation.principal:
+                await inv.core.operations.cancel(moving.id)
 
 
 async def _cancel(inv: Inventory, run: Run, plan_id: str) -> None:

@@ -47,6 +47,7 @@ async def carry_out(scheduler: Scheduler, run: Run) -> None:
         ended = await asyncio.gather(
             *(_go(scheduler, run, plan_id, number) for number in numbers), return_exceptions=True
         )
+        run.checkpoint()  # whoever cancelled the plan may have stopped its moves, too
         for problem in ended:
             if isinstance(problem, BaseException):
                 raise problem

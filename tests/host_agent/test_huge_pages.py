@@ -18,9 +18,14 @@ from host_agent.stats import Sampler
 from tests.support.libvirt_host import LibvirtHost, join_networks, new_host
 from tests.support.vms import VmHost, tiny_spec, vm_host
 from volery.contracts.agent import HugePages
-from volery.contracts.base import Done
 from volery.contracts.domain import DomainState
-from volery.contracts.domain_orders import ADMIT_MIGRATION, MIGRATE_DOMAIN, AdmitMigration, MigrateDomain
+from volery.contracts.domain_orders import (
+    ADMIT_MIGRATION,
+    MIGRATE_DOMAIN,
+    AdmitMigration,
+    MigrateDomain,
+    MigrationAdmitted,
+)
 from volery.contracts.errors import Kind, Refused
 from volery.contracts.metrics import FreePages
 
@@ -165,7 +170,10 @@ async def test_a_real_guest_starts_on_huge_pages_moves_live_and_gives_them_back(
     assert (sampled.count, sampled.free) == (set_aside, before - 48)
     assert (await pair.here.hypervisor.domain(vm.vm_id)).hugepage_kib == 2048
 
-    assert await pair.there.order(ADMIT_MIGRATION, AdmitMigration(vm_id=vm.vm_id, spec=vm), epoch=2) == Done()
+    assert (
+        await pair.there.order(ADMIT_MIGRATION, AdmitMigration(vm_id=vm.vm_id, spec=vm), epoch=2)
+        == MigrationAdmitted()
+    )
     move = MigrateDomain(
         vm_id=vm.vm_id,
         destination_uri=pair.there_uri,

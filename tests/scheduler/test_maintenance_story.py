@@ -250,7 +250,7 @@ async def test_a_maintenance_that_is_cancelled_cancels_its_plan(configured: Sett
         first, second = world.machines
         vm_ids = await started(http, world, first, "a", "b", "c", "d")
         await shown(http, first, 4)
-        gate = world.machines[first].held[MIGRATE_DOMAIN.kind] = asyncio.Event()
+        world.machines[first].held[MIGRATE_DOMAIN.kind] = asyncio.Event()  # no move ends by itself
         op = await world.bus.ask(MAINTAIN_HOST, MaintainHost(id=first))
 
         async def moving() -> Any:
@@ -260,10 +260,9 @@ async def test_a_maintenance_that_is_cancelled_cancels_its_plan(configured: Sett
         assert len(await until(moving)) <= 2
         await world.bus.ask(CANCEL_OPERATION[Owner.INVENTORY], CancelOperation(id=op.id))
 
-        gate.set()
         assert (await world.ended(op)).state is OperationState.CANCELLED
         plan = decoded(await http.get("/plans"))["items"][0]
         assert plan["state"] == "cancelled"
         await world.host_is(world.machines[first], HostStatus.UP)
         at = await where(http, vm_ids)
-        assert at.count(second) == 2, "what was on its way arrived, nothing more began"
+        assert at.count(second) == 0, "what was on its way was stopped, nothing more began"
