@@ -197,7 +197,10 @@ _TIMES = {
 def _arithmetic(scope: Scope, node: exp.Binary, want: str) -> Compiled:
     only(node, "this", "expression", "typed")
     sign, function = _ARITHMETIC[type(node)]
-    if {expression(scope, each).kind for each in (node.left, node.right)} == {"unknown"}:
+    sums = isinstance(node.left, exp.Binary) or isinstance(
+        node.right, exp.Binary
+    )  # of a long sum each part is read once
+    if not sums and {expression(scope, each).kind for each in (node.left, node.right)} == {"unknown"}:
         raise postgres(asyncpg.AmbiguousFunctionError, f"operator is not unique: unknown {sign} unknown")
     one, other = pair(scope, node.left, node.right)
     if one.kind not in types.NUMBERS or other.kind not in types.NUMBERS:
