@@ -85,7 +85,7 @@ async def make_room(host: Host, vm_id: str, cpus: GivenCpus | None) -> None:
         if room.beginning:  # they were told before that these CPUs are shared
             await asyncio.wait(set(room.beginning))
         await settle(host)
-    except BaseException as problem:
+    except BaseException as problem:  # also when it is cancelled: nobody is promised anything then
         room.promised.pop(vm_id, None)
         if not isinstance(problem, Refused):
             raise
