@@ -1,7 +1,9 @@
-"""What is read of hosts for people: what they have, and which have promised more than that."""
+"""What is read of hosts: for people what they have and which have promised more, for decisions what claims hold of them."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -43,3 +45,30 @@ async def short_hosts(pool: Pool) -> list[HostCapacity]:
 class CapacityPage(Message):
     items: list[HostCapacity] = []
     next: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Used:
+    """What claims hold of hosts."""
+
+    hosts: Sequence[tuple[str, *tuple[int, ...]]]
+    """Host, bytes, vCPUs, VMs that hold them, highly available ones among these, huge pages, and vCPUs of the largest VM that
+    shares CPUs."""
+    as_of: int
+    """The oldest transaction that was still under way."""
+
+
+async def used(pool: Pool, since: int = 0, besides: Collection[str] = ()) -> Used:
+    """Of these hosts and those whose rows were written by that transaction or later ones; of all when it is 0. Of thousands of
+    hosts only some get or lose a VM within a second, and reading the others took most of it."""
+    records = await pool.fetch(
+        """select id, memory_used_bytes, vcpus_used, guests, ha_guests, pages_2m_used, pages_1g_used, largest_shared,
+                  pg_snapshot_xmin(pg_current_snapshot())::text::bigint as as_of
+           from host_capacity
+           where not gone
+             and ($1::bigint = 0 or id = any($2::text[])
+                  or age(xmin) <= pg_snapshot_xmax(pg_current_snapshot())::text::bigint - $1)""",
+        since,
+        list(besides),
+    )
+    return Used([tuple(r)[:-1] for r in records], records[0]["as_of"] if records else since)

@@ -22,6 +22,7 @@ from services.scheduler.policies.decision import (
     explain,
     hopeless,
     mend,
+    possible,
     sentence,
 )
 from services.scheduler.policies.pinned import given
@@ -65,6 +66,12 @@ class Look:
     def hopeless(self) -> bool:
         """What may be on its way to this replica would not help."""
         return hopeless(self.fleet, self.asked, self.decision)
+
+    @property
+    def possible(self) -> list[str]:
+        """Hosts that could take the VM if they had no other."""
+        rows = np.flatnonzero(possible(self.fleet, self.asked, self.decision))
+        return [self.fleet.ids[row] for row in rows.tolist()]
 
     def told(self, most: int) -> Placement:
         """With no more than `most` hosts explained. Nothing is claimed or kept yet."""

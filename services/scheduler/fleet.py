@@ -90,6 +90,8 @@ class Fleet:
     _columns: dict[str, NDArray[np.int64] | NDArray[np.float64]] = field(default_factory=_empty)
     _booked: dict[str, Ints] = field(default_factory=dict)
     """Host → what was given away of it here and isn't committed yet: what is read meanwhile doesn't contain it."""
+    guessed: set[str] = field(default_factory=set)
+    """Hosts whose use was counted here, and not read, since this was emptied."""
     _cluster_numbers: dict[str, int] = field(default_factory=dict)
     _sets: dict[frozenset[str], int] = field(default_factory=dict)
     """What hosts can do, numbered: a fleet has few kinds of hosts."""
@@ -245,9 +247,10 @@ class Fleet:
 
     def booked(self, host_id: str, *amounts: int, committed: bool) -> None:
         """What was booked is in the database now, or will never be."""
-        self._note(host_id, -np.array(amounts))
+        given = np.array(amounts)
+        self._note(host_id, -given)
         if not committed:
-            self._add(host_id, [-amount for amount in amounts])
+            self._add(host_id, (-given).tolist())
 
     def _note(self, host_id: str, amounts: Ints) -> None:
         left = self._booked.pop(host_id, 0) + amounts
@@ -257,16 +260,19 @@ class Fleet:
     def _add_booked(self, host_id: str) -> None:
         row, amounts = self.rows.get(host_id), self._booked.get(host_id)
         if row is not None and amounts is not None:
-            for name, amount in zip(_USED, amounts.tolist(), strict=True):
-                self._columns[name][row] += amount
+            self._count(row, amounts.tolist())
+
+    def _count(self, row: int, amounts: Sequence[int]) -> None:
+        """In the order of `_USED`."""
+        self.guessed.add(self.ids[row])
+        for name, amount in zip(_USED, amounts, strict=True):
+            self._columns[name][row] += amount
 
     def _add(self, host_id: str, amounts: Sequence[int]) -> None:
-        """In the order of `_USED`."""
         row = self.rows.get(host_id)
         if row is None:
             return
-        for name, amount in zip(_USED, amounts, strict=True):
-            self._columns[name][row] += amount
+        self._count(row, amounts)
         fresh = self._columns["fresh_vcpus"]
         fresh[row] = max(fresh[row] + amounts[1], 0)
 

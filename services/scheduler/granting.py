@@ -58,6 +58,8 @@ class Asked(Waiting):
     place: Place | None = None
     patient: bool = True
     """That no host fits isn't to be said yet."""
+    possible: Sequence[str] = ()
+    """Hosts of which something might be on its way that lets the VM in."""
     confirm: int | None = None
     epochs: frozenset[int] = frozenset()
     keep: bool = False
@@ -178,7 +180,7 @@ async def play(scheduler: Scheduler, members: Sequence[Asked]) -> list[Asked]:
         member.resolve(Raw(body))
     for member in later:
         member.patient = False
-        scheduler.rounds.join_after(member, scheduler.hear_more())
+        scheduler.rounds.join_after(member, scheduler.hear_more(member.possible))
     return []
 
 
@@ -231,6 +233,7 @@ async def _place(ledger: Ledger, member: Asked, ask: Place, later: list[Asked]) 
     look = choice.look(scheduler, ask, affinity.bound_of(scheduler, ask.need, ledger.near))
     if not look.fits and member.patient and not look.hopeless:
         later.append(member)
+        member.possible = look.possible
         return
     told = look.told(NAMED_HOSTS if look.fits else choice.shown(scheduler.config))
     placement = replace(told, decision_id=new_id(), claimed=look.fits)

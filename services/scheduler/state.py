@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakValueDictionary
@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 import msgspec
 from nats.aio.msg import Msg
 
-from services.scheduler import affinity_store, cell_store, cpu_store, policy_store, store
+from services.scheduler import affinity_store, capacity_store, cell_store, cpu_store, policy_store, store
 from services.scheduler.cells import needs_from
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.figures import Measured
@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 USED_SECONDS = 1.0
 """How old the other replicas' claims may be in this one's fleet; a guard in the database has the last word."""
+FEW_HOSTS = 100
+"""So many are read by themselves; of more the whole table is."""
 RETRY_SECONDS = 0.5
 CPU_STATES = 1000
 """So many that no host has any more are kept beside those that some have."""
@@ -62,6 +64,8 @@ class Scheduler:
     """Cluster → when the leader last looked whether it needs a plan."""
     short: dict[str, str] = field(default_factory=dict)
     """Host that has promised more than it has → what was said of that."""
+    used_as_of: int = 0
+    """Up to which of the database's transactions this replica has read what claims hold; 0: it begins anew."""
     following: bool = False
     """Each change of the tables is told to this replica."""
     rounds: Rounds[Any] = field(init=False)
@@ -136,6 +140,7 @@ class Scheduler:
         return {}
 
     async def _reload(self) -> None:
+        self.used_as_of = 0
         hosts = await store.hosts(self.core.pool)
         cells = await cell_store.cells(self.core.pool)
         rules = await affinity_store.rules(self.core.pool)
@@ -160,7 +165,10 @@ class Scheduler:
         await self._readings.get("used")
 
     async def _read_used(self) -> None:
-        self.fleet.used(await store.used(self.core.pool))
+        guessed, self.fleet.guessed = self.fleet.guessed, set()
+        found = await capacity_store.used(self.core.pool, self.used_as_of, guessed)
+        self.fleet.used(found.hosts)
+        self.used_as_of = found.as_of
         self.fleet.used_cells(await cell_store.used(self.core.pool))
         await self._read_cpus()
 
@@ -187,15 +195,23 @@ class Scheduler:
         if len(self.fleet.cpu_states) > 2 * len(self.fleet) + CPU_STATES:
             self.fleet.forget_cpu_states()
 
-    async def hear_more(self) -> None:
-        """What would make room may be on its way: give facts a moment to arrive. Claims are told to nobody, so they are
-        read; and so is everything while nothing is followed."""
+    async def hear_more(self, host_ids: Sequence[str] = ()) -> None:
+        """What would make room, on these hosts or on any, may be on its way: give facts a moment to arrive. Claims are told to
+        nobody, so they are read; and so is everything while nothing is followed."""
         self.changed.clear()
         try:
             async with asyncio.timeout(self.config.refusal_wait_seconds):
                 await self.changed.wait()
         except TimeoutError:
-            await (self.read_used() if self.following else self.reload())
+            await self._read_what_may_have(host_ids)
+
+    async def _read_what_may_have(self, host_ids: Sequence[str]) -> None:
+        if not self.following:
+            await self.reload()
+        elif 0 < len(host_ids) <= FEW_HOSTS:
+            await self.read_hosts(host_ids)
+        else:
+            await self.read_used()
 
     async def _read_row(self, table: str, row_id: str) -> None:
         pool = self.core.pool

@@ -414,16 +414,6 @@ async def hosts(pool: Pool, condition: str = "not gone", *arguments: Any) -> lis
     ]
 
 
-async def used(pool: Pool) -> list[tuple[str, *tuple[int, ...]]]:
-    """Host, bytes, vCPUs, VMs that hold them, highly available ones among these, huge pages, and vCPUs of the largest VM that
-    shares CPUs."""
-    records = await pool.fetch(
-        """select id, memory_used_bytes, vcpus_used, guests, ha_guests, pages_2m_used, pages_1g_used, largest_shared
-           from host_capacity where not gone"""
-    )
-    return [tuple(r) for r in records]
-
-
 async def clusters(pool: Pool, condition: str = "true", *arguments: Any) -> list[ClusterPolicy]:
     records = await pool.fetch(
         f"""select id, name, cpu_model, machine, memory_overcommit_percent, cpu_overcommit_ratio, balance,

@@ -81,8 +81,9 @@ class Decision:
 
     def excluded_by(self) -> dict[str, int]:
         """Rule → how many of the hosts it excludes."""
-        counts = {rule: int(np.count_nonzero(self.considered > mask)) for rule, mask in self.masks.items()}
-        return {rule: count for rule, count in counts.items() if count}
+        hosts = int(np.count_nonzero(self.considered))
+        left = {rule: int(np.count_nonzero(self.considered & mask)) for rule, mask in self.masks.items()}
+        return {rule: hosts - count for rule, count in left.items() if count < hosts}
 
 
 BLOCK = 64
@@ -132,12 +133,18 @@ LASTING = ("cluster", "target", "pinned", "excluded", "cpu", "cpu_model", "machi
 """Filters whose answer doesn't change by what happens to other VMs, or to the state of hosts, networks and storage."""
 
 
-def hopeless(fleet: Fleet, request: Request, decision: Decision) -> bool:
-    """There are hosts that are up, and none of the cluster's could take the VM even if it had no other."""
+def possible(fleet: Fleet, request: Request, decision: Decision) -> Bools:
+    """Hosts that could take the VM if they had no other, and all else were well."""
     lasting = [decision.masks[name] for name in LASTING if name in decision.masks]
     roomy = (request.memory <= fleet.ints("memory_limit")) & (request.need.vcpus <= fleet.ints("vcpus_limit"))
+    found: Bools = np.logical_and.reduce([*lasting, roomy])
+    return found
+
+
+def hopeless(fleet: Fleet, request: Request, decision: Decision) -> bool:
+    """There are hosts that are up, and none of the cluster's could take the VM even if it had no other."""
     up = decision.considered & decision.masks["host_state"]
-    return bool(up.any()) and not np.logical_and.reduce([*lasting, roomy]).any()
+    return bool(up.any()) and not possible(fleet, request, decision).any()
 
 
 def mend(fleet: Fleet, request: Request, decision: Decision) -> tuple[Remedy, ...]:

@@ -117,7 +117,8 @@ def _ties(
             excluding = frozenset(rule for rule, excluded in by_rule.items() if excluded[at])
             return loosening.changes(found[at], at, excluding)
 
-        amount = np.array([len(found[at]) if at in found else NEVER for at in range(len(rows))], np.int64)
+        amount = np.full(len(rows), NEVER, np.int64)
+        amount[list(found)] = [len(ties) for ties in found.values()]
         share = np.where(amount == NEVER, np.inf, amount)
         return Pull(kind, "affinity", amount, share, tell, several=True)
 
