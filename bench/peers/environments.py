@@ -28,10 +28,6 @@ def pinned(name: str, package: str) -> str:
     return next(line.split("==")[1] for line in lines if line.startswith(f"{package}=="))
 
 
-def is_installed(name: str) -> bool:
-    return (CACHE / name / "installed").exists()
-
-
 def environment(name: str) -> Path:
     """The directory of a peer's virtual environment with what bench/peers/<name>.txt pins."""
     wanted = PINNED / f"{name}.txt"
