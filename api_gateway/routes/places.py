@@ -20,6 +20,10 @@ ROUTES = (
     Route("GET", "/clusters/{id}", c.GET_CLUSTER, CLUSTERS, "Get a cluster"),
     Route("PATCH", "/clusters/{id}", c.UPDATE_CLUSTER, CLUSTERS, "Change a cluster"),
     Route("DELETE", "/clusters/{id}", c.DELETE_CLUSTER, CLUSTERS, "Delete an empty cluster"),
+    Route("POST", "/clusters/{id}/upgrade", c.UPGRADE_CLUSTER, CLUSTERS, "Upgrade a cluster's hosts one after the other",
+          note="Each is emptied and put into maintenance; the operation then waits until somebody has upgraded and activated it "
+               "(`POST /hosts/{id}/activate`), and goes on with the next. `?dry_run=true` shows the order of hosts, and where "
+               "each VM goes in whose turn."),
     Route("GET", "/templates", t.LIST_TEMPLATES, TEMPLATES, "List templates", items=t.Template),
     Route("GET", "/templates/{id}", t.GET_TEMPLATE, TEMPLATES, "Get a template"),
 )  # fmt: skip

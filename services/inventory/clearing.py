@@ -47,6 +47,20 @@ async def to_save(inv: Inventory, host_id: str) -> list[Vm]:
     return [vm for vm in await to_clear(inv, host_id) if vm.high_availability.enabled]
 
 
+async def ended_or_cancelled(inv: Inventory, run: Run, child: Operation) -> Operation:
+    """The child's end. When we are cancelled it is, too: what has moved stays where it is."""
+    ending = asyncio.create_task(inv.operation_ended(child.id))
+    cancelling = asyncio.create_task(run.cancelling.wait())
+    try:
+        await asyncio.wait([ending, cancelling], return_when=asyncio.FIRST_COMPLETED)
+        if not ending.done():
+            with contextlib.suppress(Refused):  # it has just ended by itself
+                await inv.core.operations.cancel(child.id)
+        return await ending
+    finally:
+        await end([ending, cancelling])
+
+
 async def always() -> bool:
     return True
 
@@ -145,7 +159,7 @@ class _Round:
         begun = await self.inv.once_free(lambda: self._begin(vm, caller))
         if isinstance(begun, Left):
             return begun
-        ended = await self._ended(begun)
+        ended = await ended_or_cancelled(self.inv, self.run, begun)
         if ended.problem is None:
             return Left.STOPPED if self.of.stop_vms else Left.MOVED
         if (how := await self.of.gone(vm.id)) is not None:
@@ -161,16 +175,3 @@ class _Round:
             stop = StopVm(id=vm.id, force_after_seconds=STOP_SECONDS)
             return await self.inv.core.bus.ask(STOP_VM, stop, caller)
         return await self.inv.core.bus.ask(MIGRATE_VM, MigrateVm(id=vm.id), caller)
-
-    async def _ended(self, op: Operation) -> Operation:
-        """The child's end. When we are cancelled it is, too: what has moved stays where it is."""
-        ending = asyncio.create_task(self.inv.operation_ended(op.id))
-        cancelling = asyncio.create_task(self.run.cancelling.wait())
-        try:
-            await asyncio.wait([ending, cancelling], return_when=asyncio.FIRST_COMPLETED)
-            if not ending.done():
-                with contextlib.suppress(Refused):  # it has just ended by itself
-                    await self.inv.core.operations.cancel(op.id)
-            return await ending
-        finally:
-            await end([ending, cancelling])

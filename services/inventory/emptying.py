@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -46,9 +47,11 @@ class Followed(Message):
     """Who is to leave: VM → its name."""
 
 
-async def follow(inv: Inventory, run: Run, clearing: Clearing, host: Host) -> None:
-    """VMs leave by a plan, if there is one. Whoever is still there afterwards has no place in it, or it was stopped."""
-    followed = await run.step("plan", "Planning where its VMs go", lambda: _made(inv, run, host), Followed)
+async def follow(inv: Inventory, run: Run, clearing: Clearing, host: Host, avoided: Sequence[str]) -> None:
+    """VMs leave by a plan, if there is one: to `avoided` hosts only if no other takes them. Whoever is still there afterwards
+    has no place in it, or it was stopped."""
+    made = partial(_made, inv, run, host, avoided)
+    followed = await run.step("plan", "Planning where its VMs go", made, Followed)
     if not followed.id:
         return
     run.undo("plan", lambda: _cancel(inv, run, followed.id))
@@ -59,11 +62,16 @@ async def follow(inv: Inventory, run: Run, clearing: Clearing, host: Host) -> No
     run.checkpoint()
 
 
-async def _made(inv: Inventory, run: Run, host: Host) -> Followed:
+async def _made(inv: Inventory, run: Run, host: Host, avoided: Sequence[str]) -> Followed:
     vms = await to_clear(inv, host.id)
     if not vms:
         return Followed()
-    question = MakePlan(cluster_id=host.cluster_id, kind=PlanKind.EVACUATION, host_ids=(host.id,))
+    question = MakePlan(
+        cluster_id=host.cluster_id,
+        kind=PlanKind.EVACUATION,
+        host_ids=(host.id,),
+        avoided_host_ids=tuple(avoided),
+    )
     try:
         begun = await _asked(inv, question, run.caller_for("plan"))
     except Refused as refused:

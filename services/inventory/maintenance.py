@@ -121,7 +121,7 @@ async def maintain(inv: Inventory, run: Run) -> None:
     clearing = Clearing(inv, run, ask.id, stop_vms=ask.stop_vms)
     if not ask.stop_vms:
         host = (await HOSTS.get(inv.core.pool, ask.id)).public
-        await emptying.follow(inv, run, clearing, host)
+        await emptying.follow(inv, run, clearing, host, ask.avoided_host_ids)
     failed = await clearing.clear()
     if failed:
         names = "; ".join(f"{name}: {why}" for name, why in failed.items())

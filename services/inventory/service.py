@@ -23,13 +23,14 @@ from services.inventory import (
     readers,
     starting,
     stopping,
+    upgrading,
     vms,
 )
 from services.inventory.config import InventoryConfig
 from services.inventory.desk import Inventory
 from services.inventory.endings import bury
 from services.inventory.reconcile import reconcile, reconcile_all
-from services.inventory.store import HOSTS, VMS, Store
+from services.inventory.store import CLUSTERS, HOSTS, VMS, Store
 from volery.contracts.agent import HOST_REPORTED, INVENTORY_ORDER_FINISHED, INVENTORY_ORDER_PROGRESSED
 from volery.contracts.base import Owner
 from volery.contracts.operation import Operation
@@ -66,6 +67,11 @@ async def release(inv: Inventory, operation: Operation) -> Sequence[Change]:
                 lambda: inv.core.wake(f"vm/{operation.object_id}")
             )  # if it runs, it is asked again
         return [freed]
+    if operation.object_kind == "cluster":
+        cluster = await CLUSTERS.find(inv.core.pool, operation.object_id)
+        if cluster is None or cluster.public.busy_with != operation.id:
+            return ()
+        return [CLUSTERS.update(cluster, replace(cluster.public, busy_with=""))]
     host = await HOSTS.find(inv.core.pool, operation.object_id)
     if host is None:
         return ()
@@ -84,6 +90,7 @@ service = Service(
         clusters.part,
         hosts.part,
         maintenance.part,
+        upgrading.part,
         dead_parts.part,
         enrolment.part,
         accounts.part,

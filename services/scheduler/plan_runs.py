@@ -87,7 +87,7 @@ async def _recheck(scheduler: Scheduler, plan: Plan, wave: int, up: list[str]) -
     now = [step for step in rest if step.wave == wave]
     if why := wrong_now(board, now):
         raise conflict(f"things are no longer as they were planned: {why}")
-    if useless_now(board, plans.wanted_of(scheduler, plan.kind, plan.cluster_id), rest):
+    if useless_now(board, plans.wanted_of(scheduler, plan), rest):
         raise conflict("the rest of the plan would no longer make the cluster more even")
 
 

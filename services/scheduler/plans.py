@@ -7,8 +7,8 @@ host aren't plans and go before all: a plan stops when a host of its cluster is 
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -106,32 +106,48 @@ async def _check(scheduler: Scheduler, ask: MakePlan, caller: Caller) -> None:
             f"the scheduling policy of cluster {policy.name} balances nothing: give the cluster a policy with a balance, "
             f"e.g. evenly_distributed"
         )
-    if ask.kind is PlanKind.EVACUATION and not ask.host_ids:
-        raise invalid("an evacuation names the hosts that it empties", field="host_ids")
-    if ask.kind is not PlanKind.EVACUATION and ask.host_ids:
-        raise invalid(f"hosts are named for an evacuation only, not for {ask.kind}", field="host_ids")
+    _check_hosts(scheduler, ask, policy.name)
+    if ask.kind is PlanKind.UPGRADE and not ask.dry_run:
+        raise invalid(
+            "an upgrade is only shown as a plan (dry_run); the cluster's own upgrade carries it out, one host after the other",
+            field="kind",
+        )
+
+
+def _check_hosts(scheduler: Scheduler, ask: MakePlan, cluster: str) -> None:
+    empties = ask.kind in (PlanKind.EVACUATION, PlanKind.UPGRADE)
+    if empties and not ask.host_ids:
+        raise invalid(f"an {ask.kind} names the hosts that it empties", field="host_ids")
+    if not empties and ask.host_ids:
+        raise invalid(
+            f"hosts are named for an evacuation or an upgrade, not for {ask.kind}", field="host_ids"
+        )
+    if ask.kind is not PlanKind.EVACUATION and ask.avoided_host_ids:
+        raise invalid(f"hosts are avoided by an evacuation only, not by {ask.kind}", field="avoided_host_ids")
     own = scheduler.fleet.in_cluster(ask.cluster_id)
-    for host_id in ask.host_ids:
-        row = scheduler.fleet.rows.get(host_id)
-        if row is None or not own[row]:
-            raise invalid(f"host {host_id} is none of cluster {policy.name}'s", field="host_ids")
+    for field, host_ids in (("host_ids", ask.host_ids), ("avoided_host_ids", ask.avoided_host_ids)):
+        for host_id in host_ids:
+            row = scheduler.fleet.rows.get(host_id)
+            if row is None or not own[row]:
+                raise invalid(f"host {host_id} is none of cluster {cluster}'s", field=field)
 
 
 def _aims(recipe: Recipe) -> Aims | None:
     return AIMS.get(recipe.balance)
 
 
-def wanted_of(
-    scheduler: Scheduler, kind: PlanKind, cluster_id: str, host_ids: Sequence[str] = (), most: int = 0
-) -> Wanted:
-    policy = scheduler.policy(cluster_id)
+def wanted_of(scheduler: Scheduler, plan: MakePlan | Plan) -> Wanted:
+    policy = scheduler.policy(plan.cluster_id)
     aims = _aims(scheduler.fleet.recipe(policy)) or Aims()
-    return Wanted(kind, aims, policy.reserve_host_failures > 0, tuple(host_ids), most)
+    wanted = Wanted(plan.kind, aims, policy.reserve_host_failures > 0, plan.host_ids)
+    if isinstance(plan, MakePlan):
+        return dataclasses.replace(wanted, avoided=plan.avoided_host_ids, most=plan.most_moves)
+    return wanted
 
 
 async def _drafted(scheduler: Scheduler, ask: MakePlan) -> Draft:
-    board = await boards.look(scheduler, ask.cluster_id, closed=ask.host_ids)
-    return draft(board, wanted_of(scheduler, ask.kind, ask.cluster_id, ask.host_ids, ask.most_moves))
+    closed = ask.host_ids if ask.kind is PlanKind.EVACUATION else ()
+    return draft(await boards.look(scheduler, ask.cluster_id, closed=closed), wanted_of(scheduler, ask))
 
 
 def _plan(ask: MakePlan, made: Draft, caller: Caller) -> Plan:
@@ -149,7 +165,7 @@ def _plan(ask: MakePlan, made: Draft, caller: Caller) -> Plan:
         broken_groups=made.broken_groups,
         before=round(made.before, 6),
         after=round(made.after, 6),
-        host_ids=ask.host_ids,
+        host_ids=made.host_ids or ask.host_ids,
         principal=caller.principal,
     )
 
@@ -238,7 +254,7 @@ async def _mend(scheduler: Scheduler, cluster_id: str) -> None:
     kinds = [
         kind for kind in (PlanKind.AFFINITY, PlanKind.BALANCE) if _calls_for(scheduler, cluster_id, kind)
     ]
-    if not kinds or not await _may(scheduler, cluster_id):
+    if not kinds or not await _may(scheduler, cluster_id) or await _is_upgraded(scheduler, cluster_id):
         return
     for kind in kinds:
         if kind is PlanKind.AFFINITY and not await _is_broken(scheduler, cluster_id):
@@ -292,6 +308,12 @@ async def _may(scheduler: Scheduler, cluster_id: str) -> bool:
         return False
     age = (utc_now() - last.public.ended_at).total_seconds()
     return last.public.state is PlanState.SUCCEEDED or age > scheduler.config.plan_pause_seconds
+
+
+async def _is_upgraded(scheduler: Scheduler, cluster_id: str) -> bool:
+    """What was moved for the good of the cluster would be moved again at the next host's turn."""
+    cluster = await scheduler.core.bus.ask(GET_CLUSTER, GetById(id=cluster_id), boards.SELF)
+    return bool(cluster.busy_with)
 
 
 @part.every(FORGET_SECONDS)

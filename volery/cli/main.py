@@ -55,6 +55,7 @@ for _name, _noun in NOUNS.items():
     app.add_typer(_noun, name=_name)
 estate.clusters.add_typer(fencing.policies, name="fencing-policy")
 estate.clusters.command("balance")(plans.balance)
+estate.clusters.command("upgrade")(plans.upgrade)
 estate.hosts.add_typer(fencing.power_management, name="power-management")
 estate.hosts.add_typer(soft_fencing.app, name="soft-fencing")
 estate.hosts.command()(fencing.power)

@@ -13,6 +13,7 @@ from volery.cli.work import DryRun, Output, Wait
 from volery.client import api
 from volery.client.request import Request, body_of
 from volery.client.transport import Client
+from volery.contracts.cluster import UpgradeCluster
 from volery.contracts.operation import Operation
 from volery.contracts.plan import MakePlan, Plan, PlanKind
 
@@ -87,6 +88,36 @@ def balance(
         path = f"{api.CLUSTERS.path}/{cluster_id}/balance"
         request = Request("POST", path, Operation, b"{}", dry_run=dry_run)
         _finish(client, client.send(request), wait, output_format)
+
+
+def upgrade(
+    cluster: Cluster,
+    host: Annotated[
+        list[str] | None, typer.Option("--host", help="Only this host; as often as there are some.")
+    ] = None,
+    reason: str = "",
+    stop_vms: Annotated[bool, typer.Option("--stop-vms", help="Shut VMs down that can't move.")] = False,
+    dry_run: DryRun = False,
+    wait: Annotated[
+        bool, typer.Option("--wait/--no-wait", help="Until all hosts have been upgraded.")
+    ] = False,
+    output_format: Output = Format.TABLE,
+) -> None:
+    """Empty a cluster's hosts one after the other; each waits until you have upgraded and activated it."""
+    with work.connected() as client:
+        question = UpgradeCluster(
+            id=work.id_of(client, api.CLUSTERS, cluster),
+            host_ids=tuple(work.id_of(client, api.HOSTS, each) for each in host or ()),
+            reason=reason,
+            stop_vms=stop_vms,
+        )
+        path = f"{api.CLUSTERS.path}/{question.id}/upgrade"
+        request = Request("POST", path, Operation, body_of(question), dry_run=dry_run)
+        operation = client.send(request)
+        if not operation.id and output_format is Format.TABLE:
+            output.out.print(f"in this order: {', '.join(operation.result['hosts'])}", markup=False)
+        if operation.id or operation.result["plan"] is not None:
+            _finish(client, operation, wait, output_format)
 
 
 def _finish(client: Client, operation: Operation, wait: bool, form: Format) -> None:

@@ -7,7 +7,7 @@ from enum import StrEnum
 from msgspec import UNSET, UnsetType
 
 from volery.contracts.base import Call, Done, Entity, Fact, Message
-from volery.contracts.operation import ListQuery, Page
+from volery.contracts.operation import ListQuery, Operation, Page
 
 
 class GetById(Message):
@@ -87,6 +87,8 @@ class Cluster(Entity):
     """So many hosts should be able to die with room left for their highly available VMs; 0 to 16. What is done for it is
     said by `admission_control`."""
     admission_control: AdmissionControl = AdmissionControl.OFF
+    busy_with: str = ""
+    """The operation that upgrades its hosts, one after the other. Meanwhile nothing is balanced there."""
 
 
 class CreateCluster(Message):
@@ -120,6 +122,23 @@ class UpdateCluster(Message):
     admission_control: AdmissionControl | UnsetType = UNSET
 
 
+class UpgradeCluster(Message):
+    """Empty the cluster's hosts one after the other, and wait at each until somebody has upgraded and activated it. VMs go to
+    hosts whose turn has been, as far as they have room, so that most move once.
+
+    The order is planned as a whole before anything begins: a VM that would have no place is named, and nothing begins. The
+    result says which hosts are `done` and which is `waiting_for` its upgrade; that of a dry run has the `plan`."""
+
+    id: str
+    if_revision: int = 0
+    host_ids: tuple[str, ...] = ()
+    """Only these; empty: all of them."""
+    reason: str = ""
+    stop_vms: bool = False
+    """Shut VMs down that can't move."""
+    dry_run: bool = False
+
+
 CREATE_DATA_CENTER = Call("inventory.data_center.create", CreateDataCenter, DataCenter, mutates=True)
 UPDATE_DATA_CENTER = Call("inventory.data_center.update", UpdateDataCenter, DataCenter, mutates=True)
 DELETE_DATA_CENTER = Call("inventory.data_center.delete", DeleteById, Done, mutates=True)
@@ -131,6 +150,9 @@ DATA_CENTER_DELETED = Fact("fact.inventory.data_center.{id}.deleted", DataCenter
 CREATE_CLUSTER = Call("inventory.cluster.create", CreateCluster, Cluster, mutates=True)
 UPDATE_CLUSTER = Call("inventory.cluster.update", UpdateCluster, Cluster, mutates=True)
 DELETE_CLUSTER = Call("inventory.cluster.delete", DeleteById, Done, mutates=True)
+UPGRADE_CLUSTER = Call(
+    "inventory.cluster.upgrade", UpgradeCluster, Operation, mutates=True, timeout_seconds=60
+)
 GET_CLUSTER = Call("inventory.cluster.get", GetById, Cluster)
 LIST_CLUSTERS = Call("inventory.cluster.list", ListQuery, Page)
 CLUSTER_CHANGED = Fact("fact.inventory.cluster.{id}.changed", Cluster)

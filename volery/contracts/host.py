@@ -113,6 +113,8 @@ class MaintainHost(Message):
     reason: str = ""
     stop_vms: bool = False
     dry_run: bool = False
+    avoided_host_ids: tuple[str, ...] = ()
+    """Hosts to which a VM goes by the plan only if no other takes it."""
 
 
 class ActivateHost(Message):

@@ -19,6 +19,9 @@ class PlanKind(StrEnum):
     """Broken affinity groups are mended."""
     BALANCE = "balance"
     """Hosts become alike in what the cluster's scheduling policy balances."""
+    UPGRADE = "upgrade"
+    """Hosts are emptied one after the other, each being back before the next. Only shown, and holds nothing: the upgrade of the
+    cluster carries it out, host by host."""
 
 
 class PlanState(StrEnum):
@@ -49,6 +52,8 @@ class PlanStep(Message):
     state: PlanStepState = PlanStepState.PLANNED
     message: str = ""
     """Why it failed."""
+    turn: int = 0
+    """Of an upgrade: which of `host_ids` is emptied then, 0 the first."""
 
 
 class Unplaced(Message):
@@ -76,7 +81,7 @@ class Plan(Entity):
     affinity: how many of the broken rules' VMs are where they must or should not be. 0 is perfect."""
     after: float = 0.0
     host_ids: tuple[str, ...] = ()
-    """Hosts that it empties."""
+    """Hosts that it empties; of an upgrade in the order of their turns."""
     principal: str = ""
     """Who asked for it; the scheduler itself is `service:scheduler`."""
     operation_id: str = ""
@@ -90,7 +95,9 @@ class MakePlan(Message):
     cluster_id: str
     kind: PlanKind = PlanKind.BALANCE
     host_ids: tuple[str, ...] = ()
-    """Of an evacuation: the hosts to be emptied."""
+    """Of an evacuation or an upgrade: the hosts to be emptied."""
+    avoided_host_ids: tuple[str, ...] = ()
+    """Of an evacuation: hosts to which a VM goes only if no other takes it."""
     most_moves: int = 0
     """Not more moves than this; 0: as many as are worth it."""
     dry_run: bool = False

@@ -31,20 +31,26 @@ class Evacuated:
     stuck: tuple[Stuck, ...]
 
 
-def evacuate(board: Board, hosts: Collection[int], *, make_way: bool = True) -> Evacuated:
-    """The board itself stays as it is."""
+def evacuate(
+    board: Board, hosts: Collection[int], *, avoided: Collection[int] = (), make_way: bool = True
+) -> Evacuated:
+    """The board itself stays as it is. To `avoided` hosts a VM goes only if no other takes it."""
     board = board.copy()
     board.open[list(hosts)] = False
+    wanted = np.ones(len(board.places), np.bool_)
+    wanted[list(avoided)] = False
     steps: list[Step] = []
     waiting = list(_blocks(board, hosts))
     stuck = [Stuck(g, board.guests[g].kept) for g in _on(board, hosts) if board.guests[g].kept]
     progress = True
     while progress:
         # Who left may have been what kept another where it is.
-        left = [block for block in waiting if not _go(board, block, steps)]
+        left = [block for block in waiting if not _go(board, block, wanted, steps)]
         progress, waiting = len(left) < len(waiting), left
         if waiting and not progress and make_way:
-            found = next((n for n, block in enumerate(waiting) if _make_way(board, block, steps)), None)
+            found = next(
+                (n for n, block in enumerate(waiting) if _make_way(board, block, wanted, steps)), None
+            )
             if found is not None:
                 waiting.pop(found)
                 progress = True
@@ -89,10 +95,12 @@ def _targets(board: Board, block: tuple[int, ...]) -> Bools:
     return mask
 
 
-def _go(board: Board, block: tuple[int, ...], steps: list[Step]) -> bool:
+def _go(board: Board, block: tuple[int, ...], wanted: Bools, steps: list[Step]) -> bool:
     mask = _targets(board, block)
     if not mask.any():
         return False
+    if (mask & wanted).any():
+        mask = mask & wanted
     rows = list(block)
     # The host that is least full afterwards, in whatever it is fullest of.
     memory = (board.memory_used + board.memory[rows].sum()) / np.maximum(board.memory_limit, 1)
@@ -108,7 +116,7 @@ def _make(board: Board, step: Step, steps: list[Step]) -> None:
     steps.append(step)
 
 
-def _make_way(board: Board, block: tuple[int, ...], steps: list[Step]) -> bool:
+def _make_way(board: Board, block: tuple[int, ...], wanted: Bools, steps: list[Step]) -> bool:
     """One VM moves away from a host, so that this one fits there: the smallest that is enough."""
     if len(block) > 1 or len(board.block(block[0])) > 1 or board.guests[block[0]].kept:
         return False
@@ -124,7 +132,7 @@ def _make_way(board: Board, block: tuple[int, ...], steps: list[Step]) -> bool:
             continue
         if board.backed and not enough(board.pages[guest], board.pages_left[host] + board.pages[other]):
             continue
-        if _go(board, (other,), steps):
+        if _go(board, (other,), wanted, steps):
             _make(board, board.step(guest, host), steps)
             return True
     return False

@@ -6,11 +6,13 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from msgspec.structs import replace
 
 from services.scheduler.policies.balancing import MOST_MOVES, Aims, balance, cost
 from services.scheduler.policies.board import Board, Step
 from services.scheduler.policies.enforcing import enforce
-from services.scheduler.policies.evacuating import evacuate
+from services.scheduler.policies.evacuating import Stuck, evacuate
+from services.scheduler.policies.upgrading import upgrade
 from services.scheduler.policies.waves import PER_HOST, joins, waves
 from volery.contracts.plan import PlanKind, PlanStep, Unplaced
 
@@ -27,6 +29,7 @@ class Wanted:
     aims: Aims
     reserved: bool = False
     host_ids: tuple[str, ...] = ()
+    avoided: tuple[str, ...] = ()
     most: int = 0
 
 
@@ -39,6 +42,8 @@ class Draft:
     broken_groups: tuple[str, ...] = ()
     before: float = 0.0
     after: float = 0.0
+    host_ids: tuple[str, ...] = ()
+    """In the order in which hosts are emptied one after the other."""
 
     @property
     def message(self) -> str:
@@ -72,14 +77,42 @@ def draft(board: Board, wanted: Wanted) -> Draft:
                 after=sum(mended.after),
             )
         case PlanKind.EVACUATION:
-            rows = [board.row[host] for host in wanted.host_ids if host in board.row]
-            emptied = evacuate(board, rows)
-            unplaced = tuple(
-                Unplaced(vm_id=board.guests[s.guest].id, vm_name=board.guests[s.guest].name, reason=s.reason)
-                for s in emptied.stuck
-            )
+            rows, avoided = _rows(board, wanted.host_ids), _rows(board, wanted.avoided)
+            emptied = evacuate(board, rows, avoided=avoided)
+            unplaced = _unplaced(board, emptied.stuck)
             on = int(np.isin(board.at, rows).sum())
             return Draft(_steps(board, emptied.steps), unplaced, before=float(on), after=float(len(unplaced)))
+        case PlanKind.UPGRADE:
+            return _upgrade(board, _rows(board, wanted.host_ids))
+
+
+def _upgrade(board: Board, rows: Sequence[int]) -> Draft:
+    """Waves are numbered through all turns."""
+    steps: list[PlanStep] = []
+    stuck: list[Stuck] = []
+    host_ids: list[str] = []
+    for number, turn in enumerate(upgrade(board, rows)):
+        first = steps[-1].wave + 1 if steps else 0
+        made = _steps(turn.board, turn.emptied.steps)
+        steps += [replace(step, wave=step.wave + first, turn=number) for step in made]
+        stuck += turn.emptied.stuck
+        host_ids.append(board.places[turn.host].id)
+    on = int(np.isin(board.at, rows).sum())
+    unplaced = _unplaced(board, stuck)
+    return Draft(
+        tuple(steps), unplaced, before=float(on), after=float(len(unplaced)), host_ids=tuple(host_ids)
+    )
+
+
+def _rows(board: Board, host_ids: Collection[str]) -> list[int]:
+    return [board.row[host] for host in host_ids if host in board.row]
+
+
+def _unplaced(board: Board, stuck: Collection[Stuck]) -> tuple[Unplaced, ...]:
+    return tuple(
+        Unplaced(vm_id=board.guests[s.guest].id, vm_name=board.guests[s.guest].name, reason=s.reason)
+        for s in stuck
+    )
 
 
 def _steps(board: Board, steps: Sequence[Step]) -> tuple[PlanStep, ...]:
