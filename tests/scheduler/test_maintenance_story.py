@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 
 from services.inventory.service import service as inventory
+from services.scheduler.state import Scheduler as State
 from tests.api_gateway.scripted import decoded
 from tests.inventory.world import Scheduler, World, found_cluster, until
 from tests.scheduler.fleets import hosts_known, network_owner, scheduler
@@ -200,10 +201,10 @@ async def test_a_second_host_leaves_without_a_plan_while_the_first_follows_one(c
 
 
 @asynccontextmanager
-async def beside(configured: Settings) -> AsyncIterator[World]:
+async def beside(configured: Settings, opened: list[State] | None = None) -> AsyncIterator[World]:
     """All but inventory, which each test begins and ends."""
     ha = Bell()
-    services = (scheduler(), ha.service(), network_owner().service())
+    services = (scheduler(opened), ha.service(), network_owner().service())
     async with running(planning(configured, 0), *services) as bus:
         world = World(bus, configured, Scheduler(), ha)
         try:

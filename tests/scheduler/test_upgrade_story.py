@@ -6,19 +6,30 @@ import asyncio
 from typing import Any
 
 import httpx
+import msgspec
 
 from services.inventory.service import service as inventory
+from services.scheduler import plans
+from services.scheduler.state import Scheduler
 from tests.api_gateway.scripted import decoded
-from tests.inventory.world import found_cluster, until
+from tests.inventory.world import World, found_cluster, until
 from tests.scheduler.fleets import hosts_known
 from tests.scheduler.test_affinity_story import desk, ends
 from tests.scheduler.test_maintenance_story import beside
 from tests.scheduler.test_plan_story import planning, started, where
 from tests.support.runtime import running
+from volery.contracts.affinity_group import (
+    CREATE_AFFINITY_GROUP,
+    LIST_AFFINITY_GROUPS,
+    AffinityGroup,
+    AffinityRule,
+    CreateAffinityGroup,
+)
 from volery.contracts.cluster import UPGRADE_CLUSTER, UpgradeCluster
 from volery.contracts.domain_orders import MIGRATE_DOMAIN
 from volery.contracts.host import ACTIVATE_HOST, ActivateHost, HostStatus
-from volery.contracts.operation import OperationState
+from volery.contracts.operation import ListQuery, OperationState
+from volery.contracts.plan import LIST_PLANS, Plan
 from volery.runtime.programs import Settings
 
 
@@ -137,33 +148,40 @@ async def test_bad_questions_are_refused_with_what_to_do(configured: Settings) -
 
 
 async def test_nothing_is_mended_meanwhile(configured: Settings) -> None:
-    """The scheduler would move both VMs of the broken group; it does when the upgrade is over."""
-    async with desk(planning(configured, 0.2)) as (http, world):
+    """The leader would move both VMs of the broken group; it does when the upgrade is over."""
+    opened: list[Scheduler] = []
+    async with beside(configured, opened) as world, running(planning(configured, 0), inventory):
+        await found_cluster(world)
         assert world.cluster is not None
-        await world.machine("h3")
+        first = await world.machine("h1")
+        await hosts_known(world.bus, 1)
+        vms = [await world.vm() for _ in range(2)]
+        second, third = await world.machine("h2"), await world.machine("h3")
         await hosts_known(world.bus, 3)
-        first, second, third = world.machines
-        vm_ids = await started(http, world, first, "a", "b")
-        path = f"/clusters/{world.cluster.id}/upgrade"
-        op = decoded(await http.post(path, json={"host_ids": [third]}))
-        await waits_for(http, op["id"], "h3")
-        group = {"name": "there", "cluster_id": world.cluster.id, "vm_ids": vm_ids}
-        group |= {"host_ids": [second], "host_rule": "positive"}
-        assert (await http.post("/affinity-groups", json=group)).status_code == 201
+        op = await world.bus.ask(UPGRADE_CLUSTER, UpgradeCluster(id=world.cluster.id, host_ids=(third.id,)))
+        await world.host_is(third, HostStatus.MAINTENANCE)
+        group = CreateAffinityGroup(
+            name="there",
+            cluster_id=world.cluster.id,
+            vm_ids=tuple(vm.id for vm in vms),
+            host_ids=(second.id,),
+            host_rule=AffinityRule.POSITIVE,
+        )
+        await world.bus.ask(CREATE_AFFINITY_GROUP, group)
+        await until(lambda: is_broken(world))
+        await plans._mend(opened[0], world.cluster.id)
+        assert not (await world.bus.ask(LIST_PLANS, ListQuery())).items
+        await world.ended(await world.bus.ask(ACTIVATE_HOST, ActivateHost(id=third.id)))
+        await world.ended(op)
+        await plans._mend(opened[0], world.cluster.id)
+        (plan,) = (await world.bus.ask(LIST_PLANS, ListQuery())).items
+        assert len(msgspec.json.decode(plan, type=Plan).steps) == 2
+        assert {(await world.get(vm.id)).host_id for vm in vms} <= {first.id, second.id}
 
-        async def broken() -> bool:
-            groups = decoded(await http.get("/affinity-groups"))["items"]
-            return bool(groups[0]["broken"])
 
-        await until(broken)
-        await asyncio.sleep(1)  # five looks of the leader's, none of which may do anything
-        assert decoded(await http.get("/plans"))["items"] == []
-        await activated(http, third)
-
-        async def mended() -> bool:
-            return await where(http, vm_ids) == [second] * 2
-
-        await until(mended, seconds=30)
+async def is_broken(world: World) -> bool:
+    groups = (await world.bus.ask(LIST_AFFINITY_GROUPS, ListQuery())).items
+    return any(msgspec.json.decode(group, type=AffinityGroup).broken for group in groups)
 
 
 async def test_an_inventory_that_comes_back_goes_on_with_the_same_host(configured: Settings) -> None:
