@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from services.scheduler.fleet import Bools, Fleet, Floats, Ints
+from services.scheduler.policies import resized
 from services.scheduler.policies.filters import FILTERS
 from services.scheduler.policies.remedies import remedies
 from services.scheduler.policies.request import Request
@@ -135,7 +136,8 @@ LASTING = ("cluster", "target", "pinned", "excluded", "cpu", "cpu_model", "machi
 def hopeless(fleet: Fleet, request: Request, decision: Decision) -> bool:
     """There are hosts that are up, and none of the cluster's could take the VM even if it had no other."""
     lasting = [decision.masks[name] for name in LASTING if name in decision.masks]
-    roomy = (request.memory <= fleet.ints("memory_limit")) & (request.need.vcpus <= fleet.ints("vcpus_limit"))
+    roomy = request.memory <= fleet.ints("memory_limit")
+    roomy &= resized.vcpus(fleet, request) <= fleet.ints("vcpus_limit")
     up = decision.considered & decision.masks["host_state"]
     return bool(up.any()) and not np.logical_and.reduce([*lasting, roomy]).any()
 
