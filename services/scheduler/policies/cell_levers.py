@@ -9,8 +9,10 @@ import numpy as np
 from services.scheduler.cells import CELLS, CELLS_USED
 from services.scheduler.fleet import Bools, Fleet, Ints
 from services.scheduler.model import MIB
-from services.scheduler.policies import numa, resized
+from services.scheduler.pages import SIZES
+from services.scheduler.policies import backing, numa, resized
 from services.scheduler.policies.levers import LEAST_MEMORY, NEVER, Lever, shrink_memory, vm_memory
+from services.scheduler.policies.page_levers import shrink
 from services.scheduler.policies.request import Request
 from volery.contracts.scheduling import Change, ChangeKind
 
@@ -88,19 +90,34 @@ def unpin(fleet: Fleet, request: Request, row: int, amount: int) -> Change:
     )  # fmt: skip
 
 
-def _too_much(fleet: Fleet, request: Request) -> Ints:
-    """Whole MiB by which the memory of a VM is too much that is shared out among the cells of its host. Of m MiB the cell
-    number i of n gets a whole share of at most s where m <= s * n + i."""
-    need, amount = request.need, np.full(len(fleet), NEVER, np.int64)
-    if not resized.is_resized(request) or need.hugepage_kib or need.shape is not None:
-        return amount
+def _most(fleet: Fleet, request: Request, number: int, unit: int) -> Ints:
+    """Of how many units the memory of a VM can be that is shared out among the cells of its host; 0 where none would do. Of m
+    units the cell number i of n gets at most s where m <= s * n + i."""
+    most = np.zeros(len(fleet), np.int64)
+    if not resized.is_resized(request) or request.need.shape is not None:
+        return most
     has_cpus = _has_cpus(fleet, request)
     for cells, hosts in resized.by_cells(fleet, request):
-        free = np.stack([numa.left(fleet, 0)[:, each.cell] for each in cells], axis=1) // MIB
-        most = (free * len(cells) + np.arange(len(cells))).min(axis=1) * MIB
-        possible = hosts & has_cpus & (most >= LEAST_MEMORY)
-        amount = np.where(possible, -((most - need.memory_bytes) // MIB), amount)
-    return amount
+        free = np.stack([numa.left(fleet, number)[:, each.cell] for each in cells], axis=1) // unit
+        found = (free * len(cells) + np.arange(len(cells))).min(axis=1)
+        most = np.where(hosts & has_cpus & (found >= len(cells)), found, most)
+    return most
+
+
+def _too_much(fleet: Fleet, request: Request) -> Ints:
+    """Whole MiB by which the VM is too large."""
+    most = _most(fleet, request, 0, MIB) * MIB
+    possible = (most >= LEAST_MEMORY) & (not request.need.hugepage_kib)
+    return np.where(possible, -((most - request.need.memory_bytes) // MIB), NEVER)
+
+
+def _pages_too_many(fleet: Fleet, request: Request) -> Ints:
+    """As many huge pages."""
+    if not request.need.hugepage_kib:
+        return np.full(len(fleet), NEVER, np.int64)
+    number = backing.number_of(request)
+    most = _most(fleet, request, 1 + number, 1)
+    return np.where(most * SIZES[number] >= LEAST_MEMORY, request.pages[number] - most, NEVER)
 
 
 def _scale(request: Request) -> int:
@@ -111,4 +128,5 @@ CELL_LEVERS: tuple[Lever, ...] = (
     Lever(RULE, ChangeKind.HOST, "cells", _to_free, free_cell, _scale),
     Lever(RULE, ChangeKind.VM, "numa_nodes", _can_unpin, unpin),
     Lever(RULE, ChangeKind.VM, "memory_bytes", _too_much, shrink_memory, vm_memory),
+    Lever(RULE, ChangeKind.VM, "memory in pages", _pages_too_many, shrink, lambda r: max(*r.pages, 1)),
 )

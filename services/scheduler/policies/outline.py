@@ -72,7 +72,7 @@ def _why_not(cores: tuple[CpuCore, ...], sockets: dict[int, list[CpuCore]]) -> s
 
 def divides(found: Outline, memory_bytes: int, hugepage_kib: int) -> bool:
     """Whether each node of a VM with this memory has some."""
-    return memory_bytes // _unit(hugepage_kib) >= len(found.cells)
+    return all(shares(found, memory_bytes, hugepage_kib))
 
 
 def shape(found: Outline, memory_bytes: int, hugepage_kib: int) -> VmShape:

@@ -131,3 +131,11 @@ def by_cells(fleet: Fleet, request: Request) -> Iterator[tuple[tuple[CellNeed, .
         found = _shape(request, fleet.cpu_states[number])
         if found is not None and found.numa_nodes:
             yield needs_of(found.numa_nodes, request.need.hugepage_kib), states == number
+
+
+def taken(fleet: Fleet, request: Request, host_id: str) -> tuple[int, tuple[CellNeed, ...]]:
+    """vCPUs, and what of NUMA cells, that the VM takes of one host."""
+    if not is_resized(request) or host_id not in fleet.rows:
+        return request.need.vcpus, request.cells
+    row = fleet.rows[host_id]
+    return vcpus_at(fleet, request, row), cells_at(fleet, request, row)
