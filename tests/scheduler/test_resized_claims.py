@@ -2,21 +2,43 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import asyncpg
+import msgspec
+from msgspec.structs import replace
 
-from tests.scheduler.fleets import GIB, capacities, cluster, host, placing
+from services.scheduler.reconcile import adopt_vms
+from services.scheduler.state import Scheduler
+from tests.scheduler.fleets import (
+    GIB,
+    capacities,
+    cluster,
+    host,
+    hosts_known,
+    inventory,
+    placing,
+    scheduler,
+    until,
+    vm,
+)
+from tests.scheduler.test_claims_settle import connected, eager
 from tests.scheduler.test_cpu_claims import DEDICATED, built, fleet, given_twice
 from tests.scheduler.test_cpus import machine
 from tests.scheduler.test_placing import claims
+from tests.scheduler.test_promise_story import promising
+from tests.support.runtime import running
 from volery.contracts.agent import HostCapabilities, NumaCell
-from volery.contracts.cluster import Cluster
+from volery.contracts.cluster import CLUSTER_CHANGED, Cluster
 from volery.contracts.cpus import CpuPinning, PinningPolicy
+from volery.contracts.domain import NumaNode
 from volery.contracts.errors import Refused
-from volery.contracts.host import Host
+from volery.contracts.host import HOST_CHANGED, Host
 from volery.contracts.licence import LICENCE_REPORT, AskLicenceReport
-from volery.contracts.scheduling import PLACE, RELEASE_VM_CLAIMS, Purpose, ReleaseVm
+from volery.contracts.resizing import VmShape
+from volery.contracts.scheduling import PLACE, RELEASE_VM_CLAIMS, Need, Place, Purpose, ReleaseVm
+from volery.contracts.vm import VM_CHANGED
 from volery.runtime.config import DatabaseConfig
 from volery.runtime.programs import Settings
 
@@ -112,8 +134,6 @@ async def test_it_moves_to_a_host_that_is_built_the_same_and_to_no_other(configu
 
 async def test_many_at_once_never_get_more_than_a_host_may_promise(configured: Settings) -> None:
     """Of twenty that start together on three replicas, each with six vCPUs and one of its own, as many are placed as fit."""
-    import asyncio
-
     c = cluster(cpu_overcommit_ratio=3.0)
     async with fleet(configured, c, built(c, "h1"), built(c, "h2"), replicas=3) as bus:
         asks = [placing(c.id, vcpus=1, cpu_pinning=RESIZE) for _ in range(20)]
@@ -123,3 +143,57 @@ async def test_many_at_once_never_get_more_than_a_host_may_promise(configured: S
         for capacity in (await capacities(bus)).values():
             assert capacity.vcpus_used == 24 == capacity.vcpus_limit
         assert len(given) == 8
+
+
+async def test_a_promise_counts_what_it_gets_elsewhere_and_lets_it_take_any_shape_there(
+    configured: Settings, database: DatabaseConfig
+) -> None:
+    """Each host may promise eight vCPUs and gives six to one VM that is resized, whose own one would always fit."""
+    c = promising(cpu_overcommit_ratio=1.0)
+    first, second = built(c, "h1"), built(c, "h2")
+    async with fleet(configured, c, first, second) as bus:
+        ask = placing(
+            c.id, vcpus=1, cpu_pinning=RESIZE, high_availability=True, place={"target_host_id": first.id}
+        )
+        placed = await bus.ask(PLACE, ask)
+        assert placed.host_id == first.id, placed.message
+        other = placing(c.id, vcpus=1, cpu_pinning=RESIZE, high_availability=True)
+        refused = await bus.ask(PLACE, other)
+        assert not refused.host_id
+        assert "needs 6" in refused.message
+
+        need = replace(ask.need, shape=placed.shape)
+        moved = Place(need=need, epoch=2, purpose=Purpose.MIGRATE, excluded_host_ids=(first.id,))
+        there = await bus.ask(PLACE, moved)
+        assert there.host_id == second.id, there.message
+        async with connected(database) as connection:
+            (kept,) = await connection.fetch("select need from promised_vm")
+        assert msgspec.json.decode(kept["need"], type=Need).shape is None
+
+
+async def test_one_that_runs_without_a_claim_is_counted_with_what_it_runs_with(
+    configured: Settings, database: DatabaseConfig
+) -> None:
+    owner, c, opened = inventory(), cluster(), list[Scheduler]()
+    h = with_cells(c, "h1")
+    nodes = tuple(
+        NumaNode(memory_bytes=GIB // 2, vcpus=tuple(range(6 * n, 6 * n + 6)), host_cells=(n,))
+        for n in range(2)
+    )
+    shape = VmShape(vcpus=12, sockets=2, cores=3, threads=2, numa_nodes=nodes)
+    async with running(eager(configured), owner.service(), scheduler(opened)) as bus:
+        await owner.says(CLUSTER_CHANGED, c)
+        await owner.says(HOST_CHANGED, h)
+        await hosts_known(bus, 1)
+        await owner.says(VM_CHANGED, vm(c.id, host_id=h.id, vcpus=1, cpu_pinning=RESIZE, runs_with=shape))
+        async with connected(database) as connection:
+
+            async def heard() -> bool:
+                return await connection.fetchval("select count(*) from vm") == 1
+
+            await until(heard, 15)
+            await connection.execute("update vm set heard_at = now() - interval '1 minute'")
+        await adopt_vms(opened[0])
+        (claim,) = await claims(bus)
+        assert claim.vcpus == 12
+        assert await of_cells(database) == [(0, GIB // 2), (1, GIB // 2)]
