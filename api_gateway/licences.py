@@ -17,7 +17,7 @@ QUERY = ("since", "until", "vm_id", "host_id")
 ROUTE = Route(
     "GET", "/licence-report", LICENCE_REPORT, "Scheduling", "Get which VM held which physical CPUs when",
     query=(*QUERY, "limit", "page"),
-    note="VMs whose `cpu_pinning` is manual, dedicated or isolate_threads: each ran on `cpus` of its host and no others, within "
+    note="VMs whose `cpu_pinning` is another policy than none: each ran on `cpus` of its host and no others, within "
          "`since` and `until`. All others share what is left. `since=…&until=…` for what was held at any moment between "
          "them. Kept for five years (`VOLERY_SCHEDULER_LICENCE_DAYS`). `GET /licence-report.csv` is the same as a table.",
 )  # fmt: skip

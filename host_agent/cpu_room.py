@@ -4,7 +4,10 @@ themselves, in their metadata."""
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+from host_agent.cell_pins import Cells
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,13 +19,18 @@ class CpuSeat:
     pinned: bool
     exclusive: frozenset[int]
     allowed: frozenset[int]
-    """Empty: any."""
+    """Those of all that isn't `bound`. Empty: any."""
+    bound: Mapping[int, frozenset[int]] = field(default_factory=dict)
+    """vCPU → the host's cells that the memory of its node is bound to."""
+    vcpus: Mapping[int, frozenset[int]] = field(default_factory=dict)
+    """The CPUs that each of these may use; what isn't said is as `allowed`."""
 
 
 @dataclass(slots=True)
 class CpuRoom:
     every: frozenset[int] = frozenset()
     """The host's CPUs; empty: not known yet."""
+    cells: Cells = field(default_factory=dict)
     held: dict[str, frozenset[int]] = field(default_factory=dict)
     """VM that lives here → CPUs that it has alone."""
     promised: dict[str, frozenset[int]] = field(default_factory=dict)

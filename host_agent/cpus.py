@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Awaitable, Collection, Mapping
 from contextlib import asynccontextmanager
 
-from host_agent import runningxml
+from host_agent import cell_pins, runningxml
 from host_agent.action import Host
+from host_agent.cpu_room import CpuSeat
 from host_agent.events import EventName, HypervisorEvent
 from host_agent.refusals import LibvirtError, is_libvirt
 from volery.contracts.cpus import GivenCpus
+from volery.contracts.domain import DomainState
 from volery.contracts.errors import Kind, Refused, conflict
 
 log = logging.getLogger("volery.agent.cpus")
@@ -30,29 +32,51 @@ async def learn(host: Host) -> None:
     root = runningxml.parsed(await host.hypervisor.capabilities_xml())
     found = root.findall("host/topology/cells/cell/cpus/cpu")
     host.hypervisor.cpus.every = frozenset(int(cpu.get("id", "0")) for cpu in found)
+    host.hypervisor.cpus.cells = cell_pins.cells_of(root)
     await settle(host)
 
 
 async def settle(host: Host) -> None:
-    """Every domain that isn't pinned may use the CPUs that nobody has alone, all of those, and no other. Raises Refused
-    when one can't be moved."""
+    """Every domain that isn't pinned may use the CPUs that nobody has alone, all of those, and no other; vCPUs of a node in
+    some cells only those of these cells. Raises Refused when one can't be moved."""
     room = host.hypervisor.cpus
     async with room.turn:
         seats = await host.hypervisor.cpu_seats()
         room.held = {seat.vm_id: seat.exclusive for seat in seats if seat.exclusive}
         for vm_id in room.held:
             room.promised.pop(vm_id, None)
-        wanted = room.every if room.shared is None else room.shared
         for seat in seats:
-            if seat.ours and not seat.pinned and (seat.allowed or room.every) != wanted:
-                await _move(host, seat.vm_id, wanted)
+            await _seat(host, seat)
 
 
-async def _move(host: Host, vm_id: str, cpus: Collection[int]) -> None:
+async def arrived(host: Host, vm_id: str) -> None:
+    """The same for one domain: who sent it knows nothing of this host's cells."""
+    async with host.hypervisor.cpus.turn:
+        try:
+            xml = await host.hypervisor.domain_xml(vm_id)
+        except Refused as problem:
+            if not is_libvirt(problem, LibvirtError.NO_DOMAIN):
+                raise
+            return
+        await _seat(host, runningxml.cpu_seat(xml, vm_id))
+
+
+async def _seat(host: Host, seat: CpuSeat) -> None:
+    room = host.hypervisor.cpus
+    if not seat.ours or seat.pinned:
+        return
+    wanted = room.every if room.shared is None else room.shared
+    vcpus = {vcpu: cell_pins.near(cells, room.cells, wanted) for vcpu, cells in seat.bound.items()}
+    elsewhere = any((seat.vcpus.get(n, seat.allowed) or room.every) != vcpus[n] for n in vcpus)
+    if elsewhere or (seat.allowed or room.every) != wanted:
+        await _move(host, seat.vm_id, wanted, vcpus)
+
+
+async def _move(host: Host, vm_id: str, cpus: Collection[int], vcpus: Mapping[int, Collection[int]]) -> None:
     if not cpus:
         raise _none_left(vm_id)
     try:
-        await host.hypervisor.pin(vm_id, cpus)
+        await host.hypervisor.pin(vm_id, cpus, vcpus)
     except Refused as problem:
         if not is_libvirt(problem, LibvirtError.NO_DOMAIN):
             raise
@@ -144,6 +168,8 @@ async def watch(host: Host) -> None:
                 continue
             if room.given and _matters(event):
                 again = not await _try(host)
+            elif room.cells and event.state is DomainState.RUNNING:
+                again = not await _done(arrived(host, event.vm_id)) or again
 
 
 def _matters(event: HypervisorEvent) -> bool:
@@ -151,8 +177,12 @@ def _matters(event: HypervisorEvent) -> bool:
 
 
 async def _try(host: Host) -> bool:
+    return await _done(settle(host))
+
+
+async def _done(moving: Awaitable[None]) -> bool:
     try:
-        await settle(host)
+        await moving
     except Refused as problem:
         log.warning("not every VM is on the CPUs that it may use: %s", problem.message)
         return False

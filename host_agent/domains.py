@@ -159,7 +159,9 @@ async def _create(host: Host, order: RunDomain, placement: Placement) -> DomainR
 
     async with _taken_back(host, order.vm_id, placement):
         async with cpus.placed(host, order.vm_id, order.spec.cpus) as shared:
-            xml = domxml.domain_xml(order.spec, placement, host.hypervisor.machine, shared)
+            xml = domxml.domain_xml(
+                order.spec, placement, host.hypervisor.machine, shared, host.hypervisor.cpus.cells
+            )
             await _leased(order.spec.lease, partial(create, xml))
         await _check_held(host, order)
         return await _running(host, order.vm_id, order.spec, placement)

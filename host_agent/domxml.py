@@ -10,8 +10,10 @@ import uuid
 import xml.etree.ElementTree as ET
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
-from host_agent import pins
+from host_agent import cell_pins, pins
+from host_agent.cell_pins import Cells
 from volery.contracts.cpus import GivenCpus
 from volery.contracts.domain import (
     DiskBus,
@@ -66,9 +68,14 @@ class Machine:
 
 
 def domain_xml(
-    spec: DomainSpec, placement: Placement, machine: Machine, shared: Collection[int] | None = None
+    spec: DomainSpec,
+    placement: Placement,
+    machine: Machine,
+    shared: Collection[int] | None = None,
+    cells: Cells = MappingProxyType({}),
 ) -> str:
-    """The whole domain, for virDomainCreateXML. `shared`: the CPUs for guests that have none of their own; None: all."""
+    """The whole domain, for virDomainCreateXML. `shared`: the CPUs for guests that have none of their own; None: all.
+    `cells`: those of the host, if its nodes are to run where their memory is."""
     root = ET.Element("domain", type=machine.domain_type)
     _text(root, "name", spec.name)
     _text(root, "uuid", spec.vm_id)
@@ -83,6 +90,8 @@ def domain_xml(
         ET.SubElement(features, "apic")
         _cpu(root, spec, machine)
         _numatune(root, spec.numa_nodes)
+        if spec.cpus is None:
+            cell_pins.put(root, cells, shared)
     ET.SubElement(root, "clock", offset="utc")
     for event, action in (("on_poweroff", "destroy"), ("on_reboot", "restart"), ("on_crash", "destroy")):
         _text(root, event, action)

@@ -37,21 +37,36 @@ def put(root: ET.Element, cpus: GivenCpus | None, shared: Collection[int] | None
         if shared is not None:
             vcpu.set("cpuset", text_of(shared))
         return
+    for number, allowed in enumerate(cpus.pins[: int(vcpu.text or "0")]):
+        put_vcpu(root, number, allowed)
+    ET.SubElement(_tune(root), "emulatorpin", cpuset=text_of(frozenset[int]().union(*cpus.pins)))
+
+
+def put_vcpu(root: ET.Element, number: int, allowed: Collection[int]) -> None:
+    ET.SubElement(_tune(root), "vcpupin", vcpu=str(number), cpuset=text_of(allowed))
+
+
+def _tune(root: ET.Element) -> ET.Element:
+    tune, vcpu = root.find("cputune"), root.find("vcpu")
     if tune is None:
+        assert vcpu is not None, "every domain has vCPUs"
         tune = ET.Element("cputune")
         root.insert(list(root).index(vcpu) + 1, tune)
-    for number, allowed in enumerate(cpus.pins[: int(vcpu.text or "0")]):
-        ET.SubElement(tune, "vcpupin", vcpu=str(number), cpuset=text_of(allowed))
-    ET.SubElement(tune, "emulatorpin", cpuset=text_of(frozenset[int]().union(*cpus.pins)))
+    return tune
 
 
-def allowed(root: ET.Element) -> frozenset[int]:
-    """Every CPU that something of it is bound to; empty for a domain that isn't bound."""
+def allowed(root: ET.Element, but: Collection[int] = ()) -> frozenset[int]:
+    """Every CPU that something of it is bound to, these vCPUs left out; empty for what isn't bound."""
     texts = [found.get("cpuset", "") for found in root.findall("vcpu")]
-    texts += [
-        pin.get("cpuset", "") for tag in ("vcpupin", "emulatorpin") for pin in root.findall(f"cputune/{tag}")
-    ]
+    texts += [pin.get("cpuset", "") for pin in root.findall("cputune/emulatorpin")]
+    texts += [cpus for vcpu, cpus in of_vcpus(root).items() if vcpu not in but]
     return frozenset[int]().union(*map(read, texts))
+
+
+def of_vcpus(root: ET.Element) -> dict[int, str]:
+    """vCPU → its CPUs, of those that have some said of themselves."""
+    found = root.findall("cputune/vcpupin")
+    return {int(pin.get("vcpu", "0")): pin.get("cpuset", "") for pin in found}
 
 
 def cores(capabilities: ET.Element) -> tuple[CpuCore, ...]:

@@ -10,7 +10,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from host_agent import pins
+from host_agent import cell_pins, pins
 from host_agent.cpu_room import CpuSeat
 from host_agent.domxml import (
     ALIAS,
@@ -61,13 +61,15 @@ def metadata_of(root: ET.Element) -> DomainMetadata | None:
 def cpu_seat(xml: str, vm_id: str) -> CpuSeat:
     """The CPUs that a domain has and may use."""
     root = parsed(xml)
-    metadata = metadata_of(root)
+    metadata, bound = metadata_of(root), cell_pins.bound(root)
     return CpuSeat(
         vm_id,
         ours=metadata is not None,
         pinned=metadata is not None and metadata.pinned,
         exclusive=frozenset(metadata.exclusive) if metadata is not None else frozenset(),
-        allowed=pins.allowed(root),
+        allowed=pins.allowed(root, but=bound),
+        bound=bound,
+        vcpus={vcpu: pins.read(cpus) for vcpu, cpus in pins.of_vcpus(root).items() if vcpu in bound},
     )
 
 

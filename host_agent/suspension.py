@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import PurePath
 
-from host_agent import children, disk_locks, pins, runningxml
+from host_agent import cell_pins, children, disk_locks, pins, runningxml
 from host_agent.action import Host, Running
 from host_agent.children import ChildFailed
 from host_agent.domxml import Placement
@@ -67,6 +67,8 @@ async def restore(host: Host, order: RunDomain, placement: Placement) -> None:
         root = runningxml.parsed(await host.hypervisor.saved_xml(order.restore_path))
         runningxml.replace_sources(root, order.spec.disks, order.spec.nics, order.spec.installation)
         pins.put(root, order.spec.cpus, host.hypervisor.cpus.shared)
+        if order.spec.cpus is None:
+            cell_pins.put(root, host.hypervisor.cpus.cells, host.hypervisor.cpus.shared)
         xml = runningxml.with_placement(root, placement)
     start = host.hypervisor.restore(order.restore_path, xml, paused=True)
     await disk_locks.started("restore the VM", start, order.spec.disks)

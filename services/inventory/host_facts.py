@@ -244,7 +244,7 @@ def _adopted(
     boot_id: str,
 ) -> list[Change]:
     """The database is older than the hosts: a domain under a later epoch is the truth. Memory that was saved before it came
-    to run is older than its disks."""
+    to run is older than its disks, and what it ran with before says nothing."""
     new = replace(
         row.public,
         status=model.STATUS_OF[report.state],
@@ -252,6 +252,7 @@ def _adopted(
         status_reason=RESTORED,
         host_id=host_id,
         epoch=report.epoch,
+        runs_with=row.public.runs_with if report.epoch == placement.epoch else None,
         busy_with="",
     )
     private = replace(row.private, saved_path="", saved_host_id="")

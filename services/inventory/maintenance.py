@@ -11,7 +11,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from services.inventory import admission, emptying, model
+from services.inventory import admission, emptying, model, resizing
 from services.inventory.clearing import Clearing, to_clear
 from services.inventory.desk import Inventory
 from services.inventory.specs import need_of
@@ -100,7 +100,7 @@ async def _fate(inv: Inventory, vm: Vm, ask: MaintainHost, caller: Caller) -> di
     if not vm.migration.allowed:
         return said | {"message": "its migration policy forbids to move it"}
     question = Place(
-        need=await need_of(inv, vm, caller),
+        need=await need_of(inv, vm, caller, shape=resizing.kept(vm)),
         epoch=vm.epoch + 1,
         purpose=Purpose.MIGRATE,
         excluded_host_ids=(vm.host_id,),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from services.inventory import model, restored
+from services.inventory import model, resizing, restored
 from services.inventory.desk import Inventory
 from services.inventory.endings import down, in_blackout
 from services.inventory.giving_up import release_claim
@@ -81,7 +81,7 @@ async def migrate_vm(inv: Inventory, ask: MigrateVm, caller: Caller) -> Operatio
         )
         if ask.dry_run:
             question = Place(
-                need=await need_of(inv, vm, caller),
+                need=await need_of(inv, vm, caller, shape=resizing.kept(vm)),
                 epoch=vm.epoch + 1,
                 purpose=Purpose.MIGRATE,
                 excluded_host_ids=(vm.host_id,),
@@ -115,7 +115,9 @@ async def migrate(inv: Inventory, run: Run) -> None:
     target = (await HOSTS.get(inv.core.pool, placed.host_id)).public
     await run.step("move", "Reserving the destination", lambda: _destined(inv, ask.id, moving, target.id))
     vm = (await VMS.get(inv.core.pool, ask.id)).public
-    spec = await inv.once_free(lambda: domain_spec(inv, vm, target.id, None, run.caller, placed.cpus))
+    spec = await inv.once_free(
+        lambda: domain_spec(inv, vm, target.id, None, run.caller, placed.cpus, placed.shape)
+    )
     run.undo("destination", lambda: _forget(inv, run, ask.id, moving, target.id))
     admitted = await run.order(
         "admit",
@@ -155,7 +157,7 @@ async def _choose(inv: Inventory, run: Run, ask: MigrateVm, moving: Moving) -> P
     async def place() -> Placement:
         vm = (await VMS.get(inv.core.pool, ask.id)).public
         question = Place(
-            need=await need_of(inv, vm, run.caller),
+            need=await need_of(inv, vm, run.caller, shape=resizing.kept(vm)),
             epoch=moving.epoch,
             purpose=Purpose.MIGRATE,
             excluded_host_ids=(moving.source_id,),

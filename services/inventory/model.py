@@ -9,7 +9,7 @@ from typing import Any
 from msgspec import UnsetType
 from msgspec.structs import asdict, replace
 
-from services.inventory import numa
+from services.inventory import numa, resizing
 from services.inventory.config import InventoryConfig
 from volery.contracts.base import Message
 from volery.contracts.cpus import CpuPinning, PinningPolicy
@@ -83,8 +83,9 @@ def check_action(vm: Vm, action: str) -> None:
 
 
 def with_actions(vm: Vm) -> Vm:
-    """The VM with what may be asked of it written in."""
-    return replace(vm, allowed_actions=allowed_actions(vm))
+    """The VM with what follows from its status: what may be asked of it, and that one that is down runs with nothing."""
+    runs_with = None if vm.status is VmStatus.DOWN else vm.runs_with
+    return replace(vm, allowed_actions=allowed_actions(vm), runs_with=runs_with)
 
 
 # --- what a VM may be ---------------------------------------------------------------------------------
@@ -155,6 +156,7 @@ def check_create(ask: CreateVm) -> None:
     check_backing(ask.memory_bytes, ask.hugepage_kib)
     numa.check(ask.numa_nodes, ask.memory_bytes, ask.vcpus, ask.hugepage_kib)
     check_pinning(ask.cpu_pinning, ask.vcpus)
+    resizing.check(ask.cpu_pinning, ask.numa_nodes)
     if len(ask.disks) > MAX_DISKS:
         raise invalid(f"a VM has at most {MAX_DISKS} disks, not {len(ask.disks)}", field="disks")
     if len(ask.nics) > MAX_NICS:
@@ -271,6 +273,7 @@ def edited(vm: Vm, ask: UpdateVm) -> Vm:
                 vm_id=vm.id,
             )
     check_pinning(new.cpu_pinning, new.vcpus)
+    resizing.check(new.cpu_pinning, new.numa_nodes)
     if new.cpu_pinning != vm.cpu_pinning and vm.status is not VmStatus.DOWN:
         raise conflict(
             f"VM {vm.name} is {vm.status}: shut it down before its CPU pinning is changed",

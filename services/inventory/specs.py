@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from msgspec.structs import replace
 
-from services.inventory import leases, restored
+from services.inventory import leases, resizing, restored
 from services.inventory.desk import Inventory
 from services.inventory.store import CLUSTERS
 from volery.contracts.cluster import Cluster
@@ -16,6 +16,7 @@ from volery.contracts.cpus import GivenCpus
 from volery.contracts.domain import DiskBus, DomainDisk, DomainNic, DomainSpec
 from volery.contracts.errors import Kind, Refused
 from volery.contracts.network import PREPARE_NETWORKS, NetworkBridge, PrepareNetworks
+from volery.contracts.resizing import VmShape
 from volery.contracts.scheduling import Need
 from volery.contracts.storage import PREPARE_DISKS, REACH_DISKS, DiskReach, PrepareDisks, ReachDisks
 from volery.contracts.vm import CdRom, DiskAttachment, Nic, RestartWhere, RunOnce, Vm
@@ -109,8 +110,10 @@ async def domain_spec(
     run_once: RunOnce | None,
     caller: Caller,
     cpus: GivenCpus | None = None,
+    shape: VmShape | None = None,
 ) -> DomainSpec:
-    """The VM as this host must run it, on the physical CPUs that it was given there. Raises Refused when the host lacks a volume or a network, or can't hold
+    """The VM as this host must run it, on the physical CPUs that it was given there, in the shape that it was given if it is
+    resized. Raises Refused when the host lacks a volume or a network, or can't hold
     the VM's lease."""
     volumes, bridges, lease = await asyncio.gather(
         prepared_disks(inv, vm.id, vm.epoch, host_id, disk_ids(vm, run_once), caller),
@@ -127,6 +130,7 @@ async def domain_spec(
     disks = [device_disk(d, volumes[d.disk_id]) for d in vm.disks if d.active]
     if first:
         disks = [replace(d, boot_order=d.boot_order + 1 if d.boot_order else 0) for d in disks]
+    built = _own_shape(vm) if shape is None else shape
     return DomainSpec(
         vm_id=vm.id,
         name=domain_name(vm),
@@ -134,11 +138,11 @@ async def domain_spec(
         hostname=UNSAFE.sub("-", vm.name)[:63].strip("-."),
         memory_bytes=vm.memory_bytes,
         hugepage_kib=vm.hugepage_kib,
-        numa_nodes=vm.numa_nodes,
-        vcpus=vm.vcpus,
-        sockets=vm.sockets,
-        cores=vm.cores,
-        threads=vm.threads,
+        numa_nodes=built.numa_nodes,
+        vcpus=built.vcpus,
+        sockets=built.sockets,
+        cores=built.cores,
+        threads=built.threads,
         cpu_model=vm.cpu_model or cluster.cpu_model,
         machine=vm.machine or cluster.machine,
         uefi=vm.uefi,
@@ -157,8 +161,20 @@ async def domain_spec(
     )
 
 
-async def need_of(inv: Inventory, vm: Vm, caller: Caller, run_once: RunOnce | None = None) -> Need:
-    """What the VM asks of a host, for the scheduler. Raises Refused when no host can hold its lease now."""
+def _own_shape(vm: Vm) -> VmShape:
+    return VmShape(
+        vcpus=vm.vcpus, sockets=vm.sockets, cores=vm.cores, threads=vm.threads, numa_nodes=vm.numa_nodes
+    )
+
+
+async def need_of(
+    inv: Inventory,
+    vm: Vm,
+    caller: Caller,
+    run_once: RunOnce | None = None,
+    shape: VmShape | None = None,
+) -> Need:
+    """What the VM asks of a host, for the scheduler; `shape`: what it has to go on with there. Raises Refused when no host can hold its lease now."""
     ids = disk_ids(vm, run_once)
     reach = DiskReach(any_host=True)
     if ids or vm.lease:
@@ -167,7 +183,8 @@ async def need_of(inv: Inventory, vm: Vm, caller: Caller, run_once: RunOnce | No
         )
     if reach.lease_problem:
         raise Refused(Kind.EXHAUSTED, f"VM {vm.name} can run nowhere now: {reach.lease_problem}", vm_id=vm.id)
-    return _as_it_runs(inv, vm, need(vm, (await CLUSTERS.get(inv.core.pool, vm.cluster_id)).public, reach))
+    asked = need(vm, (await CLUSTERS.get(inv.core.pool, vm.cluster_id)).public, reach)
+    return replace(_as_it_runs(inv, vm, asked), shape=shape)
 
 
 def _as_it_runs(inv: Inventory, vm: Vm, asked: Need) -> Need:
@@ -178,7 +195,7 @@ def _as_it_runs(inv: Inventory, vm: Vm, asked: Need) -> Need:
     return replace(
         asked,
         memory_bytes=max(asked.memory_bytes, seen.memory_bytes),
-        vcpus=max(asked.vcpus, seen.vcpus),
+        vcpus=asked.vcpus if resizing.is_resized(vm) else max(asked.vcpus, seen.vcpus),
     )
 
 

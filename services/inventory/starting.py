@@ -139,7 +139,7 @@ def _only_host(row: Row[Vm, VmPrivate], asked: str, once: RunOnce | None) -> str
 
 async def _plan(inv: Inventory, vm: Vm, ask: StartVm, caller: Caller) -> Placement:
     question = Place(
-        need=await need_of(inv, vm, caller, ask.run_once),
+        need=await need_of(inv, vm, caller, ask.run_once, vm.runs_with),
         epoch=vm.epoch + 1,
         target_host_id=ask.host_id,
         dry_run=True,
@@ -292,10 +292,11 @@ async def _place(
     """The scheduler's decision, and the VM's row saying so."""
 
     async def place() -> Placement:
-        vm = (await VMS.get(inv.core.pool, ask.vm_id)).public
+        row = await VMS.get(inv.core.pool, ask.vm_id)
+        vm, shape = row.public, row.public.runs_with if row.private.saved_path else None
         silent = await _silent_hosts(inv, ask, vm.cluster_id)
         question = Place(
-            need=await need_of(inv, vm, run.caller, ask.run_once),
+            need=await need_of(inv, vm, run.caller, ask.run_once, shape),
             epoch=epoch,
             purpose=ask.purpose,
             excluded_host_ids=(*excluded, *silent),
@@ -307,7 +308,7 @@ async def _place(
         return await inv.core.bus.ask(PLACE, question, run.caller_for(f"place-{attempt}"))
 
     async def settle(placed: Placement) -> list[Change]:
-        return await _host_set(inv, ask.vm_id, epoch, placed.host_id) if placed.host_id else []
+        return await _host_set(inv, ask.vm_id, epoch, placed) if placed.host_id else []
 
     def then(placed: Placement) -> tuple[str, str] | None:
         return (f"prepare-{attempt}", PREPARING) if placed.host_id else None
@@ -326,13 +327,13 @@ async def _silent_hosts(inv: Inventory, ask: Starting, cluster_id: str) -> tuple
     return tuple(host_id for host_id in ids if beats.silent_seconds(host_id) >= SILENT_SECONDS)
 
 
-async def _host_set(inv: Inventory, vm_id: str, epoch: int, host_id: str) -> list[Change]:
+async def _host_set(inv: Inventory, vm_id: str, epoch: int, placed: Placement) -> list[Change]:
     row, before = await inv.store.placed(vm_id)
     if before.epoch != epoch or before.state != "starting":
         raise conflict(f"the placement of this VM changed meanwhile (epoch {before.epoch}, not {epoch})")
     return [
-        inv.store.place(before, epoch=epoch, host_id=host_id, state="starting"),
-        VMS.update(row, replace(row.public, host_id=host_id)),
+        inv.store.place(before, epoch=epoch, host_id=placed.host_id, state="starting"),
+        VMS.update(row, replace(row.public, host_id=placed.host_id, runs_with=placed.shape)),
     ]
 
 
@@ -344,7 +345,8 @@ async def _run_on(
     once, prepared = ask.run_once, list[DomainSpec]()
 
     async def prepare() -> None:
-        prepared.append(await domain_spec(inv, row.public, host_id, once, run.caller, placed.cpus))
+        spec = await domain_spec(inv, row.public, host_id, once, run.caller, placed.cpus, placed.shape)
+        prepared.append(spec)
 
     async def question() -> RunDomain:
         await run.step(f"prepare-{attempt}", PREPARING, prepare)

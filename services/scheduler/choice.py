@@ -27,6 +27,7 @@ from services.scheduler.policies.decision import (
 )
 from services.scheduler.policies.pinned import given
 from services.scheduler.policies.request import Request, request
+from services.scheduler.policies.resized import shape_at
 from services.scheduler.state import Scheduler
 from volery.contracts.cpus import GivenCpus, PinningPolicy
 from volery.contracts.errors import conflict
@@ -91,6 +92,7 @@ class Look:
             excluded_by=decision.excluded_by(),
             remedies=mended,
             cpus=_cpus(fleet, asked, best),
+            shape=None if best is None else shape_at(fleet, asked, best),
             policy_id=asked.recipe.id,
             policy_name=asked.recipe.name,
             policy_revision=asked.recipe.revision,
@@ -137,6 +139,7 @@ async def first_answer(scheduler: Scheduler, ask: Place, claims: Claims) -> Plac
             host_id=host_id,
             claimed=True,
             cpus=row.public.cpus,
+            shape=row.public.shape,
             message="placed before; the explanation is no longer kept",
         )
     first = msgspec.json.decode(kept, type=Placement)
@@ -145,7 +148,8 @@ async def first_answer(scheduler: Scheduler, ask: Place, claims: Claims) -> Plac
 
 
 def claim_of(scheduler: Scheduler, ask: Place, placement: Placement) -> Claim:
-    now, need, cpus = utc_now(), ask.need, placement.cpus
+    now, need, cpus, shape = utc_now(), ask.need, placement.cpus, placement.shape
+    nodes = need.numa_nodes if shape is None else shape.numa_nodes
     pages = pages_taken(need.memory_bytes, need.hugepage_kib)
     return Claim(
         id=new_id(),
@@ -156,16 +160,17 @@ def claim_of(scheduler: Scheduler, ask: Place, placement: Placement) -> Claim:
         epoch=ask.epoch,
         host_id=placement.host_id,
         memory_bytes=model.memory_taken(need.memory_bytes, scheduler.config, need.hugepage_kib),
-        vcpus=need.vcpus,
+        vcpus=need.vcpus if shape is None else shape.vcpus,
         state=model.TENTATIVE,
         purpose=ask.purpose,
         high_availability=need.high_availability,
         pages_2m=pages.small,
         pages_1g=pages.large,
-        cells=claims_of(needs_of(need.numa_nodes, need.hugepage_kib)),
+        cells=claims_of(needs_of(nodes, need.hugepage_kib)),
         cpu_pinning="" if need.cpu_pinning.policy is PinningPolicy.NONE else need.cpu_pinning.policy,
         cpus=cpus,
         exclusive_cpus=len(cpus.exclusive) if cpus is not None else 0,
+        shape=shape,
     )
 
 

@@ -89,6 +89,10 @@ def check(place: Place) -> None:
         raise invalid(
             f"{_vm(need)} has {need.vcpus} vCPUs and pins for {len(pinning.pins)}; pin each of them"
         )
+    if pinning.policy is PinningPolicy.RESIZE_AND_PIN and need.numa_nodes:
+        raise invalid(
+            f"{_vm(need)} is resized to its host, whose NUMA cells it follows: it has no NUMA nodes of its own"
+        )
     if place.epoch < 0:
         raise invalid(f"{_vm(need)} can't be placed under epoch {place.epoch}; epochs count from 0")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 import msgspec
+from msgspec.structs import replace
 
 from services.scheduler import cell_store
 from services.scheduler.config import SchedulerConfig
@@ -122,6 +123,11 @@ async def needs(pool: Pool, vm_ids: Sequence[str]) -> dict[str, Need]:
     return {r["vm_id"]: msgspec.json.decode(r["need"], type=Need) for r in records}
 
 
+def as_restarted(need: Need) -> str:
+    """What a VM runs with binds it as long as it runs: brought back, it takes the shape of any host."""
+    return encode(replace(need, shape=None)).decode()
+
+
 def keep_needs(told: Sequence[Need]) -> Change:
     """What these VMs would ask of another host; where they would go stays."""
     return Change(
@@ -132,7 +138,7 @@ def keep_needs(told: Sequence[Need]) -> Change:
         (
             [need.vm_id for need in told],
             [need.cluster_id for need in told],
-            [encode(need).decode() for need in told],
+            [as_restarted(need) for need in told],
         ),
         guarded=False,
     )
@@ -145,7 +151,7 @@ def keep_need(need: Need, lost_host_id: str, refuge_host_id: str) -> Change:
            values ({0}, {1}, {2}, {3}, {4})
            on conflict (vm_id) do update set cluster_id = excluded.cluster_id, need = excluded.need,
                lost_host_id = excluded.lost_host_id, refuge_host_id = excluded.refuge_host_id, asked_at = now()""",
-        (need.vm_id, need.cluster_id, encode(need).decode(), lost_host_id, refuge_host_id),
+        (need.vm_id, need.cluster_id, as_restarted(need), lost_host_id, refuge_host_id),
         guarded=False,
     )
 

@@ -123,7 +123,7 @@ async def admitted(
     tried: dict[str, Admission] = {}
     first, failures = placement, world.policy.reserve_host_failures
     while placement.host_id and placement.host_id not in tried and len(tried) < HOSTS_TRIED:
-        admission = promise.admit(world, _guest(scheduler, ask, placement.host_id), failures)
+        admission = promise.admit(world, _guest(scheduler, ask, placement), failures)
         if not admission.broken or leaving:
             changes = _changes(scheduler, ask, placement, admission, count, world)
             return placement, [*guards, store.next_count(cluster_id, count), *changes]
@@ -152,12 +152,14 @@ def _is_leaving(scheduler: Scheduler, ask: Place, world: World) -> bool:
     return row is None or int(world.fleet.ints("status")[row]) != UP
 
 
-def _guest(scheduler: Scheduler, ask: Place, host_id: str) -> Guest:
-    need = ask.need
+def _guest(scheduler: Scheduler, ask: Place, placement: Placement) -> Guest:
+    """What it runs with binds it as long as it runs: brought back, it takes the shape of any host."""
+    need, shape = replace(ask.need, shape=None), placement.shape
     memory = memory_taken(need.memory_bytes, scheduler.config, need.hugepage_kib)
     pages = pages_taken(need.memory_bytes, need.hugepage_kib)
-    cells = needs_of(need.numa_nodes, need.hugepage_kib)
-    return Guest(need, host_id, memory, need.vcpus, pages=pages, cells=cells)
+    cells = needs_of(need.numa_nodes if shape is None else shape.numa_nodes, need.hugepage_kib)
+    vcpus = need.vcpus if shape is None else shape.vcpus
+    return Guest(need, placement.host_id, memory, vcpus, pages=pages, cells=cells)
 
 
 def _changes(
@@ -165,7 +167,7 @@ def _changes(
 ) -> list[Change]:
     """What a VM takes and where others go from now on. A VM of a host that is lost already keeps the place that was found
     for it."""
-    cluster_id, guest = ask.need.cluster_id, _guest(scheduler, ask, placement.host_id)
+    cluster_id, guest = ask.need.cluster_id, _guest(scheduler, ask, placement)
     known = scheduler.guests[cluster_id][1]
     refuges = {
         vm_id: (guest.host_id if vm_id == guest.vm_id else known[vm_id].host_id, host_id)

@@ -19,6 +19,7 @@ from services.scheduler.pages import Pages
 from volery.contracts.affinity_group import AFFINITY_GROUP_CHANGED, AFFINITY_GROUP_DELETED, AffinityGroup
 from volery.contracts.base import Message, encode
 from volery.contracts.cluster import Cluster
+from volery.contracts.domain import NumaNode
 from volery.contracts.host import Host
 from volery.contracts.network import Network
 from volery.contracts.scheduling import CLAIM_CHANGED, CLAIM_DELETED, Claim
@@ -347,7 +348,13 @@ def network_gone(network_id: str) -> Change:
     return Change("delete from network where id = {0}", (network_id,), guarded=False)
 
 
-_OF_VM = attrgetter("id", "revision", "name", "epoch", "status", "host_id", "memory_bytes", "vcpus")
+_OF_VM = attrgetter("id", "revision", "name", "epoch", "status", "host_id", "memory_bytes")
+
+
+def _taken_by(vm: Vm) -> tuple[int, tuple[NumaNode, ...]]:
+    """vCPUs and NUMA nodes, of one that is resized those that it runs with."""
+    found = vm if vm.runs_with is None else vm.runs_with
+    return found.vcpus, found.numa_nodes
 
 
 def saw_vms(vms: Sequence[Vm], deleted: Collection[str] = ()) -> Change:
@@ -370,8 +377,9 @@ def saw_vms(vms: Sequence[Vm], deleted: Collection[str] = ()) -> Change:
               or vm.revision = excluded.revision
                  and (vm.hugepage_kib, vm.numa_nodes) is distinct from (excluded.hugepage_kib, excluded.numa_nodes)""",
         text_columns(
-            (*_OF_VM(v), v.id in deleted, v.hugepage_kib, msgspec.json.encode(v.numa_nodes).decode())
+            (*_OF_VM(v), vcpus, v.id in deleted, v.hugepage_kib, msgspec.json.encode(nodes).decode())
             for v in vms
+            for vcpus, nodes in (_taken_by(v),)
         ),
         guarded=False,
     )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import re
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from host_agent import cpus, pins, runningxml
+from host_agent import cell_pins, cpus, pins, runningxml
 from host_agent.action import Host
 from host_agent.cpu_room import CpuSeat
 from host_agent.domxml import Machine, Placement, domain_xml, written
@@ -16,7 +18,7 @@ from host_agent.hypervisor import Hypervisor
 from tests.support.libvirt_host import LibvirtHost
 from tests.support.vms import VmHost, tiny_spec, vm_host
 from volery.contracts.cpus import CpuCore, GivenCpus
-from volery.contracts.domain import DomainSpec, DomainState
+from volery.contracts.domain import DomainSpec, DomainState, NumaMode, NumaNode
 from volery.contracts.domain_orders import (
     ADMIT_MIGRATION,
     FORGET_DOMAIN,
@@ -254,6 +256,12 @@ def threads_on(libvirt_host: LibvirtHost, spec: DomainSpec) -> set[frozenset[int
     return found
 
 
+async def soon(true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not true():
+            await asyncio.sleep(0.05)
+
+
 async def test_the_kernel_keeps_real_guests_off_them(qemu: VmHost, libvirt_host: LibvirtHost) -> None:
     await cpus.learn(qemu.host)
     every = qemu.hypervisor.cpus.every
@@ -268,8 +276,7 @@ async def test_the_kernel_keeps_real_guests_off_them(qemu: VmHost, libvirt_host:
     await qemu.run(late)
     assert threads_on(libvirt_host, late) == {every - {mine}}
     await qemu.power_off(owner.vm_id)
-    await becomes(qemu, shared, every)
-    assert threads_on(libvirt_host, shared) == {every}
+    await soon(lambda: threads_on(libvirt_host, shared) == {every})  # its vCPU first, then QEMU's own threads
     watching.cancel()
     await asyncio.gather(watching, return_exceptions=True)
 
@@ -287,3 +294,81 @@ async def test_a_guest_without_cpus_of_its_own_needs_one_that_is_shared(eight: V
     pinned = tiny_spec(cpus=GivenCpus(pins=((3,),)))
     await eight.run(pinned)
     assert await allowed(eight, pinned) == {3}
+
+
+NODES = (
+    NumaNode(memory_bytes=64 << 20, vcpus=(0, 2), host_cells=(0,)),
+    NumaNode(memory_bytes=32 << 20, vcpus=(1,), host_cells=(0,), mode=NumaMode.PREFERRED),
+    NumaNode(memory_bytes=32 << 20, vcpus=(3,)),
+)
+CELLS = {0: frozenset({0, 2}), 1: frozenset({1, 3})}
+
+
+def noded(**fields: Any) -> DomainSpec:
+    return tiny_spec(**({"memory_bytes": 128 << 20, "vcpus": 4, "numa_nodes": NODES} | fields))
+
+
+def pins_in(xml: str) -> dict[int, frozenset[int]]:
+    return {vcpu: pins.read(cpus) for vcpu, cpus in pins.of_vcpus(runningxml.parsed(xml)).items()}
+
+
+def test_vcpus_of_a_bound_node_are_on_the_shared_cpus_of_its_cell() -> None:
+    assert cell_pins.cells_of(runningxml.parsed(TOPOLOGY)) == CELLS
+    one = TOPOLOGY[: TOPOLOGY.index(" <cell id='1'")] + "</cells></topology></host></capabilities>"
+    assert cell_pins.cells_of(runningxml.parsed(one)) == {}
+
+    def xml(shared: set[int] | None, cells: cell_pins.Cells = CELLS, **fields: Any) -> str:
+        return domain_xml(noded(**fields), Placement(1, 1), Machine("kvm"), shared, cells)
+
+    assert pins_in(xml(None)) == {0: {0, 2}, 2: {0, 2}}
+    assert pins_in(xml({1, 2, 3})) == {0: {2}, 2: {2}}
+    assert pins_in(xml({1, 3})) == {0: {1, 3}, 2: {1, 3}}, "nothing is left of the cell"
+    assert pins_in(xml(None, {})) == {}, "a host with one cell"
+    own = GivenCpus(pins=((1,), (1,), (3,), (3,)))
+    assert pins_in(xml(None, cpus=own)) == {0: {1}, 1: {1}, 2: {3}, 3: {3}}, "it has CPUs of its own choice"
+    seat = runningxml.cpu_seat(xml({1, 2, 3}), "vm")
+    assert (seat.allowed, seat.bound, seat.vcpus) == ({1, 2, 3}, {0: {0}, 2: {0}}, {0: {2}, 2: {2}})
+    assert cpu_seats_agree(seat)
+
+
+def cpu_seats_agree(seat: CpuSeat) -> bool:
+    return seat.vcpus == {n: cell_pins.near(cells, CELLS, seat.allowed) for n, cells in seat.bound.items()}
+
+
+def threads_of_vcpus(libvirt_host: LibvirtHost, spec: DomainSpec) -> list[frozenset[int]]:
+    """On which CPUs the kernel may run each vCPU, as QEMU names their threads."""
+    found = {}
+    for task in Path(f"/proc/{libvirt_host.qemu(spec.vm_id)}/task").iterdir():
+        name = re.fullmatch(r"CPU (\d+)/\w+", (task / "comm").read_text().strip())
+        if name is not None:
+            lines = (task / "status").read_text().splitlines()
+            (line,) = [x for x in lines if x.startswith("Cpus_allowed_list:")]
+            found[int(name[1])] = pins.read(line.partition(":")[2].strip())
+    return [found[vcpu] for vcpu in sorted(found)]
+
+
+async def test_real_vcpus_follow_their_node_and_step_aside(qemu: VmHost, libvirt_host: LibvirtHost) -> None:
+    """This machine has one cell; its agent is told of two, and that the memory's has the highest CPU."""
+    await cpus.learn(qemu.host)
+    room = qemu.hypervisor.cpus
+    every, mine = room.every, max(room.every)
+    room.cells = {0: frozenset({mine}), 1: every - {mine}}
+    watching = asyncio.create_task(cpus.watch(qemu.host))
+    here, came = noded(), noded()
+    await qemu.run(here)
+    assert threads_of_vcpus(libvirt_host, here) == [{mine}, every, {mine}, every]
+    # As one that arrives: who sent it said nothing of these cells.
+    await qemu.hypervisor.create(domain_xml(came, Placement(1, 1), qemu.hypervisor.machine))
+    await soon(lambda: threads_of_vcpus(libvirt_host, came) == [{mine}, every, {mine}, every])
+
+    owner = tiny_spec(cpus=GivenCpus(pins=((mine,),), exclusive=(mine,)))
+    await qemu.run(owner)
+    assert threads_of_vcpus(libvirt_host, here) == [every - {mine}] * 4
+    late = noded()
+    await qemu.run(late)
+    assert threads_of_vcpus(libvirt_host, late) == [every - {mine}] * 4
+    await qemu.power_off(owner.vm_id)
+    await soon(lambda: threads_of_vcpus(libvirt_host, here) == [{mine}, every, {mine}, every])
+    await soon(lambda: threads_of_vcpus(libvirt_host, late) == [{mine}, every, {mine}, every])
+    watching.cancel()
+    await asyncio.gather(watching, return_exceptions=True)

@@ -10,6 +10,7 @@ from host_agent import domxml, runningxml
 from host_agent.domxml import Machine, Placement
 from tests.support.libvirt_host import LibvirtHost
 from tests.support.vms import VmHost, tiny_spec
+from volery.contracts.cpus import GivenCpus
 from volery.contracts.domain import DomainState, NumaMode, NumaNode
 from volery.contracts.errors import Refused
 
@@ -39,6 +40,32 @@ async def test_a_real_guest_has_its_nodes_and_their_memory_is_where_it_is_pinned
     maps = Path(f"/proc/{libvirt_host.qemu(vm.vm_id)}/numa_maps").read_text()
     assert " bind:0 " in maps
     assert " interleave:0 " in maps
+
+
+async def test_a_guest_that_is_resized_counts_its_sockets_and_nodes_and_each_vcpu_is_on_its_cpu(
+    qemu: VmHost, libvirt_host: LibvirtHost
+) -> None:
+    """As a host of two sockets, each a cell, gives it; on this machine every pin is of the CPUs that there are."""
+    nodes = tuple(
+        NumaNode(memory_bytes=64 * MIB, vcpus=tuple(range(2 * n, 2 * n + 2)), host_cells=(0,))
+        for n in range(2)
+    )
+    given = GivenCpus(pins=((0,), (1,), (1,), (0,)))
+    vm = tiny_spec(
+        memory_bytes=128 * MIB, vcpus=4, sockets=2, cores=1, threads=2, numa_nodes=nodes, cpus=given
+    )
+    await qemu.run(vm)
+    await qemu.agent_up(vm.vm_id)
+    command = Path(f"/proc/{libvirt_host.qemu(vm.vm_id)}/cmdline").read_text()
+    assert "4,sockets=2,dies=1" in command or "4,sockets=2,cores=1,threads=2" in command
+    shown = libvirt_host.run("virsh", "vcpupin", vm.vm_id)
+    assert [line.split() for line in shown.splitlines()[2:] if line] == [
+        ["0", "0"],
+        ["1", "1"],
+        ["2", "1"],
+        ["3", "0"],
+    ]
+    assert libvirt_host.run("virsh", "vcpucount", vm.vm_id, "--active", "--live").strip() == "4"
 
 
 async def test_a_cell_that_the_host_lacks_is_refused(qemu: VmHost) -> None:

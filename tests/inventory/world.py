@@ -62,6 +62,7 @@ from volery.contracts.liveness import (
 )
 from volery.contracts.operation import ENDED, GET_OPERATION, GetOperation, Operation, OperationState
 from volery.contracts.plan import MAKE_PLAN, MakePlan
+from volery.contracts.resizing import VmShape
 from volery.contracts.scheduling import (
     CONFIRM_CLAIM,
     PLACE,
@@ -254,6 +255,8 @@ class Scheduler(Speaker):
     released: list[ReleaseVm] = field(default_factory=list)
     cpus: dict[str, GivenCpus] = field(default_factory=dict)
     """Host → the physical CPUs that a VM gets there."""
+    shapes: dict[str, VmShape] = field(default_factory=dict)
+    """Host → what a VM runs with there that is resized to it."""
 
     def __post_init__(self) -> None:
         self.may_place.set()
@@ -283,6 +286,7 @@ class Scheduler(Speaker):
             host_id=host_id,
             message="" if host_id else "no host is left",
             cpus=self.cpus.get(host_id),
+            shape=self.shapes.get(host_id),
         )
 
     async def _confirm(self, _: Speaker, ask: ClaimKey, caller: Caller) -> Done:

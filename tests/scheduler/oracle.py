@@ -3,6 +3,8 @@ formulas as `services/scheduler/policies`, but without them. What the two say mu
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import permutations, product
@@ -14,6 +16,7 @@ from services.scheduler.model import ClusterPolicy
 from services.scheduler.policies.affinity import Group
 from services.scheduler.policies.bound import Seat
 from services.scheduler.policies.cpus import FREE, Held, read_cores
+from volery.contracts.cpus import CpuCore
 from volery.contracts.scheduling import Need, Place
 from volery.contracts.scheduling_policy import SchedulingPolicy
 
@@ -189,12 +192,70 @@ def lacks_cpus(world: World, need: Need, host: HostFigures) -> bool:
     left = host.cpus - len(held.exclusive)
     if policy == "none":
         return bool(held.exclusive) and need.vcpus > left
+    if policy == "resize_and_pin":
+        return cant_be_resized(world, need, host)
     alone = cpus_alone(world, need, host)
     if policy == "manual" or alone is None:
         return alone is None
     left -= alone
     sharing = host.vcpus_used - held.vcpus
     return left < host.largest_shared or sharing * host.cpus > host.vcpus_limit * left
+
+
+# VMs that are resized to their hosts
+
+
+def resized(world: World, need: Need, host: HostFigures) -> tuple[int, dict[int, int]] | None:
+    """How many vCPUs it gets of the host, and how many of each cell; None when it can't be resized. By striking out."""
+    sockets: dict[int, list[CpuCore]] = {}
+    for core in read_cores(host.cores):
+        sockets.setdefault(core.socket, []).append(core)
+    counts, threads = {len(s) for s in sockets.values()}, {len(c.cpus) for s in sockets.values() for c in s}
+    if len(counts) != 1 or counts == {1} or len(threads) != 1:
+        return None
+    for cores in sockets.values():
+        cores.remove(min(cores, key=lambda core: min(core.cpus)))
+    left = [core for cores in sockets.values() for core in cores]
+    by_cell = {core.cell: 0 for core in left}
+    for core in left:
+        by_cell[core.cell] += len(core.cpus)
+    several = len({core.cell for core in read_cores(host.cores)}) > 1
+    return sum(by_cell.values()), by_cell if several else {}
+
+
+def vcpus(world: World, need: Need, host: HostFigures) -> int:
+    """Of the VM on this host."""
+    if need.cpu_pinning.policy != "resize_and_pin":
+        return need.vcpus
+    found = resized(world, need, host)
+    return 0 if found is None else found[0]
+
+
+def resized_shares(need: Need, count: int) -> list[float]:
+    """Of its memory, in whole MiB or huge pages, one after the other dealt out to each cell in turn."""
+    if need.shape is not None:
+        return [amount(node.memory_bytes, need.hugepage_kib) for node in need.shape.numa_nodes]
+    unit = need.hugepage_kib * 1024 or MIB
+    dealt = [unit * len(range(n, need.memory_bytes // unit, count)) for n in range(count)]
+    dealt[0] += need.memory_bytes % unit
+    return [amount(share, need.hugepage_kib) for share in dealt]
+
+
+def cant_be_resized(world: World, need: Need, host: HostFigures) -> bool:
+    found, held = resized(world, need, host), world.held.get(host.id, FREE)
+    if found is None:
+        return True
+    firsts: dict[int, CpuCore] = {}
+    for core in sorted(read_cores(host.cores), key=lambda core: min(core.cpus)):
+        firsts.setdefault(core.socket, core)
+    given = {cpu for core in read_cores(host.cores) if core not in firsts.values() for cpu in core.cpus}
+    if given & held.exclusive:
+        return True
+    if need.shape is not None:
+        nodes = {node.host_cells[0]: len(node.vcpus) for node in need.shape.numa_nodes}
+        sockets, threads = len(firsts), len(next(iter(firsts.values())).cpus)
+        return (need.shape.vcpus, nodes, need.shape.sockets, need.shape.threads) != (*found, sockets, threads)
+    return any(share <= 0 for share in resized_shares(need, len(found[1]))) if found[1] else False
 
 
 # Rules
@@ -221,10 +282,10 @@ def refusals(world: World, place: Place, host: HostFigures, config: SchedulerCon
         refused.add("pinned")
     if host.id in place.excluded_host_ids:
         refused.add("excluded")
-    if need.vcpus > host.cpus:
+    if vcpus(world, need, host) > host.cpus:
         refused.add("cpu")
     alone = need.cpu_pinning.policy in ("dedicated", "isolate_threads")
-    if not alone and shared_limit(world, host) - host.vcpus_used < need.vcpus:
+    if not alone and shared_limit(world, host) - host.vcpus_used < vcpus(world, need, host):
         refused.add("cpu_overcommit")
     if lacks_cpus(world, need, host):
         refused.add("cpu_pinning")
@@ -279,6 +340,8 @@ def amount(memory: float, hugepage_kib: int) -> float:
 def short_cells(world: World, need: Need, host: HostFigures) -> list[int]:
     """Cells that lack CPUs or memory for the nodes that are pinned to them."""
     cells, kind = {c.cell: c for c in world.cells.get(host.id, ())}, KINDS[need.hugepage_kib]
+    if need.cpu_pinning.policy == "resize_and_pin":
+        return short_of_resized(world, need, host)
     pinned = [n for n in need.numa_nodes if n.host_cells and n.mode != "preferred"]
     found = []
     for cell in sorted({c for node in pinned for c in node.host_cells}):
@@ -294,6 +357,30 @@ def short_cells(world: World, need: Need, host: HostFigures) -> list[int]:
         if figures is None or figures.cpus < cpus or figures.limit[kind] - figures.used[kind] < sum(shares):
             found.append(cell)
     return found
+
+
+def short_of_resized(world: World, need: Need, host: HostFigures) -> list[int]:
+    """Cells that lack CPUs or memory for the nodes of a VM that follows them; none where it can't."""
+    found, kind = resized(world, need, host), KINDS[need.hugepage_kib]
+    if found is None or not found[1]:
+        return []
+    if need.shape is not None:
+        nodes = {node.host_cells[0]: len(node.vcpus) for node in need.shape.numa_nodes}
+        if (need.shape.vcpus, nodes) != found or cant_be_resized(
+            dataclasses.replace(world, held={}), need, host
+        ):
+            return []
+    shares = resized_shares(need, len(found[1]))
+    if min(shares) <= 0:
+        return []
+    there = {c.cell: c for c in world.cells.get(host.id, ())}
+    return [
+        cell
+        for cell, share in zip(sorted(found[1]), shares, strict=True)
+        if cell not in there
+        or there[cell].cpus < found[1][cell]
+        or there[cell].limit[kind] - there[cell].used[kind] < math.ceil(share)
+    ]
 
 
 def matching(world: World, need: Need, host: HostFigures) -> float:
@@ -335,7 +422,7 @@ def whole_room_lost(
 def score(unit: str, world: World, place: Place, host: HostFigures, config: SchedulerConfig) -> float:
     """One weight of one host, from 0 to 1."""
     need = place.need
-    fresh = world.fresh_vcpus.get(host.id, 0) + need.vcpus
+    fresh = world.fresh_vcpus.get(host.id, 0) + vcpus(world, need, host)
     load = world.cpu_percent.get(host.id, 0.0) / 100
     load += config.vcpu_load_percent / 100 * fresh / max(host.cpus, 1)
     share = (host.memory_used_bytes + taken(place, config)) / max(host.memory_limit_bytes, 1)
@@ -343,7 +430,7 @@ def score(unit: str, world: World, place: Place, host: HostFigures, config: Sche
     match unit:
         case "cpu_even":
             ratio = figure(world, "VCpuToPhysicalCpuRatio", 0)
-            too_many = ratio and host.vcpus_used + need.vcpus >= ratio * host.cpus
+            too_many = ratio and host.vcpus_used + vcpus(world, need, host) >= ratio * host.cpus
             return 0.0 if too_many else 1 - min(load, 1.0)
         case "memory_even":
             return 1 - min(share, 1.0)
@@ -353,7 +440,9 @@ def score(unit: str, world: World, place: Place, host: HostFigures, config: Sche
         case "memory_saving":
             return min(share, 1.0)
         case "fragmentation":
-            return 1 - whole_room_lost(world, neighbours, host, taken(place, config), need.vcpus)
+            return 1 - whole_room_lost(
+                world, neighbours, host, taken(place, config), vcpus(world, need, host)
+            )
         case "guests_even":
             most = max((h.guests for h in neighbours), default=0)
             return 1 - min(host.guests / max(most, 1), 1.0)
@@ -373,9 +462,9 @@ def score(unit: str, world: World, place: Place, host: HostFigures, config: Sche
         case "affinity_room":
             mates = followers(world, need.vm_id)
             memory = taken(place, config) + sum(mate.memory for mate in mates)
-            vcpus = need.vcpus + sum(mate.vcpus for mate in mates)
+            wanted = vcpus(world, need, host) + sum(mate.vcpus for mate in mates)
             fits = host.memory_used_bytes + memory <= host.memory_limit_bytes
-            return float(bool(mates) and fits and host.vcpus_used + vcpus <= shared_limit(world, host))
+            return float(bool(mates) and fits and host.vcpus_used + wanted <= shared_limit(world, host))
     return 0.0
 
 

@@ -21,6 +21,7 @@ from tests.scheduler.oracle import World
 from tests.scheduler.worlds import CONFIG, GIB, MIB, NOW, fleet_of, places, worlds
 from tests.scheduler.worlds import asked as asked_of
 from volery.contracts.affinity_group import AffinityRule
+from volery.contracts.cpus import PinningPolicy
 from volery.contracts.domain import NumaNode
 from volery.contracts.scheduling import Change, ChangeKind, Need, Place, Purpose, Remedy
 from volery.contracts.scheduling_policy import SchedulingPolicy
@@ -165,6 +166,10 @@ def loosened(group: Group, field: str, change: Change) -> Group:
 def test_a_remedy_is_enough_one_unit_less_is_not_and_none_means_that_nothing_helps(
     world: World, place: Place
 ) -> None:
+    check_remedies(world, place)
+
+
+def check_remedies(world: World, place: Place) -> None:
     found = remedies(world, place)
     if fitting(world, place):
         assert found == ()
@@ -206,9 +211,15 @@ def hopeless(world: World, place: Place) -> bool:
     return True
 
 
+def is_resized(place: Place) -> bool:
+    return place.need.cpu_pinning.policy is PinningPolicy.RESIZE_AND_PIN
+
+
 def pins(place: Place) -> bool:
     """Whether a node takes anything of a NUMA cell."""
-    return any(node.host_cells and node.mode != "preferred" for node in place.need.numa_nodes)
+    return is_resized(place) or any(
+        node.host_cells and node.mode != "preferred" for node in place.need.numa_nodes
+    )
 
 
 def smallest(place: Place, fields: dict[str, Any]) -> dict[str, Any]:
@@ -216,7 +227,9 @@ def smallest(place: Place, fields: dict[str, Any]) -> dict[str, Any]:
     if fields.keys() == {"hugepage_kib"} and pins(place):
         return {}
     if fields.keys() == {"memory_bytes"} and place.need.hugepage_kib:
-        return {"memory_bytes": max(16 * MIB, place.need.hugepage_kib * 1024)}
+        pages = 3 if is_resized(place) else 1  # one for each cell that a host here has
+        least = max(16 * MIB, pages * place.need.hugepage_kib * 1024)
+        return {"memory_bytes": min(least, place.need.memory_bytes) if is_resized(place) else least}
     return fields
 
 

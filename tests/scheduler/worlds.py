@@ -15,7 +15,8 @@ from services.scheduler.fleet import Fleet
 from services.scheduler.model import ClusterPolicy, limits
 from services.scheduler.policies.affinity import ClusterRules, Group
 from services.scheduler.policies.bound import FREE, Seat, resolve
-from services.scheduler.policies.cpus import Held
+from services.scheduler.policies.cpus import Held, read_cores
+from services.scheduler.policies.outline import divides, outline, shape
 from services.scheduler.policies.recipe import Recipe
 from services.scheduler.policies.request import Request, request
 from services.scheduler.policies.units import BY_KIND, OPTIONAL
@@ -26,6 +27,7 @@ from volery.contracts.cluster import Balance
 from volery.contracts.cpus import CpuCore, CpuPinning, PinningPolicy
 from volery.contracts.domain import NumaMode, NumaNode
 from volery.contracts.host import HostStatus
+from volery.contracts.resizing import VmShape
 from volery.contracts.scheduling import Need, Place, Purpose
 from volery.contracts.scheduling_policy import SchedulingPolicy, Selector, UnitKind
 
@@ -148,13 +150,14 @@ def holdings(draw: st.DrawFn, cpus: int) -> Held:
 
 @st.composite
 def built(draw: st.DrawFn, cpus: int) -> str:
-    """Cores of one kind in two cells, or nothing known."""
+    """Cores of one kind in one or two sockets and cells, or nothing known."""
     threads = draw(st.sampled_from([0, 1, 2, 2, 4]))
+    sockets, cells = draw(st.sampled_from([(2, 2), (2, 2), (1, 2), (2, 1), (1, 1), (1, 3)]))
     if not cpus or not threads or cpus % threads:
         return ""
     count = cpus // threads
     cores = (
-        CpuCore(cell=n * 2 // count, socket=n * 2 // count, cpus=tuple(range(n, cpus, count)))
+        CpuCore(cell=n * cells // count, socket=n * sockets // count, cpus=tuple(range(n, cpus, count)))
         for n in range(count)
     )
     return encode(tuple(cores)).decode()
@@ -167,6 +170,15 @@ def pinnings(draw: st.DrawFn, vcpus: int) -> CpuPinning:
         return CpuPinning(policy=policy)
     pins = st.sets(st.integers(0, 8), min_size=1, max_size=3).map(lambda cpus: tuple(sorted(cpus)))
     return CpuPinning(policy=policy, pins=tuple(draw(st.lists(pins, min_size=vcpus, max_size=vcpus))))
+
+
+@st.composite
+def shapes(draw: st.DrawFn, memory: int) -> VmShape | None:
+    """What a VM runs with that was resized to some host, or nothing: it starts."""
+    found = outline(read_cores(draw(built(draw(st.sampled_from([4, 8, 8]))))))
+    if draw(st.booleans()) or found.why_not or not divides(found, memory, 0):
+        return None
+    return shape(found, memory, 0)
 
 
 @st.composite
@@ -302,13 +314,16 @@ def places(draw: st.DrawFn) -> Place:
     storage = draw(st.none() | subsets(HOSTS))
     memory = draw(st.sampled_from([16 * MIB, GIB, 4 * GIB]) | st.integers(16 * MIB, 8 * GIB))
     vcpus = draw(st.integers(1, 9))
+    pinning = draw(pinnings(vcpus))
+    resized = pinning.policy is PinningPolicy.RESIZE_AND_PIN
     need = Need(
         vm_id="vm",
         cluster_id="a",
         memory_bytes=memory,
         vcpus=vcpus,
-        numa_nodes=draw(nodes(memory, vcpus)),
-        cpu_pinning=draw(pinnings(vcpus)),
+        numa_nodes=() if resized else draw(nodes(memory, vcpus)),
+        cpu_pinning=pinning,
+        shape=draw(shapes(memory)) if resized else None,
         threads=draw(st.sampled_from([0, 0, 1, 2])),
         name="web",
         cpu_model=draw(st.sampled_from(["", "host-passthrough", *MODELS])),

@@ -28,6 +28,9 @@ class PinningPolicy(StrEnum):
     """One for each vCPU, chosen when it starts and its alone while it runs."""
     ISOLATE_THREADS = "isolate_threads"
     """A core for each vCPU, chosen when it starts; nobody uses the core's other threads."""
+    RESIZE_AND_PIN = "resize_and_pin"
+    """All of its host's but the first core of each socket, with others: it starts with a vCPU for each of them, whatever it
+    has itself."""
 
 
 class CpuPinning(Message):

@@ -24,7 +24,7 @@ class CpuUse(Message):
     host_id: str
     host_name: str
     policy: str
-    """manual, dedicated, isolate_threads"""
+    """manual, dedicated, isolate_threads, resize_and_pin"""
     cpus: tuple[int, ...]
     """On which it ran, as Linux numbers them."""
     exclusive: tuple[int, ...]

@@ -8,6 +8,7 @@ from volery.contracts.base import Call, Done, Entity, Fact, Message
 from volery.contracts.cpus import CpuPinning, GivenCpus
 from volery.contracts.domain import NumaNode
 from volery.contracts.operation import ListQuery, Page
+from volery.contracts.resizing import VmShape
 
 
 class Need(Message):
@@ -37,6 +38,8 @@ class Need(Message):
     cpu_pinning: CpuPinning = CpuPinning()
     threads: int = 0
     """Of each of its cores; 0 or 1: its vCPUs are cores."""
+    shape: VmShape | None = None
+    """Of one that is resized to its host: what it runs with, and keeps where it moves; None: it takes any host's."""
 
 
 class Purpose(StrEnum):
@@ -166,6 +169,8 @@ class Placement(Message):
     """As the policy was then."""
     cpus: GivenCpus | None = None
     """The physical CPUs that a pinned VM gets there."""
+    shape: VmShape | None = None
+    """What a VM runs with there that is resized to its host, instead of its own vCPUs, topology and NUMA nodes."""
     selector: str = ""
     """How its weights were put together: weighted_sum (a host's weights are factor × score) or rank (factor × rank)."""
 
@@ -203,6 +208,8 @@ class Claim(Entity):
     cpus: GivenCpus | None = None
     exclusive_cpus: int = 0
     """How many of them are its alone."""
+    shape: VmShape | None = None
+    """What it runs with there, if it is resized to its host."""
 
 
 class ClaimKey(Message):

@@ -12,6 +12,7 @@ from volery.contracts.cluster import GetById
 from volery.contracts.cpus import CpuPinning
 from volery.contracts.domain import DiskBus, ImageFormat, NicModel, NumaNode
 from volery.contracts.operation import ListQuery, Operation, Page
+from volery.contracts.resizing import VmShape
 
 
 class VmStatus(StrEnum):
@@ -164,6 +165,9 @@ class Vm(Entity):
     threads: int = 0
     cpu_pinning: CpuPinning = CpuPinning()
     """On which physical CPUs it runs; which it has now says its claim."""
+    runs_with: VmShape | None = None
+    """With `resize_and_pin`: the vCPUs, topology and NUMA nodes that its host gave it, until it ends. Its own are for when it
+    is pinned otherwise."""
     cpu_model: str = ""
     """"" is the cluster's."""
     machine: str = ""

@@ -17,8 +17,10 @@ from services.scheduler.policies.affinity import ClusterRules
 from services.scheduler.policies.board import Board, Guest, Place
 from services.scheduler.policies.bound import FREE, Bound, resolve
 from services.scheduler.policies.filters import FILTERS
+from services.scheduler.policies.outline import outline
 from services.scheduler.policies.request import request
 from volery.contracts import scheduling
+from volery.contracts.cpus import PinningPolicy
 from volery.contracts.scheduling import Need, Purpose
 
 MOVED_ON = frozenset({"target", "excluded", "cpu_overcommit", "memory", "huge_pages", "affinity_vms"})
@@ -28,6 +30,9 @@ MOVED_ON = frozenset({"target", "excluded", "cpu_overcommit", "memory", "huge_pa
 PINNED_NODES = (
     "its NUMA nodes are pinned to cells of its host: move it by itself, which looks at the cells of the other"
 )
+
+
+RESIZED = "it is resized to its host: move it by itself, to one that is built the same, or stop it and start it elsewhere"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +62,7 @@ def board_of(
     here = {fleet.ids[row] for row in rows}
     ours = [each for each in standing if each.host_id in here]
     places = [_place(fleet, row, closed) for row in rows]
-    guests = [_guest(each, config) for each in ours]
+    guests = [_guest(each, _vcpus(fleet, each), config) for each in ours]
     allowed = np.zeros((len(guests), len(places)), np.bool_)
     known: dict[object, Bools] = {}
     for number, each in enumerate(ours):
@@ -106,17 +111,35 @@ def _place(fleet: Fleet, row: int, closed: Collection[str]) -> Place:
     )
 
 
-def _guest(each: Standing, config: SchedulerConfig) -> Guest:
-    need, assumed = each.need, config.vcpu_load_percent / 100 * each.need.vcpus
+def _vcpus(fleet: Fleet, each: Standing) -> int:
+    """What it has where it is."""
+    if each.need.cpu_pinning.policy is not PinningPolicy.RESIZE_AND_PIN:
+        return each.need.vcpus
+    return (
+        each.need.shape.vcpus
+        if each.need.shape is not None
+        else outline(fleet.cpus_of(fleet.rows[each.host_id]).cores).vcpus
+    )
+
+
+def _stays(need: Need) -> str:
+    """Why plans leave it where it is."""
+    if need.cpu_pinning.policy is PinningPolicy.RESIZE_AND_PIN:
+        return RESIZED
+    return PINNED_NODES if needs_of(need.numa_nodes, need.hugepage_kib) else ""
+
+
+def _guest(each: Standing, vcpus: int, config: SchedulerConfig) -> Guest:
+    need, assumed = each.need, config.vcpu_load_percent / 100 * vcpus
     return Guest(
         id=need.vm_id,
         name=need.name or need.vm_id,
         host_id=each.host_id,
         memory=memory_taken(need.memory_bytes, config, need.hugepage_kib),
-        vcpus=need.vcpus,
+        vcpus=vcpus,
         load=assumed if each.load is None else each.load,
         high_availability=need.high_availability,
         priority=each.priority,
-        kept=each.kept or (PINNED_NODES if needs_of(need.numa_nodes, need.hugepage_kib) else ""),
+        kept=each.kept or _stays(need),
         pages=pages_taken(need.memory_bytes, need.hugepage_kib),
     )

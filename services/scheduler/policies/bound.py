@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.scheduler.fleet import Bools, Fleet, Floats, Ints
+from services.scheduler.policies import resized
 from services.scheduler.policies.affinity import NEGATIVE, POSITIVE, Around, ClusterRules, Group
 
 if TYPE_CHECKING:
@@ -292,5 +293,5 @@ def room_for_all(fleet: Fleet, request: Request) -> Floats:
     if not vcpus:
         return fleet.nothing
     fits = fleet.ints("memory_used") + request.memory + memory <= fleet.ints("memory_limit")
-    fits &= fleet.ints("vcpus_used") + request.need.vcpus + vcpus <= fleet.ints("vcpus_limit")
+    fits &= fleet.ints("vcpus_used") + resized.vcpus(fleet, request) + vcpus <= fleet.ints("vcpus_limit")
     return fits.astype(np.float64)

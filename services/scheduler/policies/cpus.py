@@ -13,6 +13,7 @@ from itertools import chain
 
 import msgspec
 
+from services.scheduler.policies.outline import outline
 from volery.contracts.cpus import CpuCore, CpuPinning, GivenCpus, PinningPolicy
 
 Cpus = frozenset[int]
@@ -88,12 +89,19 @@ class Wish:
         """None for a VM that runs on what is shared."""
         if pinning.policy is PinningPolicy.NONE:
             return None
+        if pinning.policy is PinningPolicy.RESIZE_AND_PIN:
+            return Wish(pinning.policy, 0)
         return Wish(pinning.policy, vcpus, max(threads, 1), pinning.pins)
 
     @property
     def alone(self) -> bool:
         """Whether it gets CPUs that nobody else uses."""
-        return self.policy is not PinningPolicy.MANUAL
+        return not self.resized and self.policy is not PinningPolicy.MANUAL
+
+    @property
+    def resized(self) -> bool:
+        """Whether its host says how many vCPUs it has."""
+        return self.policy is PinningPolicy.RESIZE_AND_PIN
 
 
 @cache
@@ -114,6 +122,16 @@ def has_pins(host: HostCpus, wish: Wish) -> bool:
 
 def _manual(host: HostCpus, wish: Wish) -> GivenCpus | None:
     return GivenCpus(pins=wish.pins) if has_pins(host, wish) else None
+
+
+def _resized(host: HostCpus, wish: Wish) -> GivenCpus | None:
+    return GivenCpus(pins=outline(host.cores).pins) if has_outline(host) else None
+
+
+def has_outline(host: HostCpus) -> bool:
+    """Whether a VM can be resized to it, and nobody has any of these CPUs alone."""
+    found = outline(host.cores)
+    return not found.why_not and host.exclusive.isdisjoint(chain.from_iterable(found.pins))
 
 
 def _dedicated(host: HostCpus, wish: Wish) -> GivenCpus | None:
@@ -139,6 +157,7 @@ _CHOOSERS = {
     PinningPolicy.MANUAL: _manual,
     PinningPolicy.DEDICATED: _dedicated,
     PinningPolicy.ISOLATE_THREADS: _isolated,
+    PinningPolicy.RESIZE_AND_PIN: _resized,
 }
 
 
@@ -183,7 +202,10 @@ def footprint(host: HostCpus, given: GivenCpus) -> tuple[int, int]:
 
 
 def capacity(host: HostCpus, policy: PinningPolicy, threads: int) -> int:
-    """For how many vCPUs of a VM whose cores have so many threads the host has CPUs that nobody else uses."""
+    """For how many vCPUs of a VM whose cores have so many threads the host has CPUs that nobody else uses; how many one has
+    that is resized to it."""
+    if policy is PinningPolicy.RESIZE_AND_PIN:
+        return outline(host.cores).vcpus
     free = host.free
     if policy is PinningPolicy.ISOLATE_THREADS:
         return sum(free.issuperset(core.cpus) for core in host.cores)

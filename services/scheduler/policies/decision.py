@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from services.scheduler.fleet import Bools, Fleet, Floats, Ints
+from services.scheduler.policies import resized
 from services.scheduler.policies.filters import FILTERS
 from services.scheduler.policies.remedies import remedies
 from services.scheduler.policies.request import Request
@@ -136,7 +137,8 @@ LASTING = ("cluster", "target", "pinned", "excluded", "cpu", "cpu_model", "machi
 def possible(fleet: Fleet, request: Request, decision: Decision) -> Bools:
     """Hosts that could take the VM if they had no other, and all else were well."""
     lasting = [decision.masks[name] for name in LASTING if name in decision.masks]
-    roomy = (request.memory <= fleet.ints("memory_limit")) & (request.need.vcpus <= fleet.ints("vcpus_limit"))
+    roomy = request.memory <= fleet.ints("memory_limit")
+    roomy &= resized.vcpus(fleet, request) <= fleet.ints("vcpus_limit")
     found: Bools = np.logical_and.reduce([*lasting, roomy])
     return found
 

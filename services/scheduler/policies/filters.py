@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from services.scheduler.fleet import UP, Bools, Fleet
-from services.scheduler.policies import backing, bound, numa, pinned, strain
+from services.scheduler.policies import backing, bound, numa, pinned, resized, strain
 from services.scheduler.policies.request import Request, size
 from volery.contracts.host import HostStatus
 
@@ -90,6 +90,8 @@ def is_excluded(fleet: Fleet, request: Request, row: int) -> tuple[str, str]:
 
 
 def has_threads(fleet: Fleet, request: Request) -> Bools:
+    if resized.is_resized(request):
+        return fleet.everyone  # it gets a part of what the host has
     return fleet.with_threads(request.need.vcpus)
 
 
@@ -104,11 +106,12 @@ def too_few_threads(fleet: Fleet, request: Request, row: int) -> tuple[str, str]
 def has_vcpus(fleet: Fleet, request: Request) -> Bools:
     if request.wish is not None and request.wish.alone:
         return fleet.everyone  # it takes nothing of what is promised several times
-    return fleet.ints("vcpus_used") + request.need.vcpus <= fleet.ints("vcpus_limit")
+    mask: Bools = fleet.ints("vcpus_used") + resized.vcpus(fleet, request) <= fleet.ints("vcpus_limit")
+    return mask
 
 
 def too_many_vcpus(fleet: Fleet, request: Request, row: int) -> tuple[str, str]:
-    name, wanted = fleet.names[row], request.need.vcpus
+    name, wanted = fleet.names[row], resized.vcpus_at(fleet, request, row)
     used, limit = int(fleet.ints("vcpus_used")[row]), int(fleet.ints("vcpus_limit")[row])
     alone = int(fleet.ints("vcpus_exclusive")[row])
     cpus = max(pinned.shared_at(fleet, row)[0], 1)

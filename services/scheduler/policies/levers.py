@@ -15,7 +15,7 @@ import numpy as np
 
 from services.scheduler.fleet import STATUSES, Bools, Fleet, Ints
 from services.scheduler.model import MIB
-from services.scheduler.policies import pinned, strain
+from services.scheduler.policies import pinned, resized, strain
 from services.scheduler.policies.recipe import BY_BALANCE
 from services.scheduler.policies.request import Request, size
 from volery.contracts.cluster import Balance
@@ -134,7 +134,7 @@ def _vcpus_at_most(fleet: Fleet, request: Request) -> Ints:
     unless its policy lets a VM have more; and to those that are shared, where some aren't."""
     shared = pinned.shared(fleet).cpus
     most = shared if request.follows("cpu") else np.where(fleet.ints("cpus_exclusive") > 0, shared, NEVER)
-    return np.minimum(request.need.vcpus, np.maximum(most, 1))
+    return np.minimum(resized.vcpus(fleet, request), np.maximum(most, 1))
 
 
 def _vcpus_to_free(fleet: Fleet, request: Request) -> Ints:
@@ -217,8 +217,9 @@ def _vcpus_beyond_threads(fleet: Fleet, request: Request) -> Ints:
 
 
 def _vcpus_beyond_limit(fleet: Fleet, request: Request) -> Ints:
+    """Nothing where its host says how many it has."""
     left = fleet.ints("vcpus_limit") - fleet.ints("vcpus_used")
-    return _where(left >= 1, request.need.vcpus - left)
+    return _where((left >= 1) & (not resized.is_resized(request)), request.need.vcpus - left)
 
 
 def _vcpus_beyond_cpus(fleet: Fleet, request: Request) -> Ints:
@@ -401,7 +402,7 @@ def network_levers(network_id: str) -> tuple[Lever, ...]:
     )
 
 
-def _vm_memory(request: Request) -> int:
+def vm_memory(request: Request) -> int:
     return max(request.need.memory_bytes // MIB, 1)
 
 
@@ -425,7 +426,7 @@ LEVERS: tuple[Lever, ...] = (
           lambda r: max(_tenths_now(r), 1)),
     Lever("cpu_pinning", ChangeKind.VM, "vcpus", _vcpus_beyond_cpus, shrink_vcpus, _vm_vcpus),
     Lever("cpu_pinning", ChangeKind.HOST, "vcpus_used", _vcpus_to_unshare, free_vcpus, _vm_vcpus),
-    Lever("memory", ChangeKind.VM, "memory_bytes", _memory_too_much, shrink_memory, _vm_memory),
+    Lever("memory", ChangeKind.VM, "memory_bytes", _memory_too_much, shrink_memory, vm_memory),
     Lever("memory", ChangeKind.HOST, "memory_used_bytes", _memory_to_free, free_memory, _taken),
     Lever("memory", ChangeKind.CLUSTER, "memory_overcommit_percent", _percent_more, raise_percent,
           lambda r: r.policy.memory_overcommit_percent),

@@ -10,17 +10,19 @@ import numpy as np
 
 from services.scheduler.cells import CELL_CPUS, CELLS, CELLS_USED, WORDS, CellNeed, taken_by
 from services.scheduler.fleet import Bools, Fleet, Floats, Ints
+from services.scheduler.policies import resized
 from services.scheduler.policies.request import Request, size
 from volery.contracts.domain import MOST_CELLS, NumaNode
 
 
 def fits(fleet: Fleet, request: Request) -> Bools:
     mask = np.ones(len(fleet), np.bool_)
-    for need in request.cells:
-        mask &= has_cpus(fleet, need)
-        for number, wanted in enumerate(need.taken):
-            if wanted:
-                mask &= left(fleet, number)[:, need.cell] >= wanted
+    for cells, hosts in resized.by_cells(fleet, request):
+        for need in cells:
+            mask &= has_cpus(fleet, need) | ~hosts
+            for number, wanted in enumerate(need.taken):
+                if wanted:
+                    mask &= (left(fleet, number)[:, need.cell] >= wanted) | ~hosts
     return mask
 
 
@@ -44,7 +46,7 @@ def told(number: int, count: int) -> str:
 def unfit(fleet: Fleet, request: Request, row: int) -> tuple[str, str]:
     """What of the first cell that doesn't fit."""
     name = fleet.names[row]
-    for need in request.cells:
+    for need in resized.cells_at(fleet, request, row):
         cell, cpus = f"NUMA cell {need.cell} of {name}", int(fleet.ints(CELL_CPUS)[row, need.cell])
         if not any(int(fleet.ints(column)[row, need.cell]) for column in (CELL_CPUS, *CELLS)):
             return (

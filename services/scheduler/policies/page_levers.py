@@ -9,7 +9,7 @@ import numpy as np
 
 from services.scheduler.fleet import Bools, Fleet, Ints
 from services.scheduler.pages import NAMES, PAGES, PAGES_USED, SIZES
-from services.scheduler.policies import backing
+from services.scheduler.policies import backing, resized
 from services.scheduler.policies.levers import LEAST_MEMORY, NEVER, Lever
 from services.scheduler.policies.request import Request, size
 from volery.contracts.scheduling import Change, ChangeKind
@@ -72,7 +72,8 @@ def _too_much(fleet: Fleet, request: Request) -> Ints:
     """Whole pages by which the VM is too large: its memory stays a multiple of theirs."""
     left = backing.left(fleet, backing.number_of(request))
     page = SIZES[backing.number_of(request)]
-    return _where(left * page >= max(LEAST_MEMORY, page), backing.short(fleet, request))
+    enough = left * page >= max(LEAST_MEMORY, page)
+    return _where(enough & (left >= resized.nodes(fleet, request)), backing.short(fleet, request))
 
 
 def shrink(fleet: Fleet, request: Request, row: int, amount: int) -> Change:
@@ -94,7 +95,7 @@ def _has_other_size(fleet: Fleet, request: Request) -> Bools:
 def _otherwise(fleet: Fleet, request: Request) -> Ints:
     possible = _has_other_size(fleet, request) | backing.room_without(fleet, request)
     # Nodes that are pinned to NUMA cells would take something else of these.
-    possible &= not request.cells
+    possible &= not request.cells and not resized.is_resized(request)
     return _where(possible, np.ones(len(fleet), np.int64))
 
 

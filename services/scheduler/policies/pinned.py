@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from services.scheduler.fleet import Bools, Fleet, Ints
+from services.scheduler.policies import resized
 from services.scheduler.policies.cpus import Wish, alone, capacity, choose, has_pins, most_vcpus
 from services.scheduler.policies.request import Request
 from volery.contracts.cpus import GivenCpus, PinningPolicy
@@ -65,6 +66,8 @@ def has_cpus(fleet: Fleet, request: Request) -> Bools:
     mask: Bools
     if wish is None:
         mask = (alone == 0) | (request.need.vcpus <= fleet.ints("cpus") - alone)
+    elif wish.resized:
+        mask = resized.suits(fleet, request)
     elif wish.alone:
         wanted = taken(fleet, wish)
         mask = (wanted != NONE) & (wanted <= shared(fleet).spare)
@@ -81,6 +84,8 @@ def lacks_cpus(fleet: Fleet, request: Request, row: int) -> tuple[str, str]:
             f"{name} has {left} CPUs left that VMs share, {vm} has {request.need.vcpus} vCPUs",
             f"give {vm} at most {left} vCPUs, or move VMs away from {name} that have CPUs alone",
         )
+    if wish.resized:
+        return resized.unsuited(fleet, request, row)
     if not host.cores:
         return (
             f"{name} has not said how its CPUs are built",

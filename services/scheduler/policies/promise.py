@@ -19,7 +19,7 @@ from services.scheduler.config import SchedulerConfig
 from services.scheduler.fleet import STATUSES, UP, Bools, Fleet, Floats
 from services.scheduler.model import ClusterPolicy
 from services.scheduler.pages import NO_PAGES, Pages, too_many, total
-from services.scheduler.policies import cpus
+from services.scheduler.policies import cpus, resized
 from services.scheduler.policies.affinity import ClusterRules
 from services.scheduler.policies.bound import FREE, Bound, Seat, resolve
 from services.scheduler.policies.decision import decide, explain, mend, sentence
@@ -151,8 +151,9 @@ class World:
         guest = self.guests[vm_id]
         self._use(guest, -1)
         asked = self.request(guest)
-        taken = replace(guest, memory=asked.memory, vcpus=guest.need.vcpus, pages=asked.pages)
-        self.put(replace(taken, host_id=host_id, cells=asked.cells))
+        vcpus, cells = resized.taken(self.fleet, asked, host_id)
+        taken = replace(guest, memory=asked.memory, vcpus=vcpus, pages=asked.pages, cells=cells)
+        self.put(replace(taken, host_id=host_id))
 
     def remove(self, vm_id: str) -> None:
         self._use(self.guests.pop(vm_id), -1)
@@ -238,10 +239,11 @@ class Placing:
         return True
 
     def take(self, guest: Guest, asked: Request, host_id: str) -> None:
-        held = (host_id, asked.memory, guest.need.vcpus, int(guest.protected), asked.pages, asked.cells)
+        vcpus, cells = resized.taken(self.world.fleet, asked, host_id)
+        held = (host_id, asked.memory, vcpus, int(guest.protected), asked.pages, cells)
         use(self.world.fleet, held, 1)
         self._taken.append(held)
-        self._seated.append((host_id, self.world.fleet.seat(host_id, guest.need.vcpus, asked.wish)))
+        self._seated.append((host_id, self.world.fleet.seat(host_id, vcpus, asked.wish)))
         self.places[guest.vm_id] = host_id
 
     def give_back(self) -> None:
@@ -274,7 +276,7 @@ def _left(fleet: Fleet, asked: Request) -> Floats:
     memory_limit = np.maximum(fleet.ints("memory_limit"), 1)
     vcpus_limit = np.maximum(fleet.ints("vcpus_limit"), 1)
     memory = (fleet.ints("memory_limit") - fleet.ints("memory_used") - asked.memory) / memory_limit
-    vcpus = (fleet.ints("vcpus_limit") - fleet.ints("vcpus_used") - asked.need.vcpus) / vcpus_limit
+    vcpus = (fleet.ints("vcpus_limit") - fleet.ints("vcpus_used") - resized.vcpus(fleet, asked)) / vcpus_limit
     left: Floats = np.minimum(memory, vcpus)
     return left
 
@@ -285,7 +287,7 @@ def tight(fleet: Fleet, asked: Request, mask: Bools) -> int:
     memory, vcpus = asked.bound.room
     if memory or vcpus:
         roomy = fleet.ints("memory_used") + asked.memory + memory <= fleet.ints("memory_limit")
-        roomy &= fleet.ints("vcpus_used") + asked.need.vcpus + vcpus <= fleet.ints("vcpus_limit")
+        roomy &= fleet.ints("vcpus_used") + resized.vcpus(fleet, asked) + vcpus <= fleet.ints("vcpus_limit")
         left = left + np.where(roomy, 0.0, 10.0)
     return int(np.argmin(left))
 
@@ -445,14 +447,14 @@ def touched(world: World, guest: Guest) -> list[str]:
             asked = world.request(each)
             memory[each.host_id] = memory.get(each.host_id, 0) + asked.memory
             pages.setdefault(each.host_id, []).append(asked.pages)
-            if shared(asked.cells, guest.cells):
+            wanted, cells = resized.taken(fleet, asked, fleet.ids[row])
+            if shared(cells, guest.cells):
                 found.add(each.host_id)
-            vcpus[each.host_id] = vcpus.get(each.host_id, 0) + each.need.vcpus
+            vcpus[each.host_id] = vcpus.get(each.host_id, 0) + wanted
     spare_memory = int(fleet.ints("memory_limit")[row] - fleet.ints("memory_used")[row])
     spare_vcpus = int(fleet.ints("vcpus_limit")[row] - fleet.ints("vcpus_used")[row])
     found |= {h for h in memory if memory[h] > spare_memory or vcpus[h] > spare_vcpus}
-    found |= {h for h in memory if too_many(total(pages[h]), fleet.pages_left(row))}
-    return sorted(found)
+    return sorted(found | {h for h in memory if too_many(total(pages[h]), fleet.pages_left(row))})
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,6 +36,7 @@ class Request:
     """By affinity groups."""
     pages: Pages = NO_PAGES
     cells: tuple[CellNeed, ...] = ()
+    """Of every host; what one that is resized asks of each says `resized.cells_at`."""
     overload_seconds: float = 0.0
     swap_percent: float = 0.0
     vcpu_ratio: float = 0.0
@@ -83,6 +84,7 @@ def request(
     recipe = recipe or by_balance(policy.balance)
     figures = recipe.parameters
     need, model = place.need, place.need.cpu_model or policy.cpu_model
+    wish = Wish.of(need.cpu_pinning, need.vcpus, need.threads)
     return Request(
         place=place,
         policy=policy,
@@ -102,7 +104,7 @@ def request(
         vcpu_ratio=figures.get(units.VCPU_RATIO, 0.0),
         scale_down=figures.get(units.SCALE_DOWN, 1.0),
         now=now,
-        wish=Wish.of(place.need.cpu_pinning, place.need.vcpus, place.need.threads),
+        wish=wish,
     )
 
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 
-from services.scheduler.fleet import Bools, Fleet, Floats
-from services.scheduler.policies import bound, numa
+from services.scheduler.fleet import Bools, Fleet, Floats, Ints
+from services.scheduler.policies import bound, numa, resized
 from services.scheduler.policies.request import Request
 from volery.contracts.scheduling_policy import Selector
 
@@ -21,7 +21,7 @@ Score = Callable[[Fleet, Request], Floats]
 def expected_load(fleet: Fleet, request: Request) -> Floats:
     """CPU load per host, 1 = every thread busy, with this VM and those placed since the last sample added at
     the assumed load of a vCPU."""
-    added = (fleet.ints("fresh_vcpus") + request.need.vcpus) * request.vcpu_load
+    added = (fleet.ints("fresh_vcpus") + resized.vcpus(fleet, request)) * request.vcpu_load
     return fleet.floats("cpu_percent") / 100 + added / np.maximum(fleet.ints("cpus"), 1)
 
 
@@ -36,7 +36,7 @@ def cpu_even(fleet: Fleet, request: Request) -> Floats:
     score = 1 - np.clip(expected_load(fleet, request), 0, 1)
     if not request.vcpu_ratio:
         return score
-    promised = fleet.ints("vcpus_used") + request.need.vcpus
+    promised = fleet.ints("vcpus_used") + resized.vcpus(fleet, request)
     return np.where(promised >= request.vcpu_ratio * fleet.ints("cpus"), 0.0, score)
 
 
@@ -61,13 +61,13 @@ def fragmentation(fleet: Fleet, request: Request) -> Floats:
     a host has as much of it as of the scarcer of the two, measured by what a host of the cluster has on average."""
     own = fleet.in_cluster(request.need.cluster_id)
     memory, memory_wanted = _room(fleet, own, "memory", request.memory)
-    vcpus, vcpus_wanted = _room(fleet, own, "vcpus", request.need.vcpus)
+    vcpus, vcpus_wanted = _room(fleet, own, "vcpus", resized.vcpus(fleet, request))
     lost = np.minimum(memory, vcpus) - np.minimum(memory - memory_wanted, vcpus - vcpus_wanted)
-    score: Floats = 1 - np.clip(lost / max(memory_wanted, vcpus_wanted), 0, 1)
+    score: Floats = 1 - np.clip(lost / np.maximum(memory_wanted, vcpus_wanted), 0, 1)
     return score
 
 
-def _room(fleet: Fleet, own: Bools, what: str, wanted: int) -> tuple[Floats, float]:
+def _room(fleet: Fleet, own: Bools, what: str, wanted: Ints | int) -> tuple[Floats, Floats | float]:
     """What each host has left, and what is wanted, in hosts of the cluster's average."""
     limit = fleet.ints(f"{what}_limit")
     average = max(int(limit[own].sum()) / max(int(own.sum()), 1), 1.0)
