@@ -25,10 +25,11 @@ from volery.contracts.affinity_group import (
     AffinityRule,
     CreateAffinityGroup,
 )
+from volery.contracts.base import Owner
 from volery.contracts.cluster import UPGRADE_CLUSTER, UpgradeCluster
 from volery.contracts.domain_orders import MIGRATE_DOMAIN
 from volery.contracts.host import ACTIVATE_HOST, ActivateHost, HostStatus
-from volery.contracts.operation import ListQuery, OperationState
+from volery.contracts.operation import GET_OPERATION, GetOperation, ListQuery, OperationState
 from volery.contracts.plan import LIST_PLANS, Plan
 from volery.runtime.programs import Settings
 
@@ -206,7 +207,12 @@ async def test_an_inventory_that_comes_back_goes_on_with_the_same_host(configure
             await until(first.begun.wait)
         gate.set()
         async with running(planning(configured, 0), inventory):
-            await world.host_is(first, HostStatus.MAINTENANCE)
+
+            async def waiting() -> bool:
+                now = await world.bus.ask(GET_OPERATION[Owner.INVENTORY], GetOperation(id=op.id))
+                return now.result.get("waiting_for") == "h1"
+
+            await until(waiting)
             assert {(await world.get(vm.id)).host_id for vm in vms} == {second.id}
             await world.ended(await world.bus.ask(ACTIVATE_HOST, ActivateHost(id=first.id)))
             ended = await world.ended(op)
