@@ -66,6 +66,11 @@ class Look:
         """What may be on its way to this replica would not help."""
         return hopeless(self.fleet, self.asked, self.decision)
 
+    def best(self, count: int) -> list[str]:
+        """The best so many hosts that fit."""
+        rows = self.decision.first(count).tolist()
+        return [self.fleet.ids[row] for row in rows if self.decision.fits[row]]
+
     def told(self, most: int) -> Placement:
         """With no more than `most` hosts explained. Nothing is claimed or kept yet."""
         fleet, asked, decision = self.fleet, self.asked, self.decision

@@ -1,0 +1,397 @@
+"""Many VMs in one call: those of a hard group on one host or nowhere, all others as if one by one, whoever races."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from services.scheduler import many
+from services.scheduler.policies.affinity import ClusterRules
+from tests.scheduler.fleets import GIB, MIB, OVERHEAD, RESERVE, host, hosts_known, placing, until
+from tests.scheduler.test_affinity_groups import APART, CALLER, TOGETHER, Place_, need, site
+from tests.scheduler.test_rounds import caller, fetch, held
+from volery.contracts.cluster import CLUSTER_CHANGED, AdmissionControl
+from volery.contracts.cpus import CpuPinning, PinningPolicy
+from volery.contracts.errors import Kind, Refused
+from volery.contracts.host import HOST_CHANGED
+from volery.contracts.scheduling import (
+    GET_DECISION,
+    PLACE_MANY,
+    GetDecision,
+    Need,
+    Place,
+    PlaceMany,
+    Placement,
+)
+from volery.contracts.vm import Vm
+from volery.runtime.bus import Caller
+from volery.runtime.config import DatabaseConfig
+from volery.runtime.programs import Settings
+
+
+def room(*gib: int) -> int:
+    """A host's memory that has room for VMs of these sizes and no more."""
+    return RESERVE + sum(each * GIB + OVERHEAD for each in gib)
+
+
+async def place_many(
+    at: Place_, vms: Sequence[Vm], epoch: int = 1, who: Caller | None = None, **fields: Any
+) -> list[Placement]:
+    places = tuple(Place(need=need(v), epoch=epoch) for v in vms)
+    return await ask(at, PlaceMany(places=places, **fields), who)
+
+
+async def ask(at: Place_, question: PlaceMany, who: Caller | None = None) -> list[Placement]:
+    answer = await at.bus.ask(PLACE_MANY, question, who or caller())
+    assert [p.vm_id for p in answer.placements] == [p.need.vm_id for p in question.places]
+    return list(answer.placements)
+
+
+def sized(at: Place_, *gib: int) -> list[Vm]:
+    """The site's first VMs, with these sizes."""
+    return [replace(v, memory_bytes=each * GIB) for v, each in zip(at.vms, gib, strict=False)]
+
+
+async def test_a_group_that_fits_nowhere_together_is_refused_whole_and_placed_when_there_is_room(
+    configured: Settings, database: DatabaseConfig
+) -> None:
+    async with site(configured, 3, 4, memory_bytes=room(2, 2)) as at:
+        a, b, c, other = sized(at, 2, 2, 1, 1)
+        await at.group("web", a, b, c, **TOGETHER)
+        *unit, alone = await place_many(at, [a, b, c, other])
+        assert alone.claimed
+        assert [p.host_id for p in unit] == ["", "", ""]
+        first = unit[0]
+        assert "no host of cluster Default can take VM vm0 together with vm1 and vm2" in first.message
+        assert "h0 has 4.1 GiB left of 4.1 GiB" in first.message or "h1 has 4.1 GiB left" in first.message
+        assert (
+            f"needs {(5 * GIB + 3 * OVERHEAD) / GIB:.1f} GiB ({3 * OVERHEAD // MIB} MiB of it overhead)"
+            in (first.message)
+        )
+        assert "affinity group web keeps them on one host" in first.message
+        assert first.together == (b.id, c.id)
+        assert first.excluded_by == {"memory": 3}
+        assert {r.kind for r in first.remedies} >= {
+            "cluster"
+        }  # no host is large enough: none can free so much
+        assert set(await held(database)) == {alone.host_id}
+        kept = await at.bus.ask(GET_DECISION, GetDecision(id=first.decision_id))
+        assert len(kept.hosts) == 3
+        assert kept.hosts[0].verdicts[0].rule == "memory"
+
+        large = host(at.cluster.id, name="large", memory_bytes=room(2, 2, 1))
+        await at.owner.says(HOST_CHANGED, large)
+        await hosts_known(at.bus, 4)
+        placed = await place_many(at, [a, b, c], epoch=2)
+        assert {p.host_id for p in placed} == {large.id}
+        assert all(p.claimed for p in placed)
+        assert placed[0].message == (
+            "VM vm0 together with vm1 and vm2 is placed on large, the only one that fits, of 4 in cluster Default; "
+            "affinity group web keeps them together"
+        )
+        assert (await held(database))[large.id][2] == 3
+
+
+async def test_the_smallest_change_named_for_a_group_lets_it_be_placed(configured: Settings) -> None:
+    """One MiB less, and it is still refused."""
+    async with site(configured, 1, 3, memory_bytes=room(2, 2, 1)) as at:
+        a, b, there = sized(at, 2, 2, 2)
+        await at.group("web", a, b, **TOGETHER)
+        (taken,) = await place_many(at, [there])
+        unit = await place_many(at, [a, b])
+        (remedy,) = [r for r in unit[0].remedies if r.kind == "host"]
+        (change,) = remedy.changes
+        assert (change.field, change.unit) == ("memory_used_bytes", "bytes")
+        assert change.amount == GIB
+        for less, claimed in ((1, False), (0, True)):
+            small = replace(there, memory_bytes=2 * GIB - change.amount + less)
+            (taken,) = await place_many(at, [small], epoch=taken.epoch + 1)
+            assert taken.claimed
+            unit = await place_many(at, [a, b], epoch=taken.epoch)
+            assert [p.claimed for p in unit] == [claimed, claimed]
+
+
+async def test_what_runs_already_pins_the_place(configured: Settings) -> None:
+    async with site(configured, 3, 3, memory_bytes=room(1, 1, 1)) as at:
+        a, b, c = at.vms
+        await at.group("web", a, b, c, **TOGETHER)
+        first = await at.place(a, target_host_id=at.hosts[2].id)
+        placed = await place_many(at, [b, c])
+        assert {p.host_id for p in placed} == {first.host_id}
+        again = await place_many(at, [a, b, c])
+        assert {p.host_id for p in again} == {first.host_id}
+        assert again[0].decision_id == first.decision_id
+
+
+async def test_groups_that_share_a_vm_are_one_and_rivals_stay_apart(configured: Settings) -> None:
+    async with site(configured, 3, 6) as at:
+        a, b, c, x, y, z = at.vms
+        await at.group("web", a, b, **TOGETHER)
+        await at.group("app", b, c, **TOGETHER)
+        await at.group("other", x, y, **TOGETHER)
+        await at.group("apart", c, y, z, **APART)
+        hosts = {p.vm_id: p.host_id for p in await place_many(at, [z, a, x, b, y, c])}
+        assert len({hosts[v.id] for v in (a, b, c)}) == 1
+        assert len({hosts[v.id] for v in (x, y)}) == 1
+        assert len({hosts[v.id] for v in (c, y, z)}) == 3
+
+
+async def test_members_filters_count_each_for_itself(configured: Settings) -> None:
+    """One is pinned to two hosts, another to two: the one host that both have takes them."""
+    async with site(configured, 4, 3) as at:
+        a, b, c = at.vms
+        await at.group("web", a, b, c, **TOGETHER)
+        ids = [h.id for h in at.hosts]
+        needs = [
+            replace(need(a), host_ids=(ids[0], ids[1])),
+            replace(need(b), host_ids=(ids[1], ids[2])),
+            need(c),
+        ]
+        places = tuple(Place(need=each, epoch=1) for each in needs)
+        placed = await ask(at, PlaceMany(places=places))
+        assert {p.host_id for p in placed} == {ids[1]}
+        needs[1] = replace(needs[1], host_ids=(ids[2],))
+        places = tuple(Place(need=each, epoch=2) for each in needs)
+        refused = await ask(at, PlaceMany(places=places))
+        assert not any(p.host_id for p in refused)
+        assert "VM vm0 is pinned to 2 other hosts" in refused[0].message
+        assert "VM vm1 is pinned to 1 other host" in refused[0].message
+
+
+async def test_a_repeat_has_the_first_answer_with_or_without_its_id(
+    configured: Settings, database: DatabaseConfig
+) -> None:
+    async with site(configured, 2, 3, memory_bytes=room(1, 1, 1)) as at:
+        await at.group("web", *at.vms, **TOGETHER)
+        who = caller()
+        first, second = await asyncio.gather(place_many(at, at.vms, who=who), place_many(at, at.vms, who=who))
+        assert first == second
+        assert await place_many(at, at.vms, who=who) == first
+        assert await place_many(at, at.vms) == first
+        assert sum(found[2] for found in (await held(database)).values()) == 3
+
+
+async def test_a_dry_run_says_what_would_be_and_claims_nothing(
+    configured: Settings, database: DatabaseConfig
+) -> None:
+    async with site(configured, 2, 4, memory_bytes=room(1, 1)) as at:
+        a, b, *others = at.vms
+        await at.group("web", a, b, **TOGETHER)
+        vms = [*others, a, b]
+        tried = await place_many(at, vms, dry_run=True)
+        assert await held(database) == {}
+        assert not any(p.claimed for p in tried)
+        assert Counter(bool(p.host_id) for p in tried) == {
+            True: 2,
+            False: 2,
+        }  # one on each host, and then no room for two
+        placed = await place_many(at, vms)
+        assert [p.host_id for p in placed] == [p.host_id for p in tried]
+
+
+async def test_all_or_nothing(configured: Settings, database: DatabaseConfig) -> None:
+    async with site(configured, 2, 5, memory_bytes=room(1, 1)) as at:
+        for dry_run in (True, False):
+            refused = await place_many(at, at.vms, all_or_nothing=True, dry_run=dry_run)
+            assert not any(p.host_id for p in refused)
+            assert await held(database) == {}
+            assert "isn't placed, though a host would take it" in refused[0].message
+            assert "no host of cluster Default can take VM vm4" in refused[0].message
+        placed = await place_many(at, at.vms[:4], all_or_nothing=True)
+        assert all(p.claimed for p in placed)
+        # Who was placed before keeps its place when the others find none.
+        again = await place_many(at, at.vms, all_or_nothing=True)
+        assert [p.host_id for p in again[:4]] == [p.host_id for p in placed]
+        assert again[4].host_id == ""
+
+
+async def test_too_many_and_the_same_twice_are_refused(configured: Settings) -> None:
+    async with site(configured, 1, 1) as at:
+        many_of_them = tuple(placing(at.cluster.id) for _ in range(many.MOST + 1))
+        cases = [
+            (PlaceMany(places=many_of_them), "at most 500 VMs are placed in one call, not 501"),
+            (PlaceMany(places=(many_of_them[0],) * 2), "is named twice"),
+            (PlaceMany(places=(placing(at.cluster.id, vcpus=0),)), "has 0 vCPUs"),
+        ]
+        for question, words in cases:
+            with pytest.raises(Refused, match=words) as refused:
+                await at.bus.ask(PLACE_MANY, question, CALLER)
+            assert refused.value.kind is Kind.INVALID
+        assert (await at.bus.ask(PLACE_MANY, PlaceMany(places=()), CALLER)).placements == ()
+
+
+async def test_500_vms_in_one_call_never_exceed_any_host(
+    configured: Settings, database: DatabaseConfig
+) -> None:
+    """More than there is room for, some of them in groups; spread as one by one."""
+    async with site(configured, 8, 60, replicas=2, memory_bytes=room(*[1] * 40)) as at:
+        for n in range(0, 60, 6):
+            await at.group(f"g{n}", *at.vms[n : n + 6], **TOGETHER)
+        others = [placing(at.cluster.id) for _ in range(440)]
+        places = [*others, *(Place(need=need(v), epoch=1) for v in at.vms)]
+        random.Random(1).shuffle(places)
+        placed = await ask(at, PlaceMany(places=tuple(places)))
+        sums = await held(database)
+        limit = room(*[1] * 40) - RESERVE
+        assert {h: m <= limit for h, (m, *_) in sums.items()} == dict.fromkeys(sums, True)
+        assert Counter(p.host_id for p in placed if p.claimed) == {h: found[2] for h, found in sums.items()}
+        assert sum(found[2] for found in sums.values()) > 300
+        by_vm = {p.vm_id: p.host_id for p in placed}
+        for n in range(0, 60, 6):
+            assert len({by_vm[v.id] for v in at.vms[n : n + 6]}) == 1
+
+
+async def test_few_of_them_are_spread_as_if_they_came_one_after_the_other(configured: Settings) -> None:
+    async with site(configured, 5, 0) as at:
+        placed = await ask(at, PlaceMany(places=tuple(placing(at.cluster.id) for _ in range(50))))
+        assert set(Counter(p.host_id for p in placed).values()) == {10}
+
+
+@pytest.mark.parametrize("replicas", [1, 3])
+async def test_racing_calls_place_no_group_by_half_and_exceed_no_host(
+    configured: Settings, database: DatabaseConfig, replicas: int
+) -> None:
+    """Forty calls at once, each of some groups and some lone VMs, of which half find room."""
+    dice = random.Random(replicas)
+    async with site(configured, 4, 80, replicas=replicas, memory_bytes=room(*[1] * 16)) as at:
+        groups = [at.vms[n : n + 4] for n in range(0, 80, 4)]
+        for n, vms in enumerate(groups):
+            await at.group(f"g{n}", *vms, **TOGETHER)
+
+        async def one(vms: Sequence[Vm]) -> None:
+            lone = [placing(at.cluster.id, memory_bytes=dice.choice((1, 2)) * GIB) for _ in range(2)]
+            own = [Place(need=need(v), epoch=1) for v in vms]
+            await ask(at, PlaceMany(places=(*own[:2], *lone, *own[2:])))
+
+        await asyncio.gather(*(one(vms) for vms in groups), *(one(vms) for vms in groups))
+        sums = await held(database)
+        assert all(memory <= room(*[1] * 16) - RESERVE for memory, *_ in sums.values())
+        rows = await fetch(database, "select vm_id, host_id from claim")
+        hosts: dict[str, set[str]] = {}
+        for row in rows:
+            hosts.setdefault(row["vm_id"], set()).add(row["host_id"])
+        whole = 0
+        for vms in groups:
+            found = [hosts.get(v.id, set()) for v in vms]
+            assert all(each == found[0] for each in found), (
+                "a group is on several hosts, or only half of it is placed"
+            )
+            whole += bool(found[0])
+        assert 0 < whole < len(groups)
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_a_group_is_placed_exactly_when_some_host_takes_all_of_it(
+    configured: Settings, database: DatabaseConfig, seed: int
+) -> None:
+    """Against trying every host by plain sums of what the claims' documents say, in twenty calls."""
+    dice = random.Random(seed)
+    async with site(configured, 0, 60) as at:
+        hosts = [
+            host(
+                at.cluster.id,
+                name=f"h{n}",
+                memory_bytes=room(*[1] * dice.randrange(2, 9)),
+                cpus=dice.choice((2, 4)),
+            )
+            for n in range(3)
+        ]
+        ratio = dice.choice((1.0, 2.0, 100.0))
+        await at.owner.says(CLUSTER_CHANGED, replace(at.cluster, revision=2, cpu_overcommit_ratio=ratio))
+        await at.owner.says(HOST_CHANGED, *hosts)
+        await hosts_known(at.bus, 3)
+
+        async def limited() -> bool:
+            rows = await fetch(database, "select id, vcpus_limit from host_capacity")
+            return {r["id"]: r["vcpus_limit"] for r in rows} == {
+                h.id: int(h.capabilities.cpus * ratio) for h in hosts
+            }
+
+        await until(limited)
+        at_once = list(at.vms)
+        verdicts = Counter[bool]()
+        for number in range(20):
+            vms = [at_once.pop() for _ in range(dice.randrange(1, 4))]
+            await at.group(f"g{number}", *vms, **TOGETHER)
+            needs = [
+                replace(
+                    need(v),
+                    memory_bytes=dice.choice((1, 1, 2)) * GIB,
+                    vcpus=dice.choice((1, 1, 2)),
+                    host_ids=tuple(h.id for h in dice.sample(hosts, 2)) if dice.random() < 0.3 else (),
+                )
+                for v in vms
+            ]
+            sums = await held(database)
+            possible = [h.id for h in hosts if takes(h, needs, sums.get(h.id, (0, 0)), ratio)]
+            placed = await ask(at, PlaceMany(places=tuple(Place(need=each, epoch=1) for each in needs)))
+            found = {p.host_id for p in placed}
+            assert len(found) == 1
+            assert (found.pop() in possible) if possible else found == {""}, placed[0].message
+            verdicts[bool(possible)] += 1
+        assert len(verdicts) == 2, "the fleet was never full, or always"
+
+
+def takes(h: Any, needs: Sequence[Need], used: Sequence[int], ratio: float) -> bool:
+    memory = used[0] + sum(n.memory_bytes + OVERHEAD for n in needs)
+    vcpus = used[1] + sum(n.vcpus for n in needs)
+    return (
+        memory <= h.capabilities.memory_bytes - RESERVE
+        and vcpus <= int(h.capabilities.cpus * ratio)
+        and all(n.vcpus <= h.capabilities.cpus for n in needs)
+        and all(h.id in n.host_ids or not n.host_ids for n in needs)
+    )
+
+
+async def test_a_group_that_this_replica_has_not_heard_of_is_kept(
+    configured: Settings, database: DatabaseConfig
+) -> None:
+    """It knows the rules of before: the guard says so, and who must be together is asked again."""
+    async with site(configured, 4, 4, memory_bytes=room(1, 1)) as at:
+        await at.group("web", *at.vms, **TOGETHER)
+        (mine,) = at.schedulers
+        known = mine.rules[at.cluster.id]
+        mine.rules[at.cluster.id] = ClusterRules(known.revision - 1, ())
+        placed = await place_many(at, at.vms)
+        assert not any(p.host_id for p in placed), "four fit on no host together"
+        assert await held(database) == {}
+
+
+@pytest.mark.parametrize("why", ["own CPUs", "a promise"])
+async def test_those_that_are_claimed_one_by_one_are_given_back_when_one_does_not_fit(
+    configured: Settings, database: DatabaseConfig, why: str
+) -> None:
+    async with site(configured, 2, 3, memory_bytes=room(1, 1), cpus=4) as at:
+        if why == "a promise":
+            promise = {"reserve_host_failures": 1, "admission_control": AdmissionControl.WARN}
+            await at.owner.says(CLUSTER_CHANGED, replace(at.cluster, revision=2, **promise))
+            (mine,) = at.schedulers
+
+            async def promised() -> bool:
+                return mine.policy(at.cluster.id).promises
+
+            await until(promised)
+        pinning = (
+            CpuPinning(policy=PinningPolicy.MANUAL, pins=((0, 1),)) if why == "own CPUs" else CpuPinning()
+        )
+        await at.group("web", *at.vms, **TOGETHER)
+
+        def question(count: int, epoch: int, **fields: Any) -> PlaceMany:
+            needs = [replace(need(v), cpu_pinning=pinning) for v in at.vms[:count]]
+            return PlaceMany(places=tuple(Place(need=n, epoch=epoch) for n in needs), **fields)
+
+        refused = await ask(at, question(3, 1))
+        assert not any(p.host_id for p in refused)
+        assert (await fetch(database, "select * from claim")) == []
+        placed = await ask(at, question(2, 2))
+        assert all(p.claimed for p in placed)
+        assert len({p.host_id for p in placed}) == 1
+        with pytest.raises(Refused, match="placed one after the other, so all or none"):
+            await ask(at, question(2, 3, all_or_nothing=True))
+        assert len(await fetch(database, "select * from claim")) == 2
