@@ -13,9 +13,21 @@ from msgspec.structs import replace
 
 from services.scheduler import many
 from services.scheduler.policies.affinity import ClusterRules
-from tests.scheduler.fleets import GIB, MIB, OVERHEAD, RESERVE, host, hosts_known, placing, until
+from tests.scheduler.fleets import (
+    GIB,
+    MIB,
+    OVERHEAD,
+    RESERVE,
+    capacities,
+    host,
+    hosts_known,
+    placing,
+    until,
+)
 from tests.scheduler.test_affinity_groups import APART, CALLER, TOGETHER, Place_, need, site
+from tests.scheduler.test_cpus import machine
 from tests.scheduler.test_rounds import caller, fetch, held
+from volery.contracts.agent import HostCapabilities
 from volery.contracts.cluster import CLUSTER_CHANGED, AdmissionControl
 from volery.contracts.cpus import CpuPinning, PinningPolicy
 from volery.contracts.errors import Kind, Refused
@@ -259,7 +271,7 @@ async def test_racing_calls_place_no_group_by_half_and_exceed_no_host(
 ) -> None:
     """Forty calls at once, each of some groups and some lone VMs, of which half find room."""
     dice = random.Random(replicas)
-    async with site(configured, 4, 80, replicas=replicas, memory_bytes=room(*[1] * 16)) as at:
+    async with site(configured, 4, 80, replicas=replicas, memory_bytes=room(*[1] * 28)) as at:
         groups = [at.vms[n : n + 4] for n in range(0, 80, 4)]
         for n, vms in enumerate(groups):
             await at.group(f"g{n}", *vms, **TOGETHER)
@@ -271,7 +283,7 @@ async def test_racing_calls_place_no_group_by_half_and_exceed_no_host(
 
         await asyncio.gather(*(one(vms) for vms in groups), *(one(vms) for vms in groups))
         sums = await held(database)
-        assert all(memory <= room(*[1] * 16) - RESERVE for memory, *_ in sums.values())
+        assert all(memory <= room(*[1] * 28) - RESERVE for memory, *_ in sums.values())
         rows = await fetch(database, "select vm_id, host_id from claim")
         hosts: dict[str, set[str]] = {}
         for row in rows:
@@ -292,26 +304,31 @@ async def test_a_group_is_placed_exactly_when_some_host_takes_all_of_it(
 ) -> None:
     """Against trying every host by plain sums of what the claims' documents say, in twenty calls."""
     dice = random.Random(seed)
-    async with site(configured, 0, 60) as at:
-        hosts = [
-            host(
-                at.cluster.id,
-                name=f"h{n}",
-                memory_bytes=room(*[1] * dice.randrange(2, 9)),
-                cpus=dice.choice((2, 4)),
-            )
-            for n in range(3)
-        ]
+    async with site(configured, 3, 60) as at:
         ratio = dice.choice((1.0, 2.0, 100.0))
+        hosts = [
+            replace(
+                old,
+                revision=2,
+                capabilities=replace(
+                    old.capabilities,
+                    memory_bytes=room(*[1] * dice.randrange(2, 9)),
+                    cpus=dice.choice((2, 4)),
+                ),
+            )
+            for old in at.hosts
+        ]
         await at.owner.says(CLUSTER_CHANGED, replace(at.cluster, revision=2, cpu_overcommit_ratio=ratio))
         await at.owner.says(HOST_CHANGED, *hosts)
-        await hosts_known(at.bus, 3)
 
         async def limited() -> bool:
-            rows = await fetch(database, "select id, vcpus_limit from host_capacity")
-            return {r["id"]: r["vcpus_limit"] for r in rows} == {
-                h.id: int(h.capabilities.cpus * ratio) for h in hosts
+            known = {c.host_id: (c.memory_bytes, c.vcpus_limit) for c in (await capacities(at.bus)).values()}
+            fleet = at.schedulers[0].fleet
+            seen = zip(fleet.ids, fleet.ints("memory_limit"), fleet.ints("vcpus_limit"), strict=True)
+            expected = {
+                h.id: (h.capabilities.memory_bytes - RESERVE, int(h.capabilities.cpus * ratio)) for h in hosts
             }
+            return known == expected == {i: (int(m), int(v)) for i, m, v in seen}
 
         await until(limited)
         at_once = list(at.vms)
@@ -363,13 +380,23 @@ async def test_a_group_that_this_replica_has_not_heard_of_is_kept(
         assert await held(database) == {}
 
 
+DEDICATED = CpuPinning(policy=PinningPolicy.DEDICATED)
+
+
 @pytest.mark.parametrize("why", ["own CPUs", "a promise"])
 async def test_those_that_are_claimed_one_by_one_are_given_back_when_one_does_not_fit(
     configured: Settings, database: DatabaseConfig, why: str
 ) -> None:
-    async with site(configured, 2, 3, memory_bytes=room(1, 1), cpus=4) as at:
+    """Three need six CPUs of four; or under a promise more memory than a host has."""
+    built = HostCapabilities(
+        memory_bytes=room(8 if why == "own CPUs" else 1, 1), cpus=4, machines=("q35",), cores=machine(1, 4, 1)
+    )
+    async with site(configured, 2, 3, capabilities=built) as at:
         if why == "a promise":
-            promise = {"reserve_host_failures": 1, "admission_control": AdmissionControl.WARN}
+            promise: dict[str, Any] = {
+                "reserve_host_failures": 1,
+                "admission_control": AdmissionControl.WARN,
+            }
             await at.owner.says(CLUSTER_CHANGED, replace(at.cluster, revision=2, **promise))
             (mine,) = at.schedulers
 
@@ -377,20 +404,19 @@ async def test_those_that_are_claimed_one_by_one_are_given_back_when_one_does_no
                 return mine.policy(at.cluster.id).promises
 
             await until(promised)
-        pinning = (
-            CpuPinning(policy=PinningPolicy.MANUAL, pins=((0, 1),)) if why == "own CPUs" else CpuPinning()
-        )
         await at.group("web", *at.vms, **TOGETHER)
 
         def question(count: int, epoch: int, **fields: Any) -> PlaceMany:
-            needs = [replace(need(v), cpu_pinning=pinning) for v in at.vms[:count]]
+            alone = {"vcpus": 2, "cpu_pinning": DEDICATED} if why == "own CPUs" else {}
+            needs = [replace(need(v), **alone) for v in at.vms[:count]]
             return PlaceMany(places=tuple(Place(need=n, epoch=epoch) for n in needs), **fields)
 
         refused = await ask(at, question(3, 1))
         assert not any(p.host_id for p in refused)
         assert (await fetch(database, "select * from claim")) == []
+        assert [c.memory_used_bytes for c in (await capacities(at.bus)).values()] == [0, 0]
         placed = await ask(at, question(2, 2))
-        assert all(p.claimed for p in placed)
+        assert all(p.claimed for p in placed), placed[0].message
         assert len({p.host_id for p in placed}) == 1
         with pytest.raises(Refused, match="placed one after the other, so all or none"):
             await ask(at, question(2, 3, all_or_nothing=True))
