@@ -124,7 +124,7 @@ async def _selected(inv: Inventory, ask: StartVms, caller: Caller) -> tuple[str,
         raise invalid(f"VM {twice} is named twice; name each VM once", field="vm_ids")
     for vm_id in chosen:
         checks.object_id(vm_id, "VM")
-    rows = await VMS.where(inv.core.pool, "id = any($1::text[])", list(chosen))
+    rows = await inv.store.vms_with(chosen)
     if missing := set(chosen) - {row.id for row in rows}:
         raise not_found("VM", min(missing))
     return chosen
@@ -132,12 +132,7 @@ async def _selected(inv: Inventory, ask: StartVms, caller: Caller) -> tuple[str,
 
 async def _that_rest(inv: Inventory, ask: StartVms) -> list[Vm]:
     """The most important first."""
-    rows = await VMS.where(
-        inv.core.pool,
-        "status = any($1::text[]) and not external and ($2::text = '' or cluster_id = $2::text)",
-        [str(status) for status in STARTABLE],
-        ask.cluster_id,
-    )
+    rows = await inv.store.vms_that_rest(ask.cluster_id, STARTABLE)
     vms = [row.public for row in rows if not ask.tag or ask.tag in row.public.tags]
     return sorted(vms, key=lambda vm: (-vm.high_availability.priority, vm.name, vm.id))
 
