@@ -39,7 +39,7 @@ from volery.runtime.bus import Caller
 from volery.runtime.clock import monotonic
 from volery.runtime.run import Run
 from volery.runtime.service import Part
-from volery.runtime.tables import Row
+from volery.runtime.tables import Row, Stale
 from volery.runtime.tasks import end
 
 part = Part()
@@ -154,6 +154,10 @@ async def start_many(inv: Inventory, run: Run) -> None:
     starts = await run.step("starts", "Starting them", lambda: _begin(inv, run, asked, chosen), list[VmStart])
     run.undone("places")
     starts = await _Following(inv, run, starts).ended()
+    failed = {each.vm_id for each in starts if each.became is Became.FAILED}
+    for each in chosen:
+        if each.start.vm_id in failed:  # it may have ended before it asked for its place
+            await _give_back(inv, run, each)
     run.checkpoint()
     if missing := [each for each in starts if each.became in (Became.REFUSED, Became.FAILED)]:
         raise _some_missing(starts, missing)
@@ -280,16 +284,33 @@ async def _begin(inv: Inventory, run: Run, asked: Asked, chosen: Sequence[Chosen
 
 
 async def _give_back(inv: Inventory, run: Run, chosen: Chosen) -> None:
-    """The claim of a VM whose start didn't begin. One that begins meanwhile would ask for it under the same epoch, and keeps
-    it."""
-    if not chosen.epoch:
+    """The claim of a VM that was not started by this call after all. Its epoch is used up first, so that no start that begins
+    meanwhile can find the claim before it is gone."""
+    vm_id, epoch = chosen.start.vm_id, chosen.epoch
+    if not epoch or not await _used_up(inv, vm_id, epoch):
         return
-    vm_id = chosen.start.vm_id
-    row, placement = await VMS.find(inv.core.pool, vm_id), await inv.store.placement(vm_id)
-    if row is not None and (row.public.busy_with or placement.epoch >= chosen.epoch):
-        return
-    question = ClaimKey(vm_id=vm_id, epoch=chosen.epoch)
-    await inv.core.bus.ask(RELEASE_CLAIM, question, run.caller_for(f"release-{vm_id}"))
+    await inv.core.bus.ask(
+        RELEASE_CLAIM, ClaimKey(vm_id=vm_id, epoch=epoch), run.caller_for(f"release-{vm_id}")
+    )
+
+
+async def _used_up(inv: Inventory, vm_id: str, epoch: int) -> bool:
+    """No start will place the VM under this epoch any more; False: one has, or may."""
+    while (row := await VMS.find(inv.core.pool, vm_id)) is not None:
+        before = await inv.store.placement(vm_id)
+        if row.public.busy_with or (before.epoch == epoch and before.state != "none"):
+            return False
+        if before.epoch >= epoch:
+            return True
+        try:
+            await inv.core.commit(
+                inv.store.place(before, epoch=epoch, host_id=before.host_id, state=before.state),
+                VMS.update(row, replace(row.public, epoch=epoch)),
+            )
+        except Stale:
+            continue
+        return True
+    return True
 
 
 class _Following:
@@ -315,11 +336,12 @@ class _Following:
                 for task in done & open_:
                     self._note(task.result())
                 open_ -= done
-                if monotonic() - shown_at >= SHOWN_SECONDS or not open_:
+                if monotonic() - shown_at >= SHOWN_SECONDS:
                     await _show(self.run, list(self.starts.values()))
                     shown_at = monotonic()
         finally:
             await end([*endings, cancelling])
+        await _show(self.run, list(self.starts.values()))
         return list(self.starts.values())
 
     def _note(self, op: Operation) -> None:
