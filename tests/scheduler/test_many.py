@@ -41,7 +41,7 @@ from volery.contracts.scheduling import (
     PlaceMany,
     Placement,
 )
-from volery.contracts.vm import Vm
+from volery.contracts.vm import Vm, VmStatus
 from volery.runtime.bus import Caller
 from volery.runtime.config import DatabaseConfig
 from volery.runtime.programs import Settings
@@ -139,6 +139,27 @@ async def test_what_runs_already_pins_the_place(configured: Settings) -> None:
         again = await place_many(at, [a, b, c])
         assert {p.host_id for p in again} == {first.host_id}
         assert again[0].decision_id == first.decision_id
+
+
+async def test_where_they_ran_before_does_not_part_them(configured: Settings) -> None:
+    """They are started anew, so they run nowhere, whatever was heard of them last; and their old claims are given back."""
+    async with site(configured, 3, 2) as at:
+        a, b = at.vms
+        for v, h in ((a, at.hosts[0]), (b, at.hosts[1])):
+            assert (await at.place(v, target_host_id=h.id)).claimed
+            await at.says(v, status=VmStatus.UP, host_id=h.id, epoch=1)
+        await at.group("web", a, b, **TOGETHER)
+
+        async def heard() -> bool:
+            rows = await at.schedulers[0].core.pool.fetch("select status from vm")
+            return [r["status"] for r in rows] == ["up", "up"]
+
+        await until(heard)
+        placed = await place_many(at, [a, b], epoch=2)
+        assert all(p.claimed for p in placed), placed[0].message
+        assert len({p.host_id for p in placed}) == 1
+        counts = sorted(c.vcpus_used for c in (await capacities(at.bus)).values())
+        assert counts == [0, 0, a.vcpus + b.vcpus]
 
 
 async def test_groups_that_share_a_vm_are_one_and_rivals_stay_apart(configured: Settings) -> None:
