@@ -70,7 +70,7 @@ def look(scheduler: Scheduler, near: Surroundings, asks: Sequence[Place]) -> See
     if len(looks) == 1:
         only = looks[0]
         return Seen(only.fits, only.hopeless, lambda most: [only.told(most)], only.best)
-    unit = together.unit(scheduler.fleet, [each.asked for each in looks])
+    unit = together.unit(scheduler.fleet, [each.asked for each in looks], [each.decision for each in looks])
     groups = _keepers(scheduler, asks)
 
     def best(count: int) -> list[str]:

@@ -280,6 +280,22 @@ async def test_500_vms_in_one_call_never_exceed_any_host(
             assert len({by_vm[v.id] for v in at.vms[n : n + 6]}) == 1
 
 
+@pytest.mark.parametrize("grouped", [False, True])
+async def test_500_refusals_are_one_answer(configured: Settings, grouped: bool) -> None:
+    """Each with its sentence and what would help, on a bus whose messages have an end."""
+    async with site(configured, 12, 500 if grouped else 0, memory_bytes=room(4)) as at:
+        needs = [need(v) for v in at.vms] or [placing(at.cluster.id).need for _ in range(500)]
+        needs = [
+            replace(each, memory_bytes=64 * GIB, name=f"a-name-of-some-length-{n}")
+            for n, each in enumerate(needs)
+        ]
+        if grouped:
+            await at.group("all", *at.vms, **TOGETHER)
+        answers = await ask(at, PlaceMany(places=tuple(Place(need=each, epoch=1) for each in needs)))
+        assert not any(p.host_id for p in answers)
+        assert all("What would help" in p.message or grouped for p in answers)
+
+
 async def test_few_of_them_are_spread_as_if_they_came_one_after_the_other(configured: Settings) -> None:
     async with site(configured, 5, 0) as at:
         placed = await ask(at, PlaceMany(places=tuple(placing(at.cluster.id) for _ in range(50))))

@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from services.scheduler.fleet import Bools, Fleet
 from services.scheduler.pages import KIB, SIZES, total
-from services.scheduler.policies.decision import Decision, decide, hopeless, sentence
+from services.scheduler.policies.decision import Decision, hopeless, sentence
 from services.scheduler.policies.filters import FILTERS, Filter
 from services.scheduler.policies.remedies import remedies
 from services.scheduler.policies.request import Request
@@ -113,9 +113,8 @@ class Unit:
             yield (message if named else f"for {request.vm}: {message}"), change
 
 
-def unit(fleet: Fleet, members: Sequence[Request]) -> Unit:
-    """Raises ValueError for none, or for VMs of several clusters."""
-    each = [decide(fleet, request) for request in members]
+def unit(fleet: Fleet, members: Sequence[Request], each: Sequence[Decision]) -> Unit:
+    """What was decided about each, put together. Raises ValueError for VMs of several clusters."""
     whole = _whole(members)
     masks = {rule: _all([decision.masks[rule] for decision in each]) for rule in each[0].masks}
     for rule in FILTERS:
