@@ -141,7 +141,9 @@ async def test_what_runs_already_pins_the_place(configured: Settings) -> None:
         assert again[0].decision_id == first.decision_id
 
 
-async def test_where_they_ran_before_does_not_part_them(configured: Settings) -> None:
+async def test_where_they_ran_before_does_not_part_them(
+    configured: Settings, database: DatabaseConfig
+) -> None:
     """They are started anew, so they run nowhere, whatever was heard of them last; and their old claims are given back."""
     async with site(configured, 3, 2) as at:
         a, b = at.vms
@@ -158,8 +160,8 @@ async def test_where_they_ran_before_does_not_part_them(configured: Settings) ->
         placed = await place_many(at, [a, b], epoch=2)
         assert all(p.claimed for p in placed), placed[0].message
         assert len({p.host_id for p in placed}) == 1
-        counts = sorted(c.vcpus_used for c in (await capacities(at.bus)).values())
-        assert counts == [0, 0, a.vcpus + b.vcpus]
+        sums = await held(database)
+        assert {host_id: found[2] for host_id, found in sums.items()} == {placed[0].host_id: 2}
 
 
 async def test_groups_that_share_a_vm_are_one_and_rivals_stay_apart(configured: Settings) -> None:
@@ -208,6 +210,10 @@ async def test_a_repeat_has_the_first_answer_with_or_without_its_id(
         assert await place_many(at, at.vms, who=who) == first
         assert await place_many(at, at.vms) == first
         assert sum(found[2] for found in (await held(database)).values()) == 3
+        huge, who = PlaceMany(places=(placing(at.cluster.id, memory_bytes=64 * GIB),)), caller()
+        refused = await ask(at, huge, who)
+        assert not refused[0].host_id
+        assert await ask(at, huge, who) == refused  # the same decision
 
 
 async def test_a_dry_run_says_what_would_be_and_claims_nothing(
@@ -333,6 +339,18 @@ async def test_racing_calls_place_no_group_by_half_and_exceed_no_host(
             )
             whole += bool(found[0])
         assert 0 < whole < len(groups)
+
+
+async def test_halves_of_a_group_that_race_on_several_replicas_meet_on_one_host(configured: Settings) -> None:
+    async with site(configured, 4, 48, replicas=3) as at:
+        groups = [at.vms[n : n + 4] for n in range(0, 48, 4)]
+        for n, vms in enumerate(groups):
+            await at.group(f"g{n}", *vms, **TOGETHER)
+        halves = [half for vms in groups for half in (vms[:2], vms[2:])]
+        placed = [p for each in await asyncio.gather(*(place_many(at, h) for h in halves)) for p in each]
+        assert all(p.claimed for p in placed)
+        hosts = {p.vm_id: p.host_id for p in placed}
+        assert [len({hosts[v.id] for v in vms}) for vms in groups] == [1] * len(groups)
 
 
 @pytest.mark.parametrize("seed", range(6))
