@@ -8,6 +8,7 @@ from api_gateway.sockets import SocketRoute
 from volery.contracts import cluster as c
 from volery.contracts import host as h
 from volery.contracts import vm as v
+from volery.contracts import vm_starts as vs
 from volery.contracts.account import Scope
 
 VMS, DEVICES = "Virtual machines", "Devices of virtual machines"
@@ -29,6 +30,11 @@ ROUTES = (
     Route("DELETE", "/vms/{id}", v.DELETE_VM, VMS, "Delete a VM", query=("delete_disks",),
           note="`delete_disks=false` keeps its disks."),
     Route("POST", "/vms/{id}/start", v.START_VM, VMS, "Start a VM"),
+    Route("POST", "/vms/start", vs.START_VMS, VMS, "Start many VMs in one call",
+          note="VMs that a hard affinity group keeps on one host get their places there together, or none of them is started. "
+               "Fails when some VM doesn't run in the end; `result.vms` says what became of each, and `dry_run` where each would "
+               "start.",
+          example={"vm_ids": ["0199c0de-0000-7000-8000-000000000002", "0199c0de-0000-7000-8000-000000000003"]}),
     Route("POST", "/vms/{id}/stop", v.STOP_VM, VMS, "Stop a VM",
           note="The guest is asked (its agent, then ACPI) and left running if it won't, unless `force` or "
                "`force_after_seconds` say otherwise."),

@@ -89,7 +89,7 @@ async def start_vm(inv: Inventory, ask: StartVm, caller: Caller) -> Operation:
             checks.object_id(ask.host_id, "host")
         if not ask.dry_run:  # where it could run may be asked of a running one too
             model.check_action(vm, "start")
-        host_id = _only_host(row, ask.host_id, ask.run_once)
+        host_id = only_host(row, ask.host_id, ask.run_once)
         await restored.refuse_old_memory(inv, row)
         op, begun = inv.core.operations.begin(
             "vm.start",
@@ -119,7 +119,7 @@ async def start_vm(inv: Inventory, ask: StartVm, caller: Caller) -> Operation:
         return op
 
 
-def _only_host(row: Row[Vm, VmPrivate], asked: str, once: RunOnce | None) -> str:
+def only_host(row: Row[Vm, VmPrivate], asked: str, once: RunOnce | None) -> str:
     """The only host on which it may start; "" for any. Memory that was saved is a file of its host: elsewhere there is
     none, or an older one, which would be restored onto disks that have changed since. libvirt shows what it restores paused
     as it shows what waits for a migration, which nobody may resume."""

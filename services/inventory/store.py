@@ -389,6 +389,15 @@ class Store:
     async def vms_with(self, vm_ids: Sequence[str]) -> list[Row[Vm, VmPrivate]]:
         return await VMS.where(self.pool, "id = any($1::text[])", list(vm_ids))
 
+    async def vms_that_rest(self, cluster_id: str, statuses: Sequence[str]) -> list[Row[Vm, VmPrivate]]:
+        """Volery's own in one of these states, of a cluster or ("") of all."""
+        return await VMS.where(
+            self.pool,
+            "status = any($1::text[]) and not external and ($2::text = '' or cluster_id = $2::text)",
+            list(statuses),
+            cluster_id,
+        )
+
     async def vms_in_cluster(self, cluster_id: str) -> int:
         return int(await self.pool.fetchval("select count(*) from vm where cluster_id = $1", cluster_id))
 

@@ -74,6 +74,11 @@ class Look:
         rows = np.flatnonzero(possible(self.fleet, self.asked, self.decision))
         return [self.fleet.ids[row] for row in rows.tolist()]
 
+    def best(self, count: int) -> list[str]:
+        """The best so many hosts that fit."""
+        rows = self.decision.first(count).tolist()
+        return [self.fleet.ids[row] for row in rows if self.decision.fits[row]]
+
     def told(self, most: int) -> Placement:
         """With no more than `most` hosts explained. Nothing is claimed or kept yet."""
         fleet, asked, decision = self.fleet, self.asked, self.decision

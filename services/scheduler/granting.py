@@ -8,14 +8,15 @@ concerned are read again and all decide again. Who has lost three times gets a r
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 from msgspec import Raw
 from msgspec.structs import replace
 
-from services.scheduler import affinity, choice, decision_store, model, round_store, store
+from services.scheduler import affinity, choice, decision_store, model, round_store, store, together
 from services.scheduler.affinity_store import ClaimRow
 from services.scheduler.policies.decision import NAMED_HOSTS
 from services.scheduler.round_store import HostChange
@@ -39,6 +40,10 @@ DECIDED_TOGETHER = 16
 """Decisions after which others get their turn."""
 
 
+class Regrouped(Exception):
+    """Who must be together has changed since the question was made of its VMs."""
+
+
 class OneByOne(Exception):
     """Not in a round: a placement in a cluster that promises to survive losses (promising.py), and whoever takes or gives back
     more of a host than its counters, since one row can't be written twice in a statement."""
@@ -51,11 +56,14 @@ def has_parts(claim: Claim) -> bool:
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Asked(Waiting):
-    """A placement (`place`), the confirmation of the claim of an epoch (`confirm`), or the release of those of the VM's claims
+    """A placement (`place`), several that are granted all or none (`together`), the confirmation of the claim of an epoch (`confirm`), or the release of those of the VM's claims
     that have or don't have these epochs."""
 
     caller: Caller
     place: Place | None = None
+    together: Sequence[Place] = ()
+    grouped: Mapping[str, int] | None = None
+    """Cluster → revision of its rules by which it is one question; None: it doesn't depend on them."""
     patient: bool = True
     """That no host fits isn't to be said yet."""
     possible: Sequence[str] = ()
@@ -64,6 +72,10 @@ class Asked(Waiting):
     epochs: frozenset[int] = frozenset()
     keep: bool = False
     """These epochs' claims are the ones that stay."""
+
+    @property
+    def places(self) -> Sequence[Place]:
+        return self.together or ((self.place,) if self.place is not None else ())
 
     def releases(self, claim: Claim) -> bool:
         return (claim.epoch in self.epochs) is not self.keep
@@ -75,9 +87,21 @@ def goes_alone(scheduler: Scheduler, need: Need) -> bool:
     return parts or scheduler.policy(need.cluster_id).promises
 
 
-def placing(scheduler: Scheduler, ask: Place, caller: Caller) -> Asked:
+def placing(
+    scheduler: Scheduler, ask: Place, caller: Caller, grouped: Mapping[str, int] | None = None
+) -> Asked:
     keys = frozenset(affinity.groups_of(scheduler, ask.need))
-    return Asked(vm_id=ask.need.vm_id, keys=keys, caller=caller, place=ask)
+    return Asked(vm_id=ask.need.vm_id, keys=keys, caller=caller, place=ask, grouped=grouped)
+
+
+def placing_together(
+    scheduler: Scheduler, asks: Sequence[Place], caller: Caller, grouped: Mapping[str, int]
+) -> Asked:
+    first, *mates = (ask.need.vm_id for ask in asks)
+    keys = frozenset(key for ask in asks for key in affinity.groups_of(scheduler, ask.need))
+    return Asked(
+        vm_id=first, mates=frozenset(mates), keys=keys, caller=caller, together=asks, grouped=grouped
+    )
 
 
 def rounds_of(scheduler: Scheduler) -> Rounds[Asked]:
@@ -124,6 +148,21 @@ class Ledger:
             self.placements[group_id] = self.placements.get(group_id, 0) + 1
         self._book(claim, 1)
 
+    def draft(self, vm_ids: Iterable[str]) -> Ledger:
+        """To write into what may come to nothing for these VMs: then it is closed."""
+        own = {vm_id: list(self.near.rows.get(vm_id, ())) for vm_id in vm_ids}
+        return Ledger(self.scheduler, dataclasses.replace(self.near, rows=self.near.rows | own))
+
+    def absorb(self, draft: Ledger) -> None:
+        self.near.rows = draft.near.rows
+        self.booked += draft.booked
+        self.inserts += draft.inserts
+        self.released += draft.released
+        self.decisions += draft.decisions
+        self.cluster_ids |= draft.cluster_ids
+        for group_id, more in draft.placements.items():
+            self.placements[group_id] = self.placements.get(group_id, 0) + more
+
     def _book(self, claim: Claim, times: int) -> None:
         self.booked.append((claim, times))
         self.scheduler.fleet.book(claim.host_id, *store.held(claim, times))
@@ -159,8 +198,9 @@ class Ledger:
 
 async def play(scheduler: Scheduler, members: Sequence[Asked]) -> list[Asked]:
     """Those who lost, for another round."""
-    needs = [member.place.need for member in members if member.place is not None]
-    near = await affinity.surroundings(scheduler, needs, {member.vm_id for member in members})
+    needs = [ask.need for member in members for ask in member.places]
+    vm_ids = frozenset[str]().union(*(member.vm_ids for member in members))
+    near = await affinity.surroundings(scheduler, needs, vm_ids)
     ledger = Ledger(scheduler, near)
     later: list[Asked] = []
     committed = False
@@ -186,13 +226,17 @@ async def play(scheduler: Scheduler, members: Sequence[Asked]) -> list[Asked]:
 
 async def _enter(ledger: Ledger, member: Asked, later: list[Asked]) -> None:
     try:
-        if member.place is not None:
+        if member.grouped not in (None, together.revisions(ledger.scheduler, member.places)):
+            raise Regrouped
+        if member.together:
+            await _place_together(ledger, member, later)
+        elif member.place is not None:
             await _place(ledger, member, member.place, later)
         elif member.confirm is not None:
             _confirm(ledger, member, member.confirm)
         else:
             _release(ledger, member)
-    except (Refused, OneByOne) as refused:
+    except (Refused, OneByOne, Regrouped) as refused:
         member.fail(refused)
 
 
@@ -244,6 +288,31 @@ async def _place(ledger: Ledger, member: Asked, ask: Place, later: list[Asked]) 
         ledger.take(ask, choice.claim_of(scheduler, ask, placement), placement.decision_id)
 
 
+async def _place_together(ledger: Ledger, member: Asked, later: list[Asked]) -> None:
+    """All of them, or none. What would have been claimed isn't even tried to be written."""
+    if any(goes_alone(ledger.scheduler, ask.need) for ask in member.together):
+        raise OneByOne
+    draft, drawn = ledger.draft(member.vm_ids), None
+    try:
+        drawn = await together.draw_up(draft, member.together)
+    finally:
+        if drawn is None or drawn.refused:
+            draft.close(committed=False)
+    if drawn.refused and drawn.hopeful and member.patient:
+        later.append(member)
+        return
+    found = drawn.answer
+    if not drawn.refused:
+        ledger.absorb(draft)
+    else:
+        ledger.decisions += [
+            decision_store.keep_decision(encode(each), choice.in_short(each))
+            for each in found.values()
+            if each.decision_id and not each.claimed
+        ]
+    ledger.answers.append((member, encode([found[ask.need.vm_id] for ask in member.together])))
+
+
 async def _commit(ledger: Ledger) -> None:
     answers = [(member.caller, body) for member, body in ledger.answers]
     if changes := ledger.changes():
@@ -277,7 +346,7 @@ def _decides_again(lost: Exception) -> bool:
 
 
 def _gives_up(member: Asked) -> Refused:
-    name = member.place.need.name if member.place is not None else ""
+    name = member.places[0].need.name if member.places else ""
     return Refused(
         Kind.EXHAUSTED, f"VM {name or member.vm_id} lost its place to others {TRIES} times; try again shortly"
     )

@@ -65,10 +65,10 @@ async def place(scheduler: Scheduler, ask: Place, caller: Caller) -> Any:
     if not granting.goes_alone(scheduler, ask.need):
         with suppress(granting.OneByOne):
             return await scheduler.rounds.ask(granting.placing(scheduler, ask, caller))
-    return await _by_itself(scheduler, ask, caller)
+    return await by_itself(scheduler, ask, caller)
 
 
-async def _by_itself(scheduler: Scheduler, ask: Place, caller: Caller) -> Placement:
+async def by_itself(scheduler: Scheduler, ask: Place, caller: Caller) -> Placement:
     """Not in a round: see `granting.OneByOne`."""
     claims = await store.claims_of(scheduler.core.pool, ask.need.vm_id)
     if (first := await choice.first_answer(scheduler, ask, claims)) is not None:

@@ -24,10 +24,16 @@ class Waiting:
 
     vm_id: str
     keys: frozenset[str] = frozenset()
+    mates: frozenset[str] = frozenset()
+    """Other VMs that it is about, too."""
     alone: bool = False
     """It made others lose, or they it: its next round is its own."""
     tries: int = 0
     answer: asyncio.Future[Any] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+    @property
+    def vm_ids(self) -> frozenset[str]:
+        return self.mates | {self.vm_id}
 
     def resolve(self, answer: Any) -> None:
         if not self.answer.done():
@@ -83,7 +89,7 @@ class Rounds(Generic[W]):
     async def _work(self) -> None:
         """Rounds until nobody waits who could have one."""
         while members := self._next():
-            keys = {m.vm_id for m in members}.union(*(m.keys for m in members))
+            keys = set[str]().union(*(m.vm_ids | m.keys for m in members))
             self.busy |= keys
             try:
                 again = await self.play(members)
@@ -107,12 +113,12 @@ class Rounds(Generic[W]):
         left: deque[W] = deque()
         while self.waiting and len(members) < MOST:
             one = self.waiting.popleft()
-            free = one.vm_id not in vm_ids and self.busy.isdisjoint((one.vm_id, *one.keys))
+            free = vm_ids.isdisjoint(one.vm_ids) and self.busy.isdisjoint(one.vm_ids | one.keys)
             if not free or (one.alone and members):
                 left.append(one)
                 continue
             members.append(one)
-            vm_ids.add(one.vm_id)
+            vm_ids |= one.vm_ids
             if one.alone:
                 break
         left.extend(self.waiting)

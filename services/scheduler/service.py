@@ -7,6 +7,7 @@ from services.scheduler import (
     claims,
     facts,
     licences,
+    many,
     placing,
     plan_runs,
     plans,
@@ -26,6 +27,7 @@ service = Service(
     config=SchedulerConfig,
     parts=[
         placing.part,
+        many.part,
         rooms.part,
         promises.part,
         claims.part,

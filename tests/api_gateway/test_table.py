@@ -22,6 +22,7 @@ INTERNAL = {
     "inventory.host.enrol",
     "inventory.host.renew_certificate",
     "scheduler.place",
+    "scheduler.place_many",
     "scheduler.room.find",
     "scheduler.promise.admit",
     "scheduler.claim.confirm",

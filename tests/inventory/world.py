@@ -66,11 +66,14 @@ from volery.contracts.resizing import VmShape
 from volery.contracts.scheduling import (
     CONFIRM_CLAIM,
     PLACE,
+    PLACE_MANY,
     RELEASE_CLAIM,
     RELEASE_VM_CLAIMS,
     ClaimKey,
     Place,
+    PlaceMany,
     Placement,
+    Placements,
     ReleaseVm,
 )
 from volery.contracts.vm import CREATE_VM, GET_VM, CreateVm, HighAvailability, Vm, VmStatus
@@ -253,6 +256,11 @@ class Scheduler(Speaker):
     may_confirm: asyncio.Event = field(default_factory=asyncio.Event)
     confirmed: list[ClaimKey] = field(default_factory=list)
     released: list[ReleaseVm] = field(default_factory=list)
+    given_back: list[ClaimKey] = field(default_factory=list)
+    many: list[PlaceMany] = field(default_factory=list)
+    many_asked: asyncio.Event = field(default_factory=asyncio.Event)
+    nowhere: set[str] = field(default_factory=set)
+    """VMs that fit on no host."""
     cpus: dict[str, GivenCpus] = field(default_factory=dict)
     """Host → the physical CPUs that a VM gets there."""
     shapes: dict[str, VmShape] = field(default_factory=dict)
@@ -263,6 +271,7 @@ class Scheduler(Speaker):
         self.may_confirm.set()
         self.answers = [
             (PLACE, self._place),
+            (PLACE_MANY, self._place_many),
             (CONFIRM_CLAIM, self._confirm),
             (RELEASE_CLAIM, self._release),
             (RELEASE_VM_CLAIMS, self._release_vm),
@@ -277,6 +286,8 @@ class Scheduler(Speaker):
         self.asked.append(ask)
         await self.may_place.wait()
         fits = [h for h in self.host_ids if h not in ask.excluded_host_ids]
+        if ask.need.vm_id in self.nowhere:
+            fits = []
         if ask.target_host_id:
             fits = [h for h in fits if h == ask.target_host_id]
         host_id = fits[0] if fits else ""
@@ -289,6 +300,11 @@ class Scheduler(Speaker):
             shape=self.shapes.get(host_id),
         )
 
+    async def _place_many(self, _: Speaker, ask: PlaceMany, caller: Caller) -> Placements:
+        self.many.append(ask)
+        self.many_asked.set()
+        return Placements(placements=tuple([await self._place(_, each, caller) for each in ask.places]))
+
     async def _confirm(self, _: Speaker, ask: ClaimKey, caller: Caller) -> Done:
         self.confirm_asked.set()
         await self.may_confirm.wait()
@@ -297,6 +313,7 @@ class Scheduler(Speaker):
         return Done()
 
     async def _release(self, _: Speaker, ask: ClaimKey, caller: Caller) -> Done:
+        self.given_back.append(ask)
         return Done()
 
     async def _release_vm(self, _: Speaker, ask: ReleaseVm, caller: Caller) -> Done:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from msgspec.structs import replace
 
-from volery.cli import cpus, numa, output, placing, work
+from volery.cli import cpus, numa, output, placing, starts, work
 from volery.cli.output import Format
 from volery.cli.work import DryRun, Output, Wait
 from volery.client import api
@@ -26,6 +26,7 @@ from volery.contracts.vm import (
     NewNic,
     RestartWhere,
 )
+from volery.contracts.vm_starts import StartVms
 
 app = typer.Typer(help="Virtual machines.", no_args_is_help=True)
 work.add_common(app, api.VMS, deletes=False)
@@ -213,20 +214,43 @@ def _act(name: str, action: str, wait: bool, form: Format, body: dict[str, Any] 
 
 @app.command()
 def start(
-    name: Name,
+    names: Annotated[list[str] | None, typer.Argument(help="Names or ids of VMs.")] = None,
+    group: Annotated[str, typer.Option(help="The VMs of this affinity group.")] = "",
+    cluster: Annotated[str, typer.Option(help="VMs of this cluster that don't run.")] = "",
+    tag: Annotated[str, typer.Option(help="VMs with this tag that don't run.")] = "",
+    all_or_nothing: Annotated[
+        bool, typer.Option("--all-or-nothing", help="None, unless a host is found for each.")
+    ] = False,
     host: Annotated[str, typer.Option(help="Only on this host.")] = "",
     paused: Annotated[bool, typer.Option("--paused", help="Start it paused, once.")] = False,
     cdrom: Annotated[str, typer.Option(help="Boot from this ISO, once.")] = "",
+    dry_run: DryRun = False,
     wait: Wait = True,
     output_format: Output = Format.TABLE,
 ) -> None:
-    """Start a VM."""
+    """Start a VM, or many in one call: those that a hard affinity group keeps on one host together, or not at all."""
+    once = paused or bool(cdrom)
+    many = len(names or ()) != 1 or bool(group or cluster or tag) or all_or_nothing or dry_run
+    if many and once:
+        raise typer.BadParameter("--paused and --cdrom are for one VM; start it by itself")
     with work.connected() as client:
+        if many:
+            question = StartVms(
+                vm_ids=tuple(work.id_of(client, api.VMS, name) for name in names or ()),
+                affinity_group_id=work.id_of(client, api.AFFINITY_GROUPS, group),
+                cluster_id=work.id_of(client, api.CLUSTERS, cluster),
+                tag=tag,
+                host_id=work.id_of(client, api.HOSTS, host),
+                all_or_nothing=all_or_nothing,
+                dry_run=dry_run,
+            )
+            starts.start(client, question, wait, output_format)
+            return
         body: dict[str, Any] = {"host_id": work.id_of(client, api.HOSTS, host)} if host else {}
-        if paused or cdrom:
+        if once:
             iso = work.id_of(client, api.DISKS, cdrom)
             body["run_once"] = {"paused": paused, "cdrom_disk_id": iso}
-    _act(name, "start", wait, output_format, body)
+    _act((names or [""])[0], "start", wait, output_format, body)
 
 
 @app.command()

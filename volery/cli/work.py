@@ -61,7 +61,7 @@ def finish(client: Client, operation: Operation, wait: bool, form: Format) -> Op
         output.show(operation.result, form if form is not Format.TABLE else Format.YAML)
         return operation
     if wait and operation.state not in ENDED:
-        operation = _follow(client, operation)
+        operation = follow(client, operation)
     if form is not Format.TABLE:
         output.show(operation, form)
     elif operation.state is OperationState.SUCCEEDED:
@@ -75,7 +75,8 @@ def finish(client: Client, operation: Operation, wait: bool, form: Format) -> Op
     return operation
 
 
-def _follow(client: Client, operation: Operation) -> Operation:
+def follow(client: Client, operation: Operation) -> Operation:
+    """The operation once it has ended, with a bar until then."""
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"))
     with Progress(*columns, TimeElapsedColumn(), console=output.err, transient=True) as progress:
         bar = progress.add_task(operation.kind, total=100)

@@ -173,6 +173,29 @@ class Placement(Message):
     """What a VM runs with there that is resized to its host, instead of its own vCPUs, topology and NUMA nodes."""
     selector: str = ""
     """How its weights were put together: weighted_sum (a host's weights are factor × score) or rank (factor × rank)."""
+    together: tuple[str, ...] = ()
+    """The other VMs that it was placed with on one host, or refused with."""
+
+
+class PlaceMany(Message):
+    """Choose hosts for many VMs and claim their capacity, as if each had been asked for after the one before. At most 500
+    at a time.
+
+    Those of them that enforcing positive affinity groups keep on one host are placed there together, or none of them is. A
+    repeat returns the first answer, and for each (vm_id, epoch) that holds a claim the placement that claimed it."""
+
+    places: tuple[Place, ...]
+    """`dry_run` of each isn't looked at."""
+    all_or_nothing: bool = False
+    """Unless all of them find room, none is placed."""
+    dry_run: bool = False
+    """Decide and explain, claim nothing."""
+
+
+class Placements(Message):
+    """In the order of the questions. Of hosts only the chosen one is explained; all of a refusal is its decision."""
+
+    placements: tuple[Placement, ...] = ()
 
 
 class CellClaim(Message):
@@ -299,6 +322,7 @@ class Rooms(Message):
 
 
 PLACE = Call("scheduler.place", Place, Placement, mutates=True)
+PLACE_MANY = Call("scheduler.place_many", PlaceMany, Placements, mutates=True, timeout_seconds=60)
 CONFIRM_CLAIM = Call("scheduler.claim.confirm", ClaimKey, Done, mutates=True)
 RELEASE_CLAIM = Call("scheduler.claim.release", ClaimKey, Done, mutates=True)
 RELEASE_VM_CLAIMS = Call("scheduler.claim.release_vm", ReleaseVm, Done, mutates=True)
