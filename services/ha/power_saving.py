@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import timedelta
 
 from services.ha import executors, pauses, power, store
@@ -50,7 +52,7 @@ async def power_down(ha: Ha, ask: OrderPower, caller: Caller) -> PowerOrdered:
         await _check(ha, watch, row, ask)
     if ask.dry_run or row is None:
         return PowerOrdered(id=ask.id, state=PowerState.UNKNOWN)
-    async with ha.at_power[ask.id]:
+    async with _at_power(ha, watch, ask):
         reading = await power.read_now(ha, watch, row)
         was, words = reading.state, reading.words
         if was is not PowerState.OFF:
@@ -77,7 +79,7 @@ async def power_up(ha: Ha, ask: OrderPower, caller: Caller) -> PowerOrdered:
             f"the power management of host {watch.facts.name} is switched off: switch it on, or the host by hand"
         )
     before = await _newest(ha, ask, watch)
-    async with ha.at_power[ask.id]:
+    async with _at_power(ha, watch, ask):
         if before is not None and before.action is Ordered.DOWN:
             _check_certain(ha, watch, row, before)
         reading = await power.read_now(ha, watch, row)
@@ -98,6 +100,19 @@ async def power_up(ha: Ha, ask: OrderPower, caller: Caller) -> PowerOrdered:
         if after.state is not PowerState.ON:
             raise _uncertain(watch, after.words or words or "it was ordered on, and its BMC says off so far")
         return await _answer(ha, ask, caller, after.state, PowerState.OFF, words)
+
+
+@asynccontextmanager
+async def _at_power(ha: Ha, watch: Watch, ask: OrderPower) -> AsyncIterator[None]:
+    """Alone with the host's power. Raises Refused(unavailable) while another question about it is being answered."""
+    if ask.id in ha.ordering:
+        raise _uncertain(watch, "its BMC is being asked")
+    ha.ordering.add(ask.id)
+    try:
+        async with ha.at_power[ask.id]:
+            yield
+    finally:
+        ha.ordering.discard(ask.id)
 
 
 async def _newest(ha: Ha, ask: OrderPower, watch: Watch) -> PowerOrder | None:

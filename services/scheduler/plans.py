@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from msgspec.structs import replace
 
-from services.scheduler import boards
+from services.scheduler import boards, saving
 from services.scheduler import plan_store as sql
 from services.scheduler.fleet import UP
 from services.scheduler.plan_store import PLANS
@@ -108,13 +108,17 @@ async def _check(scheduler: Scheduler, ask: MakePlan, caller: Caller) -> None:
         )
     if ask.kind is PlanKind.EVACUATION and not ask.host_ids:
         raise invalid("an evacuation names the hosts that it empties", field="host_ids")
-    if ask.kind is not PlanKind.EVACUATION and ask.host_ids:
+    if ask.kind not in (PlanKind.EVACUATION, PlanKind.SAVING) and ask.host_ids:
         raise invalid(f"hosts are named for an evacuation only, not for {ask.kind}", field="host_ids")
+    if ask.kind is not PlanKind.SAVING and ask.wake_host_ids:
+        raise invalid(f"hosts are woken to save power no longer, not for {ask.kind}", field="wake_host_ids")
     own = scheduler.fleet.in_cluster(ask.cluster_id)
-    for host_id in ask.host_ids:
+    for host_id in (*ask.host_ids, *ask.wake_host_ids):
         row = scheduler.fleet.rows.get(host_id)
         if row is None or not own[row]:
             raise invalid(f"host {host_id} is none of cluster {policy.name}'s", field="host_ids")
+    if ask.kind is PlanKind.SAVING:
+        await saving.check(scheduler, ask)
 
 
 def _aims(recipe: Recipe) -> Aims | None:
@@ -130,6 +134,8 @@ def wanted_of(
 
 
 async def _drafted(scheduler: Scheduler, ask: MakePlan) -> Draft:
+    if ask.kind is PlanKind.SAVING:
+        return await saving.drafted(scheduler, ask)
     board = await boards.look(scheduler, ask.cluster_id, closed=ask.host_ids)
     return draft(board, wanted_of(scheduler, ask.kind, ask.cluster_id, ask.host_ids, ask.most_moves))
 
@@ -149,7 +155,8 @@ def _plan(ask: MakePlan, made: Draft, caller: Caller) -> Plan:
         broken_groups=made.broken_groups,
         before=round(made.before, 6),
         after=round(made.after, 6),
-        host_ids=ask.host_ids,
+        host_ids=made.host_ids if ask.kind is PlanKind.SAVING else ask.host_ids,
+        wake_host_ids=made.wake_host_ids,
         principal=caller.principal,
     )
 
@@ -238,7 +245,7 @@ async def _mend(scheduler: Scheduler, cluster_id: str) -> None:
     kinds = [
         kind for kind in (PlanKind.AFFINITY, PlanKind.BALANCE) if _calls_for(scheduler, cluster_id, kind)
     ]
-    if not kinds or not await _may(scheduler, cluster_id):
+    if not kinds or not await may(scheduler, cluster_id):
         return
     for kind in kinds:
         if kind is PlanKind.AFFINITY and not await _is_broken(scheduler, cluster_id):
@@ -278,8 +285,9 @@ async def _is_broken(scheduler: Scheduler, cluster_id: str) -> bool:
     )
 
 
-async def _may(scheduler: Scheduler, cluster_id: str) -> bool:
-    """Whether no plan is under way there, nor was one stopped a moment ago, and nothing goes before one."""
+async def may(scheduler: Scheduler, cluster_id: str, kind: PlanKind | None = None) -> bool:
+    """Whether no plan is under way there, nor was one stopped a moment ago, and nothing goes before one. `kind`: of
+    this kind only a stopped one keeps others back by its own rules."""
     fleet = scheduler.fleet
     if any(
         fleet.status_of(row) in GOES_BEFORE for row in np.flatnonzero(fleet.in_cluster(cluster_id)).tolist()
@@ -291,7 +299,11 @@ async def _may(scheduler: Scheduler, cluster_id: str) -> bool:
     if last.public.state is PlanState.RUNNING or last.public.ended_at is None:
         return False
     age = (utc_now() - last.public.ended_at).total_seconds()
-    return last.public.state is PlanState.SUCCEEDED or age > scheduler.config.plan_pause_seconds
+    return (
+        last.public.state is PlanState.SUCCEEDED
+        or last.public.kind is kind
+        or age > scheduler.config.plan_pause_seconds
+    )
 
 
 @part.every(FORGET_SECONDS)

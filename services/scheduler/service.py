@@ -12,6 +12,7 @@ from services.scheduler import (
     plans,
     promises,
     reconcile,
+    resting,
     rooms,
     scheduling_policies,
 )
@@ -34,6 +35,7 @@ service = Service(
         scheduling_policies.part,
         plans.part,
         plan_runs.part,
+        resting.part,
         facts.part,
         reconcile.part,
     ],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +22,7 @@ from tests.scheduler.fleets import hosts_known, network_owner, scheduler
 from tests.support.bell import Bell
 from tests.support.runtime import running
 from volery.contracts.account import CREATE_USER, LOGIN, CreateUser, Login
-from volery.contracts.fencing import AskPower, PowerAnswer, PowerState
+from volery.contracts.fencing import AskPower, PowerAction, PowerAnswer, PowerState
 from volery.contracts.operation import OperationState
 from volery.runtime.programs import Settings
 from volery.runtime.service import Service
@@ -58,12 +58,38 @@ class Plug(Bmc):
 
 
 @dataclass
+class Replica:
+    """A service that a test ends and begins again."""
+
+    settings: Settings
+    service: Service
+    stack: AsyncExitStack = field(default_factory=AsyncExitStack)
+
+    async def begin(self) -> None:
+        await self.stack.enter_async_context(running(self.settings, self.service))
+
+    async def end(self) -> None:
+        await self.stack.aclose()
+
+    async def again(self) -> None:
+        await self.end()
+        await self.begin()
+
+
+@dataclass
 class Powered:
     http: httpx.AsyncClient
     world: World
     executors: Executors
+    inventory: Replica
+    ha: Replica
     machines: list[Machine] = field(default_factory=list)
     bmcs: list[Plug] = field(default_factory=list)
+    known_identities: int = 0
+
+    def identities(self) -> int:
+        """How often the first BMC was asked whose it is."""
+        return self.bmcs[0].did(PowerAction.IDENTITY)
 
     async def host(self, number: int) -> Any:
         return decoded(await self.http.get(f"/hosts/{self.machines[number].id}"))
@@ -155,14 +181,17 @@ async def powered(
     configured: Settings,
     tmp_path: Path,
     hosts: int = 3,
-    services: Sequence[Service] | None = None,
     **more: str,
 ) -> AsyncIterator[Powered]:
     """Hosts that are up, each with a BMC that was tested, and an administrator at the gateway."""
     settings = hurried(configured, VOLERY_HA_KEY_FILE=str(tmp_path / "ha.key"), **(QUICK | more))
     async with AsyncExitStack() as stack:
-        running_ones = services if services is not None else (inventory, scheduler(), ha())
-        bus = await stack.enter_async_context(running(settings, *running_ones, network_owner().service()))
+        others = (scheduler(), network_owner().service())
+        bus = await stack.enter_async_context(running(settings, *others))
+        replicas = [Replica(settings, inventory), Replica(settings, ha())]
+        for replica in replicas:
+            stack.push_async_callback(replica.end)
+            await replica.begin()
         world = World(bus, settings, Scheduler(), Bell())
         await found_cluster(world)
         try:
@@ -182,7 +211,7 @@ async def powered(
                     timeout=20,
                 )
             )
-            at = Powered(http, world, executors, machines)
+            at = Powered(http, world, executors, *replicas, machines)
             for number, machine in enumerate(machines):
                 plug = Plug(uuid(number), machine=machine)
                 executors.bmcs[f"bmc{number}"] = plug

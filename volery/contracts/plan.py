@@ -19,6 +19,8 @@ class PlanKind(StrEnum):
     """Broken affinity groups are mended."""
     BALANCE = "balance"
     """Hosts become alike in what the cluster's scheduling policy balances."""
+    SAVING = "saving"
+    """A host is emptied and switched off to save power, or a sleeping one is woken."""
 
 
 class PlanState(StrEnum):
@@ -76,7 +78,9 @@ class Plan(Entity):
     affinity: how many of the broken rules' VMs are where they must or should not be. 0 is perfect."""
     after: float = 0.0
     host_ids: tuple[str, ...] = ()
-    """Hosts that it empties."""
+    """Hosts that it empties; of a saving, the one that is switched off then."""
+    wake_host_ids: tuple[str, ...] = ()
+    """Of a saving: hosts that it wakes."""
     principal: str = ""
     """Who asked for it; the scheduler itself is `service:scheduler`."""
     operation_id: str = ""
@@ -90,7 +94,10 @@ class MakePlan(Message):
     cluster_id: str
     kind: PlanKind = PlanKind.BALANCE
     host_ids: tuple[str, ...] = ()
-    """Of an evacuation: the hosts to be emptied."""
+    """Of an evacuation: the hosts to be emptied. Of a saving: the only hosts of which one may be switched off; any, if none is
+    named."""
+    wake_host_ids: tuple[str, ...] = ()
+    """Of a saving: the sleeping hosts that are woken, instead of one being switched off."""
     most_moves: int = 0
     """Not more moves than this; 0: as many as are worth it."""
     dry_run: bool = False

@@ -279,8 +279,9 @@ TEST_POWER_MANAGEMENT = Call(
     "ha.power.test", TestPowerManagement, PowerManagement, mutates=True, timeout_seconds=120
 )
 SWITCH_POWER = Call("ha.power.switch", SwitchPower, PowerSwitched, mutates=True, timeout_seconds=120)
-POWER_DOWN = Call("ha.power.down", OrderPower, PowerOrdered, mutates=True, timeout_seconds=120)
-POWER_UP = Call("ha.power.up", OrderPower, PowerOrdered, mutates=True, timeout_seconds=120)
+POWER_DOWN = Call("ha.power.down", OrderPower, PowerOrdered, mutates=True, timeout_seconds=15)
+POWER_UP = Call("ha.power.up", OrderPower, PowerOrdered, mutates=True, timeout_seconds=15)
+"""A BMC may take longer; whoever asks again meanwhile is told that it isn't certain yet."""
 CONFIRM_HOST_REBOOTED = Call("ha.host.confirm_rebooted", ConfirmHostRebooted, HostLiveness, mutates=True)
 GET_FENCING = Call("ha.fencing.get", AskFencing, Fencing)
 PAUSE_FENCING = Call("ha.fencing.pause", PauseFencing, FencingPause, mutates=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from services.scheduler.policies.balancing import MOST_MOVES, Aims, balance, cos
 from services.scheduler.policies.board import Board, Step
 from services.scheduler.policies.enforcing import enforce
 from services.scheduler.policies.evacuating import evacuate
+from services.scheduler.policies.saving import Limits, save
 from services.scheduler.policies.waves import PER_HOST, joins, waves
 from volery.contracts.plan import PlanKind, PlanStep, Unplaced
 
@@ -28,6 +29,8 @@ class Wanted:
     reserved: bool = False
     host_ids: tuple[str, ...] = ()
     most: int = 0
+    limits: Limits = field(default_factory=Limits)
+    """Of a saving."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +42,16 @@ class Draft:
     broken_groups: tuple[str, ...] = ()
     before: float = 0.0
     after: float = 0.0
+    host_ids: tuple[str, ...] = ()
+    """Of a saving: the host that is switched off once it is empty."""
+    wake_host_ids: tuple[str, ...] = ()
+    said: str = ""
+    """Of a saving: what it does, or why nothing."""
 
     @property
     def message(self) -> str:
+        if self.said:
+            return self.said
         vms = len({step.vm_id for step in self.steps})
         hosts = len({step.source_host_id for step in self.steps})
         moves = (
@@ -80,6 +90,19 @@ def draft(board: Board, wanted: Wanted) -> Draft:
             )
             on = int(np.isin(board.at, rows).sum())
             return Draft(_steps(board, emptied.steps), unplaced, before=float(on), after=float(len(unplaced)))
+        case PlanKind.SAVING:
+            return _saving(board, wanted)
+
+
+def _saving(board: Board, wanted: Wanted) -> Draft:
+    """Without a host when none can sleep."""
+    saved = save(board, [board.row[host] for host in wanted.host_ids if host in board.row], wanted.limits)
+    if saved.host is None:
+        return Draft(said=f"switches nothing off: {saved.reason}")
+    host, vms = board.places[saved.host], len({step.guest for step in saved.steps})
+    moves = f"moves {vms} VM{'s' if vms != 1 else ''} away from {host.name} and " if vms else ""
+    said = f"{moves}switches {'it' if moves else host.name} off to save power"
+    return Draft(_steps(board, saved.steps), before=float(vms), host_ids=(host.id,), said=said)
 
 
 def _steps(board: Board, steps: Sequence[Step]) -> tuple[PlanStep, ...]:
