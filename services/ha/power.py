@@ -244,12 +244,13 @@ async def read(ha: Ha, watch: Watch, row: PowerRow) -> Reading:
     """The state of a machine, by a BMC that has just said that it is this machine's."""
     async with ha.at_power[row.id]:
         try:
-            return await _read(ha, watch, row)
+            return await read_now(ha, watch, row)
         finally:
             ha.read_at[row.id] = monotonic()
 
 
-async def _read(ha: Ha, watch: Watch, row: PowerRow) -> Reading:
+async def read_now(ha: Ha, watch: Watch, row: PowerRow) -> Reading:
+    """The same, by whoever holds the host's power already."""
     trusted = await _identified(ha, watch, row)
     asked_at = monotonic()
     if trusted is None:

@@ -12,6 +12,7 @@ from services.ha import (
     pauses,
     peers,
     power,
+    power_saving,
     protection,
     reserve,
     restarts,
@@ -41,6 +42,7 @@ service = Service(
     parts=[
         liveness.part,
         power.part,
+        power_saving.part,
         pauses.part,
         fencing_policies.part,
         confirming.part,

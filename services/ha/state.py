@@ -91,6 +91,8 @@ class Ha:
     """Host → when its BMC last answered, or failed to."""
     identified_at: dict[str, float] = field(default_factory=dict)
     """Host → when its BMC last said whose it is, and it was right."""
+    ordering: set[str] = field(default_factory=set)
+    """Hosts whose power is being ordered to save power."""
     acted_at: dict[str, float] = field(default_factory=dict)
     """Host → when a person last switched its power."""
     ordered_off: list[tuple[str, str, float]] = field(default_factory=list)

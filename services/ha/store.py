@@ -337,7 +337,9 @@ async def count_hosts(pool: Pool, cluster_id: str) -> int:
 
 async def switched_by_hand(pool: Pool, since: datetime) -> list[FenceRecord]:
     rows = await RECORDS.where(
-        pool, "requested_by <> 'service:ha' and (doc::jsonb->>'created_at')::timestamptz > $1", since
+        pool,
+        "requested_by not in ('service:ha', 'service:inventory') and (doc::jsonb->>'created_at')::timestamptz > $1",
+        since,
     )
     return [row.public for row in rows]
 

@@ -30,6 +30,10 @@ class InventoryConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     evacuate_again_seconds: float = 300.0
     """Between attempts to move highly available VMs away from a host that has lost storage or a network; also oVirt's time
     between attempts to recover such a host."""
+    power_seconds: float = 300.0
+    """How long ha is asked about a host's power until it is certain whether it is off, or on again."""
+    wake_seconds: float = 900.0
+    """A host that was woken reports within this, or counts as one that can't be woken: servers take minutes to start."""
     restarts_placed_at_once: int = 4
     """Highly available VMs for which a host is chosen at the same time: the first of many run no later for it, and all are
     asked for sooner, as they share what carries this out."""

@@ -139,7 +139,7 @@ def _with(row: Row[Host, HostPrivate], thing: Thing, why: str, inv: Inventory) -
     elif not why:
         host = replace(host, problems=others)
     return model.host_with_status(
-        host, private.liveness, private.maintenance, bool(host.busy_with), inv.config
+        host, private.liveness, private.maintenance, model.is_leaving(host), inv.config
     )
 
 

@@ -16,8 +16,10 @@ from typing import Any
 
 import msgspec
 
+from services.inventory import resizing
 from services.inventory.clearing import Clearing, to_clear
 from services.inventory.desk import Inventory
+from services.inventory.specs import need_of
 from services.inventory.store import VMS
 from volery.contracts.base import Message
 from volery.contracts.cluster import GetById
@@ -25,6 +27,7 @@ from volery.contracts.errors import Kind, Refused
 from volery.contracts.host import Host
 from volery.contracts.operation import Operation
 from volery.contracts.plan import CANCEL_PLAN, GET_PLAN, MAKE_PLAN, MakePlan, Plan, PlanKind, PlanStep
+from volery.contracts.scheduling import PLACE, Place, Purpose
 from volery.contracts.vm import Vm
 from volery.runtime.bus import LOST, Caller
 from volery.runtime.run import Run
@@ -142,6 +145,42 @@ async def _cancel(inv: Inventory, run: Run, plan_id: str) -> None:
 
 
 # Shown before
+
+
+async def plan_of(inv: Inventory, host: Host, caller: Caller, *, stop_vms: bool = False) -> dict[str, Any]:
+    """Where each VM would go, in the order of the plan that would be followed, then who would go nowhere and why. A VM that
+    isn't part of it is looked at as if it were the only one."""
+    vms = await to_clear(inv, host.id)
+    planned = await shown(inv, host, vms, caller) if vms and not stop_vms else {}
+    moves = [fate for fate in planned.values() if fate["host_id"]]
+    moving = {fate["vm_id"] for fate in moves}
+    rest = [
+        planned.get(vm.id) or await _fate(inv, vm, caller, stop_vms=stop_vms)
+        for vm in vms
+        if vm.id not in moving
+    ]
+    return {
+        "vm_ids": [vm.id for vm in vms],
+        "vms": [vm.name for vm in vms],
+        "plan": [*moves, *rest],
+    }
+
+
+async def _fate(inv: Inventory, vm: Vm, caller: Caller, *, stop_vms: bool) -> dict[str, str]:
+    said = {"vm_id": vm.id, "name": vm.name, "host_id": ""}
+    if stop_vms:
+        return said | {"message": "is shut down"}
+    if not vm.migration.allowed:
+        return said | {"message": "its migration policy forbids to move it"}
+    question = Place(
+        need=await need_of(inv, vm, caller, shape=resizing.kept(vm)),
+        epoch=vm.epoch + 1,
+        purpose=Purpose.MIGRATE,
+        excluded_host_ids=(vm.host_id,),
+        dry_run=True,
+    )
+    placed = await inv.core.bus.ask(PLACE, question, Caller(caller.principal))
+    return said | {"host_id": placed.host_id, "message": placed.message}
 
 
 async def shown(inv: Inventory, host: Host, vms: Sequence[Vm], caller: Caller) -> dict[str, dict[str, Any]]:

@@ -26,7 +26,7 @@ from volery.contracts.agent import (
 )
 from volery.contracts.base import Owner
 from volery.contracts.domain import DomainState
-from volery.contracts.host import Host
+from volery.contracts.host import Host, PowerSaving
 from volery.contracts.ids import new_id
 from volery.contracts.liveness import LIVENESS_CHANGED, HostLiveness
 from volery.contracts.operation import ENDED, OPERATION_CHANGED, Operation
@@ -165,8 +165,10 @@ def _host_change(inv: Inventory, row: Row[Host, HostPrivate], fact: HostReported
         enrolled_at=row.public.enrolled_at or utc_now(),
         vm_count=sum(1 for d in fact.domains if d.state not in ENDED_STATES),
     )
+    if row.public.power_saving is PowerSaving.ASLEEP and row.public.boot_id != fact.boot_id:
+        host = model.switched_on(host)
     private = replace(row.private, reported=True)
-    preparing = bool(host.busy_with)
+    preparing = model.is_leaving(host)
     host = model.host_with_status(host, private.liveness, private.maintenance, preparing, inv.config)
     if host == row.public and private == row.private:
         told = Change("select 1 as nothing_new", (), guarded=False)
@@ -421,7 +423,7 @@ async def _heard_of(
         return []
     private = replace(row.private, liveness=word)
     host = model.host_with_status(
-        row.public, word, private.maintenance, bool(row.public.busy_with), inv.config
+        row.public, word, private.maintenance, model.is_leaving(row.public), inv.config
     )
     changes = [HOSTS.update(row, host, private)]
     for vm in vms:

@@ -7,27 +7,22 @@ shut down or the host itself died, has left too: the operation's result says who
 
 from __future__ import annotations
 
-from typing import Any
-
 from msgspec.structs import replace
 
-from services.inventory import admission, emptying, model, resizing
-from services.inventory.clearing import Clearing, to_clear
+from services.inventory import admission, emptying, model, power_saving
+from services.inventory.clearing import Clearing
 from services.inventory.desk import Inventory
-from services.inventory.specs import need_of
 from services.inventory.store import HOSTS
 from volery.contracts.errors import conflict
 from volery.contracts.host import (
     ACTIVATE_HOST,
     MAINTAIN_HOST,
     ActivateHost,
-    Host,
     HostStatus,
     MaintainHost,
+    WakeHost,
 )
 from volery.contracts.operation import Operation
-from volery.contracts.scheduling import PLACE, Place, Purpose
-from volery.contracts.vm import Vm
 from volery.runtime import checks
 from volery.runtime.bus import Caller
 from volery.runtime.operations import busy
@@ -59,7 +54,7 @@ async def maintain_host(inv: Inventory, ask: MaintainHost, caller: Caller) -> Op
             deadline_seconds=4 * 3600,
         )
         if ask.dry_run:
-            return replace(op, id="", result=await _plan(inv, host, ask, caller))
+            return replace(op, id="", result=await emptying.plan_of(inv, host, caller, stop_vms=ask.stop_vms))
         new = replace(
             host,
             status=HostStatus.PREPARING_FOR_MAINTENANCE,
@@ -76,38 +71,6 @@ async def maintain_host(inv: Inventory, ask: MaintainHost, caller: Caller) -> Op
         except Stale:
             continue
         return op
-
-
-async def _plan(inv: Inventory, host: Host, ask: MaintainHost, caller: Caller) -> dict[str, Any]:
-    """Where each VM would go, in the order of the plan that would be followed, then who would go nowhere and why. A VM that
-    isn't part of it is looked at as if it were the only one."""
-    vms = await to_clear(inv, host.id)
-    planned = await emptying.shown(inv, host, vms, caller) if vms and not ask.stop_vms else {}
-    moves = [fate for fate in planned.values() if fate["host_id"]]
-    moving = {fate["vm_id"] for fate in moves}
-    rest = [planned.get(vm.id) or await _fate(inv, vm, ask, caller) for vm in vms if vm.id not in moving]
-    return {
-        "vm_ids": [vm.id for vm in vms],
-        "vms": [vm.name for vm in vms],
-        "plan": [*moves, *rest],
-    }
-
-
-async def _fate(inv: Inventory, vm: Vm, ask: MaintainHost, caller: Caller) -> dict[str, str]:
-    said = {"vm_id": vm.id, "name": vm.name, "host_id": ""}
-    if ask.stop_vms:
-        return said | {"message": "is shut down"}
-    if not vm.migration.allowed:
-        return said | {"message": "its migration policy forbids to move it"}
-    question = Place(
-        need=await need_of(inv, vm, caller, shape=resizing.kept(vm)),
-        epoch=vm.epoch + 1,
-        purpose=Purpose.MIGRATE,
-        excluded_host_ids=(vm.host_id,),
-        dry_run=True,
-    )
-    placed = await inv.core.bus.ask(PLACE, question, Caller(caller.principal))
-    return said | {"host_id": placed.host_id, "message": placed.message}
 
 
 @part.runs("host.maintain", deadline_seconds=4 * 3600)
@@ -150,6 +113,8 @@ async def activate_host(inv: Inventory, ask: ActivateHost, caller: Caller) -> Op
     while True:
         row = await HOSTS.get(inv.core.pool, ask.id)
         host = row.public
+        if power_saving.sleeps(host):
+            return await power_saving.wake(inv, WakeHost(id=ask.id, if_revision=ask.if_revision), caller)
         checks.revision(host, ask.if_revision, "host")
         busy(host, "host", host.busy_with)
         if host.status not in (HostStatus.MAINTENANCE, HostStatus.NON_OPERATIONAL):

@@ -176,6 +176,8 @@ async def _destined(inv: Inventory, vm_id: str, moving: Moving, target_id: str) 
     """From here on the destination may run it too."""
     while True:
         before = await inv.store.placement(vm_id)
+        if not await inv.store.is_awake(target_id):
+            raise conflict("the destination falls asleep to save power, and takes no VMs", host_id=target_id)
         change = inv.store.place(
             before,
             epoch=moving.epoch,
@@ -185,7 +187,7 @@ async def _destined(inv: Inventory, vm_id: str, moving: Moving, target_id: str) 
             boot_id=moving.source_boot_id,
         )
         try:
-            await inv.core.commit(change)
+            await inv.core.commit(inv.store.takes_vms(target_id), change)
         except Stale:
             continue
         return

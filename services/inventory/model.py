@@ -15,7 +15,7 @@ from volery.contracts.base import Message
 from volery.contracts.cpus import CpuPinning, PinningPolicy
 from volery.contracts.domain import DiskBus, DomainState
 from volery.contracts.errors import conflict, invalid
-from volery.contracts.host import Host, HostStatus
+from volery.contracts.host import Host, HostStatus, PowerSaving
 from volery.contracts.vm import PAGE_SIZES_KIB, CreateVm, UpdateVm, Vm, VmStatus
 from volery.runtime import checks
 
@@ -383,6 +383,21 @@ def host_problems(host: Host, minimum_libvirt: int) -> tuple[str, ...]:
     if capabilities.arch and capabilities.arch != "x86_64":
         found.append("architecture_unknown")
     return tuple(found)
+
+
+def is_leaving(host: Host) -> bool:
+    """Whether an operation is at work on it that its VMs leave; of no use but for one in maintenance."""
+    return bool(host.busy_with) and host.power_saving not in (PowerSaving.ASLEEP, PowerSaving.WAKING)
+
+
+def switched_on(host: Host) -> Host:
+    """A host that slept and reports under another boot: somebody switched it on. It stays in maintenance, as whoever did that
+    may be at work on it."""
+    return replace(
+        host,
+        power_saving=PowerSaving.AWAKE,
+        power_saving_reason="it was switched on without being woken: activate it to use it again",
+    )
 
 
 def host_with_status(

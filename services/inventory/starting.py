@@ -331,9 +331,13 @@ async def _host_set(inv: Inventory, vm_id: str, epoch: int, placed: Placement) -
     row, before = await inv.store.placed(vm_id)
     if before.epoch != epoch or before.state != "starting":
         raise conflict(f"the placement of this VM changed meanwhile (epoch {before.epoch}, not {epoch})")
+    host_id = placed.host_id
+    if not await inv.store.is_awake(host_id):
+        return []  # it fell asleep since it was chosen: another one is tried
     return [
-        inv.store.place(before, epoch=epoch, host_id=placed.host_id, state="starting"),
-        VMS.update(row, replace(row.public, host_id=placed.host_id, runs_with=placed.shape)),
+        inv.store.takes_vms(host_id),
+        inv.store.place(before, epoch=epoch, host_id=host_id, state="starting"),
+        VMS.update(row, replace(row.public, host_id=host_id, runs_with=placed.shape)),
     ]
 
 
@@ -341,7 +345,9 @@ async def _run_on(
     inv: Inventory, run: Run, ask: Starting, attempt: int, epoch: int, placed: Placement
 ) -> None:
     host_id = placed.host_id
-    row = await VMS.get(inv.core.pool, ask.vm_id)
+    row, placement = await inv.store.placed(ask.vm_id)
+    if placement.host_id != host_id:
+        raise conflict("it falls asleep to save power, and takes no VMs")
     once, prepared = ask.run_once, list[DomainSpec]()
 
     async def prepare() -> None:

@@ -106,6 +106,7 @@ HOSTS: Table[Host, HostPrivate] = Table(
         "cluster_id": "cluster_id",
         "data_center_id": "data_center_id",
         "status": "status",
+        "power_saving": "power_saving",
     },
     changed=HOST_CHANGED,
     deleted=HOST_DELETED,
@@ -313,6 +314,18 @@ class Store:
             ),
             then=wake,
         )
+
+    def takes_vms(self, host_id: str) -> Change:
+        """Guards that a VM comes to a host: it isn't on its way to sleep. Who sends it there waits until this is committed."""
+        return Change(
+            "select 1 from host where id = {0} and power_saving = 'awake' for share",
+            (host_id,),
+        )
+
+    async def is_awake(self, host_id: str) -> bool:
+        """False also for one that is no more."""
+        sql = "select 1 from host where id = $1 and power_saving = 'awake'"
+        return bool(await self.pool.fetchval(sql, host_id))
 
     def forget_placement(self, vm_id: str) -> Change:
         return Change("delete from placement where vm_id = {0}", (vm_id,), guarded=False)

@@ -45,6 +45,14 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """Moves of a balance that the scheduler begins by itself; it looks again a minute later."""
     plan_pause_seconds: float = 300.0
     """After a plan that was stopped, the scheduler leaves its cluster alone for so long."""
+    saving_seconds: float = 60.0
+    """How often the leader looks whether hosts of a cluster whose policy says so may be switched off, or must be woken. 0:
+    never."""
+    saving_heard_seconds: float = 120.0
+    """Power is saved only where every host that is up gave a sample within this: eight of its intervals."""
+    saving_pause_seconds: float = 900.0
+    """After a host was switched off or woken, none of its cluster is for so long, but for a VM that found no place: a server
+    takes minutes to start, and a cluster that needs one now may need it again soon."""
     licence_days: int = 1827
     """How long it can be asked which VM held which physical CPUs, after it gave them back: five years."""
     plan_days: int = 30

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from services.scheduler import cell_claims, promise_store, store
+from services.scheduler import cell_claims, promise_store, saving_store, store
 from services.scheduler.cells import cells_of
 from services.scheduler.model import ClusterPolicy, Looked, limits
 from services.scheduler.pages import pages_of
@@ -52,6 +52,7 @@ def _saw(scheduler: Scheduler, host: Host, policy: ClusterPolicy | None) -> list
     return [
         store.saw_host(host, memory, pages, allowed),
         *cell_claims.saw_cells(host.id, host.revision, cells),
+        *saving_store.saw(host),
     ]
 
 

@@ -20,6 +20,7 @@ from services.scheduler import (
     licence_store,
     model,
     promising,
+    resting,
     store,
 )
 from services.scheduler.policies.cpus import footprint
@@ -81,6 +82,8 @@ async def by_itself(scheduler: Scheduler, ask: Place, caller: Caller) -> Placeme
             async with _turns(scheduler, ask):
                 placement = await _try(scheduler, ask, caller, refuses=waited)
             if placement is not None:
+                if not placement.host_id:
+                    await resting.want(scheduler, ask)
                 return placement
             waited = True
             await _saw_who_left(scheduler, ask)

@@ -12,7 +12,7 @@ from contextlib import suppress
 
 from msgspec.structs import replace
 
-from services.scheduler import boards, plans
+from services.scheduler import boards, plans, saving
 from services.scheduler import plan_store as sql
 from services.scheduler.plan_store import PLANS
 from services.scheduler.policies.planning import useless_now, wrong_now
@@ -20,7 +20,7 @@ from services.scheduler.state import Scheduler
 from volery.contracts.base import Owner
 from volery.contracts.errors import Refused, conflict
 from volery.contracts.operation import ENDED, GET_OPERATION, GetOperation, Operation
-from volery.contracts.plan import Plan, PlanState, PlanStep, PlanStepState
+from volery.contracts.plan import Plan, PlanKind, PlanState, PlanStep, PlanStepState
 from volery.contracts.vm import MIGRATE_VM, MigrateVm
 from volery.runtime.bus import LOST
 from volery.runtime.run import Run
@@ -51,6 +51,8 @@ async def carry_out(scheduler: Scheduler, run: Run) -> None:
         for problem in ended:
             if isinstance(problem, BaseException):
                 raise problem
+    if plan.kind is PlanKind.SAVING:
+        await saving.finish(scheduler, run, plan, _ended)
     await plans.end(scheduler, plan_id, PlanState.SUCCEEDED, "")
 
 

@@ -41,7 +41,7 @@ def holds(plan: Plan) -> list[tuple[str, str, str]]:
     hosts = {step.source_host_id for step in plan.steps} | {step.target_host_id for step in plan.steps}
     return [
         *(("vm", vm_id, target) for vm_id, target in sorted(vms.items())),
-        *(("host", host_id, "") for host_id in sorted(hosts | set(plan.host_ids))),
+        *(("host", host_id, "") for host_id in sorted(hosts | set(plan.host_ids) | set(plan.wake_host_ids))),
     ]
 
 
@@ -103,6 +103,16 @@ async def running(pool: Pool, cluster_id: str) -> list[PlanRow]:
 async def newest(pool: Pool, cluster_id: str) -> PlanRow | None:
     rows = await PLANS.where(
         pool, "id = (select id from plan where cluster_id = $1 order by id desc limit 1)", cluster_id
+    )
+    return rows[0] if rows else None
+
+
+async def newest_of(pool: Pool, cluster_id: str, kind: PlanKind) -> PlanRow | None:
+    rows = await PLANS.where(
+        pool,
+        "id = (select id from plan where cluster_id = $1 and kind = $2 order by id desc limit 1)",
+        cluster_id,
+        str(kind),
     )
     return rows[0] if rows else None
 

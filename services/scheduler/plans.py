@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from msgspec.structs import replace
 
-from services.scheduler import boards
+from services.scheduler import boards, saving
 from services.scheduler import plan_store as sql
 from services.scheduler.fleet import UP
 from services.scheduler.plan_store import PLANS
@@ -112,20 +112,26 @@ async def _check(scheduler: Scheduler, ask: MakePlan, caller: Caller) -> None:
             "an upgrade is only shown as a plan (dry_run); the cluster's own upgrade carries it out, one host after the other",
             field="kind",
         )
+    if ask.kind is PlanKind.SAVING:
+        await saving.check(scheduler, ask)
+
+
+HOSTS_OF = {
+    "host_ids": (PlanKind.EVACUATION, PlanKind.UPGRADE, PlanKind.SAVING),
+    "avoided_host_ids": (PlanKind.EVACUATION,),
+    "wake_host_ids": (PlanKind.SAVING,),
+}
+"""Which kinds of plans name hosts, and where."""
 
 
 def _check_hosts(scheduler: Scheduler, ask: MakePlan, cluster: str) -> None:
-    empties = ask.kind in (PlanKind.EVACUATION, PlanKind.UPGRADE)
-    if empties and not ask.host_ids:
+    if ask.kind in (PlanKind.EVACUATION, PlanKind.UPGRADE) and not ask.host_ids:
         raise invalid(f"an {ask.kind} names the hosts that it empties", field="host_ids")
-    if not empties and ask.host_ids:
-        raise invalid(
-            f"hosts are named for an evacuation or an upgrade, not for {ask.kind}", field="host_ids"
-        )
-    if ask.kind is not PlanKind.EVACUATION and ask.avoided_host_ids:
-        raise invalid(f"hosts are avoided by an evacuation only, not by {ask.kind}", field="avoided_host_ids")
     own = scheduler.fleet.in_cluster(ask.cluster_id)
-    for field, host_ids in (("host_ids", ask.host_ids), ("avoided_host_ids", ask.avoided_host_ids)):
+    for field, kinds in HOSTS_OF.items():
+        host_ids = getattr(ask, field)
+        if host_ids and ask.kind not in kinds:
+            raise invalid(f"{field} are named for {' or '.join(kinds)} only, not for {ask.kind}", field=field)
         for host_id in host_ids:
             row = scheduler.fleet.rows.get(host_id)
             if row is None or not own[row]:
@@ -146,6 +152,8 @@ def wanted_of(scheduler: Scheduler, plan: MakePlan | Plan) -> Wanted:
 
 
 async def _drafted(scheduler: Scheduler, ask: MakePlan) -> Draft:
+    if ask.kind is PlanKind.SAVING:
+        return await saving.drafted(scheduler, ask)
     closed = ask.host_ids if ask.kind is PlanKind.EVACUATION else ()
     return draft(await boards.look(scheduler, ask.cluster_id, closed=closed), wanted_of(scheduler, ask))
 
@@ -165,7 +173,8 @@ def _plan(ask: MakePlan, made: Draft, caller: Caller) -> Plan:
         broken_groups=made.broken_groups,
         before=round(made.before, 6),
         after=round(made.after, 6),
-        host_ids=made.host_ids or ask.host_ids,
+        host_ids=made.host_ids if ask.kind in (PlanKind.SAVING, PlanKind.UPGRADE) else ask.host_ids,
+        wake_host_ids=made.wake_host_ids,
         principal=caller.principal,
     )
 
@@ -254,7 +263,7 @@ async def _mend(scheduler: Scheduler, cluster_id: str) -> None:
     kinds = [
         kind for kind in (PlanKind.AFFINITY, PlanKind.BALANCE) if _calls_for(scheduler, cluster_id, kind)
     ]
-    if not kinds or not await _may(scheduler, cluster_id) or await _is_upgraded(scheduler, cluster_id):
+    if not kinds or not await may(scheduler, cluster_id):
         return
     for kind in kinds:
         if kind is PlanKind.AFFINITY and not await _is_broken(scheduler, cluster_id):
@@ -294,12 +303,13 @@ async def _is_broken(scheduler: Scheduler, cluster_id: str) -> bool:
     )
 
 
-async def _may(scheduler: Scheduler, cluster_id: str) -> bool:
-    """Whether no plan is under way there, nor was one stopped a moment ago, and nothing goes before one."""
+async def may(scheduler: Scheduler, cluster_id: str, kind: PlanKind | None = None) -> bool:
+    """Whether no plan is under way there, nor was one stopped a moment ago, and nothing goes before one, nor is the cluster
+    upgraded. `kind`: of this kind only a stopped one keeps others back by its own rules."""
     fleet = scheduler.fleet
     if any(
         fleet.status_of(row) in GOES_BEFORE for row in np.flatnonzero(fleet.in_cluster(cluster_id)).tolist()
-    ):
+    ) or await _is_upgraded(scheduler, cluster_id):
         return False
     last = await sql.newest(scheduler.core.pool, cluster_id)
     if last is None:
@@ -307,7 +317,11 @@ async def _may(scheduler: Scheduler, cluster_id: str) -> bool:
     if last.public.state is PlanState.RUNNING or last.public.ended_at is None:
         return False
     age = (utc_now() - last.public.ended_at).total_seconds()
-    return last.public.state is PlanState.SUCCEEDED or age > scheduler.config.plan_pause_seconds
+    return (
+        last.public.state is PlanState.SUCCEEDED
+        or last.public.kind is kind
+        or age > scheduler.config.plan_pause_seconds
+    )
 
 
 async def _is_upgraded(scheduler: Scheduler, cluster_id: str) -> bool:

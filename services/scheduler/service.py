@@ -13,6 +13,7 @@ from services.scheduler import (
     plans,
     promises,
     reconcile,
+    resting,
     rooms,
     scheduling_policies,
 )
@@ -36,6 +37,7 @@ service = Service(
         scheduling_policies.part,
         plans.part,
         plan_runs.part,
+        resting.part,
         facts.part,
         reconcile.part,
     ],

@@ -20,8 +20,9 @@ from services.scheduler.fleet import Fleet
 from services.scheduler.model import Audit, ClusterPolicy, Looked
 from services.scheduler.pages import Pages
 from services.scheduler.policies.affinity import ClusterRules
+from services.scheduler.policies.idle import Idle
 from services.scheduler.policies.promise import Guest
-from services.scheduler.policies.units import HIGH_UTILIZATION
+from services.scheduler.policies.units import HIGH_UTILIZATION, LOW_UTILIZATION, PARAMETERS
 from services.scheduler.rounds import Rounds
 from volery.contracts.metrics import METRICS_SUBJECT, HostSample
 from volery.contracts.scheduling import Claim
@@ -36,6 +37,7 @@ USED_SECONDS = 1.0
 FEW_HOSTS = 100
 """So many are read by themselves; of more the whole table is."""
 RETRY_SECONDS = 0.5
+LOW_PERCENT = PARAMETERS[LOW_UTILIZATION].default
 CPU_STATES = 1000
 """So many that no host has any more are kept beside those that some have."""
 
@@ -62,6 +64,9 @@ class Scheduler:
     """VM that a plan moves → set when inventory says something of it."""
     planned_at: dict[str, float] = field(default_factory=dict)
     """Cluster → when the leader last looked whether it needs a plan."""
+    rested_at: dict[str, float] = field(default_factory=dict)
+    """Cluster → when the leader last looked whether hosts may sleep there, or are to be woken."""
+    idle: Idle = field(default_factory=Idle)
     short: dict[str, str] = field(default_factory=dict)
     """Host that has promised more than it has → what was said of that."""
     used_as_of: int = 0
@@ -274,6 +279,8 @@ class Scheduler:
             return
         if message.subject == METRICS_SUBJECT.format(host_id=sample.host_id):
             self.fleet.sample(sample.host_id, self._measured(sample))
+            low = self.fleet.recipe_of(sample.host_id).parameters.get(LOW_UTILIZATION, LOW_PERCENT)
+            self.idle.note(sample.host_id, sample.cpu_percent, low, monotonic())
             self.loads[sample.host_id] = {vm.vm_id: vm.cpu_percent / 100 for vm in sample.vms}
 
     def _measured(self, sample: HostSample) -> Measured:

@@ -38,6 +38,8 @@ INTERNAL = {
     "storage.lease.release",
     "storage.lease.read_host",
     "storage.lease.find_proofs",
+    "ha.power.down",  # /hosts/{id}/save-power and /wake ask inventory
+    "ha.power.up",
     "network.nic.allocate",
     "network.nic.release",
     "network.host.prepare",

@@ -14,6 +14,7 @@ from volery.cli import (
     placing,
     plans,
     policies,
+    power_saving,
     protection,
     soft_fencing,
     storage,
@@ -59,6 +60,8 @@ estate.clusters.command("upgrade")(plans.upgrade)
 estate.hosts.add_typer(fencing.power_management, name="power-management")
 estate.hosts.add_typer(soft_fencing.app, name="soft-fencing")
 estate.hosts.command()(fencing.power)
+estate.hosts.command("save-power")(power_saving.save_power)
+estate.hosts.command()(power_saving.wake)
 estate.hosts.command()(placing.capacity)
 estate.hosts.command()(fencing.evidence)
 estate.hosts.command("confirm-rebooted")(fencing.confirm_rebooted)

@@ -29,6 +29,18 @@ class HostStatus(StrEnum):
     """ha has proof that it is off or was reset, and it has not come back: its VMs have ended."""
 
 
+class PowerSaving(StrEnum):
+    """How far a host is on its way to sleep and back. One that isn't awake gets no VMs, and is in maintenance or on its way."""
+
+    AWAKE = "awake"
+    FALLING_ASLEEP = "falling_asleep"
+    """It is emptied and then switched off."""
+    ASLEEP = "asleep"
+    """It was switched off to save power. Its silence means nothing."""
+    WAKING = "waking"
+    """It was switched on and has not reported yet."""
+
+
 class HostProblem(Message):
     """A part of a living host that is dead."""
 
@@ -66,6 +78,11 @@ class Host(Entity):
     memory_committed_bytes: int = 0
     busy_with: str = ""
     maintenance_reason: str = ""
+    power_saving: PowerSaving = PowerSaving.AWAKE
+    power_saving_reason: str = ""
+    """Why it sleeps, or why it could not be switched off or woken."""
+    power_on_proven_at: datetime | None = None
+    """When it last reported after its BMC had switched it on from off."""
 
 
 class CreateHost(Message):
@@ -122,6 +139,27 @@ class ActivateHost(Message):
     if_revision: int = 0
 
 
+class SavePower(Message):
+    """Move every VM away as for maintenance, then switch the host off through its BMC. Refused where that could not be proven
+    or undone: without tested power management, where ha itself runs, where the cluster's promise wouldn't hold. Until it is
+    woken it gets no VMs, and nobody takes its silence for a death."""
+
+    id: str
+    if_revision: int = 0
+    reason: str = ""
+    empty_only: bool = False
+    """Refused while there are VMs on it."""
+    dry_run: bool = False
+
+
+class WakeHost(Message):
+    """Switch a sleeping host on through its BMC and use it again once it has reported."""
+
+    id: str
+    if_revision: int = 0
+    reason: str = ""
+
+
 class SetLiveness(Message):
     """ha to inventory: what it concluded about a host, and for which boot."""
 
@@ -139,6 +177,9 @@ GET_HOST = Call("inventory.host.get", GetById, Host)
 LIST_HOSTS = Call("inventory.host.list", ListQuery, Page)
 MAINTAIN_HOST = Call("inventory.host.maintain", MaintainHost, Operation, mutates=True)
 ACTIVATE_HOST = Call("inventory.host.activate", ActivateHost, Operation, mutates=True)
+"""A host that sleeps is woken."""
+SAVE_POWER = Call("inventory.host.save_power", SavePower, Operation, mutates=True, timeout_seconds=30)
+WAKE_HOST = Call("inventory.host.wake", WakeHost, Operation, mutates=True)
 
 HOST_CHANGED = Fact("fact.inventory.host.{id}.changed", Host)
 HOST_DELETED = Fact("fact.inventory.host.{id}.deleted", Host)

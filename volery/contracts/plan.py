@@ -19,6 +19,8 @@ class PlanKind(StrEnum):
     """Broken affinity groups are mended."""
     BALANCE = "balance"
     """Hosts become alike in what the cluster's scheduling policy balances."""
+    SAVING = "saving"
+    """A host is emptied and switched off to save power, or a sleeping one is woken."""
     UPGRADE = "upgrade"
     """Hosts are emptied one after the other, each being back before the next. Only shown, and holds nothing: the upgrade of the
     cluster carries it out, host by host."""
@@ -81,7 +83,9 @@ class Plan(Entity):
     affinity: how many of the broken rules' VMs are where they must or should not be. 0 is perfect."""
     after: float = 0.0
     host_ids: tuple[str, ...] = ()
-    """Hosts that it empties; of an upgrade in the order of their turns."""
+    """Hosts that it empties; of an upgrade in the order of their turns; of a saving, the one that is switched off then."""
+    wake_host_ids: tuple[str, ...] = ()
+    """Of a saving: hosts that it wakes."""
     principal: str = ""
     """Who asked for it; the scheduler itself is `service:scheduler`."""
     operation_id: str = ""
@@ -95,9 +99,12 @@ class MakePlan(Message):
     cluster_id: str
     kind: PlanKind = PlanKind.BALANCE
     host_ids: tuple[str, ...] = ()
-    """Of an evacuation or an upgrade: the hosts to be emptied."""
+    """Of an evacuation or an upgrade: the hosts to be emptied. Of a saving: the only hosts of which one may be switched off; any,
+    if none is named."""
     avoided_host_ids: tuple[str, ...] = ()
     """Of an evacuation: hosts to which a VM goes only if no other takes it."""
+    wake_host_ids: tuple[str, ...] = ()
+    """Of a saving: the sleeping hosts that are woken, instead of one being switched off."""
     most_moves: int = 0
     """Not more moves than this; 0: as many as are worth it."""
     dry_run: bool = False

@@ -109,6 +109,30 @@ class PowerSwitched(Message):
     words: str = ""
 
 
+class OrderPower(Message):
+    """inventory to ha: switch a host that nothing runs on off to save power, or on again. May be asked again and again: what
+    is done already is answered as done."""
+
+    id: str
+    revision: int
+    """The host's. ha carries out nothing that was decided before what it carried out last."""
+    boot_id: str = ""
+    """To switch off: the boot that it is about."""
+    dry_run: bool = False
+    """Whether it would be refused now for what inventory doesn't know."""
+
+
+class PowerOrdered(Message):
+    """`state` is certain: after two readings off, or on and no order to switch it off can still come true. What isn't certain
+    yet is refused as `unavailable`."""
+
+    id: str
+    state: PowerState
+    was: PowerState = PowerState.UNKNOWN
+    """Before it was switched."""
+    words: str = ""
+
+
 class ConfirmHostRebooted(Message):
     """A person's word that a host is off, or was rebooted: proof of death for what ran there. Refused while there is a
     sign of life."""
@@ -255,6 +279,9 @@ TEST_POWER_MANAGEMENT = Call(
     "ha.power.test", TestPowerManagement, PowerManagement, mutates=True, timeout_seconds=120
 )
 SWITCH_POWER = Call("ha.power.switch", SwitchPower, PowerSwitched, mutates=True, timeout_seconds=120)
+POWER_DOWN = Call("ha.power.down", OrderPower, PowerOrdered, mutates=True, timeout_seconds=15)
+POWER_UP = Call("ha.power.up", OrderPower, PowerOrdered, mutates=True, timeout_seconds=15)
+"""A BMC may take longer; whoever asks again meanwhile is told that it isn't certain yet."""
 CONFIRM_HOST_REBOOTED = Call("ha.host.confirm_rebooted", ConfirmHostRebooted, HostLiveness, mutates=True)
 GET_FENCING = Call("ha.fencing.get", AskFencing, Fencing)
 PAUSE_FENCING = Call("ha.fencing.pause", PauseFencing, FencingPause, mutates=True)

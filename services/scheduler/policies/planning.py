@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from msgspec.structs import replace
@@ -12,6 +12,7 @@ from services.scheduler.policies.balancing import MOST_MOVES, Aims, balance, cos
 from services.scheduler.policies.board import Board, Step
 from services.scheduler.policies.enforcing import enforce
 from services.scheduler.policies.evacuating import Stuck, evacuate
+from services.scheduler.policies.saving import Limits, save
 from services.scheduler.policies.upgrading import upgrade
 from services.scheduler.policies.waves import PER_HOST, joins, waves
 from volery.contracts.plan import PlanKind, PlanStep, Unplaced
@@ -31,6 +32,8 @@ class Wanted:
     host_ids: tuple[str, ...] = ()
     avoided: tuple[str, ...] = ()
     most: int = 0
+    limits: Limits = field(default_factory=Limits)
+    """Of a saving."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +46,15 @@ class Draft:
     before: float = 0.0
     after: float = 0.0
     host_ids: tuple[str, ...] = ()
-    """In the order in which hosts are emptied one after the other."""
+    """Of an upgrade: in the order in which hosts are emptied. Of a saving: the host that is switched off once it is empty."""
+    wake_host_ids: tuple[str, ...] = ()
+    said: str = ""
+    """Of a saving: what it does, or why nothing."""
 
     @property
     def message(self) -> str:
+        if self.said:
+            return self.said
         vms = len({step.vm_id for step in self.steps})
         hosts = len({step.source_host_id for step in self.steps})
         moves = (
@@ -84,6 +92,8 @@ def draft(board: Board, wanted: Wanted) -> Draft:
             return Draft(_steps(board, emptied.steps), unplaced, before=float(on), after=float(len(unplaced)))
         case PlanKind.UPGRADE:
             return _upgrade(board, _rows(board, wanted.host_ids))
+        case PlanKind.SAVING:
+            return _saving(board, wanted)
 
 
 def _upgrade(board: Board, rows: Sequence[int]) -> Draft:
@@ -113,6 +123,17 @@ def _unplaced(board: Board, stuck: Collection[Stuck]) -> tuple[Unplaced, ...]:
         Unplaced(vm_id=board.guests[s.guest].id, vm_name=board.guests[s.guest].name, reason=s.reason)
         for s in stuck
     )
+
+
+def _saving(board: Board, wanted: Wanted) -> Draft:
+    """Without a host when none can sleep."""
+    saved = save(board, _rows(board, wanted.host_ids), wanted.limits)
+    if saved.host is None:
+        return Draft(said=f"switches nothing off: {saved.reason}")
+    host, vms = board.places[saved.host], len({step.guest for step in saved.steps})
+    moves = f"moves {vms} VM{'s' if vms != 1 else ''} away from {host.name} and " if vms else ""
+    said = f"{moves}switches {'it' if moves else host.name} off to save power"
+    return Draft(_steps(board, saved.steps), before=float(vms), host_ids=(host.id,), said=said)
 
 
 def _steps(board: Board, steps: Sequence[Step]) -> tuple[PlanStep, ...]:

@@ -17,6 +17,8 @@ HIGH_VM_COUNT = "HighVmCount"
 MIGRATION_THRESHOLD = "MigrationThreshold"
 MOST_FREE = "MaxFreeMemoryForOverUtilized"
 LEAST_FREE = "MinFreeMemoryForUnderUtilized"
+IN_RESERVE = "HostsInReserve"
+POWER_MANAGED = "EnableAutomaticHostPowerManagement"
 
 MOST_MIB = 1 << 30
 """A petabyte."""
@@ -63,6 +65,14 @@ _PARAMETERS = (
     PolicyParameter(
         name=LEAST_FREE, low=0, high=MOST_MIB, default=0, unit="MiB",
         description="only a host with more memory left has room for others' VMs; 0: memory doesn't count",
+    ),
+    PolicyParameter(
+        name=IN_RESERVE, low=0, high=10_000, default=0, unit="hosts",
+        description="so many empty hosts stay up when hosts are switched off to save power",
+    ),
+    PolicyParameter(
+        name=POWER_MANAGED, low=0, high=1, default=0,
+        description="1: the scheduler switches hosts off that aren't needed, and on again, by their power management",
     ),
 )  # fmt: skip
 PARAMETERS = {parameter.name: parameter for parameter in _PARAMETERS}
@@ -133,7 +143,7 @@ UNITS: tuple[PolicyUnit, ...] = (
     _unit(B, "even_distribution", "hosts whose CPUs are busy or whose memory runs short have too much", HIGH_UTILIZATION,
           OVERLOAD_MINUTES, MOST_FREE, LEAST_FREE, ovirt="OptimalForEvenDistribution"),
     _unit(B, "power_saving", "as even_distribution, and hosts that do little should be emptied", HIGH_UTILIZATION,
-          LOW_UTILIZATION, OVERLOAD_MINUTES, MOST_FREE, LEAST_FREE, ovirt="OptimalForPowerSaving"),
+          LOW_UTILIZATION, OVERLOAD_MINUTES, MOST_FREE, LEAST_FREE, IN_RESERVE, POWER_MANAGED, ovirt="OptimalForPowerSaving"),
     _unit(B, "even_guest_distribution", "hosts with many more VMs than another have too many", HIGH_VM_COUNT,
           MIGRATION_THRESHOLD, ovirt="OptimalForEvenGuestDistribution"),
     _unit(B, "even_overall_distribution", "hosts have too much as by even_distribution or by even_guest_distribution",
