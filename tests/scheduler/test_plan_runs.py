@@ -320,7 +320,7 @@ async def test_what_makes_no_sense_is_refused_with_what_would(configured: Settin
     async with site(configured, hosts=1, vms=1) as at:
         for kind, hosts, words in (
             (PlanKind.EVACUATION, (), "names the hosts that it empties"),
-            (PlanKind.BALANCE, (at.hosts[0],), "hosts are named for an evacuation only"),
+            (PlanKind.BALANCE, (at.hosts[0],), "host_ids are named for evacuation or upgrade or saving only"),
             (PlanKind.EVACUATION, (replace(at.hosts[0], id=new_id()),), "is none of cluster"),
         ):
             with pytest.raises(Refused) as refused:
