@@ -148,6 +148,7 @@ async def start_many(inv: Inventory, run: Run) -> None:
     async def choose() -> list[Chosen]:
         return await _choose(inv, asked, run.caller, run.caller_for("places"))
 
+    restored.refuse_half_done(run, "look at which of these VMs run, and start the others again")
     run.undo("places", unclaimed)
     chosen = await run.step("places", "Choosing hosts for all of them", choose, list[Chosen])
     await _show(run, [each.start for each in chosen])

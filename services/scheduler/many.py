@@ -169,12 +169,17 @@ async def _all_on(
 ) -> list[Placement]:
     """Up to the first that doesn't fit there; then nothing is held."""
     found: list[Placement] = []
-    for ask in asks:
-        placement = await placing.by_itself(scheduler, replace(ask, target_host_id=host_id), caller)
-        found.append(placement)
-        if not placement.host_id:
-            await _give_back(scheduler, asks[: len(found) - 1])
-            break
+    try:
+        for ask in asks:
+            there = replace(ask, target_host_id=host_id)
+            found.append(await placing.by_itself(scheduler, there, caller))
+            if not found[-1].host_id:
+                break
+    except Refused:
+        await _give_back(scheduler, asks[: len(found)])
+        raise
+    if not found[-1].host_id:
+        await _give_back(scheduler, asks[: len(found) - 1])
     return found
 
 
