@@ -17,9 +17,8 @@ from services.scheduler.cells import CELL_CPUS, CELLS, CELLS_USED, CellFigures, 
 from services.scheduler.figures import HostFigures, Measured, NetworkReach
 from services.scheduler.model import ClusterPolicy
 from services.scheduler.pages import NO_PAGES, PAGES, PAGES_USED, Pages
-from services.scheduler.policies.cpus import FREE, Held, HostCpus, Wish, capacity, choose, read_cores
+from services.scheduler.policies.cpus import FREE, Held, HostCpus, Wish, choose, read_cores
 from services.scheduler.policies.recipe import Recipe, by_balance
-from volery.contracts.cpus import PinningPolicy
 from volery.contracts.domain import MOST_CELLS
 from volery.contracts.host import HostStatus
 
@@ -104,8 +103,8 @@ class Fleet:
     """Cores and who has which of them, numbered: most hosts of a kind have given away the same."""
     cpu_states: list[HostCpus] = field(default_factory=list)
     """The same by number."""
-    _capacities: dict[tuple[PinningPolicy, int], Ints] = field(default_factory=dict)
-    """For how many vCPUs each of them has CPUs alone."""
+    _figures: dict[tuple[str, int], Ints] = field(default_factory=dict)
+    """What was counted of each of them, such as for how many vCPUs it has CPUs alone."""
     _masks: dict[tuple[str, str], Bools] = field(default_factory=dict)
     _ranks: Ints | None = None
     _everyone: Bools | None = None
@@ -185,13 +184,12 @@ class Fleet:
             self.cpu_states.append(HostCpus(read_cores(cores), held.exclusive, held.pinned))
         return number
 
-    def capacity(self, wish: Wish) -> Ints:
-        """For how many vCPUs of such a VM each host has CPUs that nobody else uses. Only what is new is counted."""
-        key = (wish.policy, wish.threads)
-        known = self._capacities.get(key, np.zeros(0, np.int64))
+    def of_cpus(self, key: tuple[str, int], count: Callable[[HostCpus], int]) -> Ints:
+        """A figure of each host's CPUs, kept under this key. Only what is new is counted."""
+        known = self._figures.get(key, np.zeros(0, np.int64))
         if len(known) < len(self.cpu_states):
-            more = [capacity(state, *key) for state in self.cpu_states[len(known) :]]
-            known = self._capacities[key] = np.concatenate([known, np.array(more, np.int64)])
+            more = [count(state) for state in self.cpu_states[len(known) :]]
+            known = self._figures[key] = np.concatenate([known, np.array(more, np.int64)])
         by_host: Ints = known[self.ints("cpu_state")]
         return by_host
 
@@ -199,7 +197,7 @@ class Fleet:
         """Those that no host has any more."""
         self._cpu_numbers.clear()
         self.cpu_states.clear()
-        self._capacities.clear()
+        self._figures.clear()
         for host_id in self.ids:
             self.hold(host_id, self.held(host_id))
 
@@ -434,7 +432,7 @@ class Fleet:
             _cores={host_id: self._cores[host_id] for host_id in ids if host_id in self._cores},
             _cpu_numbers=dict(self._cpu_numbers),
             cpu_states=list(self.cpu_states),
-            _capacities=dict(self._capacities),
+            _figures=dict(self._figures),
         )
 
     def among(self, host_ids: Iterable[str]) -> Bools:

@@ -58,6 +58,8 @@ async def test_a_pinning_is_written_as_ovirt_writes_it(desk: Desk) -> None:
     assert desk.script.questions(UPDATE_VM)[-1].cpu_pinning == wanted
     await desk.types("vm edit web1 --cpu-pinning none")
     assert desk.script.questions(UPDATE_VM)[-1].cpu_pinning == CpuPinning()
+    await desk.types("vm edit web1 --cpu-pinning resize_and_pin")
+    assert desk.script.questions(UPDATE_VM)[-1].cpu_pinning.policy is PinningPolicy.RESIZE_AND_PIN
 
 
 @pytest.mark.parametrize("text", ["0", "0#x", "1#2", "0#1_2#3", "#"])

@@ -202,10 +202,7 @@ def footprint(host: HostCpus, given: GivenCpus) -> tuple[int, int]:
 
 
 def capacity(host: HostCpus, policy: PinningPolicy, threads: int) -> int:
-    """For how many vCPUs of a VM whose cores have so many threads the host has CPUs that nobody else uses; how many one has
-    that is resized to it."""
-    if policy is PinningPolicy.RESIZE_AND_PIN:
-        return outline(host.cores).vcpus
+    """For how many vCPUs of a VM whose cores have so many threads the host has CPUs that nobody else uses."""
     free = host.free
     if policy is PinningPolicy.ISOLATE_THREADS:
         return sum(free.issuperset(core.cpus) for core in host.cores)

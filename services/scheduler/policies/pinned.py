@@ -41,13 +41,18 @@ def shared_at(fleet: Fleet, row: int) -> tuple[int, int]:
     return left, left - max(int(fleet.ints("largest_shared")[row]), -(-sharing * cpus // promised))
 
 
+def capacities(fleet: Fleet, wish: Wish) -> Ints:
+    """For how many vCPUs of such a VM each host has CPUs that nobody else uses."""
+    return fleet.of_cpus((wish.policy, wish.threads), lambda host: capacity(host, wish.policy, wish.threads))
+
+
 def taken(fleet: Fleet, wish: Wish) -> Ints:
     """How many CPUs of each host would be the VM's alone; NONE where it can't have what it wants."""
     if not wish.alone:
         has = (0 if has_pins(state, wish) else NONE for state in fleet.cpu_states)
         by_state: Ints = np.fromiter(has, np.int64, len(fleet.cpu_states))
         return by_state[fleet.ints("cpu_state")]
-    enough = fleet.capacity(wish) >= wish.vcpus
+    enough = capacities(fleet, wish) >= wish.vcpus
     if wish.policy is PinningPolicy.DEDICATED:
         return np.where(enough, wish.vcpus, NONE)
     count = wish.vcpus * fleet.ints("threads")
@@ -141,7 +146,7 @@ def fitting_vcpus(fleet: Fleet, request: Request) -> Ints:
     if not wish.alone:
         return np.zeros(len(fleet), np.int64)
     each = np.ones(len(fleet), np.int64) if wish.policy is PinningPolicy.DEDICATED else fleet.ints("threads")
-    most = np.minimum(np.minimum(fleet.capacity(wish), wish.vcpus), room.spare // np.maximum(each, 1))
+    most = np.minimum(np.minimum(capacities(fleet, wish), wish.vcpus), room.spare // np.maximum(each, 1))
     for row in np.flatnonzero(each == 0).tolist():
         most[row] = most_vcpus(fleet.cpus_of(row), wish, int(room.spare[row]))
     return np.maximum(most, 0)

@@ -26,8 +26,9 @@ def is_resized(request: Request) -> bool:
 
 def vcpus(fleet: Fleet, request: Request) -> Ints | int:
     """Of the VM on each host; 0 where it can't be resized."""
-    wish = request.wish
-    return fleet.capacity(wish) if wish is not None and wish.resized else request.need.vcpus
+    if not is_resized(request):
+        return request.need.vcpus
+    return fleet.of_cpus(("resized vcpus", 0), lambda host: outline(host.cores).vcpus)
 
 
 def vcpus_at(fleet: Fleet, request: Request, row: int) -> int:
@@ -53,13 +54,20 @@ def _shape(request: Request, host: HostCpus) -> VmShape | None:
 
 def suits(fleet: Fleet, request: Request) -> Bools:
     """Of a VM that is resized."""
-    by_state = [_suits(request, state) for state in fleet.cpu_states]
-    mask: Bools = np.array(by_state, np.bool_)[fleet.ints("cpu_state")] if len(fleet) else fleet.everyone
+    mask = np.zeros(len(fleet), np.bool_)
+    for host, same in _kinds(fleet):
+        if _shape(request, host) is not None:
+            mask |= same
+    mask &= fleet.of_cpus(("resized", 0), has_outline) > 0
     return mask
 
 
-def _suits(request: Request, host: HostCpus) -> bool:
-    return has_outline(host) and _shape(request, host) is not None
+def _kinds(fleet: Fleet) -> Iterator[tuple[HostCpus, Bools]]:
+    """One host of each kind, and those with the same cores, whoever has which of them. A fleet has few kinds."""
+    cores = fleet.of_cpus(("cores", 0), lambda host: id(host.cores))  # `read_cores` has one of each
+    _, rows, kinds = np.unique(cores, return_index=True, return_inverse=True)
+    for number, row in enumerate(rows.tolist()):
+        yield fleet.cpus_of(row), kinds == number
 
 
 def unsuited(fleet: Fleet, request: Request, row: int) -> tuple[str, str]:
@@ -109,9 +117,7 @@ def nodes(fleet: Fleet, request: Request) -> Ints | int:
     """How many NUMA nodes each host would give it."""
     if not is_resized(request):
         return 0
-    by_state = [len(outline(state.cores).cells) for state in fleet.cpu_states]
-    found: Ints = np.array(by_state, np.int64)[fleet.ints("cpu_state")]
-    return found
+    return fleet.of_cpus(("resized nodes", 0), lambda host: len(outline(host.cores).cells))
 
 
 def cells_at(fleet: Fleet, request: Request, row: int) -> tuple[CellNeed, ...]:
@@ -126,11 +132,10 @@ def by_cells(fleet: Fleet, request: Request) -> Iterator[tuple[tuple[CellNeed, .
         if request.cells:
             yield request.cells, fleet.everyone
         return
-    states = fleet.ints("cpu_state")
-    for number in np.unique(states).tolist():
-        found = _shape(request, fleet.cpu_states[number])
+    for host, same in _kinds(fleet):
+        found = _shape(request, host)
         if found is not None and found.numa_nodes:
-            yield needs_of(found.numa_nodes, request.need.hugepage_kib), states == number
+            yield needs_of(found.numa_nodes, request.need.hugepage_kib), same
 
 
 def taken(fleet: Fleet, request: Request, host_id: str) -> tuple[int, tuple[CellNeed, ...]]:
