@@ -23,7 +23,7 @@ from services.scheduler import (
     resting,
     store,
 )
-from services.scheduler.policies.cpus import footprint
+from services.scheduler.policies.cpus import Wish, footprint
 from services.scheduler.state import Scheduler
 from volery.contracts.base import encode
 from volery.contracts.cpus import PinningPolicy
@@ -127,7 +127,8 @@ async def _try(scheduler: Scheduler, ask: Place, caller: Caller, *, refuses: boo
 
 async def _saw_who_left(scheduler: Scheduler, ask: Place) -> bool:
     """Looks whether CPUs could become one VM's alone since larger VMs that shared them left, for a VM that wants some."""
-    if ask.need.cpu_pinning.policy in (PinningPolicy.NONE, PinningPolicy.MANUAL):
+    wish = Wish.of(ask.need.cpu_pinning, ask.need.vcpus, ask.need.threads)
+    if wish is None or not wish.alone:
         return False
     await cpu_store.lower_largest(scheduler.core.pool, ask.need.cluster_id)
     await scheduler.read_used()
