@@ -53,8 +53,6 @@ async def world_of(scheduler: Scheduler, cluster_id: str, *, fresh: bool = False
     fleet = scheduler.fleet.part(cluster_id)
     for host in figures:
         _set(fleet, *host)
-    for host_id in set(await _hidden(scheduler, cluster_id)) & fleet.rows.keys():
-        fleet.ints("status")[fleet.rows[host_id]] = UP
     fleet.used_cells(await cell_store.used(scheduler.core.pool))
     world = World(
         fleet=fleet,
@@ -66,6 +64,8 @@ async def world_of(scheduler: Scheduler, cluster_id: str, *, fresh: bool = False
     )
     for change in await store.holds(scheduler.core.pool, cluster_id):
         planned.change(world, change)
+    for host_id in set(await _hidden(scheduler, cluster_id)) & fleet.rows.keys():
+        fleet.ints("status")[fleet.rows[host_id]] = UP  # also one that its owner was let empty a moment ago
     return world, count
 
 
