@@ -16,7 +16,16 @@ from functools import partial
 from msgspec import Raw
 from msgspec.structs import replace
 
-from services.scheduler import affinity, choice, decision_store, model, round_store, store, together
+from services.scheduler import (
+    affinity,
+    choice,
+    decision_store,
+    model,
+    round_store,
+    store,
+    together,
+    wanting,
+)
 from services.scheduler.affinity_store import ClaimRow
 from services.scheduler.policies.decision import NAMED_HOSTS
 from services.scheduler.round_store import HostChange
@@ -284,7 +293,9 @@ async def _place(ledger: Ledger, member: Asked, ask: Place, later: list[Asked]) 
     body = encode(placement)
     ledger.decisions.append(decision_store.keep_decision(body, choice.in_short(placement)))
     ledger.answers.append((member, body))
-    if placement.host_id:
+    if not placement.host_id:
+        wanting.note(scheduler, ask)
+    else:
         ledger.take(ask, choice.claim_of(scheduler, ask, placement), placement.decision_id)
 
 

@@ -20,8 +20,8 @@ from services.scheduler import (
     licence_store,
     model,
     promising,
-    resting,
     store,
+    wanting,
 )
 from services.scheduler.policies.cpus import Wish, footprint
 from services.scheduler.state import Scheduler
@@ -83,7 +83,7 @@ async def by_itself(scheduler: Scheduler, ask: Place, caller: Caller) -> Placeme
                 placement = await _try(scheduler, ask, caller, refuses=waited)
             if placement is not None:
                 if not placement.host_id:
-                    await resting.want(scheduler, ask)
+                    wanting.note(scheduler, ask)
                 return placement
             waited = True
             await _saw_who_left(scheduler, ask)

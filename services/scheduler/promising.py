@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager, nullcontext
 
 from msgspec.structs import replace
 
-from services.scheduler import cell_store
+from services.scheduler import cell_store, saving_store
 from services.scheduler import promise_store as store
 from services.scheduler.cells import needs_of
 from services.scheduler.fleet import STATUSES, UP, Fleet
@@ -21,6 +21,7 @@ from services.scheduler.pages import PAGES, PAGES_USED, Pages, pages_taken
 from services.scheduler.policies import planned, promise
 from services.scheduler.policies.affinity import ClusterRules
 from services.scheduler.policies.promise import Admission, Guest, Loss, World
+from services.scheduler.policies.saving import PROVEN_DAYS, automatic
 from services.scheduler.state import Scheduler
 from volery.contracts.scheduling import HostVerdict, Place, Placement, Purpose, Verdict
 from volery.runtime.clock import monotonic
@@ -63,7 +64,17 @@ async def world_of(scheduler: Scheduler, cluster_id: str, *, fresh: bool = False
     )
     for change in await store.holds(scheduler.core.pool, cluster_id):
         planned.change(world, change)
+    for host_id in set(await _hidden(scheduler, cluster_id)) & fleet.rows.keys():
+        fleet.ints("status")[fleet.rows[host_id]] = UP  # also one that its owner was let empty a moment ago
     return world, count
+
+
+async def _hidden(scheduler: Scheduler, cluster_id: str) -> list[str]:
+    """Hosts that sleep, will be woken when a VM has no place, and were seen to wake lately: they count as if they were up."""
+    if not automatic(scheduler.fleet.recipe(scheduler.policy(cluster_id))):
+        return []
+    asleep = await saving_store.sleepers(scheduler.core.pool, cluster_id, PROVEN_DAYS)
+    return [each.id for each in asleep if each.proven]
 
 
 def _set(

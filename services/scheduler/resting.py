@@ -11,21 +11,17 @@ import logging
 
 import numpy as np
 
-from services.scheduler import affinity, boards, plans, saving
+from services.scheduler import boards, plans, saving
 from services.scheduler import plan_store as plan_sql
 from services.scheduler import saving_store as sql
-from services.scheduler.fleet import STATUSES, UP, Bools
+from services.scheduler.fleet import UP, Bools
 from services.scheduler.policies.balance import BALANCES, Thresholds
-from services.scheduler.policies.filters import FILTERS
-from services.scheduler.policies.request import request
-from services.scheduler.policies.saving import Woken, wake
+from services.scheduler.policies.saving import Woken, automatic, reserve, wake
 from services.scheduler.policies.units import OVERLOAD_MINUTES
 from services.scheduler.state import Scheduler
 from volery.contracts.base import Owner
 from volery.contracts.errors import Refused
-from volery.contracts.host import HostStatus
 from volery.contracts.plan import MakePlan, PlanKind, PlanState
-from volery.contracts.scheduling import Place
 from volery.runtime.clock import monotonic, utc_now
 from volery.runtime.relay import stream_name
 from volery.runtime.service import Part
@@ -37,9 +33,6 @@ part = Part()
 LOOK_SECONDS = 1.0
 FORGET_SECONDS = 30.0
 WANTED_SECONDS = 60.0
-NEAR = frozenset({"host_state", "storage", "network"})
-"""Filters that a sleeping host fails as it is off: it was connected before it slept, and will be again."""
-MAINTENANCE = STATUSES.index(HostStatus.MAINTENANCE)
 
 
 @part.every(LOOK_SECONDS)
@@ -48,7 +41,7 @@ async def look(scheduler: Scheduler) -> None:
     if not seconds or scheduler.core.quarantine.holds:
         return
     for cluster_id in sorted(scheduler.fleet.clusters):
-        if not saving.automatic(scheduler.fleet.recipe(scheduler.policy(cluster_id))):
+        if not automatic(scheduler.fleet.recipe(scheduler.policy(cluster_id))):
             continue
         if now - scheduler.rested_at.get(cluster_id, -seconds) < seconds:
             continue
@@ -128,8 +121,7 @@ async def _woken(scheduler: Scheduler, cluster_id: str) -> Woken:
     spare = int((up & (fleet.ints("memory_used") == 0) & (fleet.ints("vcpus_used") == 0)).sum())
     cut = BALANCES["even_distribution"](fleet, up, Thresholds.of(recipe, scheduler.config), monotonic())
     over = next((fleet.names[row] for row in np.flatnonzero(cut.over)), "")
-    reserve = saving.reserve(recipe)
-    found = wake(asleep, spare=spare, reserve=reserve, over="" if cut.room.any() else over)
+    found = wake(asleep, spare=spare, kept=reserve(recipe), over="" if cut.room.any() else over)
     if any(each.wanted_by for each in asleep):
         return Woken() if await _failed_lately(scheduler, cluster_id) else found
     return Woken() if await _paused(scheduler, cluster_id) else found
@@ -139,33 +131,6 @@ async def _failed_lately(scheduler: Scheduler, cluster_id: str) -> bool:
     last = await plan_sql.newest_of(scheduler.core.pool, cluster_id, PlanKind.SAVING)
     failed = last is not None and last.public.state is PlanState.STOPPED and bool(last.public.wake_host_ids)
     return failed and await _paused(scheduler, cluster_id)
-
-
-# Who is wanted
-
-
-async def want(scheduler: Scheduler, ask: Place) -> None:
-    """A VM found no place: a sleeping host that would take it is noted, if the leader is to wake such hosts. Whether it reaches
-    the VM's storage and networks is known once it is up; a disk that one host only reaches is taken to be that host's."""
-    policy = scheduler.policy(ask.need.cluster_id)
-    recipe = scheduler.fleet.recipe(policy)
-    reach = ask.need.storage_host_ids
-    if not saving.automatic(recipe) or ask.target_host_id or (reach is not None and len(reach) <= 1):
-        return
-    part_of = scheduler.fleet.part(ask.need.cluster_id)
-    resting = [
-        host_id for row, host_id in enumerate(part_of.ids) if part_of.ints("status")[row] == MAINTENANCE
-    ]
-    asleep = await sql.sleeping(scheduler.core.pool, resting)
-    if not asleep:
-        return
-    bound, _ = await affinity.bind(scheduler, ask.need)
-    asked = request(ask, policy, scheduler.config, bound, recipe=recipe, now=monotonic())
-    masks = [f.mask(part_of, asked) for f in FILTERS if f.name not in NEAR and asked.follows(f.name)]
-    fits = np.logical_and.reduce(masks)
-    if wanted := [host_id for host_id in asleep if fits[part_of.rows[host_id]]]:
-        name = ask.need.name or ask.need.vm_id
-        await scheduler.core.commit(sql.want(wanted[0], ask.need.cluster_id, name, utc_now()))
 
 
 @part.every(FORGET_SECONDS)

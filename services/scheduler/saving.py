@@ -16,9 +16,7 @@ from services.scheduler import saving_store as sql
 from services.scheduler.policies.balance import Thresholds
 from services.scheduler.policies.balancing import Aims
 from services.scheduler.policies.planning import Draft, Wanted, draft
-from services.scheduler.policies.recipe import Recipe
-from services.scheduler.policies.saving import Limits, Sleeper, save
-from services.scheduler.policies.units import IN_RESERVE, POWER_MANAGED
+from services.scheduler.policies.saving import PROVEN_DAYS, Limits, Sleeper, reserve, save
 from services.scheduler.state import Scheduler
 from volery.contracts.base import Call, Message
 from volery.contracts.errors import Kind, Refused, conflict, invalid
@@ -31,23 +29,11 @@ from volery.runtime.bus import LOST
 from volery.runtime.listing import pages
 from volery.runtime.run import Run
 
-PROVEN_DAYS = 7.0
-"""A host that sleeps counts as capacity for so long after it was last seen to wake."""
 ADMISSIONS = 5
 """Hosts that are tried before it is said that the cluster's promise lets none sleep."""
-BALANCE = "power_saving"
 
 Q = TypeVar("Q", bound=Message)
 Ended = Callable[[Scheduler, str, asyncio.Event], Awaitable[Operation]]
-
-
-def automatic(recipe: Recipe) -> bool:
-    """Whether a policy has its clusters' hosts switched off and on without being asked."""
-    return recipe.balance == BALANCE and bool(recipe.parameters.get(POWER_MANAGED, 0))
-
-
-def reserve(recipe: Recipe) -> int:
-    return int(recipe.parameters.get(IN_RESERVE, 0))
 
 
 async def check(scheduler: Scheduler, ask: MakePlan) -> None:

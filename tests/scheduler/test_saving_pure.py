@@ -108,16 +108,16 @@ def test_the_host_with_the_fewest_vms_sleeps_and_of_two_empty_ones_one_stays() -
 def test_who_is_woken_and_why() -> None:
     small, large = Sleeper("a", "A", 1), Sleeper("b", "B", 2)
     proven = Sleeper("c", "C", 1, proven=True)
-    assert wake([], spare=0, reserve=1, over="h1").host_id == ""
-    assert wake([small, large], spare=0, reserve=0, over="").host_id == ""
-    assert wake([small, large], spare=0, reserve=1, over="").host_id == "b"
-    assert wake([small, large, proven], spare=0, reserve=1, over="").host_id == "c"
+    assert wake([], spare=0, kept=1, over="h1").host_id == ""
+    assert wake([small, large], spare=0, kept=0, over="").host_id == ""
+    assert wake([small, large], spare=0, kept=1, over="").host_id == "b"
+    assert wake([small, large, proven], spare=0, kept=1, over="").host_id == "c"
     assert (
-        wake([small, large], spare=1, reserve=1, over="h1").reason
+        wake([small, large], spare=1, kept=1, over="h1").reason
         == "h1 has too much, and no other host has room"
     )
     wanted = Sleeper("d", "D", 1, wanted_by="web")
-    found = wake([proven, wanted], spare=9, reserve=0, over="")
+    found = wake([proven, wanted], spare=9, kept=0, over="")
     assert (found.host_id, found.reason) == ("d", "VM web found no place")
 
 

@@ -13,10 +13,23 @@ from dataclasses import dataclass
 from services.scheduler.fleet import Bools
 from services.scheduler.policies.board import Board, Step
 from services.scheduler.policies.evacuating import evacuate
+from services.scheduler.policies.recipe import Recipe
 from services.scheduler.policies.survival import Survival
+from services.scheduler.policies.units import IN_RESERVE, POWER_MANAGED
 
+PROVEN_DAYS = 7.0
+"""A host that sleeps counts as capacity for so long after it was last seen to wake."""
 MOST_TRIED = 20
 """Hosts that are tried before it is said that none can sleep."""
+
+
+def automatic(recipe: Recipe) -> bool:
+    """Whether a policy has its clusters' hosts switched off and on without being asked."""
+    return recipe.balance == "power_saving" and bool(recipe.parameters.get(POWER_MANAGED, 0))
+
+
+def reserve(recipe: Recipe) -> int:
+    return int(recipe.parameters.get(IN_RESERVE, 0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,19 +66,19 @@ def settled(board: Board, host: int) -> bool:
 
 
 def save(board: Board, candidates: Collection[int], limits: Limits) -> Saved:
-    """The host with the fewest VMs that can sleep. The board itself stays as it is."""
+    """The host with the fewest VMs that can sleep, or why the first of them can't. The board itself stays as it is."""
     spare = empty(board)
     order = sorted(
         (host for host in candidates if board.open[host]),
         key=lambda host: (int(board.counts[host]), float(board.work[host]), board.places[host].id),
     )
-    reason = "none of its hosts that could be woken again may be switched off now"
+    reason = ""
     for host in order[:MOST_TRIED]:
         found = _emptied(board, host, spare, limits)
         if found.host is not None:
             return found
-        reason = found.reason
-    return Saved(reason=reason)
+        reason = reason or found.reason
+    return Saved(reason=reason or "none of its hosts that are up could be woken again")
 
 
 def _emptied(board: Board, host: int, spare: Bools, limits: Limits) -> Saved:
@@ -139,7 +152,7 @@ class Woken:
     reason: str = ""
 
 
-def wake(asleep: Sequence[Sleeper], *, spare: int, reserve: int, over: str) -> Woken:
+def wake(asleep: Sequence[Sleeper], *, spare: int, kept: int, over: str) -> Woken:
     """Which one, and why: for a VM that found no place, for the reserve, or for a host with too much (`over`: its name) where no
     other has room. Of several the one that was proven to wake, then the largest."""
     if not asleep:
@@ -148,8 +161,8 @@ def wake(asleep: Sequence[Sleeper], *, spare: int, reserve: int, over: str) -> W
     best = min(wanted or asleep, key=lambda each: (not each.proven, -each.memory_bytes, each.id))
     if wanted:
         return Woken(best.id, f"VM {best.wanted_by} found no place")
-    if spare < reserve:
-        return Woken(best.id, f"{spare} empty hosts are up, and {reserve} are to be in reserve")
+    if spare < kept:
+        return Woken(best.id, f"{spare} empty hosts are up, and {kept} are to be in reserve")
     if over:
         return Woken(best.id, f"{over} has too much, and no other host has room")
     return Woken()
