@@ -11,7 +11,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
-from host_agent import pins
+from host_agent import hostdevs, pins
 from volery.contracts.cpus import GivenCpus
 from volery.contracts.domain import (
     DiskBus,
@@ -263,6 +263,7 @@ def _devices(devices: ET.Element, spec: DomainSpec, machine: Machine) -> None:
             disk_element(devices, disk, spec.installation)
         for nic in spec.nics:
             nic_element(devices, nic)
+        hostdevs.put(devices, spec)
         return
     if "q35" in spec.machine:
         _sub(devices, "controller", type="pci", index="0", model="pcie-root")
@@ -274,6 +275,7 @@ def _devices(devices: ET.Element, spec: DomainSpec, machine: Machine) -> None:
         disk_element(devices, disk, spec.installation)
     for nic in spec.nics:
         nic_element(devices, nic)
+    hostdevs.put(devices, spec)
     if spec.lease is not None:
         _lease(devices, spec.lease)
     _graphics(devices, spec)

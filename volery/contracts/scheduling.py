@@ -7,6 +7,7 @@ from enum import StrEnum
 from volery.contracts.base import Call, Done, Entity, Fact, Message
 from volery.contracts.cpus import CpuPinning, GivenCpus
 from volery.contracts.domain import NumaNode
+from volery.contracts.host_devices import AskedDevice, GivenDevice
 from volery.contracts.operation import ListQuery, Page
 
 
@@ -37,6 +38,7 @@ class Need(Message):
     cpu_pinning: CpuPinning = CpuPinning()
     threads: int = 0
     """Of each of its cores; 0 or 1: its vCPUs are cores."""
+    host_devices: tuple[AskedDevice, ...] = ()
 
 
 class Purpose(StrEnum):
@@ -168,6 +170,10 @@ class Placement(Message):
     """The physical CPUs that a pinned VM gets there."""
     selector: str = ""
     """How its weights were put together: weighted_sum (a host's weights are factor × score) or rank (factor × rank)."""
+    devices: tuple[GivenDevice, ...] = ()
+    """Devices of the host that the VM gets, with all of their IOMMU groups."""
+    devices_revision: int = 0
+    """Counts how often devices of the host were given or taken back; they were chosen under this."""
 
 
 class CellClaim(Message):
@@ -203,6 +209,8 @@ class Claim(Entity):
     cpus: GivenCpus | None = None
     exclusive_cpus: int = 0
     """How many of them are its alone."""
+    devices: tuple[GivenDevice, ...] = ()
+    devices_revision: int = 0
 
 
 class ClaimKey(Message):
