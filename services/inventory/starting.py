@@ -307,7 +307,7 @@ async def _place(
         return await inv.core.bus.ask(PLACE, question, run.caller_for(f"place-{attempt}"))
 
     async def settle(placed: Placement) -> list[Change]:
-        return await _host_set(inv, ask.vm_id, epoch, placed.host_id) if placed.host_id else []
+        return await _host_set(inv, ask.vm_id, epoch, placed) if placed.host_id else []
 
     def then(placed: Placement) -> tuple[str, str] | None:
         return (f"prepare-{attempt}", PREPARING) if placed.host_id else None
@@ -326,13 +326,13 @@ async def _silent_hosts(inv: Inventory, ask: Starting, cluster_id: str) -> tuple
     return tuple(host_id for host_id in ids if beats.silent_seconds(host_id) >= SILENT_SECONDS)
 
 
-async def _host_set(inv: Inventory, vm_id: str, epoch: int, host_id: str) -> list[Change]:
+async def _host_set(inv: Inventory, vm_id: str, epoch: int, placed: Placement) -> list[Change]:
     row, before = await inv.store.placed(vm_id)
     if before.epoch != epoch or before.state != "starting":
         raise conflict(f"the placement of this VM changed meanwhile (epoch {before.epoch}, not {epoch})")
     return [
-        inv.store.place(before, epoch=epoch, host_id=host_id, state="starting"),
-        VMS.update(row, replace(row.public, host_id=host_id)),
+        inv.store.place(before, epoch=epoch, host_id=placed.host_id, state="starting"),
+        VMS.update(row, replace(row.public, host_id=placed.host_id, given_devices=placed.devices)),
     ]
 
 
@@ -344,7 +344,8 @@ async def _run_on(
     once, prepared = ask.run_once, list[DomainSpec]()
 
     async def prepare() -> None:
-        prepared.append(await domain_spec(inv, row.public, host_id, once, run.caller, placed.cpus))
+        had = (placed.cpus, placed.devices)
+        prepared.append(await domain_spec(inv, row.public, host_id, once, run.caller, *had))
 
     async def question() -> RunDomain:
         await run.step(f"prepare-{attempt}", PREPARING, prepare)

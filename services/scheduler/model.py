@@ -120,7 +120,8 @@ class SeenVm:
     heard_at: datetime
     hugepage_kib: int = 0
     numa_nodes: str = "[]"
-    """JSON."""
+    devices: str = "[]"
+    """JSON, like its nodes: what it got of its host's devices."""
 
 
 ENDED_STATUSES = frozenset({VmStatus.DOWN, VmStatus.SUSPENDED, VmStatus.IMAGE_LOCKED})

@@ -11,6 +11,7 @@ from volery.cli import (
     cpus,
     estate,
     fencing,
+    host_devices,
     placing,
     plans,
     policies,
@@ -59,6 +60,7 @@ estate.hosts.add_typer(fencing.power_management, name="power-management")
 estate.hosts.add_typer(soft_fencing.app, name="soft-fencing")
 estate.hosts.command()(fencing.power)
 estate.hosts.command()(placing.capacity)
+estate.hosts.command()(host_devices.devices)
 estate.hosts.command()(fencing.evidence)
 estate.hosts.command("confirm-rebooted")(fencing.confirm_rebooted)
 app.command()(access.login)

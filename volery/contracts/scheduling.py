@@ -123,7 +123,7 @@ class Change(Message):
     amount: int = 1
     """By how many units the two differ; 1 where there is nothing to count."""
     unit: str = ""
-    """bytes, MiB, vCPUs, %, tenths, hosts, NICs, or "" where there is nothing to count."""
+    """bytes, MiB, vCPUs, %, tenths, hosts, NICs, devices, or "" where there is nothing to count."""
     sentence: str = ""
 
 
