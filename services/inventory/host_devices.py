@@ -16,8 +16,12 @@ MOST_KINDS = 8
 NAME = re.compile(r"(pci|usb|scsi)(_[0-9a-z]+)+")
 MODEL = re.compile(r"[0-9a-f]{4}:[0-9a-f]{4}")
 TYPE = re.compile(r"[A-Za-z0-9_.+-]{1,64}")
-FORBIDS = frozenset({"migrate", "suspend"})
-"""Nobody can take out of a device what it keeps for its guest."""
+WHY = {
+    "migrate": "which stay where they are, so it can't be moved while it runs: shut it down, and start it on another host "
+    "that has such devices",
+    "suspend": "whose state can't be saved: shut it down instead",
+}
+"""What such a VM can't do, since nobody can take out of a device what it keeps for its guest."""
 
 
 def check(asks: Sequence[AskedDevice]) -> None:
@@ -61,20 +65,17 @@ def _check_one(ask: AskedDevice) -> None:
         )
 
 
+def stays(vm: Vm, action: str) -> str:
+    """Why a VM with devices of its host can't do this; "" when it can."""
+    if not vm.host_devices or action not in WHY:
+        return ""
+    return f"VM {vm.name} has devices of its host ({', '.join(ask.text for ask in vm.host_devices)}), {WHY[action]}"
+
+
 def check_action(vm: Vm, action: str) -> None:
     """Raises Refused(conflict) for what a VM with devices of its host can't do."""
-    if not vm.host_devices or action not in FORBIDS:
-        return
-    why = {
-        "migrate": "which stay where they are, so it can't be moved while it runs: shut it down, and start it on another host "
-        "that has such devices",
-        "suspend": "whose state can't be saved: shut it down instead",
-    }[action]
-    raise conflict(
-        f"VM {vm.name} has devices of its host ({', '.join(ask.text for ask in vm.host_devices)}), {why}",
-        rule=FIELD,
-        vm_id=vm.id,
-    )
+    if why := stays(vm, action):
+        raise conflict(why, rule=FIELD, vm_id=vm.id)
 
 
 def check_edit(vm: Vm, new: Vm) -> None:

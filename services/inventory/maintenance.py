@@ -11,7 +11,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from services.inventory import admission, emptying, model
+from services.inventory import admission, emptying, host_devices, model
 from services.inventory.clearing import Clearing, to_clear
 from services.inventory.desk import Inventory
 from services.inventory.specs import need_of
@@ -99,6 +99,8 @@ async def _fate(inv: Inventory, vm: Vm, ask: MaintainHost, caller: Caller) -> di
         return said | {"message": "is shut down"}
     if not vm.migration.allowed:
         return said | {"message": "its migration policy forbids to move it"}
+    if why := host_devices.stays(vm, "migrate"):
+        return said | {"message": why}
     question = Place(
         need=await need_of(inv, vm, caller),
         epoch=vm.epoch + 1,

@@ -57,10 +57,8 @@ def allowed_actions(vm: Vm) -> tuple[str, ...]:
     """What may be asked of the VM now."""
     if vm.external or vm.busy_with:
         return ()
-    stays = host_devices.FORBIDS if vm.host_devices else frozenset[str]()
-    return tuple(
-        action for action, statuses in ALLOWED.items() if vm.status in statuses and action not in stays
-    )
+    possible = (action for action, statuses in ALLOWED.items() if vm.status in statuses)
+    return tuple(action for action in possible if not host_devices.stays(vm, action))
 
 
 def check_action(vm: Vm, action: str) -> None:

@@ -52,6 +52,7 @@ from volery.contracts.domain_orders import (
 )
 from volery.contracts.errors import Kind, Refused
 from volery.contracts.host import CREATE_HOST, GET_HOST, CreateHost, Host, HostStatus
+from volery.contracts.host_devices import GivenDevice
 from volery.contracts.ids import new_id
 from volery.contracts.liveness import (
     LIVENESS_CHANGED,
@@ -254,6 +255,8 @@ class Scheduler(Speaker):
     released: list[ReleaseVm] = field(default_factory=list)
     cpus: dict[str, GivenCpus] = field(default_factory=dict)
     """Host → the physical CPUs that a VM gets there."""
+    devices: dict[str, tuple[GivenDevice, ...]] = field(default_factory=dict)
+    """Host → the devices of it, likewise."""
 
     def __post_init__(self) -> None:
         self.may_place.set()
@@ -283,6 +286,7 @@ class Scheduler(Speaker):
             host_id=host_id,
             message="" if host_id else "no host is left",
             cpus=self.cpus.get(host_id),
+            devices=self.devices.get(host_id, ()),
         )
 
     async def _confirm(self, _: Speaker, ask: ClaimKey, caller: Caller) -> Done:
