@@ -11,18 +11,31 @@ from host_agent import host_uses
 from host_agent.action import Host
 from host_agent.events import EventName, HypervisorEvent
 from host_agent.node_xml import assignable, mdev_xml
+from host_agent.refusals import Disconnected
 from volery.contracts.domain import DomainSpec, DomainState
 from volery.contracts.errors import Refused
 from volery.contracts.host_devices import DeviceKind, HostDevice, mdev_prefix, mdev_uuid
 
 log = logging.getLogger("volery.agent.devices")
 
-AGAIN_SECONDS = 5.0
+AGAIN_SECONDS = 30.0
 """After a mediated device could not be taken away."""
 
 
 async def describe(host: Host) -> tuple[HostDevice, ...]:
-    """The host's devices that VMs could have."""
+    """The host's devices that VMs could have. Where libvirt's part for devices doesn't answer, as they were told last: a host
+    is no less a host for that."""
+    room = host.hypervisor.mdevs
+    try:
+        room.told = await _describe(host)
+    except Disconnected:
+        raise
+    except Refused as problem:
+        log.warning("which devices this host has could not be seen: %s", problem.message)
+    return room.told
+
+
+async def _describe(host: Host) -> tuple[HostDevice, ...]:
     devices, mdevs = await host.hypervisor.node_devices()
     if not devices:
         return ()

@@ -15,6 +15,7 @@ from host_agent.connections import BULK_SECONDS, Driver
 from host_agent.node_xml import Found, FoundMdev, found, found_mdev
 from host_agent.pinning import Pinning
 from host_agent.refusals import LibvirtError
+from volery.contracts.host_devices import HostDevice
 
 
 class Listed(IntFlag):
@@ -54,6 +55,8 @@ class Instances:
     """UUIDs of those whose domains are being made."""
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     """While some are made or taken away."""
+    told: tuple[HostDevice, ...] = ()
+    """The host's devices, as they were told last."""
 
 
 class NodeDevices(Pinning):

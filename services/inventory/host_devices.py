@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from volery.contracts.errors import conflict, invalid
-from volery.contracts.host_devices import AskedDevice
+from volery.contracts.errors import conflict, invalid, unavailable
+from volery.contracts.host_devices import AskedDevice, GivenDevice
 from volery.contracts.vm import Vm, VmStatus
 
 FIELD = "host_devices"
@@ -85,4 +85,14 @@ def check_edit(vm: Vm, new: Vm) -> None:
             f"VM {vm.name} is {vm.status}: shut it down before its host devices are changed",
             rule=FIELD,
             status=vm.status,
+        )
+
+
+def check_given(vm: Vm, given: Sequence[GivenDevice]) -> None:
+    """Raises Refused(unavailable) when it was placed by a scheduler that knows nothing of devices."""
+    if vm.host_devices and not given:
+        raise unavailable(
+            f"VM {vm.name} asks for devices of its host, and the scheduler that placed it is of an older release: try again "
+            "when all of Volery is upgraded",
+            vm_id=vm.id,
         )

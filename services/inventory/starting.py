@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 
 from msgspec.structs import replace
 
-from services.inventory import giving_up, leases, memory, model, restored, undying
+from services.inventory import giving_up, host_devices, leases, memory, model, restored, undying
 from services.inventory.desk import Inventory
 from services.inventory.specs import disk_ids, domain_spec, need_of
 from services.inventory.store import VMS, VmPrivate
@@ -344,6 +344,7 @@ async def _run_on(
     once, prepared = ask.run_once, list[DomainSpec]()
 
     async def prepare() -> None:
+        host_devices.check_given(row.public, placed.devices)
         had = (placed.cpus, placed.devices)
         prepared.append(await domain_spec(inv, row.public, host_id, once, run.caller, *had))
 

@@ -20,6 +20,7 @@ from volery.contracts.vm import PAGE_SIZES_KIB, VmStatus
 
 MIB = 1024**2
 MAX_VCPUS = 4096
+MAX_DEVICES = 16
 MAX_MEMORY_BYTES = 1 << 50
 """A petabyte: keeps sums of claims far inside 64 bits."""
 
@@ -89,6 +90,8 @@ def check(place: Place) -> None:
         raise invalid(
             f"{_vm(need)} has {need.vcpus} vCPUs and pins for {len(pinning.pins)}; pin each of them"
         )
+    if sum(ask.count for ask in need.host_devices) > MAX_DEVICES:
+        raise invalid(f"{_vm(need)} asks for more than {MAX_DEVICES} devices of its host")
     if place.epoch < 0:
         raise invalid(f"{_vm(need)} can't be placed under epoch {place.epoch}; epochs count from 0")
 

@@ -16,7 +16,7 @@ from host_agent import domxml, host_devices, host_uses, node_devices, runningxml
 from host_agent.action import Host
 from host_agent.domxml import Machine, Placement, domain_xml
 from host_agent.node_xml import NO_IOMMU, Found, FoundMdev, Uses, assignable, found, found_mdev
-from host_agent.refusals import LibvirtError
+from host_agent.refusals import Disconnected, LibvirtError
 from sim.hypervisor import MemoryHypervisor
 from sim.loop import new_loop
 from sim.qemu import Guest
@@ -366,6 +366,20 @@ def test_what_could_not_be_taken_away_is_tried_again(tmp_path: Path) -> None:
         daemon.stubborn = False
         await asyncio.sleep(host_devices.AGAIN_SECONDS + 1)
         assert daemon.uuids() == set()
+
+    divided(case, tmp_path)
+
+
+def test_a_host_whose_libvirt_lists_no_devices_tells_those_that_it_told_last(tmp_path: Path) -> None:
+    async def case(vms: VmHost, daemon: DividingDaemon) -> None:
+        before = await host_devices.describe(vms.host)
+        assert [device.name for device in before] == [GPU]
+        daemon.deaf = True
+        assert await host_devices.describe(vms.host) == before
+        daemon.up = False
+        with pytest.raises(Disconnected):
+            await host_devices.describe(vms.host)
+        daemon.up = True
 
     divided(case, tmp_path)
 

@@ -97,10 +97,25 @@ async def test_hosts_are_told_the_devices_that_the_scheduler_chose_and_the_vm_sh
         assert (await world.bus.ask(GET_VM, GetById(id=vm.id))).given_devices == THERE
 
 
+async def test_a_vm_that_was_placed_without_its_devices_is_not_started(configured: Settings) -> None:
+    """By a scheduler of the previous release."""
+    async with world_of(configured, hosts=1) as (world, (host,)):
+        world.scheduler.devices = {host.id: HERE}
+        vm = await vm_with(world, GPU, start=False)
+        starts = len(host.started)
+        world.scheduler.devices = {}
+        op = await world.ended(await world.bus.ask(START_VM, StartVm(id=vm.id)))
+        assert op.state is OperationState.FAILED
+        assert op.problem is not None
+        assert "is of an older release" in op.problem.message
+        assert len(host.started) == starts
+
+
 async def test_a_vm_with_devices_is_neither_moved_nor_suspended_and_whoever_asks_hears_why(
     configured: Settings,
 ) -> None:
     async with world_of(configured, hosts=2) as (world, (first, _second)):
+        world.scheduler.devices = {first.id: HERE}
         vm, other = await vm_with(world, NAMED), await world.vm()
         assert {"migrate", "suspend"}.isdisjoint(vm.allowed_actions)
         assert {"migrate", "suspend", "stop"} <= set(other.allowed_actions)

@@ -44,11 +44,15 @@ class DividingDaemon(Daemon):
     most: int = 4
     stubborn: bool = False
     """Takes nothing away."""
+    deaf: bool = False
+    """Its part for devices doesn't answer."""
 
     def uuids(self) -> set[str]:
         return {name.removeprefix("mdev_").replace("_", "-") for name in self.mdevs}
 
     def listAllDevices(self, flags: int) -> list[NodeDevice]:
+        if self.deaf:
+            raise MemoryError_(LibvirtError.OPERATION_FAILED, "operation failed: no virtnodedevd")
         gpu = NodeDevice(self, GPU, _GPU.format(available=self.most - len(self.mdevs)))
         return [gpu, *self.mdevs.values()]
 
