@@ -20,6 +20,7 @@ from host_agent import (
     data_server,
     domains,
     enrolment,
+    host_devices,
     intake,
     leases,
     luns,
@@ -88,7 +89,7 @@ PARTS = Parts(
         watch_networks=network_watch.watch,
     ),
     sample=Sampler().sample,
-    background=(watch_guests, serve_data, cpus.watch),
+    background=(watch_guests, serve_data, cpus.watch, host_devices.watch),
     restore=network.restore,
     prepare=capabilities.prepare,
 )

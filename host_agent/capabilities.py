@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from host_agent import children, cpus, leases, listening, pins, runningxml
+from host_agent import children, cpus, host_devices, leases, listening, pins, runningxml
 from host_agent.action import Host
 from host_agent.hypervisor import Hypervisor
 from host_agent.stats import carries_traffic
@@ -128,6 +128,7 @@ class Describer:
             dmi_uuid=dmi_uuid(Path(host.config.dmi_uuid_path)),
             fence_agents=tuple(await asyncio.to_thread(catalog.agents)),
             leases=await leases.describe(host.config),
+            devices=await host_devices.describe(host),
         )
 
 

@@ -18,6 +18,7 @@ from host_agent import (
     devices,
     disk_locks,
     domxml,
+    host_devices,
     huge_pages,
     leases,
     migration,
@@ -158,7 +159,10 @@ async def _create(host: Host, order: RunDomain, placement: Placement) -> DomainR
         await disk_locks.started("start the VM", start, order.spec.disks)
 
     async with _taken_back(host, order.vm_id, placement):
-        async with cpus.placed(host, order.vm_id, order.spec.cpus) as shared:
+        async with (
+            cpus.placed(host, order.vm_id, order.spec.cpus) as shared,
+            host_devices.made(host, order.spec),
+        ):
             xml = domxml.domain_xml(
                 order.spec, placement, host.hypervisor.machine, shared, host.hypervisor.cpus.cells
             )

@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from host_agent import cell_pins, pins
+from host_agent import cell_pins, hostdevs, pins
 from host_agent.cell_pins import Cells
 from volery.contracts.cpus import GivenCpus
 from volery.contracts.domain import (
@@ -272,6 +272,7 @@ def _devices(devices: ET.Element, spec: DomainSpec, machine: Machine) -> None:
             disk_element(devices, disk, spec.installation)
         for nic in spec.nics:
             nic_element(devices, nic)
+        hostdevs.put(devices, spec)
         return
     if "q35" in spec.machine:
         _sub(devices, "controller", type="pci", index="0", model="pcie-root")
@@ -283,6 +284,7 @@ def _devices(devices: ET.Element, spec: DomainSpec, machine: Machine) -> None:
         disk_element(devices, disk, spec.installation)
     for nic in spec.nics:
         nic_element(devices, nic)
+    hostdevs.put(devices, spec)
     if spec.lease is not None:
         _lease(devices, spec.lease)
     _graphics(devices, spec)

@@ -22,7 +22,7 @@ from host_agent.cpu_room import CpuSeat
 from host_agent.events import EVENTS, EventName, HypervisorEvent, state_of
 from host_agent.findings import GuestInfo, NetworkState, NodeInfo, Versions, guest_of
 from host_agent.migration_parameters import MigrationParameters, MigrationStats, migration_stats
-from host_agent.pinning import Pinning
+from host_agent.node_devices import NodeDevices
 from host_agent.serial_console import ConsoleStream
 from volery.contracts.agent import DomainReport, OpenLun
 from volery.contracts.domain_orders import StopMethod
@@ -125,7 +125,7 @@ def _close_quietly(connection: Any) -> None:
         connection.close()
 
 
-class Hypervisor(Pinning):
+class Hypervisor(NodeDevices):
     """`start` once, `close` at the end. Every method may raise Refused; `Disconnected` when libvirtd is away."""
 
     def __init__(self, config: AgentConfig) -> None:

@@ -20,6 +20,7 @@ class LibvirtError(IntEnum):
     NO_DOMAIN = 42
     NO_NETWORK = 43
     AUTH_FAILED = 45
+    NO_NODE_DEVICE = 53
     OPERATION_INVALID = 55
     NO_SECRET = 66
     CONFIG_UNSUPPORTED = 67
@@ -51,6 +52,7 @@ MEANINGS: dict[LibvirtError, tuple[Kind, str]] = {
     LibvirtError.NO_DOMAIN: (Kind.NOT_FOUND, "start the VM first"),
     LibvirtError.NO_NETWORK: (Kind.NOT_FOUND, "apply the host's networks again"),
     LibvirtError.AUTH_FAILED: (Kind.FORBIDDEN, "check the credentials"),
+    LibvirtError.NO_NODE_DEVICE: (Kind.NOT_FOUND, "look which devices the host has: `volery host devices`"),
     LibvirtError.OPERATION_INVALID: (Kind.CONFLICT, "look at the VM's state and try again"),
     LibvirtError.NO_SECRET: (Kind.NOT_FOUND, "connect the storage domain on this host again"),
     LibvirtError.CONFIG_UNSUPPORTED: (Kind.INVALID, _ELSEWHERE),

@@ -99,6 +99,26 @@ def nics_of(root: ET.Element) -> dict[str, Device]:
     return {d.ident: d for d in _aliased(root, "devices/interface")}
 
 
+def hostdevs_of(root: ET.Element) -> Iterator[str]:
+    """Addresses of the host's devices that a running domain has, as its agent reports them; of mediated ones the UUIDs."""
+    for source in root.iterfind("devices/hostdev[@mode='subsystem']/source"):
+        address = source.find("address")
+        if address is not None:
+            yield _hostdev(source, address)
+
+
+def _hostdev(source: ET.Element, address: ET.Element) -> str:
+    if uuid := address.get("uuid", ""):
+        return uuid
+    if address.get("device"):  # USB
+        return f"{address.get('bus', '')}.{address.get('device', '')}"
+    if (adapter := source.find("adapter")) is not None:
+        host = adapter.get("name", "").removeprefix("scsi_host")
+        return ":".join((host, *(address.get(part, "0") for part in ("bus", "target", "unit"))))
+    parts = (int(address.get(part, "0"), 16) for part in ("domain", "bus", "slot", "function"))
+    return "{:04x}:{:02x}:{:02x}.{:x}".format(*parts)
+
+
 def luns_of(root: ET.Element, vm_id: str) -> list[OpenLun]:
     """The iSCSI LUNs that a running domain has open: by QEMU itself, or as a block device of the host's kernel;
     mirrors and backing files count as well."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from api_gateway.route import Route
 from volery.contracts import cluster as c
 from volery.contracts import host as h
+from volery.contracts import host_devices as d
 from volery.contracts import network as n
 
 HOSTS = "Hosts"
@@ -25,6 +26,8 @@ ROUTES = (
           note="Through its BMC, which must have passed its test. It sleeps until it is woken, or activated."),
     Route("POST", "/hosts/{id}/wake", h.WAKE_HOST, HOSTS, "Switch a sleeping host on and use it again",
           note="It ends when the host has reported."),
+    Route("GET", "/hosts/{id}/devices", d.LIST_HOST_DEVICES, HOSTS, "List devices of a host that VMs can have",
+          note="With the VMs that have them, and why the host keeps others (`reason`). A VM gets them by its `host_devices`."),
     Route("GET", "/hosts/{id}/networks", n.LIST_ATTACHMENTS, HOSTS, "List which NICs of a host carry which networks",
           items=n.Attachment, renamed={"id": "host_id"}),
     Route("POST", "/hosts/{id}/networks", n.SETUP_HOST_NETWORKS, HOSTS, "Set which NICs of a host carry which networks",

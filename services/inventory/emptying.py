@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from services.inventory import resizing
+from services.inventory import host_devices, resizing
 from services.inventory.clearing import Clearing, to_clear
 from services.inventory.desk import Inventory
 from services.inventory.specs import need_of
@@ -172,6 +172,8 @@ async def _fate(inv: Inventory, vm: Vm, caller: Caller, *, stop_vms: bool) -> di
         return said | {"message": "is shut down"}
     if not vm.migration.allowed:
         return said | {"message": "its migration policy forbids to move it"}
+    if why := host_devices.stays(vm, "migrate"):
+        return said | {"message": why}
     question = Place(
         need=await need_of(inv, vm, caller, shape=resizing.kept(vm)),
         epoch=vm.epoch + 1,

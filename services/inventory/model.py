@@ -9,7 +9,7 @@ from typing import Any
 from msgspec import UnsetType
 from msgspec.structs import asdict, replace
 
-from services.inventory import numa, resizing
+from services.inventory import host_devices, numa, resizing
 from services.inventory.config import InventoryConfig
 from volery.contracts.base import Message
 from volery.contracts.cpus import CpuPinning, PinningPolicy
@@ -57,7 +57,8 @@ def allowed_actions(vm: Vm) -> tuple[str, ...]:
     """What may be asked of the VM now."""
     if vm.external or vm.busy_with:
         return ()
-    return tuple(action for action, statuses in ALLOWED.items() if vm.status in statuses)
+    possible = (action for action, statuses in ALLOWED.items() if vm.status in statuses)
+    return tuple(action for action in possible if not host_devices.stays(vm, action))
 
 
 def check_action(vm: Vm, action: str) -> None:
@@ -80,6 +81,7 @@ def check_action(vm: Vm, action: str) -> None:
             status=vm.status,
             vm_id=vm.id,
         )
+    host_devices.check_action(vm, action)
 
 
 def with_actions(vm: Vm) -> Vm:
@@ -157,6 +159,7 @@ def check_create(ask: CreateVm) -> None:
     numa.check(ask.numa_nodes, ask.memory_bytes, ask.vcpus, ask.hugepage_kib)
     check_pinning(ask.cpu_pinning, ask.vcpus)
     resizing.check(ask.cpu_pinning, ask.numa_nodes)
+    host_devices.check(ask.host_devices)
     if len(ask.disks) > MAX_DISKS:
         raise invalid(f"a VM has at most {MAX_DISKS} disks, not {len(ask.disks)}", field="disks")
     if len(ask.nics) > MAX_NICS:
@@ -274,6 +277,8 @@ def edited(vm: Vm, ask: UpdateVm) -> Vm:
             )
     check_pinning(new.cpu_pinning, new.vcpus)
     resizing.check(new.cpu_pinning, new.numa_nodes)
+    host_devices.check(new.host_devices)
+    host_devices.check_edit(vm, new)
     if new.cpu_pinning != vm.cpu_pinning and vm.status is not VmStatus.DOWN:
         raise conflict(
             f"VM {vm.name} is {vm.status}: shut it down before its CPU pinning is changed",
@@ -294,6 +299,7 @@ ASKED = (
     "vcpus",
     "threads",
     "cpu_pinning",
+    "host_devices",
     "cpu_model",
     "machine",
     "affinity",

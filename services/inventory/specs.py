@@ -15,6 +15,7 @@ from volery.contracts.cluster import Cluster
 from volery.contracts.cpus import GivenCpus
 from volery.contracts.domain import DiskBus, DomainDisk, DomainNic, DomainSpec
 from volery.contracts.errors import Kind, Refused
+from volery.contracts.host_devices import GivenDevice
 from volery.contracts.network import PREPARE_NETWORKS, NetworkBridge, PrepareNetworks
 from volery.contracts.resizing import VmShape
 from volery.contracts.scheduling import Need
@@ -111,9 +112,10 @@ async def domain_spec(
     caller: Caller,
     cpus: GivenCpus | None = None,
     shape: VmShape | None = None,
+    devices: tuple[GivenDevice, ...] = (),
 ) -> DomainSpec:
-    """The VM as this host must run it, on the physical CPUs that it was given there, in the shape that it was given if it is
-    resized. Raises Refused when the host lacks a volume or a network, or can't hold
+    """The VM as this host must run it, on the physical CPUs and with the devices that it was given there, in the shape that it
+    was given if it is resized. Raises Refused when the host lacks a volume or a network, or can't hold
     the VM's lease."""
     volumes, bridges, lease = await asyncio.gather(
         prepared_disks(inv, vm.id, vm.epoch, host_id, disk_ids(vm, run_once), caller),
@@ -158,6 +160,7 @@ async def domain_spec(
         installation=inv.config.installation,
         lease=lease,
         cpus=cpus,
+        devices=devices,
     )
 
 
@@ -219,4 +222,5 @@ def need(vm: Vm, cluster: Cluster, reach: DiskReach) -> Need:
         same_host=vm.high_availability.where is RestartWhere.SAME_HOST,
         cpu_pinning=vm.cpu_pinning,
         threads=vm.threads,
+        host_devices=vm.host_devices,
     )

@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 
 from msgspec.structs import replace
 
-from services.inventory import giving_up, leases, memory, model, restored, undying
+from services.inventory import giving_up, host_devices, leases, memory, model, restored, undying
 from services.inventory.desk import Inventory
 from services.inventory.specs import disk_ids, domain_spec, need_of
 from services.inventory.store import VMS, VmPrivate
@@ -327,6 +327,11 @@ async def _silent_hosts(inv: Inventory, ask: Starting, cluster_id: str) -> tuple
     return tuple(host_id for host_id in ids if beats.silent_seconds(host_id) >= SILENT_SECONDS)
 
 
+def with_given(vm: Vm, placed: Placement) -> Vm:
+    """As it starts on the host that was chosen, with what it gets of it."""
+    return replace(vm, host_id=placed.host_id, runs_with=placed.shape, given_devices=placed.devices)
+
+
 async def _host_set(inv: Inventory, vm_id: str, epoch: int, placed: Placement) -> list[Change]:
     row, before = await inv.store.placed(vm_id)
     if before.epoch != epoch or before.state != "starting":
@@ -337,7 +342,7 @@ async def _host_set(inv: Inventory, vm_id: str, epoch: int, placed: Placement) -
     return [
         inv.store.takes_vms(host_id),
         inv.store.place(before, epoch=epoch, host_id=host_id, state="starting"),
-        VMS.update(row, replace(row.public, host_id=host_id, runs_with=placed.shape)),
+        VMS.update(row, with_given(row.public, placed)),
     ]
 
 
@@ -351,8 +356,9 @@ async def _run_on(
     once, prepared = ask.run_once, list[DomainSpec]()
 
     async def prepare() -> None:
-        spec = await domain_spec(inv, row.public, host_id, once, run.caller, placed.cpus, placed.shape)
-        prepared.append(spec)
+        host_devices.check_given(row.public, placed.devices)
+        had = (placed.cpus, placed.shape, placed.devices)
+        prepared.append(await domain_spec(inv, row.public, host_id, once, run.caller, *had))
 
     async def question() -> RunDomain:
         await run.step(f"prepare-{attempt}", PREPARING, prepare)

@@ -25,12 +25,14 @@ from services.scheduler.policies.decision import (
     possible,
     sentence,
 )
+from services.scheduler.policies.devices import choose as choose_devices
 from services.scheduler.policies.pinned import given
 from services.scheduler.policies.request import Request, request
 from services.scheduler.policies.resized import shape_at
 from services.scheduler.state import Scheduler
 from volery.contracts.cpus import GivenCpus, PinningPolicy
 from volery.contracts.errors import conflict
+from volery.contracts.host_devices import GivenDevice
 from volery.contracts.ids import new_id
 from volery.contracts.scheduling import Claim, PastDecision, Place, Placement
 from volery.runtime.clock import monotonic, utc_now
@@ -84,6 +86,7 @@ class Look:
         fleet, asked, decision = self.fleet, self.asked, self.decision
         hosts = explain(fleet, asked, decision, most)
         best, mended = decision.best, mend(fleet, asked, decision)
+        devices, devices_revision = _devices(fleet, asked, best)
         return Placement(
             vm_id=asked.need.vm_id,
             epoch=asked.place.epoch,
@@ -98,6 +101,8 @@ class Look:
             remedies=mended,
             cpus=_cpus(fleet, asked, best),
             shape=None if best is None else shape_at(fleet, asked, best),
+            devices=devices,
+            devices_revision=devices_revision,
             policy_id=asked.recipe.id,
             policy_name=asked.recipe.name,
             policy_revision=asked.recipe.revision,
@@ -111,6 +116,15 @@ def _cpus(fleet: Fleet, asked: Request, row: int | None) -> GivenCpus | None:
     if row is None or found is None:
         return None
     return replace(found, revision=fleet.held(fleet.ids[row]).revision)
+
+
+def _devices(fleet: Fleet, asked: Request, row: int | None) -> tuple[tuple[GivenDevice, ...], int]:
+    """The same of the host's devices."""
+    if row is None or not asked.need.host_devices:
+        return (), 0
+    host_id = fleet.ids[row]
+    found = choose_devices(fleet.devices.state_of(host_id), asked.need.host_devices) or ()
+    return found, fleet.devices.held(host_id).uses
 
 
 async def first_answer(scheduler: Scheduler, ask: Place, claims: Claims) -> Placement | None:
@@ -145,6 +159,7 @@ async def first_answer(scheduler: Scheduler, ask: Place, claims: Claims) -> Plac
             claimed=True,
             cpus=row.public.cpus,
             shape=row.public.shape,
+            devices=row.public.devices,
             message="placed before; the explanation is no longer kept",
         )
     first = msgspec.json.decode(kept, type=Placement)
@@ -176,6 +191,8 @@ def claim_of(scheduler: Scheduler, ask: Place, placement: Placement) -> Claim:
         cpus=cpus,
         exclusive_cpus=len(cpus.exclusive) if cpus is not None else 0,
         shape=shape,
+        devices=placement.devices,
+        devices_revision=placement.devices_revision,
     )
 
 

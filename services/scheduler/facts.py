@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from services.scheduler import cell_claims, promise_store, saving_store, store
+from services.scheduler import cell_claims, device_claims, promise_store, saving_store, store
 from services.scheduler.cells import cells_of
 from services.scheduler.model import ClusterPolicy, Looked, limits
 from services.scheduler.pages import pages_of
@@ -40,7 +40,8 @@ async def hosts_said(scheduler: Scheduler, said: Sequence[Said]) -> list[Change]
         scheduler.core.pool, "id = any($1::text[])", sorted({host.cluster_id for host in hosts})
     )
     policies = {cluster.id: cluster for cluster in clusters}
-    return [change for host in hosts for change in _saw(scheduler, host, policies.get(host.cluster_id))]
+    changes = [change for host in hosts for change in _saw(scheduler, host, policies.get(host.cluster_id))]
+    return [*changes, device_claims.saw_devices(hosts)]
 
 
 def _saw(scheduler: Scheduler, host: Host, policy: ClusterPolicy | None) -> list[Change]:
@@ -58,7 +59,7 @@ def _saw(scheduler: Scheduler, host: Host, policy: ClusterPolicy | None) -> list
 
 async def host_listed(scheduler: Scheduler, host: Host) -> list[Change]:
     found = await store.clusters(scheduler.core.pool, "id = $1", host.cluster_id)
-    return _saw(scheduler, host, found[0] if found else None)
+    return [*_saw(scheduler, host, found[0] if found else None), device_claims.saw_devices([host])]
 
 
 @part.hears(HOST_DELETED)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from services.scheduler.cells import CELL_CPUS, CELLS, CELLS_USED, CellFigures, CellNeed, Taken
 from services.scheduler.figures import HostFigures, Measured, NetworkReach
+from services.scheduler.fleet_devices import Asks, DevicesHeld, FleetDevices
 from services.scheduler.model import ClusterPolicy
 from services.scheduler.pages import NO_PAGES, PAGES, PAGES_USED, Pages
 from services.scheduler.policies.cpus import FREE, Held, HostCpus, Wish, choose, read_cores
@@ -26,6 +27,7 @@ Bools = NDArray[np.bool_]
 Cpus = frozenset[int]
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Seat = tuple[Held, int, DevicesHeld]
 
 STATUSES: tuple[str, ...] = tuple(HostStatus)
 UP = STATUSES.index(HostStatus.UP)
@@ -86,6 +88,7 @@ class Fleet:
     recipes: dict[str, Recipe] = field(default_factory=dict)
     """Scheduling policies by id."""
     networks: dict[str, NetworkReach] = field(default_factory=dict)
+    devices: FleetDevices = field(default_factory=FleetDevices)
     _columns: dict[str, NDArray[np.int64] | NDArray[np.float64]] = field(default_factory=_empty)
     _booked: dict[str, Ints] = field(default_factory=dict)
     """Host → what was given away of it here and isn't committed yet: what is read meanwhile doesn't contain it."""
@@ -220,6 +223,7 @@ class Fleet:
             return
         self._held.pop(host_id, None)
         self._cores.pop(host_id, None)
+        self.devices.drop(host_id)
         last = len(self.ids) - 1
         for column in self._columns.values():
             column[row] = column[last]
@@ -281,19 +285,20 @@ class Fleet:
             largest = self._columns["largest_shared"]
             largest[row] = max(largest[row], vcpus)
 
-    def seat(self, host_id: str, vcpus: int, wish: Wish | None) -> tuple[Held, int]:
-        """A VM takes its place among the host's CPUs, to see what is left. Returns what `unseat` needs."""
+    def seat(self, host_id: str, vcpus: int, wish: Wish | None, asks: Asks = ()) -> Seat:
+        """A VM takes its place among the host's CPUs and devices, to see what is left. Returns what `unseat` needs."""
         row, held = self.rows[host_id], self.held(host_id)
-        before = held, int(self._columns["largest_shared"][row])
+        before = held, int(self._columns["largest_shared"][row]), self.devices.seat(host_id, asks)
         if wish is None:
             self.share(host_id, vcpus)
         elif (given := choose(self.cpus_of(row), wish)) is not None:
             self.hold(host_id, held.with_more(given, vcpus))
         return before
 
-    def unseat(self, host_id: str, before: tuple[Held, int]) -> None:
+    def unseat(self, host_id: str, before: Seat) -> None:
         """Who was seated last goes first."""
-        held, largest = before
+        held, largest, devices = before
+        self.devices.hold(host_id, devices)
         if held is not self.held(host_id):
             self.hold(host_id, held)
         self._columns["largest_shared"][self.rows[host_id]] = largest
@@ -371,12 +376,8 @@ class Fleet:
 
     def pages_left(self, row: int) -> Pages:
         """Huge pages of a host that no claim holds; negative where it has fewer than they hold."""
-        return Pages(
-            *(
-                int(self._columns[name][row] - self._columns[used][row])
-                for name, used in zip(PAGES, PAGES_USED, strict=True)
-            )
-        )
+        pairs = zip(PAGES, PAGES_USED, strict=True)
+        return Pages(*(int(self._columns[name][row] - self._columns[used][row]) for name, used in pairs))
 
     def status_of(self, row: int) -> str:
         code = int(self.ints("status")[row])
@@ -424,6 +425,7 @@ class Fleet:
             clusters=dict(self.clusters),
             recipes=dict(self.recipes),
             networks=dict(self.networks),
+            devices=self.devices.part(ids),
             _columns={name: column[rows] for name, column in self._columns.items()},
             _cluster_numbers=dict(self._cluster_numbers),
             _sets=dict(self._sets),

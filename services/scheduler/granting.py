@@ -59,8 +59,8 @@ class OneByOne(Exception):
 
 
 def has_parts(claim: Claim) -> bool:
-    """Parts of a host of its own: NUMA cells, or physical CPUs."""
-    return bool(claim.cells or claim.cpu_pinning)
+    """Parts of a host of its own: NUMA cells, physical CPUs, or devices."""
+    return bool(claim.cells or claim.cpu_pinning or claim.devices)
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -92,7 +92,7 @@ class Asked(Waiting):
 
 def goes_alone(scheduler: Scheduler, need: Need) -> bool:
     """Not in a round, as far as can be told before its claims are read."""
-    parts = bool(need.numa_nodes) or need.cpu_pinning.policy is not PinningPolicy.NONE
+    parts = bool(need.numa_nodes or need.host_devices) or need.cpu_pinning.policy is not PinningPolicy.NONE
     return parts or scheduler.policy(need.cluster_id).promises
 
 

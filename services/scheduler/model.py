@@ -20,6 +20,7 @@ from volery.contracts.vm import PAGE_SIZES_KIB, VmStatus
 
 MIB = 1024**2
 MAX_VCPUS = 4096
+MAX_DEVICES = 16
 MAX_MEMORY_BYTES = 1 << 50
 """A petabyte: keeps sums of claims far inside 64 bits."""
 
@@ -93,6 +94,8 @@ def check(place: Place) -> None:
         raise invalid(
             f"{_vm(need)} is resized to its host, whose NUMA cells it follows: it has no NUMA nodes of its own"
         )
+    if sum(ask.count for ask in need.host_devices) > MAX_DEVICES:
+        raise invalid(f"{_vm(need)} asks for more than {MAX_DEVICES} devices of its host")
     if place.epoch < 0:
         raise invalid(f"{_vm(need)} can't be placed under epoch {place.epoch}; epochs count from 0")
 
@@ -124,7 +127,8 @@ class SeenVm:
     heard_at: datetime
     hugepage_kib: int = 0
     numa_nodes: str = "[]"
-    """JSON."""
+    devices: str = "[]"
+    """JSON, like its nodes: what it got of its host's devices."""
 
 
 ENDED_STATUSES = frozenset({VmStatus.DOWN, VmStatus.SUSPENDED, VmStatus.IMAGE_LOCKED})

@@ -16,6 +16,7 @@ from services.scheduler import (
     choice,
     cpu_store,
     decision_store,
+    device_claims,
     granting,
     licence_store,
     model,
@@ -106,8 +107,10 @@ async def by_itself(scheduler: Scheduler, ask: Place, caller: Caller) -> Placeme
 @asynccontextmanager
 async def _turns(scheduler: Scheduler, ask: Place) -> AsyncIterator[None]:
     """In one process they come one after the other: those that depend on each other's places, and those that would choose
-    the same CPUs."""
+    the same CPUs or devices."""
     async with AsyncExitStack() as turns:
+        if ask.need.host_devices:
+            await turns.enter_async_context(scheduler.turn(f"devices {ask.need.cluster_id}"))
         if ask.need.cpu_pinning.policy is not PinningPolicy.NONE:
             await turns.enter_async_context(scheduler.turn(f"cpus {ask.need.cluster_id}"))
         await turns.enter_async_context(affinity.turn(scheduler, ask.need))
@@ -126,10 +129,13 @@ async def _try(scheduler: Scheduler, ask: Place, caller: Caller, *, refuses: boo
 
 
 async def _saw_who_left(scheduler: Scheduler, ask: Place) -> bool:
-    """Looks whether CPUs could become one VM's alone since larger VMs that shared them left, for a VM that wants some."""
+    """Looks whether CPUs could become one VM's alone since larger VMs that shared them left, for a VM that wants some; and
+    whose devices are free by now."""
     wish = Wish.of(ask.need.cpu_pinning, ask.need.vcpus, ask.need.threads)
     if wish is None or not wish.alone:
-        return False
+        if ask.need.host_devices:
+            await scheduler.read_used()
+        return bool(ask.need.host_devices)
     await cpu_store.lower_largest(scheduler.core.pool, ask.need.cluster_id)
     await scheduler.read_used()
     return True
@@ -145,6 +151,8 @@ async def _make_way(scheduler: Scheduler, ask: Place, claims: Claims) -> None:
         except Stale:
             continue
         scheduler.gave_back(row.public)
+    if any(row.public.devices for row in claims):
+        await scheduler.read_used()
 
 
 async def _commit(
@@ -160,6 +168,7 @@ async def _commit(
             *guards,
             cpu_store.take_cpus(claim) if claim.cpu_pinning else store.take_capacity(claim),
             *cell_claims.take(claim),
+            *device_claims.take(claim, ask.need.name),
             store.CLAIMS.insert(claim, store.ClaimPrivate(decision_id=decision_id)),
             *_use(scheduler, ask, placement, claim),
         ]
@@ -171,6 +180,11 @@ async def _commit(
     )
     if placement.host_id:
         scheduler.took(claim)
+        if claim.devices:
+            held = scheduler.fleet.devices.held(claim.host_id)
+            if held.uses == claim.devices_revision:
+                more = held.with_more(claim.devices, claim.vm_id, ask.need.name)
+                scheduler.fleet.devices.hold(claim.host_id, more)
     return placement
 
 

@@ -14,6 +14,8 @@ from services.scheduler import (
     cell_claims,
     cell_store,
     decision_store,
+    device_claims,
+    device_store,
     licence_store,
     model,
     store,
@@ -24,6 +26,7 @@ from services.scheduler.pages import pages_taken
 from services.scheduler.shortage import shortage
 from services.scheduler.state import Scheduler
 from volery.contracts.domain import NumaNode
+from volery.contracts.host_devices import GivenDevice
 from volery.contracts.ids import new_id
 from volery.contracts.scheduling import Claim
 from volery.runtime.clock import utc_now
@@ -38,6 +41,7 @@ RECONCILE_SECONDS = 5.0
 CHECK_SECONDS = 60.0
 FORGET_SECONDS = 3600.0
 NODES = msgspec.json.Decoder(tuple[NumaNode, ...])
+DEVICES = msgspec.json.Decoder(tuple[GivenDevice, ...])
 ADOPT_AFTER_SECONDS = 15.0
 """A VM may be ending while its last fact still says that it runs."""
 ADOPTED_ONCE = 2000
@@ -90,14 +94,18 @@ async def adopt_vms(scheduler: Scheduler) -> None:
 async def _adopt(scheduler: Scheduler, vms: Sequence[SeenVm]) -> int:
     """How many have a claim now that had none. Where one can't be had, the others are adopted one by one."""
     claims = [_adopted(scheduler, vm) for vm in vms]
-    if len(claims) > 1 and any(
-        claim.cells for claim in claims
-    ):  # one cell can't be written twice in a statement
+    if len(claims) > 1 and any(claim.cells or claim.devices for claim in claims):
+        # One cell, or a host's list of devices, can't be written twice in a statement.
         return sum([await _adopt(scheduler, [vm]) for vm in vms])
     try:
         await scheduler.core.commit(
             adoption_store.force_capacities(claims),
             *(change for claim in claims for change in cell_claims.take(claim, forced=True)),
+            *(
+                change
+                for c, vm in zip(claims, vms, strict=True)
+                for change in device_claims.force(c, vm.name)
+            ),
             *(store.CLAIMS.insert(claim, store.ClaimPrivate()) for claim in claims),
         )
     except (Taken, Stale):
@@ -128,6 +136,7 @@ def _adopted(scheduler: Scheduler, vm: SeenVm) -> Claim:
         pages_2m=pages.small,
         pages_1g=pages.large,
         cells=claims_of(needs_of(NODES.decode(vm.numa_nodes), vm.hugepage_kib)),
+        devices=DEVICES.decode(vm.devices),
     )
 
 
@@ -140,6 +149,7 @@ async def check_counters(scheduler: Scheduler) -> None:
         )
     for host_id in await cell_store.correct(scheduler.core.pool):
         log.error("NUMA cells of host %s were off from its claims; corrected", host_id)
+    await device_store.correct(scheduler.core.pool)
 
 
 @part.every(RECONCILE_SECONDS)

@@ -12,7 +12,15 @@ from weakref import WeakValueDictionary
 import msgspec
 from nats.aio.msg import Msg
 
-from services.scheduler import affinity_store, capacity_store, cell_store, cpu_store, policy_store, store
+from services.scheduler import (
+    affinity_store,
+    capacity_store,
+    cell_store,
+    cpu_store,
+    device_store,
+    policy_store,
+    store,
+)
 from services.scheduler.cells import needs_from
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.figures import Measured
@@ -163,6 +171,7 @@ class Scheduler:
             self.fleet.put(host)
             self.fleet.put_cells(host.id, cells.get(host.id, ()))
         await self._read_cpus()
+        await self._read_devices()
         self.changed.set()
 
     async def read_used(self) -> None:
@@ -176,6 +185,10 @@ class Scheduler:
         self.used_as_of = found.as_of
         self.fleet.used_cells(await cell_store.used(self.core.pool))
         await self._read_cpus()
+        uses = await device_store.uses(self.core.pool)
+        changed = [h for h in uses if uses[h] != self.fleet.devices.held(h).uses]
+        if changed:
+            await self._read_devices(changed)
 
     async def read_hosts(self, host_ids: Collection[str]) -> None:
         """These hosts as the tables have them, with what claims hold of them. Thousands change when a data center comes up."""
@@ -189,6 +202,13 @@ class Scheduler:
         for gone in set(host_ids) - {host.id for host in found}:
             self.fleet.remove(gone)
         await self._read_cpus()
+        await self._read_devices(host_ids)
+
+    async def _read_devices(self, host_ids: Collection[str] | None = None) -> None:
+        """Of these hosts, or of all: what they have, and who has what of it."""
+        found = await device_store.listed(self.core.pool, host_ids)
+        for host_id, listed in found.items():
+            self.fleet.devices.put(host_id, listed.devices, listed.held)
 
     async def _read_cpus(self) -> None:
         """Of the hosts where CPUs were given or taken back since; what is read is at least as new as that is known."""

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import asyncpg
 import msgspec
 
-from services.scheduler import cell_claims
+from services.scheduler import cell_claims, device_claims
 from services.scheduler.figures import HostFigures, NetworkReach
 from services.scheduler.model import ClusterPolicy, Limits, SeenVm
 from services.scheduler.pages import Pages
@@ -138,7 +138,8 @@ def held(claim: Claim, times: int = 1) -> tuple[int, ...]:
 
 def release(row: Row[Claim, ClaimPrivate]) -> list[Change]:
     """Delete a claim and give its capacity back."""
-    changes = [force_capacity(row.public, -1), *cell_claims.give_back(row.public), CLAIMS.delete(row)]
+    parts = [*cell_claims.give_back(row.public), *device_claims.give_back(row.public)]
+    changes = [force_capacity(row.public, -1), *parts, CLAIMS.delete(row)]
     if row.public.cpu_pinning:
         sql = "update cpu_use set ended_at = now() where id = {0}"
         changes.append(Change(sql, (row.id,), guarded=False))
@@ -362,27 +363,34 @@ def saw_vms(vms: Sequence[Vm], deleted: Collection[str] = ()) -> Change:
     release didn't take over."""
     return Change(
         """insert into vm (id, revision, name, epoch, status, host_id, memory_bytes, vcpus, deleted, hugepage_kib,
-               numa_nodes)
+               numa_nodes, devices)
            select v.id, v.revision::bigint, v.name, v.epoch::bigint, v.status, v.host_id, v.memory_bytes::bigint,
                   v.vcpus::int, v.deleted::bool, v.hugepage_kib::int,
-                  v.numa_nodes
+                  v.numa_nodes, v.devices
            from unnest({0}::text[], {1}::text[], {2}::text[], {3}::text[], {4}::text[], {5}::text[], {6}::text[],
-                       {7}::text[], {8}::text[], {9}::text[], {10}::text[])
-                as v(id, revision, name, epoch, status, host_id, memory_bytes, vcpus, deleted, hugepage_kib, numa_nodes)
+                       {7}::text[], {8}::text[], {9}::text[], {10}::text[], {11}::text[])
+                as v(id, revision, name, epoch, status, host_id, memory_bytes, vcpus, deleted, hugepage_kib, numa_nodes,
+                     devices)
            on conflict (id) do update set revision = excluded.revision, name = excluded.name,
                epoch = excluded.epoch, status = excluded.status, host_id = excluded.host_id,
                memory_bytes = excluded.memory_bytes, vcpus = excluded.vcpus, deleted = excluded.deleted,
-               hugepage_kib = excluded.hugepage_kib, numa_nodes = excluded.numa_nodes, heard_at = now()
+               hugepage_kib = excluded.hugepage_kib, numa_nodes = excluded.numa_nodes, devices = excluded.devices,
+               heard_at = now()
            where vm.revision < excluded.revision
               or vm.revision = excluded.revision
-                 and (vm.hugepage_kib, vm.numa_nodes) is distinct from (excluded.hugepage_kib, excluded.numa_nodes)""",
+                 and (vm.hugepage_kib, vm.numa_nodes, vm.devices)
+                     is distinct from (excluded.hugepage_kib, excluded.numa_nodes, excluded.devices)""",
         text_columns(
-            (*_OF_VM(v), vcpus, v.id in deleted, v.hugepage_kib, msgspec.json.encode(nodes).decode())
+            (*_OF_VM(v), vcpus, v.id in deleted, v.hugepage_kib, _json(nodes), _json(v.given_devices))
             for v in vms
             for vcpus, nodes in (_taken_by(v),)
         ),
         guarded=False,
     )
+
+
+def _json(value: Any) -> str:
+    return msgspec.json.encode(value).decode()
 
 
 _GONE = {

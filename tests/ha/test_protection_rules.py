@@ -102,6 +102,9 @@ CASES: dict[str, tuple[VmNeed, Room, dict[str, HostProof], list[ReasonCode]]] = 
     "others lack its network": (
         vm(), Room(vm_id="v", hosts=2, up=2, nearest=nearest("network")), PROOFS, [C.NETWORK],
     ),
+    "others lack its devices, or have given them away": (
+        vm(), Room(vm_id="v", hosts=2, up=2, nearest=nearest("host_devices")), PROOFS, [C.HOST_DEVICES],
+    ),
     "down, and two hosts fit": (vm(host_id=""), replace(FITS, hosts=2, fitting=2), PROOFS, []),
     "down, and one host fits": (
         vm(host_id=""), replace(FULL, hosts=2, up=2, fitting=1), PROOFS, [C.CAPACITY],

@@ -52,6 +52,7 @@ from volery.contracts.domain_orders import (
 )
 from volery.contracts.errors import Kind, Refused
 from volery.contracts.host import CREATE_HOST, GET_HOST, CreateHost, Host, HostStatus
+from volery.contracts.host_devices import GivenDevice
 from volery.contracts.ids import new_id
 from volery.contracts.liveness import (
     LIVENESS_CHANGED,
@@ -265,6 +266,8 @@ class Scheduler(Speaker):
     """Host → the physical CPUs that a VM gets there."""
     shapes: dict[str, VmShape] = field(default_factory=dict)
     """Host → what a VM runs with there that is resized to it."""
+    devices: dict[str, tuple[GivenDevice, ...]] = field(default_factory=dict)
+    """Host → the devices of it, likewise."""
 
     def __post_init__(self) -> None:
         self.may_place.set()
@@ -298,6 +301,7 @@ class Scheduler(Speaker):
             message="" if host_id else "no host is left",
             cpus=self.cpus.get(host_id),
             shape=self.shapes.get(host_id),
+            devices=self.devices.get(host_id, ()),
         )
 
     async def _place_many(self, _: Speaker, ask: PlaceMany, caller: Caller) -> Placements:

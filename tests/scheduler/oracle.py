@@ -13,10 +13,12 @@ from services.scheduler.cells import CellFigures
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.figures import HostFigures, NetworkReach
 from services.scheduler.model import ClusterPolicy
+from services.scheduler.policies import devices as d
 from services.scheduler.policies.affinity import Group
 from services.scheduler.policies.bound import Seat
 from services.scheduler.policies.cpus import FREE, Held, read_cores
 from volery.contracts.cpus import CpuCore
+from volery.contracts.host_devices import HostDevice
 from volery.contracts.scheduling import Need, Place
 from volery.contracts.scheduling_policy import SchedulingPolicy
 
@@ -44,6 +46,8 @@ class World:
     """Host → its NUMA cells."""
     held: Mapping[str, Held] = field(default_factory=dict)
     """Host → its CPUs that VMs hold."""
+    devices: Mapping[str, tuple[tuple[HostDevice, ...], d.Held]] = field(default_factory=dict)
+    """Host → its devices, and which VMs hold."""
 
 
 LEFT_OUT = ("cpu", "cpu_overload", "swap", "cluster_maintenance")
@@ -258,6 +262,67 @@ def cant_be_resized(world: World, need: Need, host: HostFigures) -> bool:
     return any(share <= 0 for share in resized_shares(need, len(found[1]))) if found[1] else False
 
 
+# Devices
+
+
+def gives_devices(world: World, need: Need, host: HostFigures) -> bool:
+    """Whether any set of IOMMU groups that are wholly free, given away, leaves what a VM asks for: by trying them all."""
+    devices, held = world.devices.get(host.id, ((), d.NOTHING))
+    divided = {part.device for part in held.parts}
+    groups: dict[object, list[HostDevice]] = {}
+    for one in devices:
+        groups.setdefault(one.iommu_group if one.iommu_group >= 0 else one.name, []).append(one)
+    free = [
+        group
+        for group in groups.values()
+        if all(
+            not one.in_use
+            and one.name not in held.whole | divided
+            and (one.kind != "pci" or one.iommu_group >= 0)
+            for one in group
+        )
+    ]
+    gone = {
+        one.name for group in groups.values() if any(o.name in held.whole for o in group) for one in group
+    }
+    tries = (
+        [one for group, taken in zip(free, choice, strict=True) if taken for one in group]
+        for choice in product((False, True), repeat=len(free))
+    )
+    return any(_suffices(need, given, devices, gone, held) for given in tries)
+
+
+def _suffices(
+    need: Need,
+    given: Sequence[HostDevice],
+    devices: Sequence[HostDevice],
+    gone: Collection[str],
+    held: d.Held,
+) -> bool:
+    named = {ask.device for ask in need.host_devices if ask.device}
+    if not named <= {one.name for one in given}:
+        return False
+    for ask in need.host_devices:
+        if ask.model and sum(o.model == ask.model and o.name not in named for o in given) < ask.count:
+            return False
+        if ask.mdev_type:
+            room = 0
+            for one in devices:
+                made = [part for part in held.parts if part.device == one.name]
+                if (
+                    one.in_use
+                    or one in given
+                    or one.name in gone
+                    or any(p.mdev_type != ask.mdev_type for p in made)
+                ):
+                    continue
+                most = sum(kind.available + kind.made for kind in one.mdev_types if kind.id == ask.mdev_type)
+                room += max(most - sum(part.made for part in made), 0)
+            if room < ask.count:
+                return False
+    return True
+
+
 # Rules
 
 
@@ -300,6 +365,8 @@ def refusals(world: World, place: Place, host: HostFigures, config: SchedulerCon
             refused.add("huge_pages")
     if short_cells(world, need, host):
         refused.add("numa")
+    if not gives_devices(world, need, host):
+        refused.add("host_devices")
     if any(host.id not in reach.get(n, ()) for n in need.network_ids):
         refused.add("network")
     if need.storage_host_ids is not None and host.id not in need.storage_host_ids:

@@ -23,6 +23,7 @@ from tests.scheduler.worlds import asked as asked_of
 from volery.contracts.affinity_group import AffinityRule
 from volery.contracts.cpus import PinningPolicy
 from volery.contracts.domain import NumaNode
+from volery.contracts.host_devices import AskedDevice
 from volery.contracts.scheduling import Change, ChangeKind, Need, Place, Purpose, Remedy
 from volery.contracts.scheduling_policy import SchedulingPolicy
 
@@ -101,6 +102,11 @@ def applied(world: World, place: Place, change: Change, less: int = 0) -> tuple[
         case "vm", "hugepage_kib":
             assert to == 0 or need.memory_bytes % (to * 1024) == 0
             return world, place if less else replace(place, need=replace(need, hugepage_kib=to))
+        case "vm", "host_devices":
+            wanted = to.split(", ") if to else []
+            kept = tuple(replace(ask, count=n) for ask in need.host_devices for n in _left(ask, wanted))
+            assert sum(a.count for a in need.host_devices) - sum(a.count for a in kept) == change.amount
+            return world, replace(place, need=replace(need, host_devices=kept))
         case "vm", "memory_bytes":
             return world, replace(place, need=replace(need, memory_bytes=to + less * MIB))
         case "vm", ("vcpus" | "cpu_model" | "machine") as field:
@@ -125,6 +131,11 @@ def applied(world: World, place: Place, change: Change, less: int = 0) -> tuple[
                 place, excluded_host_ids=tuple(h for h in place.excluded_host_ids if h != change.current)
             )
     raise AssertionError(f"a change that nobody can make: {change}")
+
+
+def _left(ask: AskedDevice, wanted: list[str]) -> list[int]:
+    """How many of it are still asked for, if any."""
+    return [n for n in range(ask.count, 0, -1) if replace(ask, count=n).text in wanted]
 
 
 def of_cell(world: World, host_id: str, field: str, used: int) -> World:
@@ -265,7 +276,7 @@ def extremes(world: World, place: Place) -> Iterator[tuple[World, Place]]:
     everywhere = tuple(h.id for h in world.hosts)
     for fields in (
         {"memory_bytes": 16 * MIB}, {"vcpus": 1}, {"network_ids": ()}, {"storage_host_ids": None}, {"host_ids": ()},
-        {"cpu_model": "host-model"}, {"machine": "q35"}, {"machine": "pc"}, {"hugepage_kib": 0},
+        {"host_devices": ()}, {"cpu_model": "host-model"}, {"machine": "q35"}, {"machine": "pc"}, {"hugepage_kib": 0},
     ):  # fmt: skip
         yield world, replace(place, need=replace(place.need, **smallest(place, fields)))
     for kib in (2048, 1048576):

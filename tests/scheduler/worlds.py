@@ -16,6 +16,8 @@ from services.scheduler.model import ClusterPolicy, limits
 from services.scheduler.policies.affinity import ClusterRules, Group
 from services.scheduler.policies.bound import FREE, Seat, resolve
 from services.scheduler.policies.cpus import Held, read_cores
+from services.scheduler.policies.devices import Held as DevicesHeld
+from services.scheduler.policies.devices import Part
 from services.scheduler.policies.outline import divides, outline, shape
 from services.scheduler.policies.recipe import Recipe
 from services.scheduler.policies.request import Request, request
@@ -27,6 +29,7 @@ from volery.contracts.cluster import Balance
 from volery.contracts.cpus import CpuCore, CpuPinning, PinningPolicy
 from volery.contracts.domain import NumaMode, NumaNode
 from volery.contracts.host import HostStatus
+from volery.contracts.host_devices import AskedDevice, DeviceKind, HostDevice, MdevType
 from volery.contracts.resizing import VmShape
 from volery.contracts.scheduling import Need, Place, Purpose
 from volery.contracts.scheduling_policy import SchedulingPolicy, Selector, UnitKind
@@ -60,6 +63,8 @@ def fleet_of(world: World) -> Fleet:
         fleet.put_cells(host.id, world.cells.get(host.id, ()))
     for host_id, given in world.held.items():
         fleet.hold(host_id, given)
+    for host_id, (devices, has) in world.devices.items():
+        fleet.devices.put(host_id, encode(devices).decode() if devices else "", has)
     for network in world.networks:
         fleet.set_network(network)
     return fleet
@@ -237,7 +242,59 @@ def worlds(draw: st.DrawFn) -> World:
         seats=seats,
         cells={h.id: draw(cells()) for h in hosts},
         held=held,
+        devices={h.id: draw(devices()) for h in hosts},
     )
+
+
+DEVICES = [f"pci_0000_0{n}_00_0" for n in range(5)]
+DEVICE_MODELS = ["10de:1eb8", "8086:10ca"]
+
+
+@st.composite
+def devices(draw: st.DrawFn) -> tuple[tuple[HostDevice, ...], DevicesHeld]:
+    """None, or up to five; what can be divided is alone in its IOMMU group, as such devices are."""
+    found, whole, parts = list[HostDevice](), set[str](), list[Part]()
+    for number, name in enumerate(DEVICES[: draw(st.sampled_from([0, 0, 3, 5]))]):
+        kinds = tuple(
+            MdevType(id=kind, available=draw(st.integers(0, 3)), made=draw(st.integers(0, 2)))
+            for kind in draw(st.just([]) | subsets(["vgpu-1", "vgpu-2"]))
+        )
+        vendor, product = draw(st.sampled_from(DEVICE_MODELS)).split(":")
+        found.append(
+            HostDevice(
+                name=name,
+                kind=draw(st.sampled_from([DeviceKind.PCI, DeviceKind.PCI, DeviceKind.USB])),
+                vendor_id=vendor,
+                product_id=product,
+                iommu_group=draw(
+                    st.sampled_from([10 + number, -1]) if kinds else st.sampled_from([1, 1, 2, -1])
+                ),
+                in_use=draw(st.sampled_from(["", "", "", "its disk sda is mounted"])),
+                mdev_types=kinds,
+            )
+        )
+        if draw(st.integers(0, 3)) == 0:
+            whole.add(name)
+        elif kinds and draw(st.booleans()):
+            parts.append(Part(name, draw(st.sampled_from(["vgpu-1", "vgpu-2"])), draw(st.integers(1, 3))))
+    return tuple(found), DevicesHeld(draw(st.integers(1, 9)), frozenset(whole), tuple(parts))
+
+
+@st.composite
+def device_asks(draw: st.DrawFn) -> tuple[AskedDevice, ...]:
+    asks = [
+        AskedDevice(device=name)
+        for name in draw(st.just([]) | st.lists(st.sampled_from(DEVICES), unique=True, max_size=2))
+    ]
+    asks += [
+        AskedDevice(model=model, count=draw(st.integers(1, 3)))
+        for model in draw(st.just([]) | subsets(DEVICE_MODELS))
+    ]
+    if draw(st.integers(0, 3)) == 0:
+        asks.append(
+            AskedDevice(mdev_type=draw(st.sampled_from(["vgpu-1", "vgpu-2"])), count=draw(st.integers(1, 4)))
+        )
+    return tuple(asks)
 
 
 @st.composite
@@ -334,6 +391,7 @@ def places(draw: st.DrawFn) -> Place:
         storage_host_ids=None if storage is None else tuple(storage),
         high_availability=draw(st.booleans()),
         hugepage_kib=draw(st.sampled_from([0, 0, 2048, 1048576])),
+        host_devices=draw(st.just(()) | st.just(()) | device_asks()),
     )
     return Place(
         need=need,

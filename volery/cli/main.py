@@ -11,6 +11,7 @@ from volery.cli import (
     cpus,
     estate,
     fencing,
+    host_devices,
     placing,
     plans,
     policies,
@@ -63,6 +64,7 @@ estate.hosts.command()(fencing.power)
 estate.hosts.command("save-power")(power_saving.save_power)
 estate.hosts.command()(power_saving.wake)
 estate.hosts.command()(placing.capacity)
+estate.hosts.command()(host_devices.devices)
 estate.hosts.command()(fencing.evidence)
 estate.hosts.command("confirm-rebooted")(fencing.confirm_rebooted)
 app.command()(access.login)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from msgspec.structs import replace
 
-from volery.cli import cpus, numa, output, placing, starts, work
+from volery.cli import cpus, host_devices, numa, output, placing, starts, work
 from volery.cli.output import Format
 from volery.cli.work import DryRun, Output, Wait
 from volery.client import api
@@ -108,6 +108,7 @@ def create(
     pin: Annotated[list[str] | None, typer.Option(help="Only on these hosts.")] = None,
     cpu_pinning: cpus.PolicyOption = None,
     cpu_pins: cpus.PinsOption = "",
+    device: host_devices.DevicesOption = None,
     io_error: Annotated[
         IoErrorPolicy, typer.Option(help="What an I/O error that pauses it leads to.")
     ] = IoErrorPolicy.RESUME,
@@ -130,6 +131,7 @@ def create(
             numa_nodes=_nodes(numa_node or ()),
             vcpus=vcpus,
             cpu_pinning=cpus.pinning(cpu_pinning, cpu_pins),
+            host_devices=host_devices.asked(device or ()),
             disks=tuple(_disk(client, text) for text in disk or ()),
             nics=tuple(NewNic(network_id=work.id_of(client, api.NETWORKS, text)) for text in nic or ()),
             cdroms=(CdRom(disk_id=work.id_of(client, api.DISKS, cdrom)),) if cdrom else (),
@@ -172,6 +174,7 @@ def edit(
     description: str = "",
     cpu_pinning: cpus.PolicyOption = None,
     cpu_pins: cpus.PinsOption = "",
+    device: host_devices.DevicesOption = None,
     ha: Annotated[bool | None, typer.Option("--ha/--no-ha")] = None,
     ha_where: HaWhere = RestartWhere.ELSEWHERE,
     io_error: Annotated[
@@ -194,6 +197,7 @@ def edit(
         fields |= {"description": description} if description else {}
         if cpu_pinning is not None or cpu_pins:
             fields |= {"cpu_pinning": cpus.pinning(cpu_pinning, cpu_pins)}
+        fields |= {"host_devices": host_devices.asked(device)} if device else {}
         if ha is not None:
             where = ha_where if ha else RestartWhere.POSSIBLE
             fields |= {"high_availability": replace(vm.high_availability, enabled=ha, where=where)}

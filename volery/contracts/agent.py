@@ -16,6 +16,7 @@ from volery.contracts.base import Call, Fact, Message
 from volery.contracts.cpus import CpuCore
 from volery.contracts.domain import DomainState, ImageFormat
 from volery.contracts.errors import Problem
+from volery.contracts.host_devices import HostDevice
 from volery.contracts.leases import LeaseAbility, LockspaceReport
 
 NO_RESULT = msgspec.Raw(b"null")
@@ -255,6 +256,8 @@ class HostCapabilities(Message):
     fence_agents: tuple[str, ...] = ()
     """Names of the installed ones: what this host can be asked to switch other hosts' power with."""
     leases: LeaseAbility = LeaseAbility()
+    devices: tuple[HostDevice, ...] = ()
+    """Those that VMs could have, or could if the host didn't keep them; empty: there are none, or the agent doesn't say."""
 
 
 class JournalOrder(Message):

@@ -9,6 +9,7 @@ from enum import StrEnum
 
 from volery.contracts.base import Message
 from volery.contracts.cpus import GivenCpus
+from volery.contracts.host_devices import GivenDevice
 
 
 class DomainState(StrEnum):
@@ -171,3 +172,5 @@ class DomainSpec(Message):
     """The physical CPUs that it has on this host; None: any that the host has given to nobody alone."""
     lease: DomainLease | None = None
     """The host must have joined its lockspace. Without one, nothing but epochs keeps the VM from running twice."""
+    devices: tuple[GivenDevice, ...] = ()
+    """Devices of this host that it has for itself."""

@@ -32,6 +32,8 @@ class ReasonCode(StrEnum):
     MACHINE = "machine"
     AFFINITY = "affinity"
     """Its affinity groups leave it no other host."""
+    HOST_DEVICES = "host_devices"
+    """No other host has the devices that it asks for, or has them free."""
 
 
 class ProtectionReason(Message):

@@ -7,6 +7,7 @@ from enum import StrEnum
 from volery.contracts.base import Call, Done, Entity, Fact, Message
 from volery.contracts.cpus import CpuPinning, GivenCpus
 from volery.contracts.domain import NumaNode
+from volery.contracts.host_devices import AskedDevice, GivenDevice
 from volery.contracts.operation import ListQuery, Page
 from volery.contracts.resizing import VmShape
 
@@ -40,6 +41,7 @@ class Need(Message):
     """Of each of its cores; 0 or 1: its vCPUs are cores."""
     shape: VmShape | None = None
     """Of one that is resized to its host: what it runs with, and keeps where it moves; None: it takes any host's."""
+    host_devices: tuple[AskedDevice, ...] = ()
 
 
 class Purpose(StrEnum):
@@ -124,7 +126,7 @@ class Change(Message):
     amount: int = 1
     """By how many units the two differ; 1 where there is nothing to count."""
     unit: str = ""
-    """bytes, MiB, vCPUs, %, tenths, hosts, NICs, or "" where there is nothing to count."""
+    """bytes, MiB, vCPUs, %, tenths, hosts, NICs, devices, or "" where there is nothing to count."""
     sentence: str = ""
 
 
@@ -173,6 +175,10 @@ class Placement(Message):
     """What a VM runs with there that is resized to its host, instead of its own vCPUs, topology and NUMA nodes."""
     selector: str = ""
     """How its weights were put together: weighted_sum (a host's weights are factor × score) or rank (factor × rank)."""
+    devices: tuple[GivenDevice, ...] = ()
+    """Devices of the host that the VM gets, with all of their IOMMU groups."""
+    devices_revision: int = 0
+    """Counts how often devices of the host were given or taken back; they were chosen under this."""
     together: tuple[str, ...] = ()
     """The other VMs that it was placed with on one host, or refused with."""
 
@@ -233,6 +239,8 @@ class Claim(Entity):
     """How many of them are its alone."""
     shape: VmShape | None = None
     """What it runs with there, if it is resized to its host."""
+    devices: tuple[GivenDevice, ...] = ()
+    devices_revision: int = 0
 
 
 class ClaimKey(Message):

@@ -11,6 +11,7 @@ from volery.contracts.base import Call, Done, Entity, Fact, Message
 from volery.contracts.cluster import GetById
 from volery.contracts.cpus import CpuPinning
 from volery.contracts.domain import DiskBus, ImageFormat, NicModel, NumaNode
+from volery.contracts.host_devices import AskedDevice, GivenDevice
 from volery.contracts.operation import ListQuery, Operation, Page
 from volery.contracts.resizing import VmShape
 
@@ -168,6 +169,10 @@ class Vm(Entity):
     runs_with: VmShape | None = None
     """With `resize_and_pin`: the vCPUs, topology and NUMA nodes that its host gave it, until it ends. Its own are for when it
     is pinned otherwise."""
+    host_devices: tuple[AskedDevice, ...] = ()
+    """Devices of its host that it has for itself. A VM with some is never moved while it runs, nor suspended."""
+    given_devices: tuple[GivenDevice, ...] = ()
+    """Those that it got with its last start, and has while it runs."""
     cpu_model: str = ""
     """"" is the cluster's."""
     machine: str = ""
@@ -243,6 +248,8 @@ class CreateVm(Message):
     cores: int = 0
     threads: int = 0
     cpu_pinning: CpuPinning = CpuPinning()
+    host_devices: tuple[AskedDevice, ...] = ()
+    """Devices of its host that it has for itself. A VM with some is never moved while it runs, nor suspended."""
     cpu_model: str = ""
     machine: str = ""
     uefi: bool = False
@@ -284,6 +291,8 @@ class UpdateVm(Message):
     cores: int | UnsetType = UNSET
     threads: int | UnsetType = UNSET
     cpu_pinning: CpuPinning | UnsetType = UNSET
+    """Only while it is down."""
+    host_devices: tuple[AskedDevice, ...] | UnsetType = UNSET
     """Only while it is down."""
     cpu_model: str | UnsetType = UNSET
     machine: str | UnsetType = UNSET

@@ -20,6 +20,7 @@ CODES: Mapping[str, ReasonCode] = {
     "cpu_overcommit": ReasonCode.CAPACITY,
     "memory": ReasonCode.CAPACITY,
     "swap": ReasonCode.CAPACITY,
+    "host_devices": ReasonCode.HOST_DEVICES,
     "network": ReasonCode.NETWORK,
     "storage": ReasonCode.STORAGE,
     "cpu_model": ReasonCode.CPU_MODEL,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from services.scheduler.fleet import UP, Bools, Fleet
-from services.scheduler.policies import backing, bound, numa, pinned, resized, strain
+from services.scheduler.policies import assigned, backing, bound, numa, pinned, resized, strain
 from services.scheduler.policies.request import Request, size
 from volery.contracts.host import HostStatus
 
@@ -201,6 +201,7 @@ FILTERS: tuple[Filter, ...] = (
     Filter("memory", has_memory, too_little_memory),
     Filter("huge_pages", backing.has_pages, backing.too_few_pages),
     Filter("numa", numa.fits, numa.unfit),
+    Filter("host_devices", assigned.has_devices, assigned.lacks_devices),
     Filter("network", has_networks, lacks_networks),
     Filter("storage", reaches_storage, lacks_storage),
     Filter("cpu_model", has_model, lacks_model),

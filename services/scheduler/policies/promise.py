@@ -17,9 +17,10 @@ import numpy as np
 from services.scheduler.cells import CellNeed, shared
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.fleet import STATUSES, UP, Bools, Fleet, Floats
+from services.scheduler.fleet import Seat as FleetSeat
 from services.scheduler.model import ClusterPolicy
 from services.scheduler.pages import NO_PAGES, Pages, too_many, total
-from services.scheduler.policies import cpus, resized
+from services.scheduler.policies import resized
 from services.scheduler.policies.affinity import ClusterRules
 from services.scheduler.policies.bound import FREE, Bound, Seat, resolve
 from services.scheduler.policies.decision import decide, explain, mend, sentence
@@ -144,7 +145,7 @@ class World:
         self.guests[guest.vm_id] = guest
         self._use(guest, 1)
         if guest.host_id in self.fleet.rows:
-            self.fleet.seat(guest.host_id, guest.vcpus, self.request(guest).wish)
+            self.fleet.seat(guest.host_id, guest.vcpus, self.request(guest).wish, guest.need.host_devices)
         self._on = None
 
     def move(self, vm_id: str, host_id: str) -> None:
@@ -203,7 +204,7 @@ class Placing:
         self.alive: Bools = ~world.fleet.among(lost)
         self.places: dict[str, str] = {}
         self._taken: list[Held] = []
-        self._seated: list[tuple[str, tuple[cpus.Held, int]]] = []
+        self._seated: list[tuple[str, FleetSeat]] = []
 
     def bound(self, guest: Guest) -> Bound:
         around = self.world.rules.around(guest.vm_id)
@@ -243,7 +244,8 @@ class Placing:
         held = (host_id, asked.memory, vcpus, int(guest.protected), asked.pages, cells)
         use(self.world.fleet, held, 1)
         self._taken.append(held)
-        self._seated.append((host_id, self.world.fleet.seat(host_id, vcpus, asked.wish)))
+        seat = self.world.fleet.seat(host_id, vcpus, asked.wish, guest.need.host_devices)
+        self._seated.append((host_id, seat))
         self.places[guest.vm_id] = host_id
 
     def give_back(self) -> None:

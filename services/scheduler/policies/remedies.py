@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from services.scheduler.fleet import Bools, Fleet, Floats, Ints
 from services.scheduler.policies.cell_levers import CELL_LEVERS
+from services.scheduler.policies.device_levers import DEVICE_LEVERS
 from services.scheduler.policies.levers import LEVERS, NEVER, Lever, network_levers
 from services.scheduler.policies.loosening import Loosening
 from services.scheduler.policies.page_levers import PAGE_LEVERS
@@ -25,7 +26,7 @@ from services.scheduler.policies.request import Request
 from volery.contracts.scheduling import Change, ChangeKind, Remedy
 
 AFFINITY = ("affinity_vms", "affinity_hosts")
-ALL_LEVERS = (*LEVERS, *PAGE_LEVERS, *CELL_LEVERS)
+ALL_LEVERS = (*LEVERS, *PAGE_LEVERS, *CELL_LEVERS, *DEVICE_LEVERS)
 KINDS = (ChangeKind.HOST, ChangeKind.VM, ChangeKind.CLUSTER, ChangeKind.CONNECTIONS, ChangeKind.REQUEST)
 
 

@@ -113,6 +113,8 @@ UNITS: tuple[PolicyUnit, ...] = (
     _unit(F, "huge_pages", "has too few huge pages left", ovirt="HugePages", mandatory=_GUARD),
     _unit(F, "numa", "lacks a NUMA cell that a node of the VM is pinned to, or room in it", ovirt="NUMA",
           mandatory=_GUARD),
+    _unit(F, "host_devices", "lacks a device that the VM asks for, or another VM or the host itself has it",
+          ovirt="HostDevice", mandatory=_GUARD),
     _unit(F, "network", "lacks a network of the VM", ovirt="Network", mandatory=_STARTS),
     _unit(F, "storage", "doesn't reach the storage of the VM's disks", mandatory=_STARTS),
     _unit(F, "cpu_model", "can't give the CPU model", ovirt="CPU-Level", mandatory=_STARTS),
