@@ -15,16 +15,16 @@ from numpy.typing import NDArray
 
 from services.scheduler.cells import CELL_CPUS, CELLS, CELLS_USED, CellFigures, CellNeed, Taken
 from services.scheduler.figures import HostFigures, Measured, NetworkReach
+from services.scheduler.fleet_cpus import CpuStates
 from services.scheduler.fleet_devices import Asks, DevicesHeld, FleetDevices
 from services.scheduler.model import ClusterPolicy
 from services.scheduler.pages import NO_PAGES, PAGES, PAGES_USED, Pages
-from services.scheduler.policies.cpus import FREE, Held, HostCpus, Wish, choose, read_cores
+from services.scheduler.policies.cpus import FREE, Held, HostCpus, Wish, choose
 from services.scheduler.policies.recipe import Recipe, by_balance
 from volery.contracts.domain import MOST_CELLS
 from volery.contracts.host import HostStatus
 
 Bools = NDArray[np.bool_]
-Cpus = frozenset[int]
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Seat = tuple[Held, int, DevicesHeld]
@@ -102,12 +102,7 @@ class Fleet:
     _held: dict[str, Held] = field(default_factory=dict)
     """Host → physical CPUs that claims hold."""
     _cores: dict[str, str] = field(default_factory=dict)
-    _cpu_numbers: dict[tuple[str, Cpus, Cpus], int] = field(default_factory=dict)
-    """Cores and who has which of them, numbered: most hosts of a kind have given away the same."""
-    cpu_states: list[HostCpus] = field(default_factory=list)
-    """The same by number."""
-    _figures: dict[tuple[str, int], Ints] = field(default_factory=dict)
-    """What was counted of each of them, such as for how many vCPUs it has CPUs alone."""
+    cpu_states: CpuStates = field(default_factory=CpuStates)
     _masks: dict[tuple[str, str], Bools] = field(default_factory=dict)
     _ranks: Ints | None = None
     _everyone: Bools | None = None
@@ -166,10 +161,10 @@ class Fleet:
         cpus, promised = int(self._columns["cpus"][row]), int(self._columns["vcpus_promised"][row])
         alone = len(held.exclusive)
         limit = promised * max(cpus - alone, 0) // cpus + held.vcpus if alone and cpus else promised
-        number = self._cpu_number(self._cores.get(host_id, ""), held)
+        number = self.cpu_states.number(self._cores.get(host_id, ""), held)
         figures = {
             "cpu_state": number,
-            "threads": self.cpu_states[number].threads,
+            "threads": self.cpu_states.states[number].threads,
             "cpus_exclusive": alone,
             "vcpus_exclusive": held.vcpus,
             "vcpus_limit": limit,
@@ -178,29 +173,16 @@ class Fleet:
             self._columns[name][row] = value
 
     def cpus_of(self, row: int) -> HostCpus:
-        return self.cpu_states[int(self.ints("cpu_state")[row])]
-
-    def _cpu_number(self, cores: str, held: Held) -> int:
-        key = (cores, held.exclusive, held.pinned)
-        number = self._cpu_numbers.setdefault(key, len(self.cpu_states))
-        if number == len(self.cpu_states):
-            self.cpu_states.append(HostCpus(read_cores(cores), held.exclusive, held.pinned))
-        return number
+        return self.cpu_states.states[int(self.ints("cpu_state")[row])]
 
     def of_cpus(self, key: tuple[str, int], count: Callable[[HostCpus], int]) -> Ints:
-        """A figure of each host's CPUs, kept under this key. Only what is new is counted."""
-        known = self._figures.get(key, np.zeros(0, np.int64))
-        if len(known) < len(self.cpu_states):
-            more = [count(state) for state in self.cpu_states[len(known) :]]
-            known = self._figures[key] = np.concatenate([known, np.array(more, np.int64)])
-        by_host: Ints = known[self.ints("cpu_state")]
+        """A figure of each host's CPUs, kept under this key."""
+        by_host: Ints = self.cpu_states.figures(key, count)[self.ints("cpu_state")]
         return by_host
 
     def forget_cpu_states(self) -> None:
         """Those that no host has any more."""
-        self._cpu_numbers.clear()
         self.cpu_states.clear()
-        self._figures.clear()
         for host_id in self.ids:
             self.hold(host_id, self.held(host_id))
 
@@ -432,9 +414,7 @@ class Fleet:
             _lists=list(self._lists),
             _held={host_id: self._held[host_id] for host_id in ids if host_id in self._held},
             _cores={host_id: self._cores[host_id] for host_id in ids if host_id in self._cores},
-            _cpu_numbers=dict(self._cpu_numbers),
-            cpu_states=list(self.cpu_states),
-            _figures=dict(self._figures),
+            cpu_states=self.cpu_states.copy(),
         )
 
     def among(self, host_ids: Iterable[str]) -> Bools:

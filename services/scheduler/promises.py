@@ -15,7 +15,8 @@ from services.scheduler.cells import CELL_CPUS, CELLS, CELLS_USED
 from services.scheduler.model import Audit
 from services.scheduler.pages import PAGES, PAGES_USED
 from services.scheduler.policies import planned, promise
-from services.scheduler.policies.promise import Guest, Loss, World
+from services.scheduler.policies.losses import Loss
+from services.scheduler.policies.promise import Guest, World
 from services.scheduler.promise_store import PROMISES
 from services.scheduler.promising import homeless, keep, turn, world_of
 from services.scheduler.state import Scheduler

@@ -20,7 +20,8 @@ from services.scheduler.model import memory_taken
 from services.scheduler.pages import PAGES, PAGES_USED, Pages, pages_taken
 from services.scheduler.policies import planned, promise
 from services.scheduler.policies.affinity import ClusterRules
-from services.scheduler.policies.promise import Admission, Guest, Loss, World
+from services.scheduler.policies.losses import Loss
+from services.scheduler.policies.promise import Admission, Guest, World
 from services.scheduler.policies.saving import PROVEN_DAYS, automatic
 from services.scheduler.state import Scheduler
 from volery.contracts.scheduling import HostVerdict, Place, Placement, Purpose, Verdict

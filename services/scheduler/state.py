@@ -217,7 +217,7 @@ class Scheduler:
         if changed:
             for host_id, held in (await cpu_store.held(self.core.pool, changed)).items():
                 self.fleet.hold(host_id, held)
-        if len(self.fleet.cpu_states) > 2 * len(self.fleet) + CPU_STATES:
+        if len(self.fleet.cpu_states.states) > 2 * len(self.fleet) + CPU_STATES:
             self.fleet.forget_cpu_states()
 
     async def hear_more(self, host_ids: Sequence[str] = ()) -> None:

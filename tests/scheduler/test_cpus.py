@@ -187,9 +187,9 @@ def test_columns_forget_what_hosts_held_once() -> None:
     fleet = fleet_of(Held())
     for n in range(50):
         fleet.hold("h1", Held(n, frozenset({n % 8}), NOBODY, 1))
-    assert len(fleet.cpu_states) == 9
+    assert len(fleet.cpu_states.states) == 9
     fleet.forget_cpu_states()
-    assert len(fleet.cpu_states) == 1
+    assert len(fleet.cpu_states.states) == 1
     assert fleet.cpus_of(0).exclusive == {49 % 8}
     part = fleet.part("a")
     part.hold("h1", Held(50, frozenset({0, 1, 2}), NOBODY, 3))

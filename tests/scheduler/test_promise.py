@@ -20,7 +20,8 @@ from services.scheduler.pages import pages_taken
 from services.scheduler.policies.affinity import ClusterRules, Group
 from services.scheduler.policies.bound import FREE, Bound, Seat, resolve
 from services.scheduler.policies.decision import decide
-from services.scheduler.policies.promise import Guest, Loss, World, admit, begin, lose, sets
+from services.scheduler.policies.losses import Loss
+from services.scheduler.policies.promise import Guest, World, admit, begin, lose, sets
 from services.scheduler.policies.request import request
 from volery.contracts.affinity_group import AffinityRule
 from volery.contracts.domain import NumaNode

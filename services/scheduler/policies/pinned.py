@@ -49,8 +49,9 @@ def capacities(fleet: Fleet, wish: Wish) -> Ints:
 def taken(fleet: Fleet, wish: Wish) -> Ints:
     """How many CPUs of each host would be the VM's alone; NONE where it can't have what it wants."""
     if not wish.alone:
-        has = (0 if has_pins(state, wish) else NONE for state in fleet.cpu_states)
-        by_state: Ints = np.fromiter(has, np.int64, len(fleet.cpu_states))
+        states = fleet.cpu_states.states
+        has = (0 if has_pins(state, wish) else NONE for state in states)
+        by_state: Ints = np.fromiter(has, np.int64, len(states))
         return by_state[fleet.ints("cpu_state")]
     enough = capacities(fleet, wish) >= wish.vcpus
     if wish.policy is PinningPolicy.DEDICATED:

@@ -8,7 +8,8 @@ from typing import Any
 
 from services.scheduler.fleet import Fleet
 from services.scheduler.model import ClusterPolicy, limits
-from services.scheduler.policies.promise import LEAVING, Homeless, Loss, World
+from services.scheduler.policies.losses import Homeless, Loss
+from services.scheduler.policies.promise import LEAVING, World
 from volery.contracts.promise import HostLoss, LostVm, PlannedChange
 
 NAMED = 3

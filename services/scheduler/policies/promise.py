@@ -25,6 +25,7 @@ from services.scheduler.policies.affinity import ClusterRules
 from services.scheduler.policies.bound import FREE, Bound, Seat, resolve
 from services.scheduler.policies.decision import decide, explain, mend, sentence
 from services.scheduler.policies.filters import FILTERS
+from services.scheduler.policies.losses import Homeless, Loss
 from services.scheduler.policies.recipe import Recipe
 from services.scheduler.policies.request import Request, request
 from volery.contracts.host import HostStatus
@@ -91,27 +92,6 @@ class Guest:
     def haven(self) -> str:
         """Its refuge, if that is for where it is."""
         return self.refuge if self.lost_host_id == self.host_id else ""
-
-
-@dataclass(frozen=True, slots=True)
-class Homeless:
-    """A VM without a place, and why."""
-
-    vm_id: str
-    name: str
-    from_host_id: str
-    message: str
-    change: str
-
-
-@dataclass(frozen=True, slots=True)
-class Loss:
-    """What becomes of the protected VMs of hosts that are lost together."""
-
-    hosts: tuple[str, ...]
-    places: Mapping[str, str]
-    """VM → where it goes."""
-    homeless: tuple[Homeless, ...] = ()
 
 
 @dataclass(slots=True)
@@ -240,12 +220,11 @@ class Placing:
         return True
 
     def take(self, guest: Guest, asked: Request, host_id: str) -> None:
-        vcpus, cells = resized.taken(self.world.fleet, asked, host_id)
-        held = (host_id, asked.memory, vcpus, int(guest.protected), asked.pages, cells)
-        use(self.world.fleet, held, 1)
-        self._taken.append(held)
-        seat = self.world.fleet.seat(host_id, vcpus, asked.wish, guest.need.host_devices)
-        self._seated.append((host_id, seat))
+        fleet = self.world.fleet
+        vcpus, cells = resized.taken(fleet, asked, host_id)
+        self._taken.append((host_id, asked.memory, vcpus, int(guest.protected), asked.pages, cells))
+        use(fleet, self._taken[-1], 1)
+        self._seated.append((host_id, fleet.seat(host_id, vcpus, asked.wish, guest.need.host_devices)))
         self.places[guest.vm_id] = host_id
 
     def give_back(self) -> None:
