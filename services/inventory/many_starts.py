@@ -74,6 +74,8 @@ class Chosen(Message):
     revision: int = 0
     epoch: int = 0
     """Under which its place is claimed; 0: it has none."""
+    absent: bool = False
+    """It doesn't run and can't be started as it is: who must be on one host with it isn't started, either."""
 
 
 @part.answers(START_VMS)
@@ -191,7 +193,12 @@ async def _choose(
     questions = tuple(place for _, place in found if place is not None)
     if not questions:
         return [each for each, _ in found]
-    many = PlaceMany(places=questions, all_or_nothing=asked.all_or_nothing, dry_run=dry_run)
+    many = PlaceMany(
+        places=questions,
+        absent={each.start.vm_id: each.start.message for each, _ in found if each.absent},
+        all_or_nothing=asked.all_or_nothing,
+        dry_run=dry_run,
+    )
     answer = await inv.core.bus.ask(PLACE_MANY, many, Caller(places.principal) if dry_run else places)
     placed = {placement.vm_id: placement for placement in answer.placements}
     return [
@@ -214,7 +221,7 @@ async def _look(inv: Inventory, vm_id: str, asked: Asked, caller: Caller) -> tup
         place = await _question(inv, row, asked, caller)
     except Refused as refused:
         start = VmStart(vm_id=vm.id, name=vm.name, became=Became.REFUSED, message=refused.message)
-        return Chosen(start=start), None
+        return Chosen(start=start, absent=not vm.busy_with and vm.status not in model.ALIVE), None
     chosen = Chosen(start=VmStart(vm_id=vm.id, name=vm.name), revision=vm.revision, epoch=place.epoch)
     return chosen, place
 

@@ -84,13 +84,40 @@ async def _granted(scheduler: Scheduler, ask: PlaceMany, caller: Caller) -> dict
         if not left:
             return found
         grouped = together.revisions(scheduler, left)
-        questions = [left] if ask.all_or_nothing else together.units(scheduler, left)
+        missed, there = _missed(scheduler, ask, together.units(scheduler, left))
+        found |= missed
+        questions = [[each for asks in there for each in asks]] if ask.all_or_nothing and there else there
         answers = await asyncio.gather(*(_placed(scheduler, each, grouped, caller) for each in questions))
         found |= {placement.vm_id: placement for answer in answers for placement in answer}
     raise Refused(
         Kind.EXHAUSTED,
         f"the affinity groups of these VMs changed {TRIES} times while they were placed; try again shortly",
     )
+
+
+def _missed(
+    scheduler: Scheduler, ask: PlaceMany, units: Sequence[Sequence[Place]]
+) -> tuple[dict[str, Placement], list[Sequence[Place]]]:
+    """Those that aren't placed since one that must be with them can't be started, and the other units."""
+    missed: dict[str, Placement] = {}
+    there: list[Sequence[Place]] = []
+    for asks in units:
+        reasons = [_why_missed(scheduler, ask, each) for each in asks]
+        if not any(reasons):
+            there.append(asks)
+            continue
+        for each, why in zip(asks, reasons, strict=True):
+            name = each.need.name or each.need.vm_id
+            missed[each.need.vm_id] = _refused(each, f"VM {name} isn't placed: {why}")
+    return missed, there
+
+
+def _why_missed(scheduler: Scheduler, ask: PlaceMany, place: Place) -> str:
+    if why := together.missed(scheduler, place, ask.absent):
+        return why
+    if ask.all_or_nothing and ask.absent:
+        return f"all or none were asked for: {next(iter(ask.absent.values()))}"
+    return ""
 
 
 async def _placed(
@@ -206,9 +233,9 @@ async def _near(scheduler: Scheduler, asks: Sequence[Place]) -> Surroundings:
 async def _tried(scheduler: Scheduler, ask: PlaceMany) -> dict[str, Placement]:
     """On copies of the clusters' hosts, one VM after the other. Promises to survive losses aren't asked."""
     near = await _near(scheduler, ask.places)
-    found: dict[str, Placement] = {}
     tries: dict[str, Scheduler] = {}
-    for number, asks in enumerate(together.units(scheduler, ask.places), 1):
+    found, there = _missed(scheduler, ask, together.units(scheduler, ask.places))
+    for number, asks in enumerate(there, 1):
         cluster_id = asks[0].need.cluster_id
         if cluster_id not in tries:
             tries[cluster_id] = dataclasses.replace(scheduler, fleet=scheduler.fleet.part(cluster_id))

@@ -44,6 +44,19 @@ def units(scheduler: Scheduler, asks: Sequence[Place]) -> list[list[Place]]:
     return list(found.values())
 
 
+def missed(scheduler: Scheduler, ask: Place, absent: Mapping[str, str]) -> str:
+    """Why another VM that must be with it can't be there, as half a sentence; "" when none is missing."""
+    rules = scheduler.rules.get(ask.need.cluster_id)
+    if not absent or rules is None or ask.purpose is Purpose.MIGRATE:
+        return ""
+    vm_id = next((each for each in sorted(rules.union(ask.need.vm_id)) if each in absent), "")
+    if not vm_id:
+        return ""
+    groups = [group.name for group, _ in rules.way(ask.need.vm_id, vm_id)]
+    kept = f"affinity group{'s' if len(groups) > 1 else ''} {' and '.join(groups)}"
+    return f"{kept} keep{'s' if len(groups) == 1 else ''} it on one host with a VM that can't be started: {absent[vm_id]}"
+
+
 def revisions(scheduler: Scheduler, asks: Sequence[Place]) -> dict[str, int]:
     """Cluster → of its rules, by which it is known who must be together."""
     ids = {ask.need.cluster_id for ask in asks}

@@ -22,7 +22,19 @@ from volery.contracts.errors import Kind, Refused
 from volery.contracts.ids import new_id
 from volery.contracts.operation import CANCEL_OPERATION, CancelOperation, Operation, OperationState
 from volery.contracts.scheduling import ClaimKey
-from volery.contracts.vm import START_VM, UPDATE_VM, StartVm, UpdateVm, Vm, VmStatus
+from volery.contracts.vm import (
+    ACT_ON_VM,
+    START_VM,
+    SUSPEND_VM,
+    UPDATE_VM,
+    ActOnVm,
+    StartVm,
+    SuspendVm,
+    UpdateVm,
+    Vm,
+    VmAction,
+    VmStatus,
+)
 from volery.contracts.vm_starts import START_VMS, Became, StartVms, VmStart
 from volery.runtime.bus import Caller
 from volery.runtime.programs import Settings
@@ -79,6 +91,20 @@ async def test_who_has_no_place_is_not_touched_and_the_others_start(configured: 
         assert await world.get(vms[1].id) == vms[1]
         tried = await start(world, vms[1], dry_run=True)
         assert (tried.id, became(tried)) == ("", [Became.REFUSED])
+
+
+async def test_who_rests_and_can_not_be_started_is_named_to_the_scheduler(configured: Settings) -> None:
+    """A suspended VM's memory is on one host; what runs, or is being started, is on its way to a place."""
+    async with world_of(configured) as (world, (first, second)):
+        suspended, rests = await world.vm(), (await vms_of(world, 1))[0]
+        await world.ended(await world.bus.ask(SUSPEND_VM, SuspendVm(id=suspended.id)))
+        paused = await world.vm()
+        await world.ended(await world.bus.ask(ACT_ON_VM, ActOnVm(id=paused.id, action=VmAction.PAUSE)))
+        op = await world.ended(await start(world, suspended, rests, paused, host_id=second.id))
+        assert became(op) == [Became.REFUSED, Became.STARTED, Became.REFUSED]
+        (many,) = world.scheduler.many
+        assert list(many.absent) == [suspended.id]
+        assert f"its memory is on host {first.id}" in many.absent[suspended.id]
 
 
 async def test_a_start_that_fails_is_told_with_its_reason(configured: Settings) -> None:

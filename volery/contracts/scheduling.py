@@ -192,6 +192,9 @@ class PlaceMany(Message):
 
     places: tuple[Place, ...]
     """`dry_run` of each isn't looked at."""
+    absent: dict[str, str] = {}
+    """VM that was asked for with these and can't be started as it is → why, as a sentence. Who must be on one host with it isn't
+    placed either."""
     all_or_nothing: bool = False
     """Unless all of them find room, none is placed."""
     dry_run: bool = False
