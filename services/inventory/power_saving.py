@@ -43,6 +43,8 @@ SAVE_SECONDS = 4 * 3600.0
 AGAIN_SECONDS = 2.0
 """Between two questions about a power that isn't certain."""
 NAMED = 5
+NOTHING_DONE = frozenset({Kind.CONFLICT, Kind.NOT_FOUND, Kind.INVALID, Kind.FORBIDDEN})
+"""How ha refuses what it has not begun. Anything else, a failure of its own too, leaves open what it did."""
 SLEEPING = frozenset({PowerSaving.FALLING_ASLEEP, PowerSaving.ASLEEP})
 
 HostRow = Row[Host, HostPrivate]
@@ -213,7 +215,7 @@ async def _power(
             return await inv.core.bus.ask(call, question, run.caller_for(step), again=False)
         except Refused as refused:
             words = refused.message
-            if refused.kind is not Kind.UNAVAILABLE and not refused.details.get(LOST):
+            if refused.kind in NOTHING_DONE and not refused.details.get(LOST):
                 return PowerOrdered(id=host_id, state=stays, words=words)
         log.info("the power of host %s is asked about again: %s", host_id, words)
         await asyncio.sleep(AGAIN_SECONDS)

@@ -62,6 +62,10 @@ def make_plan(
     host: Annotated[
         list[str] | None, typer.Option("--host", help="A host to be emptied; as often as there are some.")
     ] = None,
+    wake: Annotated[
+        list[str] | None,
+        typer.Option("--wake", help="A sleeping host to be woken; as often as there are some."),
+    ] = None,
     most_moves: Annotated[int, typer.Option(help="Not more moves than this; 0: as many as pay.")] = 0,
     dry_run: DryRun = False,
     wait: Wait = True,
@@ -73,6 +77,7 @@ def make_plan(
             cluster_id=work.id_of(client, api.CLUSTERS, cluster),
             kind=kind,
             host_ids=tuple(work.id_of(client, api.HOSTS, each) for each in host or ()),
+            wake_host_ids=tuple(work.id_of(client, api.HOSTS, each) for each in wake or ()),
             most_moves=most_moves,
         )
         request = Request("POST", api.PLANS.path, Operation, body_of(question), dry_run=dry_run)
