@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import permutations, product
+from itertools import combinations, permutations, product
 
 from services.scheduler.cells import CellFigures
 from services.scheduler.config import SchedulerConfig
@@ -54,7 +54,7 @@ LEFT_OUT = ("cpu", "cpu_overload", "swap", "cluster_maintenance")
 """Filters that a policy may do without."""
 COMMON = {
     "preferred_hosts": 99, "ha_reservation": 1, "affinity_vms_wish": 1, "affinity_hosts_wish": 20, "affinity_room": 50,
-    "numa_match": 5,
+    "numa_match": 5, "cpus_together": 4,
 }  # fmt: skip
 FACTORS = {
     "none": {"cpu_even": 2, "memory_even": 1},
@@ -486,6 +486,16 @@ def whole_room_lost(
     return min(max(lost, 0.0), 1.0)
 
 
+def free_of_cells(world: World, host: HostFigures, number: int) -> int:
+    """The most CPUs that nobody is pinned to or has alone, of any so many cells of a host."""
+    held, cores = world.held.get(host.id, FREE), read_cores(host.cores)
+    taken = held.exclusive | held.pinned
+    free = [(core.cell, cpu) for core in cores for cpu in core.cpus if cpu not in taken]
+    cells = {core.cell for core in cores}
+    some = combinations(cells, min(number, len(cells)))
+    return max((sum(cell in chosen for cell, _ in free) for chosen in some), default=0)
+
+
 def score(unit: str, world: World, place: Place, host: HostFigures, config: SchedulerConfig) -> float:
     """One weight of one host, from 0 to 1."""
     need = place.need
@@ -524,6 +534,10 @@ def score(unit: str, world: World, place: Place, host: HostFigures, config: Sche
             return wish(world, need.vm_id, host.id, about_vms=True)
         case "affinity_hosts_wish":
             return wish(world, need.vm_id, host.id, about_vms=False)
+        case "cpus_together":
+            if need.cpu_pinning.policy not in ("dedicated", "isolate_threads"):
+                return 0.0
+            return next((1 / n for n in (1, 2) if free_of_cells(world, host, n) >= need.vcpus), 0.0)
         case "numa_match":
             return matching(world, need, host)
         case "affinity_room":

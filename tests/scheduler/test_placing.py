@@ -248,6 +248,7 @@ async def test_a_dry_run_explains_and_claims_nothing(configured: Settings) -> No
             "affinity_hosts_wish",
             "affinity_room",
             "numa_match",
+            "cpus_together",
             "ha_reservation",
         }
 

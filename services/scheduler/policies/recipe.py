@@ -51,6 +51,7 @@ _COMMON = {
     "affinity_hosts_wish": 20.0,
     "affinity_room": 50.0,
     "numa_match": 5.0,
+    "cpus_together": 4.0,
 }
 """oVirt's factors. A preferred host outweighs everything else together; that all VMs that must be together find room
 outweighs the affinity groups' wishes."""

@@ -141,6 +141,7 @@ UNITS: tuple[PolicyUnit, ...] = (
     _unit(W, "affinity_hosts_wish", "wishes of affinity groups about hosts", ovirt="VmToHostsAffinityGroups"),
     _unit(W, "affinity_room", "room for all VMs that must be with this one"),
     _unit(W, "numa_match", "the more of the VM's NUMA nodes fit into one cell, the better", ovirt="CpuAndNumaPinning"),
+    _unit(W, "cpus_together", "of a VM with CPUs of its own: the fewer NUMA cells have enough of them free, the better"),
     _unit(B, "none", "no host has too much", ovirt="None"),
     _unit(B, "even_distribution", "hosts whose CPUs are busy or whose memory runs short have too much", HIGH_UTILIZATION,
           OVERLOAD_MINUTES, MOST_FREE, LEAST_FREE, ovirt="OptimalForEvenDistribution"),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 import numpy as np
 
 from services.scheduler.fleet import Bools, Fleet, Floats, Ints
-from services.scheduler.policies import bound, numa, resized
+from services.scheduler.policies import bound, compact, numa, resized
 from services.scheduler.policies.request import Request
 from volery.contracts.scheduling_policy import Selector
 
@@ -129,6 +129,7 @@ WEIGHTS: Mapping[str, Score] = {
     "affinity_hosts_wish": bound.host_wishes,
     "affinity_room": bound.room_for_all,
     "numa_match": numa.match,
+    "cpus_together": compact.in_few_cells,
 }
 WISHED, AVOIDED = 300.0, 1000.0
 """What a placement itself asks for counts under every policy: a wish outweighs all of its weights together, since it is
