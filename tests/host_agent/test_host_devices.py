@@ -133,7 +133,7 @@ def test_a_host_keeps_what_it_uses_and_what_shares_an_iommu_group_with_that() ->
 
 def test_bridges_are_nobodys_and_keep_a_group_only_with_a_driver_of_their_own() -> None:
     root_port, isa, smbus = (
-        pci(1, group=1, class_code="060400", driver="pcieport"),
+        pci(1, group=1, class_code="060400", driver="shpchp"),
         pci(2, group=2, class_code="060100", driver="lpc_ich"),
         pci(3, group=3, class_code="0c0500"),
     )
