@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,6 +13,7 @@ from services.scheduler.figures import HostFigures
 from services.scheduler.fleet import Fleet
 from services.scheduler.model import ClusterPolicy
 from services.scheduler.policies.affinity import ClusterRules
+from services.scheduler.policies.compact import in_few_cells
 from services.scheduler.policies.cpus import (
     NOBODY,
     Held,
@@ -180,6 +182,25 @@ SOME = Held(3, frozenset({0, 1}), frozenset({2}), 2)
 )  # fmt: skip
 def test_a_refusal_says_what_is_missing(held: Held, figures: dict, wish: tuple, says: str) -> None:
     assert says in said(fleet_of(held, **figures), *wish)
+
+
+def test_hosts_come_first_where_few_cells_have_enough_cpus_free() -> None:
+    """Of eight free CPUs each: in one cell, in two, in four; and one with less in one cell than is wanted."""
+    fleet = Fleet()
+    fleet.clusters["a"] = ClusterPolicy("a", "Default")
+    for name, sockets, cores in (("h1", 1, 8), ("h2", 2, 4), ("h3", 4, 2), ("h4", 2, 6)):
+        told = encode(machine(sockets, cores, 1)).decode()
+        fleet.put(dataclasses.replace(FIGURES, id=name, name=name, cores=told, cpus=sockets * cores))
+    fleet.hold("h4", Held(1, frozenset({0, 1}), frozenset({6, 7}), 2))
+    for policy, vcpus, wanted in (
+        (DEDICATED, 8, [1, 0.5, 0, 0.5]),
+        (DEDICATED, 4, [1, 1, 0.5, 1]),
+        (PinningPolicy.NONE, 8, [0, 0, 0, 0]),
+    ):
+        need = Need(vm_id="vm", cluster_id="a", memory_bytes=GIB, vcpus=vcpus)
+        need = msgspec.structs.replace(need, cpu_pinning=CpuPinning(policy=policy))
+        asked = request(Place(need=need, epoch=1), fleet.clusters["a"], CONFIG)
+        assert in_few_cells(fleet, asked).tolist() == wanted
 
 
 def test_columns_forget_what_hosts_held_once() -> None:
