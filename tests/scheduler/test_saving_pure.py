@@ -102,7 +102,7 @@ def test_the_host_with_the_fewest_vms_sleeps_and_of_two_empty_ones_one_stays() -
     assert "would be too busy without" in save(board, [0, 1], Limits(2, 0.04)).reason
     none = save(board, range(4), Limits(3))
     assert none.host is None
-    assert "2 empty hosts would be left, and 3 stay in reserve" in none.reason
+    assert "without H2 1 empty hosts would be left, and 3 stay in reserve" in none.reason
 
 
 def test_who_is_woken_and_why() -> None:
