@@ -329,6 +329,7 @@ def test_vcpus_of_a_bound_node_are_on_the_shared_cpus_of_its_cell() -> None:
     seat = runningxml.cpu_seat(xml({1, 2, 3}), "vm")
     assert (seat.allowed, seat.bound, seat.vcpus) == ({1, 2, 3}, {0: {0}, 2: {0}}, {0: {2}, 2: {2}})
     assert cpu_seats_agree(seat)
+    assert runningxml.cpu_seat(xml(None), "vm").allowed == frozenset(), "the rest of it may be anywhere"
 
 
 def cpu_seats_agree(seat: CpuSeat) -> bool:

@@ -11,7 +11,7 @@ from services.inventory import model, resizing
 from tests.inventory.world import World, world_of
 from volery.contracts.cpus import CpuPinning, GivenCpus, PinningPolicy
 from volery.contracts.domain import NumaNode
-from volery.contracts.domain_orders import AdmitMigration, RunDomain
+from volery.contracts.domain_orders import RUN_DOMAIN, AdmitMigration, RunDomain
 from volery.contracts.errors import Kind, Refused
 from volery.contracts.operation import OperationState
 from volery.contracts.resizing import VmShape
@@ -78,12 +78,24 @@ async def test_a_vm_runs_with_what_its_host_gives_keeps_its_own_and_shows_both(c
 async def test_one_that_moves_asks_for_what_it_runs_with(configured: Settings) -> None:
     async with world_of(configured, hosts=2) as (world, (first, second)):
         vm = await resized(world, first.id, second.id)
+        first.domains[vm.id] = replace(first.domains[vm.id], vcpus=SHAPE.vcpus)
+        await first.agent.report("inventory")
+        await first.agent.until_committed("inventory")
         op = await world.ended(await world.bus.ask(MIGRATE_VM, MigrateVm(id=vm.id, host_id=second.id)))
         assert op.state is OperationState.SUCCEEDED, op.problem
-        assert asked(world).shape == SHAPE
+        assert (asked(world).vcpus, asked(world).shape) == (3, SHAPE)
         (admit,) = [order for order in second.asked if isinstance(order, AdmitMigration)]
         assert (admit.spec.vcpus, admit.spec.numa_nodes) == (4, SHAPE.numa_nodes)
         assert (await world.vm_is(vm.id, VmStatus.UP)).runs_with == SHAPE
+
+
+async def test_the_next_host_that_is_tried_gives_a_shape_of_its_own(configured: Settings) -> None:
+    async with world_of(configured, hosts=2) as (world, (first, second)):
+        world.scheduler.shapes = {first.id: SHAPE, second.id: SMALL}
+        first.refusals[RUN_DOMAIN.kind] = Refused(Kind.UNAVAILABLE, "its QEMU doesn't start")
+        vm = await world.vm(vcpus=3, cpu_pinning=RESIZE)
+        assert [place.need.shape for place in world.scheduler.asked] == [None, None]
+        assert (vm.host_id, vm.runs_with) == (second.id, SMALL)
 
 
 async def test_memory_that_was_saved_goes_on_with_what_it_ran_with(configured: Settings) -> None:

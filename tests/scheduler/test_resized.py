@@ -15,6 +15,7 @@ from services.scheduler.fleet import Fleet
 from services.scheduler.model import ClusterPolicy
 from services.scheduler.policies.affinity import ClusterRules
 from services.scheduler.policies.boarding import RESIZED, Standing, board_of
+from services.scheduler.policies.bound import Bound, room_for_all
 from services.scheduler.policies.cpus import NOBODY, Held, HostCpus, Wish, choose
 from services.scheduler.policies.decision import decide, explain, mend, sentence
 from services.scheduler.policies.outline import divides, outline, shape
@@ -228,6 +229,13 @@ def test_a_loss_is_survived_with_as_many_vcpus_as_the_other_host_gives() -> None
     )
     assert world.fleet.ints("vcpus_used").tolist() == [0, 0]
     assert world.fleet.ints("cell_memory_bytes_used")[:, :2].sum() == 0
+
+
+def test_who_must_follow_it_finds_room_beside_what_it_gets() -> None:
+    fleet = fleet_of(of_host(vcpus_used=145))
+    policy, place = fleet.clusters["a"], Place(need=need_of(), epoch=1)
+    scores = [room_for_all(fleet, request(place, policy, CONFIG, Bound(room=(0, n))))[0] for n in (3, 4)]
+    assert scores == [1.0, 0.0], "of 160, 12 are its own"
 
 
 def test_plans_leave_it_where_it_is_and_say_so() -> None:

@@ -171,6 +171,21 @@ async def test_a_promise_counts_what_it_gets_elsewhere_and_lets_it_take_any_shap
         assert msgspec.json.decode(kept["need"], type=Need).shape is None
 
 
+async def test_what_it_runs_with_does_not_bind_where_it_is_brought_back(configured: Settings) -> None:
+    """It moves to the twin of its host, and its refuge is another kind of host."""
+    c = promising(cpu_overcommit_ratio=1.0)
+    first, twin, other = built(c, "h1"), built(c, "h2"), built(c, "h3", cores=6)
+    async with fleet(configured, c, first, twin, other) as bus:
+        ask = placing(
+            c.id, vcpus=1, cpu_pinning=RESIZE, high_availability=True, place={"target_host_id": first.id}
+        )
+        placed = await bus.ask(PLACE, ask)
+        assert placed.host_id, placed.message
+        need = replace(ask.need, shape=placed.shape, host_ids=(twin.id, other.id))
+        there = await bus.ask(PLACE, Place(need=need, epoch=2, purpose=Purpose.MIGRATE))
+        assert there.host_id == twin.id, there.message
+
+
 async def test_one_that_runs_without_a_claim_is_counted_with_what_it_runs_with(
     configured: Settings, database: DatabaseConfig
 ) -> None:
