@@ -55,15 +55,15 @@ class Used:
     """Host, bytes, vCPUs, VMs that hold them, highly available ones among these, huge pages, and vCPUs of the largest VM that
     shares CPUs."""
     as_of: int
-    """The oldest transaction that was still under way."""
+    """The oldest transaction that was still under way just before."""
 
 
 async def used(pool: Pool, since: int = 0, besides: Collection[str] = ()) -> Used:
     """Of these hosts and those whose rows were written by that transaction or later ones; of all when it is 0. Of thousands of
     hosts only some get or lose a VM within a second, and reading the others took most of it."""
+    as_of = await pool.fetchval("select pg_snapshot_xmin(pg_current_snapshot())::text::bigint")
     records = await pool.fetch(
-        """select id, memory_used_bytes, vcpus_used, guests, ha_guests, pages_2m_used, pages_1g_used, largest_shared,
-                  pg_snapshot_xmin(pg_current_snapshot())::text::bigint as as_of
+        """select id, memory_used_bytes, vcpus_used, guests, ha_guests, pages_2m_used, pages_1g_used, largest_shared
            from host_capacity
            where not gone
              and ($1::bigint = 0 or id = any($2::text[])
@@ -71,4 +71,4 @@ async def used(pool: Pool, since: int = 0, besides: Collection[str] = ()) -> Use
         since,
         list(besides),
     )
-    return Used([tuple(r)[:-1] for r in records], records[0]["as_of"] if records else since)
+    return Used([tuple(r) for r in records], as_of)

@@ -263,11 +263,11 @@ _BY_NAME: dict[str, Callable[[Scope, list[exp.Expr]], Compiled]] = {
     "hashtext": _hash_text,
     "cardinality": _cardinality,
     "json_build_object": _build_object,
-    # Every row counts as just written: whoever asks what changed gets all of it.
+    # Every row counts as just written, after many transactions: whoever asks what changed gets all of it.
     "age": _always(0, "int4"),
     "pg_current_snapshot": _always(1, "int8"),
     "pg_snapshot_xmin": _always(1, "int8"),
-    "pg_snapshot_xmax": _always(1, "int8"),
+    "pg_snapshot_xmax": _always(1 << 60, "int8"),
     "pg_advisory_lock": _locking("advisory_lock", "void"),
     "pg_try_advisory_lock": _locking("try_advisory_lock", "bool"),
     "pg_advisory_unlock": _locking("advisory_unlock", "bool"),
