@@ -328,6 +328,15 @@ class Journal:
 
         return await self._database.do(work)
 
+    async def at_work(self, owner: str) -> tuple[str, ...]:
+        """Kinds of the owner's orders that have begun and not ended."""
+
+        def work(db: sqlite3.Connection) -> tuple[str, ...]:
+            sql = "select kind from orders where owner = ? and state = ? order by order_id"
+            return tuple(row[0] for row in db.execute(sql, (owner, OrderState.ACCEPTED)))
+
+        return await self._database.do(work)
+
     async def learn(self, owner: str, seen: Iterable[tuple[str, int, int]]) -> None:
         """Raises what is known of objects to what their domains' metadata say: (object id, epoch, order_seq)."""
         rows = [(owner, object_id, epoch, order_seq) for object_id, epoch, order_seq in seen]

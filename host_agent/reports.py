@@ -205,6 +205,7 @@ class Reporter:
             orders=await self._journal.orders_of(Owner.INVENTORY),
             gap=reservation.gap,
             asked=self._answering.get(Owner.INVENTORY, ()),
+            storage_work=await self._journal.at_work(Owner.STORAGE),
         )
 
     def _report_seen(self, domains: Collection[DomainReport], seq: int) -> None:

@@ -64,6 +64,8 @@ class Inventory:
     config: InventoryConfig
     seen: Seen = field(default_factory=Seen)
     """(host, VM) → the newest report of its domain. A cache: decisions that need it ask for a report first."""
+    storage_work: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Host → kinds of storage's orders that it was carrying out by its newest report."""
     boots: dict[tuple[str, str], str] = field(default_factory=dict)
     """(host, VM) → the boot whose report that was."""
     foreign: dict[str, asyncio.Event] = field(default_factory=dict)

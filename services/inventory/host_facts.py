@@ -118,6 +118,7 @@ async def _reported(
     new_boot = host.boot_id not in ("", fact.boot_id)
     named = {domain.vm_id: domain for domain in fact.domains}
     inv.seen.forget(fact.host_id)
+    inv.storage_work[fact.host_id] = fact.storage_work
     for domain in fact.domains:
         _see(inv, fact, domain)
     for vm_id in dict.fromkeys([*named, *here]):

@@ -181,22 +181,36 @@ async def _leave(inv: Inventory, run: Run, host_id: str) -> None:
 
 async def _check_silent(inv: Inventory, run: Run, host_id: str) -> None:
     """Nothing may run there by what is written, which stays so while it isn't awake; and nothing does, as it says itself after
-    that. Raises Refused(conflict)."""
+    that, nor is it at work on a disk. Raises Refused(conflict)."""
     host = (await HOSTS.get(inv.core.pool, host_id)).public
     await _check_empty(inv, host)
     until = monotonic() + inv.config.power_seconds
-    if not await inv.fresh_report(host_id, lambda: monotonic() > until or run.cancelling.is_set()):
+    while work := await _reported_work(inv, run, host):
+        if monotonic() > until or run.cancelling.is_set():
+            raise conflict(
+                f"host {host.name} stays up, since it is at work for storage ({', '.join(sorted(set(work)))}): wait for these "
+                "operations, or cancel them",
+                work=list(work),
+            )
+        await asyncio.sleep(AGAIN_SECONDS)
+    await _check_empty(inv, host)
+
+
+async def _reported_work(inv: Inventory, run: Run, host: Host) -> tuple[str, ...]:
+    """What it does for storage. Raises Refused(conflict) when it doesn't answer, or runs something."""
+    until = monotonic() + inv.config.power_seconds
+    if not await inv.fresh_report(host.id, lambda: monotonic() > until or run.cancelling.is_set()):
         raise conflict(f"host {host.name} has not said what runs on it, and stays up")
     running = [
         report.name or vm_id
         for (at, vm_id), report in inv.seen.items()
-        if at == host_id and report.state not in ENDED_STATES
+        if at == host.id and report.state not in ENDED_STATES
     ]
     if running:
         raise conflict(
             f"host {host.name} stays up, since it says that it runs {', '.join(sorted(running)[:NAMED])}"
         )
-    await _check_empty(inv, host)
+    return inv.storage_work.get(host.id, ())
 
 
 # Its power

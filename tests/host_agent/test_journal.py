@@ -156,6 +156,8 @@ async def test_an_orders_answer_names_the_fact_that_tells_its_end(journal: Journ
         return (await journal.accept(order, encode(order), "", 0, None)).ack.result_seq
 
     assert await named() == 0
+    assert await journal.at_work(order.owner) == (order.kind,)
+    assert await journal.at_work("storage") == ()
     await put(journal)
     finished = OrderFinished(
         host_id=HOST_ID,
@@ -172,6 +174,7 @@ async def test_an_orders_answer_names_the_fact_that_tells_its_end(journal: Journ
     )
     spooled = await journal.finish(order, FINISHED["inventory"], finished)
     assert await named() == spooled.seq == 2
+    assert await journal.at_work(order.owner) == ()
     await journal.put_report(await journal.begin_report("inventory", rebase=True), SUBJECT, BODY)
     assert await named() == 4
     assert await pending(journal) == [(3, 0), (4, 3), (5, 4)]

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from tests.inventory.world import Machine, Scheduler, World, found_cluster, inventory_of
+from tests.inventory.world import Machine, Scheduler, World, found_cluster, inventory_of, until
 from tests.support.bell import Bell
 from tests.support.runtime import running
 from tests.support.speaker import Speaker
+from volery.contracts.base import Owner
 from volery.contracts.cluster import GetById
 from volery.contracts.errors import Kind, Refused
 from volery.contracts.fencing import PowerState
@@ -26,7 +27,7 @@ from volery.contracts.host import (
     SavePower,
     WakeHost,
 )
-from volery.contracts.operation import Operation, OperationState
+from volery.contracts.operation import GET_OPERATION, GetOperation, Operation, OperationState
 from volery.contracts.power import POWER_DOWN, POWER_UP, OrderPower, PowerOrdered
 from volery.runtime.bus import Caller
 from volery.runtime.programs import Settings
@@ -132,3 +133,27 @@ async def test_it_is_asked_to_sleep_only_where_it_is_empty_if_so_wished(configur
         other = await world.vm()
         assert other.host_id == first.id
         assert not second.domains
+
+
+async def test_a_host_that_copies_a_disk_is_not_cut_off_in_the_middle(configured: Settings) -> None:
+    async with switched(configured, VOLERY_INVENTORY_POWER_SECONDS="3") as (world, ha, first, second):
+        first.storage_work = ("volume.copy",)
+        op = await saved(world, first)
+        assert op.state is OperationState.FAILED
+        assert op.problem is not None
+        assert "h1 stays up, since it is at work for storage (volume.copy)" in op.problem.message
+        assert ha.ordered == []
+        host = await host_of(world, first)
+        assert (host.power_saving, host.status) == (PowerSaving.AWAKE, HostStatus.UP)
+
+        second.storage_work = ("volume.copy",)
+        begun = await world.bus.ask(SAVE_POWER, SavePower(id=second.id))
+
+        async def looks() -> bool:
+            now = await world.bus.ask(GET_OPERATION[Owner.INVENTORY], GetOperation(id=begun.id))
+            return any(step.title == "Making sure that nothing runs there" for step in now.steps)
+
+        await until(looks)
+        second.storage_work = ()
+        op = await world.ended(begun)
+        assert op.state is OperationState.SUCCEEDED, op.problem

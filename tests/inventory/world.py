@@ -109,6 +109,8 @@ class Machine:
     begun: asyncio.Event = field(default_factory=asyncio.Event)
     started: list[tuple[str, str]] = field(default_factory=list)
     """(boot, VM) of every domain that wasn't there and was started."""
+    storage_work: tuple[str, ...] = ()
+    """Kinds of storage's orders that the host is carrying out."""
     shared_cpus: tuple[int, ...] | None = None
     """Those for guests that have none of their own."""
     asked: list[Any] = field(default_factory=list)
@@ -141,6 +143,7 @@ class Machine:
                 libvirt_version=9_000_000,
             ),
             "domains": tuple(self.domains.values()),
+            "storage_work": self.storage_work,
         }
 
     @property

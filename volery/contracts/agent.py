@@ -279,6 +279,8 @@ class HostReported(FromHost):
     asked: tuple[str, ...] | None = None
     """The asks (`CommittedWord.ask`) that came before this report was begun; older reports may be on their way still. None:
     the agent doesn't say."""
+    storage_work: tuple[str, ...] = ()
+    """Kinds of storage's orders that the host carries out now, such as volume.copy: who cuts its power cuts them off."""
 
 
 class VolumeReport(Message):
