@@ -19,7 +19,7 @@ from services.inventory.emptying import NAMED
 from services.inventory.store import CLUSTERS, HOSTS
 from volery.contracts.cluster import UPGRADE_CLUSTER, Cluster, UpgradeCluster
 from volery.contracts.errors import Refused, conflict, invalid
-from volery.contracts.host import MAINTAIN_HOST, Host, HostStatus, MaintainHost
+from volery.contracts.host import MAINTAIN_HOST, Host, HostStatus, MaintainHost, PowerSaving
 from volery.contracts.operation import Operation
 from volery.contracts.plan import MAKE_PLAN, MakePlan, Plan, PlanKind
 from volery.runtime import checks
@@ -84,6 +84,10 @@ async def _hosts(inv: Inventory, cluster: Cluster, wanted: Sequence[str]) -> lis
     if not hosts:
         raise conflict(f"cluster {cluster.name} has no hosts; there is nothing to upgrade")
     for host in hosts:
+        if host.power_saving is not PowerSaving.AWAKE:
+            raise conflict(
+                f"host {host.name} sleeps to save power: wake it first, or name the others", host_id=host.id
+            )
         if host.status not in TAKEN:
             raise conflict(
                 f"host {host.name} is {host.status}, and only hosts that are up or in maintenance have a turn: mend it first, or "

@@ -14,7 +14,7 @@ from tests.support.bell import Bell
 from tests.support.runtime import running
 from tests.support.speaker import Speaker
 from volery.contracts.base import Owner
-from volery.contracts.cluster import GetById
+from volery.contracts.cluster import UPGRADE_CLUSTER, GetById, UpgradeCluster
 from volery.contracts.errors import Kind, Refused
 from volery.contracts.fencing import PowerState
 from volery.contracts.host import (
@@ -97,6 +97,15 @@ async def test_an_answer_that_leaves_open_what_was_done_is_asked_for_again(
         assert len({(ask.revision, ask.boot_id) for ask in ha.ordered}) == 1
         assert len(ha.ordered) == 2
         assert (await host_of(world, first)).power_saving is PowerSaving.ASLEEP
+
+
+async def test_a_cluster_isnt_upgraded_while_one_of_its_hosts_sleeps(configured: Settings) -> None:
+    async with switched(configured) as (world, _, first, _):
+        assert world.cluster is not None
+        assert (await saved(world, first)).state is OperationState.SUCCEEDED
+        with pytest.raises(Refused) as refused:
+            await world.bus.ask(UPGRADE_CLUSTER, UpgradeCluster(id=world.cluster.id))
+        assert "host h1 sleeps to save power: wake it first" in refused.value.message
 
 
 async def test_what_was_not_begun_leaves_it_up_and_what_is_never_certain_leaves_it_asleep(
