@@ -59,7 +59,7 @@ def _check(scheduler: Scheduler, ask: PlaceMany) -> None:
         seen.add(each.need.vm_id)
         if ask.all_or_nothing and granting.goes_alone(scheduler, each.need):
             raise invalid(
-                f"VM {name} has physical CPUs or NUMA cells of its own, or is in a cluster that promises to survive the loss of "
+                f"VM {name} has CPUs, NUMA cells or devices of its host for itself, or is in a cluster that promises to survive the loss of "
                 "hosts: such VMs are placed one after the other, so all or none can't be promised for them; ask without "
                 "all_or_nothing",
                 field="all_or_nothing",
