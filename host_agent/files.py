@@ -392,7 +392,7 @@ def digest(request: dict[str, Any]) -> dict[str, Any]:
 
 def write_durably(directory: int, name: str, data: bytes) -> None:
     """Replace a small file whole: a reader, and a machine that lost power, has the old or the new content."""
-    temporary = f".{name}.{os.getpid()}"
+    temporary = f"{scratch(name)}{os.getpid()}"
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644, dir_fd=directory)
     with open(descriptor, "wb") as file:
         file.write(data)
@@ -400,6 +400,19 @@ def write_durably(directory: int, name: str, data: bytes) -> None:
         os.fsync(file.fileno())
     os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
     os.fsync(directory)
+
+
+def scratch(name: str) -> str:
+    """How the names begin under which that file is written."""
+    return f".{name}."
+
+
+def remove_scratch(directory: int, name: str) -> None:
+    """What writers of a file left who were killed in the middle. Nobody may be writing it."""
+    for entry in os.listdir(directory):
+        if entry.startswith(scratch(name)):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(entry, dir_fd=directory)
 
 
 # The program

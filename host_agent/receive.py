@@ -123,6 +123,7 @@ def discard(request: dict[str, Any]) -> dict[str, Any]:
         for name in (request["name"], sidecar(request["name"])):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(files.checked(name), dir_fd=directory)
+        files.remove_scratch(directory, sidecar(request["name"]))
     return {}
 
 

@@ -185,6 +185,8 @@ async def test_an_upload_survives_a_killed_agent(tmp_path: Path) -> None:
         max_bytes=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
     )
+    # A server that is killed just then leaves this, too.
+    (domain.staging / f".{order.transfer_id}.upload.json.1").write_text("{")
     await transfers.finish_transfer(make_host(tmp_path / "state"), finish, running())
     assert Path(source.path).read_bytes() == data
     assert domain.leftovers() == []
