@@ -16,8 +16,10 @@ async def backed_up(config: DatabaseConfig, owner: Owner) -> Backup:
     """Every table of the service at one moment, also while it runs."""
     async with open_direct(config, owner) as connection:
         async with connection.transaction(isolation="repeatable_read", readonly=True):
+            # In the order in which they were created: what refers to others comes after them.
             names = await connection.fetch(
-                "select tablename from pg_tables where schemaname = current_schema()"
+                """select relname from pg_class
+                   where relkind = 'r' and relnamespace = current_schema()::regnamespace order by oid"""
             )
             kept: Backup = {}
             for (name,) in names:
