@@ -344,7 +344,7 @@ def _ends_of_other_placements_count() -> None:
 
 
 MUTANTS: dict[str, Mutant] = {
-    "operations are not resumed": Mutant(_operations_are_not_resumed, 3, "services"),
+    "operations are not resumed": Mutant(_operations_are_not_resumed, 5, "services"),
     "strays are left": Mutant(
         _strays_are_left,
         0,
