@@ -70,7 +70,7 @@ async def made(host: Host, spec: DomainSpec) -> AsyncIterator[None]:
             for uuid in sorted(wanted.keys() - {mdev.uuid for mdev in there}):
                 await host.hypervisor.make_mdev(mdev_xml(wanted[uuid], uuid))
         yield
-    except BaseException:  # also when it is cancelled
+    except BaseException:  # also when it is cancelled: what was made for a VM that never ran must not stay
         room.beginning -= wanted.keys()
         await _try(host)
         raise

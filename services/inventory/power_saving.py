@@ -12,6 +12,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 
 from msgspec.structs import replace
 
@@ -150,7 +151,7 @@ async def carry_out(inv: Inventory, run: Run) -> None:
         await run.only_forward()
     decided = await run.step("decided", "Deciding", lambda: _decided(inv, ask.id), Decided)
     boot_id = decided.boot_id
-    off = lambda: _power(inv, run, POWER_DOWN, "off", decided)  # noqa: E731
+    off = partial(_power, inv, run, POWER_DOWN, "off", decided)
     ordered = await run.step("off", "Switching it off", off, PowerOrdered)
     if ordered.state is PowerState.ON:
         await _awake(inv, ask.id, "")
@@ -277,7 +278,7 @@ async def carry_out_waking(inv: Inventory, run: Run) -> None:
     name = run.operation.object_name
     run.undo("asleep", lambda: _asleep(inv, ask.id, ask.boot_id, "it was not woken to the end"))
     decided = await run.step("decided", "Deciding", lambda: _decided(inv, ask.id), Decided)
-    on = lambda: _power(inv, run, POWER_UP, "on", decided)  # noqa: E731
+    on = partial(_power, inv, run, POWER_UP, "on", decided)
     ordered = await run.step("on", "Switching it on", on, PowerOrdered)
     run.checkpoint()
     if ordered.state is not PowerState.ON:

@@ -51,7 +51,7 @@ class Plug(Bmc):
             if off:
                 self.victims.append(tuple(self.machine.domains))
             if off or self.starts:
-                task = asyncio.create_task(self.machine.die() if off else self.machine.boot())  # type: ignore[arg-type]
+                task = asyncio.create_task(self.machine.die() if off else self.machine.boot())
                 self.switching.add(task)
                 task.add_done_callback(self.switching.discard)
         return answer

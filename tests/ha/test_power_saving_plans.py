@@ -284,7 +284,7 @@ async def test_a_sleeping_host_counts_for_a_promise_once_it_was_seen_to_wake(
             await at.vm(number, name, **big)
 
         async def starts(name: str) -> str:
-            body = {"name": name, "cluster_id": at.world.cluster.id, "start": True, **big}  # type: ignore[union-attr]
+            body = {"name": name, "cluster_id": at.world.cluster.id, "start": True, **big}
             op = await at.ended(decoded(await at.http.post("/vms", json=body)))
             return op["state"] if op["problem"] is None else f"failed: {op['problem']['message']}"
 

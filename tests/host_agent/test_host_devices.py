@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from uuid import UUID
 
@@ -279,11 +280,10 @@ def divided(case: Callable[[VmHost, DividingDaemon], object], path: Path) -> Non
 
     async def main() -> None:
         daemon = DividingDaemon("here", guest_of=lambda vm_id: Guest(0.2))
-        make = lambda config: MemoryHypervisor(config, daemon)  # noqa: E731
-        async with vm_host("qemu+sim://here", path, make) as vms:
+        async with vm_host("qemu+sim://here", path, partial(MemoryHypervisor, daemon=daemon)) as vms:
             watching = asyncio.create_task(host_devices.watch(vms.host))
             try:
-                await case(vms, daemon)  # type: ignore[misc]
+                await case(vms, daemon)
             finally:
                 watching.cancel()
                 await asyncio.gather(watching, return_exceptions=True)

@@ -145,12 +145,12 @@ def fleet_of(*hosts: HostFigures) -> Fleet:
 
 
 def of_host(**figures: object) -> HostFigures:
-    return dataclasses.replace(FIGURES, **figures)  # type: ignore[arg-type]
+    return dataclasses.replace(FIGURES, **figures)
 
 
 def need_of(**fields: object) -> Need:
     made = {"vm_id": "vm", "cluster_id": "a", "memory_bytes": GIB, "vcpus": 3, "name": "web"}
-    return Need(**(made | {"cpu_pinning": RESIZE} | fields))  # type: ignore[arg-type]
+    return Need(**(made | {"cpu_pinning": RESIZE} | fields))
 
 
 def said(fleet: Fleet, need: Need) -> str:
