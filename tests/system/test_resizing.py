@@ -111,7 +111,7 @@ async def test_a_vm_starts_with_what_its_host_gives_and_is_pinned_one_to_one(
 
             await succeeded(bus, await bus.ask(STOP_VM, StopVm(id=vm_id, force=True)))
             assert (await bus.ask(GET_VM, GetById(id=vm_id))).runs_with is None
-        except BaseException:
+        except BaseException:  # whatever the test failed with, its agent says why
             print(agent.log())
             raise
         finally:
