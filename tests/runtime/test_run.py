@@ -26,8 +26,9 @@ from volery.contracts.operation import (
 )
 from volery.runtime.bus import LOST, Bus, Caller
 from volery.runtime.core import Core
+from volery.runtime.database import open_direct
 from volery.runtime.programs import Settings
-from volery.runtime.run import Run
+from volery.runtime.run import LATE_SECONDS, Run
 from volery.runtime.service import Part, Service
 from volery.runtime.tables import Change
 
@@ -355,6 +356,35 @@ async def test_the_end_of_a_step_is_written_soon_when_nothing_else_is(configured
     async with stage.service():
         assert (await stage.ended()).state is OperationState.SUCCEEDED
     assert turning.done == ["first", "second"]
+
+
+async def test_a_late_end_that_meets_a_lock_while_its_service_ends_keeps_nothing_open(configured: Settings) -> None:
+    stepped, left = asyncio.Event(), asyncio.Event()
+
+    async def act(bench: Bench, run: Run) -> None:
+        async def first() -> int:
+            return 1
+
+        await run.step("first", "First", first, int)
+        stepped.set()
+        try:
+            await left.wait()
+        except asyncio.CancelledError:
+            await asyncio.sleep(3 * LATE_SECONDS)  # what this waits for is the write of the end
+            raise
+
+    stage = Stage(configured, act)
+    async with open_direct(configured.database, Owner.HA) as other:
+        async with stage.service():
+            await stage.begin()
+            await stepped.wait()
+            held = other.transaction()
+            await held.start()
+            await other.execute("select 1 from operation where id = $1 for update", stage.op_id)
+        await held.rollback()
+    left.set()
+    async with stage.service():
+        assert (await stage.ended()).state is OperationState.SUCCEEDED
 
 
 @pytest.mark.parametrize("cancelled", [False, True])

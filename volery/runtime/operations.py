@@ -323,9 +323,11 @@ class Operations:
         log.info("%s of %s %s %s", op.kind, op.object_kind, op.object_id, op.state)
 
     async def stop(self) -> None:
-        """Leave everything as it is; whoever leads next takes it up."""
+        """Leave everything as it is; whoever leads next takes it up. What is begun while the rest ends, such as the late
+        write of a step's end, ends as well: left alone it would keep its connection for as long as a lock is held."""
         self.leading = self.aligned = False
-        await end([*(task for _, task in self.runs.values()), *self.tasks])
+        while left := [task for task in (*(t for _, t in self.runs.values()), *self.tasks) if not task.done()]:
+            await end(left)
 
     async def trim(self, days: int = 30) -> None:
         await self.pool.execute(
