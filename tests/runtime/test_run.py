@@ -358,7 +358,9 @@ async def test_the_end_of_a_step_is_written_soon_when_nothing_else_is(configured
     assert turning.done == ["first", "second"]
 
 
-async def test_a_late_end_that_meets_a_lock_while_its_service_ends_keeps_nothing_open(configured: Settings) -> None:
+async def test_a_late_end_that_meets_a_lock_while_its_service_ends_keeps_nothing_open(
+    configured: Settings,
+) -> None:
     stepped, left = asyncio.Event(), asyncio.Event()
 
     async def act(bench: Bench, run: Run) -> None:

@@ -326,7 +326,9 @@ class Operations:
         """Leave everything as it is; whoever leads next takes it up. What is begun while the rest ends, such as the late
         write of a step's end, ends as well: left alone it would keep its connection for as long as a lock is held."""
         self.leading = self.aligned = False
-        while left := [task for task in (*(t for _, t in self.runs.values()), *self.tasks) if not task.done()]:
+        while left := [
+            task for task in (*(t for _, t in self.runs.values()), *self.tasks) if not task.done()
+        ]:
             await end(left)
 
     async def trim(self, days: int = 30) -> None:
