@@ -32,6 +32,8 @@ AT_ONCE = 50
 SLOTS = 50
 """Parts of a beat's time among which hosts are spread."""
 RETURN_AT_ONCE = 8
+TRIES = 20
+"""Connections that a host tries before the fleet can't be made."""
 RETURN_SECONDS = 1.0
 """After which a host whose connection was lost connects again; the real agent waits for up to two seconds."""
 AGAIN_SECONDS = 10.0
@@ -187,6 +189,21 @@ def _host(seeded: Seeded, wire: HostWire, installation: str) -> PacedHost:
     return host
 
 
+async def _started(one: Seeded, link: Connect, installation: str) -> PacedHost:
+    """Tried again: a server that is busy with thousands of handshakes gives up who is late in one."""
+    for left in reversed(range(TRIES)):
+        try:
+            host = _host(one, await link(), installation)
+            host.connect = link
+            await host.start()
+            return host
+        except (OSError, TimeoutError):
+            if not left:
+                raise
+            await asyncio.sleep(RETURN_SECONDS)
+    raise AssertionError("one try at least")
+
+
 async def connected(there: Installation, seeds: Sequence[Seeded]) -> list[PacedHost]:
     """Every host on a connection of its own, signed in as itself; none has said anything yet."""
     realm = Realm.load(there.home.bus_credentials)
@@ -199,10 +216,7 @@ async def connected(there: Installation, seeds: Sequence[Seeded]) -> list[PacedH
         for one in turns:
             jwt = mint_agent(realm, one.host.id, one.key.public)
             link = partial(connect, url, tls, one.host.id, jwt, one.key)
-            host = _host(one, await link(), there.home.installation)
-            host.connect = link
-            await host.start()
-            made.append(host)
+            made.append(await _started(one, link, there.home.installation))
 
     await asyncio.gather(*(some() for _ in range(AT_ONCE)))
     return made

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from services.inventory import model, resizing, restored
+from services.inventory import choosing, model, resizing, restored
 from services.inventory.desk import Inventory
 from services.inventory.endings import down, in_blackout
 from services.inventory.giving_up import release_claim
@@ -164,7 +164,7 @@ async def _choose(inv: Inventory, run: Run, ask: MigrateVm, moving: Moving) -> P
             target_host_id=ask.host_id,
             operation_id=run.id,
         )
-        return await inv.core.bus.ask(PLACE, question, run.caller_for("place"))
+        return await choosing.choose_host(inv, run, "place", question)
 
     placed = await run.step("place", "Choosing a host", place, Placement)
     if not placed.host_id:

@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 
 from msgspec.structs import replace
 
-from services.inventory import giving_up, host_devices, leases, memory, model, restored, undying
+from services.inventory import choosing, giving_up, host_devices, leases, memory, model, restored, undying
 from services.inventory.desk import Inventory
 from services.inventory.specs import disk_ids, domain_spec, need_of
 from services.inventory.store import VMS, VmPrivate
@@ -305,7 +305,7 @@ async def _place(
             avoided_host_ids=ask.avoided_host_ids,
             operation_id=run.id,
         )
-        return await inv.core.bus.ask(PLACE, question, run.caller_for(f"place-{attempt}"))
+        return await choosing.choose_host(inv, run, f"place-{attempt}", question)
 
     async def settle(placed: Placement) -> list[Change]:
         return await _host_set(inv, ask.vm_id, epoch, placed) if placed.host_id else []

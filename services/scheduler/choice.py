@@ -103,6 +103,7 @@ class Look:
             shape=None if best is None else shape_at(fleet, asked, best),
             devices=devices,
             devices_revision=devices_revision,
+            hopeful=best is None and not self.hopeless,
             policy_id=asked.recipe.id,
             policy_name=asked.recipe.name,
             policy_revision=asked.recipe.revision,

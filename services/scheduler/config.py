@@ -17,8 +17,9 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     settled_seconds: float = 5.0
     """How long a VM's state must have been unchanged before a claim that contradicts it is given back: facts
     travel for milliseconds, and a claim released too early could be given twice."""
-    refusal_wait_seconds: float = 0.25
-    """How long a placement that finds no host waits for facts on their way before it says so."""
+    refusal_wait_seconds: float = 0.02
+    """How long a placement that finds no host waits for facts on their way before it says so. Who starts or moves a VM asks
+    once more a quarter of a second later."""
     decision_days: int = 7
     """How long decisions stay readable."""
     explained_hosts: int = 100

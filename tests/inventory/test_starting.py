@@ -134,6 +134,18 @@ async def test_a_report_from_before_its_start_does_not_end_it(configured: Settin
         assert runs_on(host, vm.id)
 
 
+@pytest.mark.parametrize("not_yet", [1, 2])
+async def test_a_start_that_may_find_room_in_a_moment_asks_once_more(
+    configured: Settings, not_yet: int
+) -> None:
+    async with world_of(configured) as (world, _):
+        vm = await world.vm(start=False)
+        world.scheduler.not_yet = not_yet
+        ended = await world.ended(await world.bus.ask(START_VM, StartVm(id=vm.id)))
+        assert ended.state is (OperationState.SUCCEEDED if not_yet == 1 else OperationState.FAILED)
+        assert [ask.epoch for ask in world.scheduler.asked] == [1, 1]
+
+
 async def test_a_vm_that_fits_nowhere_says_why_until_it_runs(configured: Settings) -> None:
     async with world_of(configured) as (world, (h1, _)):
         vm = await world.vm(start=False)

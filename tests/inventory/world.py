@@ -265,6 +265,8 @@ class Scheduler(Speaker):
     many_asked: asyncio.Event = field(default_factory=asyncio.Event)
     nowhere: set[str] = field(default_factory=set)
     """VMs that fit on no host."""
+    not_yet: int = 0
+    """So many placements find no host, but may when they ask again."""
     cpus: dict[str, GivenCpus] = field(default_factory=dict)
     """Host → the physical CPUs that a VM gets there."""
     shapes: dict[str, VmShape] = field(default_factory=dict)
@@ -292,7 +294,9 @@ class Scheduler(Speaker):
         self.asked.append(ask)
         await self.may_place.wait()
         fits = [h for h in self.host_ids if h not in ask.excluded_host_ids]
-        if ask.need.vm_id in self.nowhere:
+        hopeful = self.not_yet > 0
+        self.not_yet -= hopeful
+        if hopeful or ask.need.vm_id in self.nowhere:
             fits = []
         if ask.target_host_id:
             fits = [h for h in fits if h == ask.target_host_id]
@@ -305,6 +309,7 @@ class Scheduler(Speaker):
             cpus=self.cpus.get(host_id),
             shape=self.shapes.get(host_id),
             devices=self.devices.get(host_id, ()),
+            hopeful=hopeful,
         )
 
     async def _place_many(self, _: Speaker, ask: PlaceMany, caller: Caller) -> Placements:

@@ -110,6 +110,7 @@ def test_the_first_of_many_hosts_are_those_of_the_whole_order(share: float) -> N
             target=np.zeros(hosts, np.bool_),
             fits=np.logical_and.reduce(list(masks.values())),
             masks=masks,
+            everyone=np.ones(hosts, np.bool_),
             total=dice.integers(-30, 30, hosts) / 7,
             scores={},
             ranks=dice.permutation(hosts),

@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import asyncpg
 import pytest
@@ -202,6 +203,7 @@ async def test_a_vm_ends_and_another_takes_its_place_in_one_round(
 
 
 async def test_who_can_never_fit_is_told_at_once_and_who_might_waits_for_room(configured: Settings) -> None:
+    configured = replace(configured, environ={"VOLERY_SCHEDULER_REFUSAL_WAIT_SECONDS": "0.5"})
     owner, c = inventory(), cluster()
     only = host(c.id, name="only", memory_bytes=RESERVE + 2 * (GIB + OVERHEAD))
     opened: list[Scheduler] = []
@@ -217,9 +219,11 @@ async def test_who_can_never_fit_is_told_at_once_and_who_might_waits_for_room(co
         await until(lambda: _answer(bool(mine.rounds.resting)))
         refused = await bus.ask(PLACE, hopeless)
         assert not refused.claimed
+        assert not refused.hopeful
         assert not waits.done()
         await bus.ask(RELEASE_CLAIM, ClaimKey(vm_id=first.need.vm_id, epoch=1))
         assert (await waits).claimed
+        assert (await bus.ask(PLACE, placing(c.id, memory_bytes=2 * GIB))).hopeful
 
 
 async def _answer(value: bool) -> bool:

@@ -181,6 +181,9 @@ class Placement(Message):
     """Counts how often devices of the host were given or taken back; they were chosen under this."""
     together: tuple[str, ...] = ()
     """The other VMs that it was placed with on one host, or refused with."""
+    hopeful: bool = False
+    """Refused, but what has just happened to hosts, networks or other VMs may not have been heard yet and might let it in: ask
+    once more in a moment."""
 
 
 class PlaceMany(Message):

@@ -10,7 +10,7 @@ import numpy as np
 
 from services.scheduler.fleet import Bools, Fleet, Floats, Ints
 from services.scheduler.policies import resized
-from services.scheduler.policies.filters import FILTERS
+from services.scheduler.policies.filters import FILTERS, Filter
 from services.scheduler.policies.remedies import remedies
 from services.scheduler.policies.request import Request
 from services.scheduler.policies.weights import weigh
@@ -31,6 +31,8 @@ class Decision:
     target: Bools
     fits: Bools
     masks: dict[str, Bools]
+    everyone: Bools
+    """The very mask of a rule that excludes no host."""
     total: Floats
     """Rounded to what counts as equal."""
     scores: dict[str, Floats]
@@ -38,9 +40,15 @@ class Decision:
     """What decides between equals."""
 
     @cached_property
+    def excluding(self) -> dict[str, Bools]:
+        """The masks of rules that may exclude a host. Most can't: a rule that isn't about this VM isn't counted over all
+        hosts."""
+        return {rule: mask for rule, mask in self.masks.items() if mask is not self.everyone}
+
+    @cached_property
     def level(self) -> Ints:
         """0 where it fits; else the more, the more stands against it. (Where a host was asked for, no other fits.)"""
-        against = np.sum([~mask for mask in self.masks.values()], axis=0)
+        against = np.sum([~mask for mask in self.excluding.values()], axis=0)
         found: Ints = np.where(self.fits, 0, 1 + against + ~self.target * (len(self.masks) + 1))
         return found
 
@@ -83,7 +91,7 @@ class Decision:
     def excluded_by(self) -> dict[str, int]:
         """Rule → how many of the hosts it excludes."""
         hosts = int(np.count_nonzero(self.considered))
-        left = {rule: int(np.count_nonzero(self.considered & mask)) for rule, mask in self.masks.items()}
+        left = {rule: int(np.count_nonzero(self.considered & mask)) for rule, mask in self.excluding.items()}
         return {rule: hosts - count for rule, count in left.items() if count < hosts}
 
 
@@ -113,7 +121,8 @@ def decide(fleet: Fleet, request: Request) -> Decision:
     total = total.round(9)
     wanted = request.place.target_host_id
     target = fleet.among((wanted,)) if wanted else ~fleet.everyone
-    return Decision(masks["cluster"] | target, target, fits, masks, total, scores, fleet.ranks())
+    considered = masks["cluster"] | target
+    return Decision(considered, target, fits, masks, fleet.everyone, total, scores, fleet.ranks())
 
 
 def _all_of(fleet: Fleet, masks: Mapping[str, Bools]) -> Bools:
@@ -160,7 +169,17 @@ def explain(
     fleet: Fleet, request: Request, decision: Decision, most: int | None = None
 ) -> tuple[HostVerdict, ...]:
     """Host by host, the best first, no more than `most`."""
-    return tuple(_verdict(fleet, request, decision, row) for row in _shown(decision, most).tolist())
+    rows = _shown(decision, most)
+    fits = decision.fits[rows]
+    chosen, refused = rows[fits], rows[~fits]
+    weights = dict(zip(chosen.tolist(), _weights(decision, chosen), strict=True))
+    rules = dict(zip(refused.tolist(), _against(decision.masks, refused), strict=True))
+    return tuple(
+        _fitting(fleet, decision, row, weights[row])
+        if row in weights
+        else _excluded(fleet, request, row, rules[row])
+        for row in rows.tolist()
+    )
 
 
 def _shown(decision: Decision, most: int | None) -> Ints:
@@ -169,24 +188,34 @@ def _shown(decision: Decision, most: int | None) -> Ints:
     return decision.order if most is None else decision.first(most)
 
 
-def _verdict(fleet: Fleet, request: Request, decision: Decision, row: int) -> HostVerdict:
-    if decision.fits[row]:
-        return HostVerdict(
-            host_id=fleet.ids[row],
-            name=fleet.names[row],
-            fits=True,
-            weight=round(float(decision.total[row]), 4),
-            weights={name: round(float(score[row]), 4) for name, score in decision.scores.items()},
-        )
-    return _excluded(fleet, request, decision.masks, row)
+def _weights(decision: Decision, rows: Ints) -> list[dict[str, float]]:
+    """Weight → its share of the sum, of each of these rows."""
+    table = np.array([score[rows] for score in decision.scores.values()]).round(4)
+    return [dict(zip(decision.scores, shares, strict=True)) for shares in table.T.tolist()]
 
 
-def _excluded(fleet: Fleet, request: Request, masks: Mapping[str, Bools], row: int) -> HostVerdict:
+def _against(masks: Mapping[str, Bools], rows: Ints) -> list[list[Filter]]:
+    """The rules that exclude each of these rows."""
+    found: list[list[Filter]] = [[] for _ in rows]
+    for rule in FILTERS if len(rows) else ():
+        if (mask := masks.get(rule.name)) is not None:
+            for at in np.flatnonzero(~mask[rows]).tolist():
+                found[at].append(rule)
+    return found
+
+
+def _fitting(fleet: Fleet, decision: Decision, row: int, weights: dict[str, float]) -> HostVerdict:
+    weight = round(float(decision.total[row]), 4)
+    return HostVerdict(
+        host_id=fleet.ids[row], name=fleet.names[row], fits=True, weight=weight, weights=weights
+    )
+
+
+def _excluded(fleet: Fleet, request: Request, row: int, rules: Sequence[Filter]) -> HostVerdict:
     verdicts = []
-    for rule in FILTERS:
-        if rule.name in masks and not masks[rule.name][row]:
-            message, change = rule.explain(fleet, request, row)
-            verdicts.append(Verdict(rule=rule.name, passed=False, message=message, change=change))
+    for rule in rules:
+        message, change = rule.explain(fleet, request, row)
+        verdicts.append(Verdict(rule=rule.name, passed=False, message=message, change=change))
     return HostVerdict(host_id=fleet.ids[row], name=fleet.names[row], verdicts=tuple(verdicts))
 
 
@@ -200,6 +229,7 @@ def room(fleet: Fleet, request: Request) -> Room:
     others = [int(row) for row in hosts if not fits[row]]
     up = masks["host_state"]
     nearest = min(others, key=lambda r: (int(against[r]), not up[r], fleet.ids[r]), default=None)
+    rules = [] if nearest is None else _against(masks, np.array([nearest]))[0]
     mended = () if fits[hosts].any() else remedies(fleet, request, masks, hosts)
     return Room(
         vm_id=request.need.vm_id,
@@ -207,7 +237,7 @@ def room(fleet: Fleet, request: Request) -> Room:
         up=int(up[hosts].sum()),
         fitting=int(fits[hosts].sum()),
         memory_bytes=request.memory,
-        nearest=None if nearest is None else _excluded(fleet, request, masks, nearest),
+        nearest=None if nearest is None else _excluded(fleet, request, nearest, rules),
         remedies=mended,
     )
 
@@ -264,8 +294,9 @@ def _others(decision: Decision) -> str:
     rows = np.flatnonzero(others)
     if not len(rows):
         return ""
-    against = {rule: ~mask[rows] for rule, mask in decision.masks.items()}
-    against["target"] &= np.sum(list(against.values()), axis=0) == 1
+    against = {rule: ~mask[rows] for rule, mask in decision.excluding.items()}
+    if "target" in against:
+        against["target"] &= np.sum(list(against.values()), axis=0) == 1
     counts = sorted(((int(a.sum()), rule) for rule, a in against.items() if a.any()), key=lambda c: -c[0])
     rules = ", ".join(f"{rule} {count}" for count, rule in counts)
     return f"; {len(rows)} more were excluded by: {rules}"

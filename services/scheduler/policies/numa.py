@@ -72,7 +72,7 @@ def match(fleet: Fleet, request: Request) -> Floats:
     """The share of the VM's nodes that have a cell for themselves: the one that they are pinned to, or any."""
     nodes = request.need.numa_nodes
     if not nodes:
-        return np.zeros(len(fleet))
+        return fleet.nothing
     found: Floats = np.sum([_has_cell(fleet, request, node) for node in nodes], axis=0) / len(nodes)
     return found
 

@@ -166,24 +166,25 @@ def _best(
 def _answer(obstacles: Sequence[Obstacle], kinds: tuple[ChangeKind, ...], hosts: int) -> Answer | None:
     """None: some obstacle stands against every host, and no lever of these kinds moves it."""
     pulls = [[p for p in o.pulls if p.kind in kinds] for o in obstacles]
-    forced = _forced(obstacles, pulls, hosts)
-    chosen = []
-    fields: dict[tuple[ChangeKind, str], Floats] = {}
-    changes: dict[tuple[ChangeKind, str], Ints] = {}
     nowhere = np.zeros(hosts, np.bool_)
     hopeless = nowhere.copy()
     for obstacle, possible in zip(obstacles, pulls, strict=True):
         if not possible:
             hopeless |= obstacle.against
-            if hopeless.all():
-                return None
-            chosen.append(np.zeros(hosts, np.int64))
-            continue
-        # A field that must change anyway costs no further change, so it is taken wherever it is enough.
-        costs = [
-            np.where(forced.get(_key(p), nowhere) & np.isfinite(p.share), -1.0, p.share) for p in possible
-        ]
-        choice = np.argmin(np.array(costs), axis=0)
+    if hopeless.all():
+        return None
+    forced = _forced(obstacles, pulls, hosts)
+    chosen = []
+    fields: dict[tuple[ChangeKind, str], Floats] = {}
+    changes: dict[tuple[ChangeKind, str], Ints] = {}
+    for obstacle, possible in zip(obstacles, pulls, strict=True):
+        choice = np.zeros(hosts, np.int64)
+        if len(possible) > 1:
+            # A field that must change anyway costs no further change, so it is taken wherever it is enough.
+            costs = [
+                np.where(forced.get(_key(p), nowhere) & np.isfinite(p.share), -1.0, p.share) for p in possible
+            ]
+            choice = np.argmin(np.array(costs), axis=0)
         chosen.append(choice)
         for number, pull in enumerate(possible):
             share = np.where(obstacle.against & (choice == number), pull.share, 0.0)

@@ -125,6 +125,7 @@ def unit(fleet: Fleet, members: Sequence[Request], each: Sequence[Decision]) -> 
         target=_all([one.target for one in each]),
         fits=_all([fleet.everyone, *masks.values()]),
         masks=masks,
+        everyone=fleet.everyone,
         total=np.sum([one.total for one in each], axis=0).round(9),
         scores={name: np.sum([one.scores[name] for one in each], axis=0) for name in each[0].scores},
         ranks=fleet.ranks(),
