@@ -6,23 +6,29 @@ from collections.abc import Sequence
 from operator import add
 
 from services.scheduler.model import SeenVm
-from services.scheduler.store import Pool, held, seen
+from services.scheduler.store import RECENT_SECONDS, Pool, held, seen
 from volery.contracts.scheduling import Claim
 from volery.runtime.tables import Change, text_columns
 
+OF_RECENT_VMS = "and v.heard_at > now() - make_interval(secs => $3)"
 
-async def unclaimed_vms(pool: Pool, settled_seconds: float, most: int) -> list[SeenVm]:
+
+async def unclaimed_vms(
+    pool: Pool, settled_seconds: float, most: int, *, recent: bool = False
+) -> list[SeenVm]:
     """VMs that certainly run on a host where no claim holds their capacity: external ones, and after a loss. Those of one
-    host are neighbours."""
+    host are neighbours. `recent`: only those that were heard of lately."""
+    lately = OF_RECENT_VMS if recent else ""
     records = await pool.fetch(
-        """select v.* from vm v join host_capacity h on h.id = v.host_id
+        f"""select v.* from vm v join host_capacity h on h.id = v.host_id
            where not v.deleted and v.status in ('up', 'paused', 'powering_up', 'reboot_in_progress')
-             and v.heard_at < now() - make_interval(secs => $1)
+             and v.heard_at < now() - make_interval(secs => $1) {lately}
              and not exists (select 1 from claim c where c.vm_id = v.id and c.host_id = v.host_id)
              and not exists (select 1 from claim c where c.vm_id = v.id and c.epoch >= v.epoch)
            order by v.host_id, v.id limit $2""",
         settled_seconds,
         most,
+        *((RECENT_SECONDS,) if recent else ()),
     )
     return [seen(record) for record in records]
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from services.scheduler import cell_claims, device_claims, promise_store, saving_store, store
 from services.scheduler.cells import cells_of
+from services.scheduler.looks import Looks
 from services.scheduler.model import ClusterPolicy, Looked, limits
 from services.scheduler.pages import pages_of
 from services.scheduler.scheduling_policies import keep_built_in
@@ -159,6 +160,7 @@ async def leadership_begins(scheduler: Scheduler) -> None:
     await keep_built_in(scheduler)
     scheduler.listed.clear()
     scheduler.looked = Looked()
+    scheduler.looks = Looks()
 
 
 @part.every(LIST_SECONDS)

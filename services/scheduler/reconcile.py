@@ -54,7 +54,10 @@ ADOPTED_TOGETHER = 50
 async def settle_claims(scheduler: Scheduler) -> None:
     config = scheduler.config
     now = await store.now(scheduler.core.pool)
-    found = await store.suspicious_claims(scheduler.core.pool, config.claim_seconds, config.settled_seconds)
+    async with scheduler.looks.one("claims") as recent:
+        found = await store.suspicious_claims(
+            scheduler.core.pool, config.claim_seconds, config.settled_seconds, recent=recent
+        )
     for row, vm, replaced in found:
         verdict, why = model.settle(row.public, vm, now, config, replaced=replaced)
         await _apply(scheduler, row, verdict, why)
@@ -83,12 +86,16 @@ async def _apply(
 async def adopt_vms(scheduler: Scheduler) -> None:
     """Claims for VMs that run without one, also beyond the host's limit: what is used is used. A database that was lost, or
     a data center that is taken over, has hundreds of thousands of them."""
-    while vms := await adoption_store.unclaimed_vms(scheduler.core.pool, ADOPT_AFTER_SECONDS, ADOPTED_ONCE):
-        adopted = 0
-        for at in range(0, len(vms), ADOPTED_TOGETHER):
-            adopted += await _adopt(scheduler, vms[at : at + ADOPTED_TOGETHER])
-        if not adopted or len(vms) < ADOPTED_ONCE:
-            return
+    pool = scheduler.core.pool
+    async with scheduler.looks.one("unclaimed") as recent:
+        while vms := await adoption_store.unclaimed_vms(
+            pool, ADOPT_AFTER_SECONDS, ADOPTED_ONCE, recent=recent
+        ):
+            adopted = 0
+            for at in range(0, len(vms), ADOPTED_TOGETHER):
+                adopted += await _adopt(scheduler, vms[at : at + ADOPTED_TOGETHER])
+            if not adopted or len(vms) < ADOPTED_ONCE:
+                return
 
 
 async def _adopt(scheduler: Scheduler, vms: Sequence[SeenVm]) -> int:

@@ -25,6 +25,7 @@ from services.scheduler.cells import needs_from
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.figures import Measured
 from services.scheduler.fleet import Fleet
+from services.scheduler.looks import Looks
 from services.scheduler.model import Audit, ClusterPolicy, Looked
 from services.scheduler.pages import Pages
 from services.scheduler.policies.affinity import ClusterRules
@@ -75,6 +76,7 @@ class Scheduler:
     rested_at: dict[str, float] = field(default_factory=dict)
     """Cluster → when the leader last looked whether hosts may sleep there, or are to be woken."""
     idle: Idle = field(default_factory=Idle)
+    looks: Looks = field(default_factory=Looks)
     short: dict[str, str] = field(default_factory=dict)
     """Host that has promised more than it has → what was said of that."""
     used_as_of: int = 0

@@ -150,13 +150,21 @@ async def claims_of(pool: Pool, vm_id: str) -> list[Row[Claim, ClaimPrivate]]:
     return await CLAIMS.where(pool, "vm_id = $1", vm_id)
 
 
+RECENT_SECONDS = 120.0
+"""What was said of a VM so long ago may contradict its claim, or lack one; what was said earlier has been looked at."""
+OF_RECENT_VMS = """
+    and (c.state = 'tentative'
+         or c.vm_id = any(array(select r.id from vm r where r.heard_at > now() - make_interval(secs => $3))))"""
+
+
 async def suspicious_claims(
-    pool: Pool, claim_seconds: float, settled_seconds: float
+    pool: Pool, claim_seconds: float, settled_seconds: float, *, recent: bool = False
 ) -> list[tuple[Row[Claim, ClaimPrivate], SeenVm | None, bool]]:
     """Claims that may contradict what inventory says of their VMs, and whether a later placement of the VM holds
-    one on the same host; model.settle decides."""
+    one on the same host; model.settle decides. `recent`: only those that are tentative, or whose VMs were heard of lately."""
+    lately = OF_RECENT_VMS if recent else ""
     records = await pool.fetch(
-        """select c.doc, c.private, v.*,
+        f"""select c.doc, c.private, v.*,
                   exists(select 1 from claim n where n.vm_id = c.vm_id and n.host_id = c.host_id
                          and n.epoch > c.epoch and n.epoch <= v.epoch) as replaced
            from claim c left join vm v on v.id = c.vm_id
@@ -165,10 +173,11 @@ async def suspicious_claims(
                   or v.deleted or v.epoch > c.epoch
                   or c.state = 'tentative'
                   or v.host_id <> c.host_id or v.status in ('down', 'suspended', 'image_locked'))
-             and (v.id is null or v.heard_at < now() - make_interval(secs => $2))
+             and (v.id is null or v.heard_at < now() - make_interval(secs => $2)){lately}
            order by c.id""",
         claim_seconds,
         settled_seconds,
+        *((RECENT_SECONDS,) if recent else ()),
     )
     return [(CLAIMS.row(r), None if r["id"] is None else seen(r), r["replaced"]) for r in records]
 

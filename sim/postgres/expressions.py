@@ -428,6 +428,18 @@ def _exists(scope: Scope, node: exp.Exists, want: str) -> Compiled:
     return Compiled(lambda f: bool(run(f)), "bool")
 
 
+@compiles(exp.Array)
+def _array(scope: Scope, node: exp.Array, want: str) -> Compiled:
+    """Of a query's rows. One of single elements isn't written by the product."""
+    inside = node.expressions
+    if len(inside) != 1 or not isinstance(inside[0], exp.Query):
+        raise refuse(node)
+    query, run = _query(scope, inside[0])
+    if len(query.columns) != 1:
+        raise postgres(asyncpg.PostgresSyntaxError, "subquery must return only one column")
+    return Compiled(lambda f: [row[0] for row in run(f)], f"{query.columns[0][1]}[]")
+
+
 @compiles(exp.Subquery)
 def _scalar(scope: Scope, node: exp.Subquery, want: str) -> Compiled:
     only(node, "this")

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from services.scheduler import adoption_store, store
 from volery.runtime.tables import Table
 
 OWNERS = ("inventory", "scheduler", "storage", "network", "ha")
@@ -29,6 +30,8 @@ MEANS: dict[tuple[str, str], tuple[str, ...]] = {
         "id = $1",
         "id = any($1::text[])",
     ),
+    ("services.scheduler.store", "lately"): ("", store.OF_RECENT_VMS),
+    ("services.scheduler.adoption_store", "lately"): ("", adoption_store.OF_RECENT_VMS),
     ("services.scheduler.policy_store", "condition"): (
         "true",
         "id = $1",
