@@ -47,7 +47,7 @@ SCRIPTS = (
             "json_build_object('a', true, 'b', 'ä\"')::text", "interval '1 day'", "interval '90 minutes'",
             "make_interval(days => 2)", "make_interval(secs => 1.5::float8)", "'a' < 'B'", "'ä' > 'z'",
             "'b' = any(array(select 'b'::text))", "'b' = any(array(select 'b'::text where false))",
-            "array(select x.n from unnest('{2,1}'::integer[]) as x(n) order by x.n)",
+            "array(select null::text)",
             "exists (select 1 where false)", "(select 1 where false)", "'x'::text = any('{}'::text[])",
             "2 between 1 and 2", "null between 1 and 2", "1 is null", "true is not true", "null::bool is not true",
         ), ("select count(*), sum(n), max(n), min(n) from (select 1 as n where false) s",)),
