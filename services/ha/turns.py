@@ -64,7 +64,7 @@ def is_starting(ha: Ha) -> bool:
 async def _foremost(ha: Ha, silent: frozenset[str]) -> dict[str, WatchedVm]:
     if not is_starting(ha):
         return {}
-    to_come = [host_id for host_id in silent if _to_come(ha, host_id)]
+    to_come = sorted(host_id for host_id in silent if _to_come(ha, host_id))
     return _first_of_cluster(await watched_vms.wanted_on(ha.core.pool, to_come))
 
 
