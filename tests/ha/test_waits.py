@@ -103,9 +103,6 @@ async def test_one_that_is_refused_again_holds_nobody_up(configured: Settings, t
         next_one.set()
         await failed(at, less[0], 4)
         await failed(at, less[1], 5)
-        await at.says_host(1, tags=("again",))
-        await until_asked_about(at, 3)
-        assert len(at.owner.asked) == 5
 
 
 async def test_one_that_would_not_fit_is_not_tried_for_others(configured: Settings, tmp_path: Path) -> None:
