@@ -53,7 +53,7 @@ def _follow(event: HypervisorEvent, known: set[str]) -> None:
 async def _compare(hypervisor: Hypervisor, known: set[str]) -> None:
     """Each difference is looked at again by itself, since events may have overtaken the list."""
     listed = {d.vm_id for d in await hypervisor.list_domains() if d.state not in ENDED}
-    for vm_id in known ^ listed:
+    for vm_id in sorted(known ^ listed):
         now = await hypervisor.domain(vm_id)
         if now.state in ENDED and vm_id in known:
             details = {"event": "stopped", "reason": "unnoticed"}

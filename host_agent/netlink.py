@@ -365,10 +365,10 @@ def _set_peers(ip: Any, step: SetPeers) -> None:
     if index is None:
         return
     present = set(_peers(ip, index))
-    for peer in present - set(step.peers):
+    for peer in sorted(present - set(step.peers)):
         with _tolerating(errno.ENOENT):
             ip.fdb("del", ifindex=index, lladdr=FLOOD_MAC, dst=peer)
-    for peer in set(step.peers) - present:
+    for peer in sorted(set(step.peers) - present):
         with _tolerating(errno.EEXIST):
             ip.fdb("append", ifindex=index, lladdr=FLOOD_MAC, dst=peer)
 

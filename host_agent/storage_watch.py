@@ -57,7 +57,7 @@ class Watch:
     def _begin(self) -> None:
         """One read of each domain, unless its former one is still at it."""
         domains = places.connected(self.host.config)
-        for gone in self.said.keys() - {domain.domain_id for domain in domains}:
+        for gone in sorted(self.said.keys() - {domain.domain_id for domain in domains}):
             del self.said[gone]
         for domain in domains:
             if domain.domain_id not in self.reading:

@@ -159,6 +159,6 @@ class Oracle:
                 found.append(f"{name} should be down and is on {places}")
             if wish is Wish.ANY and places and not runs:
                 found.append(f"{name} stands still on {places}")
-        for vm_id in domains.keys() - set(self.world.vms.values()):
+        for vm_id in sorted(domains.keys() - set(self.world.vms.values())):
             found.append(f"a domain of nobody's VM {vm_id} is on {domains[vm_id]}")
         return found

@@ -94,7 +94,7 @@ async def fill(dwh: Dwh) -> None:
     """Owners that were never listed, or not since their last gap; one that is down holds up no other."""
     done = await store.listed(dwh.core.pool)
     async with asyncio.TaskGroup() as group:
-        for stream in {stream_name(call.owner) for call in LISTS.values()} - done:
+        for stream in sorted({stream_name(call.owner) for call in LISTS.values()} - done):
             group.create_task(_fill(dwh, stream))
 
 

@@ -12,9 +12,9 @@ from typing import Any, TypeAlias
 
 from msgspec.structs import replace
 
-from services.ha import rooms, turns, watched_vms
+from services.ha import rooms, turns, waits, watched_vms
 from services.ha.policies.restart_order import Step, Verdict, WatchedVm, decide, ended, is_over, within
-from services.ha.state import Ha
+from services.ha.state import Ha, WaitsFor
 from services.ha.store import RESTARTS, RestartPrivate
 from volery.contracts.base import Owner
 from volery.contracts.errors import Kind, Problem, Refused
@@ -23,7 +23,7 @@ from volery.contracts.liveness import LIST_RESTARTS, VmRestart
 from volery.contracts.operation import ENDED, GET_OPERATION, GetOperation, ListQuery, Operation
 from volery.contracts.vm import RESTART_VM, VM_CHANGED, VM_DELETED, RestartVm, Vm, VmStatus
 from volery.runtime.bus import Caller
-from volery.runtime.clock import monotonic, utc_now
+from volery.runtime.clock import utc_now
 from volery.runtime.hear_owners import Said
 from volery.runtime.pages import page
 from volery.runtime.service import Part
@@ -75,11 +75,12 @@ class Decided:
 
 async def look(ha: Ha, key: str) -> None:
     """Every VM that ended, the most important first, equals together. One look at a time."""
-    await rooms.look(ha)
     waiting = [vm for vm in await watched_vms.crashed(ha.core.pool) if ended(vm)]
+    waits.keep_only(ha, {vm.id for vm in waiting})
+    await rooms.look(ha, [vm.id for vm in waiting])
     for _, group in itertools.groupby(waiting, key=lambda vm: vm.priority):
         equals = list(group)
-        order = await turns.now(ha)
+        order = await turns.now(ha, waiting)
         for start in range(0, len(equals), WRITTEN_TOGETHER):
             await _treat(ha, equals[start : start + WRITTEN_TOGETHER], order)
 
@@ -143,7 +144,7 @@ async def _decide(ha: Ha, vm: WatchedVm, row: RestartRow | None, order: turns.Or
             return None
         if row is None:
             return None
-    if rooms.fits_nowhere(ha, vm.id) or _is_too_early(ha, vm.id):
+    if waits.goes_on(ha, vm.id):
         return None
     now = utc_now()
     attempts = within(row.private.attempts, now, ha.config) if row is not None else ()
@@ -170,19 +171,9 @@ async def _in_turn(ha: Ha, vm: WatchedVm, order: turns.Order, verdict: Verdict, 
     """The verdict, unless others come first."""
     others = await turns.others_first(ha, vm, order, waited)
     if not others:
+        ha.turns.pop(vm.id, None)
         return verdict
     return Verdict(Step.WAIT, f"VM {vm.name} ended ({vm.reason}) and is brought back in its turn: {others}")
-
-
-def _is_too_early(ha: Ha, vm_id: str) -> bool:
-    """Whether what its last start failed for has not had the time to pass."""
-    at = ha.not_before.get(vm_id)
-    if at is None:
-        return False
-    if monotonic() < at:
-        return True
-    del ha.not_before[vm_id]
-    return False
 
 
 async def _learn_outcome(ha: Ha, vm: WatchedVm, row: RestartRow) -> RestartRow | None:
@@ -217,19 +208,18 @@ def _passes(ha: Ha, vm: WatchedVm, problem: Problem) -> str:
     """What is waited for until it is tried again, as a sentence; "" when the failed start counts."""
     starting = turns.is_starting(ha)
     if problem.kind is Kind.EXHAUSTED and not (starting and problem.details.get("tried")):
-        ha.exhausted[vm.id] = monotonic()
+        waits.begin(ha, vm.id, WaitsFor.ROOM, rooms.EXHAUSTED_SECONDS)
         return f"VM {vm.name} fits nowhere now; it is tried again when there is room: {problem.message}"
     if (rule := problem.details.get("rule")) in FREE_LATER:
         held = "its lease" if rule == LEASE_HELD else "a lock on its disk to go"
-        seconds, why = ha.config.lease_again_seconds, f"waits for {held}, and"
+        what, seconds = WaitsFor.LOCK, ha.config.lease_again_seconds
+        why = f"waits for {held}, and"
     elif starting:
-        seconds, why = (
-            ha.config.restart_first_delay_seconds,
-            "could not be started while hosts are coming back; it",
-        )
+        what, seconds = WaitsFor.HOSTS, ha.config.restart_first_delay_seconds
+        why = "could not be started while hosts are coming back; it"
     else:
         return ""
-    ha.not_before[vm.id] = monotonic() + seconds
+    waits.begin(ha, vm.id, what, seconds)
     return f"VM {vm.name} {why} is tried again every {seconds:g} s: {problem.message}"
 
 

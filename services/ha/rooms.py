@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from msgspec.structs import replace
 
-from services.ha import watched_vms
+from services.ha import waits, watched_vms
 from services.ha.state import Ha
 from volery.contracts.base import Entity
 from volery.contracts.cluster import CLUSTER_CHANGED
@@ -37,6 +37,8 @@ HEARD_SECONDS = 5.0
 """So long after room may have come it is asked for: the scheduler may hear of it a moment later than ha."""
 ASK_SECONDS = 0.5
 """Between two questions."""
+SILENT_SECONDS = 3.0
+"""A host that has not beaten for so long is no room: nothing is started there (inventory leaves it out, too)."""
 ANSWER_SECONDS = 2.0
 """Other restarts wait for this answer no longer."""
 MOST = 200
@@ -45,35 +47,46 @@ MOST = 200
 def may_have_come(ha: Ha) -> None:
     """Something changed that may have made room."""
     ha.capacity_at = monotonic()
-    if ha.exhausted:
+    if ha.waits:
         ha.core.wake(KEY)
 
 
-def fits_nowhere(ha: Ha, vm_id: str) -> bool:
-    """Whether no host could take it, and nobody has said since that one can."""
-    at = ha.exhausted.get(vm_id)
-    if at is None:
-        return False
-    if monotonic() - at < EXHAUSTED_SECONDS:
-        return True
-    del ha.exhausted[vm_id]
-    return False
-
-
-async def look(ha: Ha) -> None:
-    """Whoever fits again fits nowhere no more."""
-    now = monotonic()
-    if not ha.exhausted or now - ha.capacity_at > HEARD_SECONDS or now - ha.room_asked_at < ASK_SECONDS:
+async def look(ha: Ha, vm_ids: Sequence[str]) -> None:
+    """Of VMs that ended, the most important first: whoever fits again waits no more, and neither do those that others let go
+    first, unless they would not fit."""
+    if not ha.waits:
         return
-    ha.room_asked_at = now
+    silent = frozenset(h for h in ha.watches if ha.core.beats.silent_seconds(h) >= SILENT_SECONDS)
+    if ha.silent - silent:
+        may_have_come(ha)
+    ha.silent, now = silent, monotonic()
+    called = waits.called(ha, vm_ids)
+    asked = called[:MOST]
+    if now - ha.capacity_at <= HEARD_SECONDS and now - ha.room_asked_at >= ASK_SECONDS:
+        ha.room_asked_at = now
+        asked = list(dict.fromkeys((*called, *waits.for_room(ha, vm_ids))))[:MOST]
+    if not asked:
+        return
+    found: dict[str, bool] = {}
     try:
         async with asyncio.timeout(ANSWER_SECONDS):
-            found = await _fitting(ha, tuple(sorted(ha.exhausted)[:MOST]))
+            found = await _fitting(ha, tuple(asked))
     except (Refused, TimeoutError) as error:
         log.info("whether there is room again can't be asked yet: %s", error)
-        return
+    for vm_id in called[:MOST]:
+        _try(ha, vm_id, found.pop(vm_id, True), now)
     for vm_id, fits in found.items():
         _take(ha, vm_id, fits, now)
+
+
+def _try(ha: Ha, vm_id: str, fits: bool, now: float) -> None:
+    """One for which others wait is tried in room that it was tried in before, too, and where nobody could say."""
+    if fits:
+        ha.room_found[vm_id] = now
+        waits.end(ha, vm_id)
+    else:
+        ha.room_found.pop(vm_id, None)
+        waits.refused_again(ha, vm_id)
 
 
 def _take(ha: Ha, vm_id: str, fits: bool, now: float) -> None:
@@ -82,7 +95,7 @@ def _take(ha: Ha, vm_id: str, fits: bool, now: float) -> None:
         ha.room_found.pop(vm_id, None)
     elif now - ha.room_found.get(vm_id, float("-inf")) > EXHAUSTED_SECONDS:
         ha.room_found[vm_id] = now
-        ha.exhausted.pop(vm_id, None)
+        waits.end(ha, vm_id)
 
 
 async def _fitting(ha: Ha, vm_ids: tuple[str, ...]) -> dict[str, bool]:
@@ -97,11 +110,12 @@ async def _fitting(ha: Ha, vm_ids: tuple[str, ...]) -> dict[str, bool]:
 
 
 async def _ask_for(ha: Ha, vm: VmNeed) -> RoomFor:
-    """One that is restarted on its own host only needs room there."""
+    """One that is restarted on its own host only needs room there. Silent hosts of its cluster are no room."""
+    silent = tuple(sorted(ha.clusters[vm.need.cluster_id].keys() & ha.silent))
     watched = await watched_vms.find(ha.core.pool, vm.need.vm_id) if vm.same_host else None
     if watched is None or not watched.host_id:
-        return RoomFor(need=vm.need)
-    return RoomFor(need=replace(vm.need, host_ids=(watched.host_id,)))
+        return RoomFor(need=vm.need, excluded_host_ids=silent)
+    return RoomFor(need=replace(vm.need, host_ids=(watched.host_id,)), excluded_host_ids=silent)
 
 
 @part.hears(CLAIM_DELETED)
@@ -122,6 +136,6 @@ async def hosts_changed(ha: Ha, _: Sequence[Said]) -> list[Change]:
 @part.hears_together(VM_CHANGED)
 async def vms_changed(ha: Ha, said: Sequence[Said]) -> list[Change]:
     """One that fits nowhere may ask for less now."""
-    if any(vm.id in ha.exhausted and not vm.busy_with for _, vm in said):
+    if any(vm.id in ha.waits and not vm.busy_with for _, vm in said):
         may_have_come(ha)
     return []

@@ -7,6 +7,7 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from nats.aio.client import Client
 from nats.aio.msg import Msg
@@ -52,6 +53,27 @@ class LeaseWatch:
     """By storage domain."""
     next_at: float = 0.0
     reading: bool = False
+
+
+class WaitsFor(StrEnum):
+    """What a start failed for that passes."""
+
+    ROOM = "room"
+    HOSTS = "hosts"
+    """That are coming back after a blackout."""
+    LOCK = "lock"
+    """Of a disk, or the lease of the host before."""
+
+
+@dataclass(slots=True)
+class Wait:
+    """A VM whose last start failed. Times are monotonic."""
+
+    what: WaitsFor
+    refused_at: float
+    """When it was last tried, or asked about, in vain."""
+    until: float
+    """When it is tried again in any case."""
 
 
 @dataclass(slots=True)
@@ -102,11 +124,15 @@ class Ha:
     room_found: dict[str, float] = field(default_factory=dict)
     """VM that fitted nowhere → when room was found for it, which has not gone since."""
     room_asked_at: float = float("-inf")
-    exhausted: dict[str, float] = field(default_factory=dict)
-    """VM → when it was found to fit nowhere."""
+    silent: frozenset[str] = frozenset()
+    """Hosts that no start would have reached when it was last looked at VMs that ended."""
+    waits: dict[str, Wait] = field(default_factory=dict)
+    """VM whose last start failed for what passes → what it waits for."""
+    called: set[str] = field(default_factory=set)
+    """VMs that wait, and are tried before less important ones that could be started now."""
+    turns: dict[str, float] = field(default_factory=dict)
+    """VM that ended → since when only more important ones keep it from being started."""
     unjudged: Unjudged = field(default_factory=Unjudged)
-    not_before: dict[str, float] = field(default_factory=dict)
-    """VM whose last start failed for a reason that passes → when it is tried again."""
     opened_at: float = field(default_factory=monotonic)
     lease_watches: dict[str, LeaseWatch] = field(default_factory=dict)
     """Silent host → what is read of its leases."""

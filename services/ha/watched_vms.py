@@ -105,7 +105,7 @@ async def among(pool: Pool, vm_ids: Sequence[str], statuses: Collection[VmStatus
     records = await pool.fetch(
         "select id from vm where id = any($1::text[]) and status = any($2::text[])",
         list(vm_ids),
-        [str(status) for status in statuses],
+        sorted(statuses),
     )
     return {r["id"] for r in records}
 

@@ -86,11 +86,11 @@ async def check_references(inv: Inventory, ask: CreateVm, cluster: Cluster, call
     bus = inv.core.bus
     if ask.template_id:
         await TEMPLATES.get(inv.core.pool, ask.template_id)
-    for network_id in {nic.network_id for nic in ask.nics if nic.network_id}:
+    for network_id in dict.fromkeys(nic.network_id for nic in ask.nics if nic.network_id):
         network = await bus.ask(GET_NETWORK, GetById(id=network_id), caller)
         if network.data_center_id != cluster.data_center_id:
             raise conflict(f"network {network.name} belongs to another data center", network_id=network_id)
-    for domain_id in {d.storage_domain_id for d in ask.disks if not d.disk_id}:
+    for domain_id in dict.fromkeys(d.storage_domain_id for d in ask.disks if not d.disk_id):
         domain = await bus.ask(GET_STORAGE_DOMAIN, GetById(id=domain_id), caller)
         if domain.data_center_id != cluster.data_center_id:
             raise conflict(

@@ -201,7 +201,7 @@ async def _write(
         await svc.core.commit(svc.store.remember(host_id, state))
     touched = set(before.ready) ^ set(state.ready)
     touched |= _changed(before.problems, state.problems) | _changed(before.severed, state.severed)
-    for network_id in touched:
+    for network_id in sorted(touched):
         svc.core.wake(f"network:{network_id}")
     svc.say_settled()
 
@@ -246,7 +246,7 @@ def _reported(svc: Fabric, fact: NetworksReported, state: HostState | None) -> l
     said = {bridge.network_id: bridge.in_sync for bridge in fact.networks}
     has = {network.network_id for network in state.applied}
     severed = _severed(fact.networks)
-    shown = [f"network:{network_id}" for network_id in _changed(state.severed, severed)]
+    shown = [f"network:{network_id}" for network_id in sorted(_changed(state.severed, severed))]
     if said.keys() == has and all(said[i] for i in state.ready):
         if state.failed:  # what was in its way may be gone
             svc.core.wake(f"host:{fact.host_id}")

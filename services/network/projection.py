@@ -109,7 +109,7 @@ async def vms_changed(svc: Fabric, said: Sequence[Said]) -> list[Change]:
 @part.hears(VM_DELETED)
 async def vm_deleted(svc: Fabric, vm: Vm) -> list[Change]:
     """A VM that is gone has no address."""
-    pools = {nic.mac_pool_id for nic in await svc.store.nics_of(vm.id)}
+    pools = dict.fromkeys(nic.mac_pool_id for nic in await svc.store.nics_of(vm.id))
     return [
         svc.store.forget("vm", vm.id),
         svc.then_wake(svc.store.take_back_all(vm.id), *(f"pool:{pool_id}" for pool_id in pools)),

@@ -95,7 +95,7 @@ def bound_of(scheduler: Scheduler, need: Need, near: Surroundings) -> Bound:
     around = _around(scheduler, need)
     if around is None:
         return FREE
-    claims = [row.public for vm_id in around.others for row in near.rows.get(vm_id, ())]
+    claims = [row.public for vm_id in sorted(around.others) for row in near.rows.get(vm_id, ())]
     found = seats.seats(around.others, claims, near.vms, scheduler.config)
     found |= _coming(around, found, near.planned)
     return resolve(around, scheduler.rules[need.cluster_id], found)
@@ -109,7 +109,7 @@ def _coming(
     own = planned.get(around.vm_id)
     if own is None or len(around.union) < 2:
         return {}
-    mates = [v for v in around.union - {around.vm_id} if v in found and planned.get(v) == own]
+    mates = [v for v in sorted(around.union - {around.vm_id}) if v in found and planned.get(v) == own]
     return {v: replace(found[v], host_ids=frozenset({own[1]})) for v in mates if found[v].host_ids}
 
 

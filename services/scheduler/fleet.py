@@ -221,7 +221,8 @@ class Fleet:
         self._ranks = self._everyone = self._nothing = None
 
     def keep_only(self, host_ids: Iterable[str]) -> None:
-        for gone in set(self.ids) - set(host_ids):
+        kept = set(host_ids)
+        for gone in [host_id for host_id in self.ids if host_id not in kept]:
             self.remove(gone)
 
     def book(self, host_id: str, *amounts: int) -> None:

@@ -201,7 +201,8 @@ class Scheduler:
         for host in found:
             self.fleet.put(host)
             self.fleet.put_cells(host.id, cells.get(host.id, ()))
-        for gone in set(host_ids) - {host.id for host in found}:
+        there = {host.id for host in found}
+        for gone in [host_id for host_id in host_ids if host_id not in there]:
             self.fleet.remove(gone)
         await self._read_cpus()
         await self._read_devices(host_ids)
@@ -277,15 +278,15 @@ class Scheduler:
                 continue
             try:
                 async with asyncio.timeout(left):
-                    told = {await changes.get()}
+                    told = [await changes.get()]
             except TimeoutError:
                 continue
             while not changes.empty():
-                told.add(changes.get_nowait())
+                told.append(changes.get_nowait())
             if "" in told:
                 return
             tables: dict[str, list[str]] = {}
-            for change in told:
+            for change in dict.fromkeys(told):  # each once, in the order in which they came
                 table, row_id = change.split(" ", 1)
                 tables.setdefault(table, []).append(row_id)
             await self.read_hosts(tables.pop("host_capacity", []))

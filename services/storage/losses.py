@@ -63,7 +63,7 @@ def _decided(
 
 
 def _say(before: StorageDomain, now: StorageDomain) -> None:
-    for host_id in now.lost.keys() - before.lost.keys():
+    for host_id in sorted(now.lost.keys() - before.lost.keys()):
         log.warning("host %s has lost storage domain %s: %s", host_id, now.name, now.lost[host_id])
-    for host_id in before.lost.keys() - now.lost.keys():
+    for host_id in sorted(before.lost.keys() - now.lost.keys()):
         log.info("host %s has storage domain %s back, or is no longer to have it", host_id, now.name)

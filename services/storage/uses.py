@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 from msgspec.structs import replace
 
 from services.storage import disk_model, domain_model, lease_model, luns
@@ -152,7 +154,7 @@ async def reach(svc: Storage, ask: ReachDisks, caller: Caller) -> DiskReach:
 
 @part.answers(REACH_DISKS_OF_MANY)
 async def reach_of_many(svc: Storage, ask: ReachDisksOfMany, caller: Caller) -> DiskReaches:
-    rows = await _rows(svc, tuple({disk_id for disk_ids in ask.sets for disk_id in disk_ids}))
+    rows = await _rows(svc, tuple(dict.fromkeys(chain.from_iterable(ask.sets))))
     return DiskReaches(reaches=tuple(_reach(disk_ids, *rows) for disk_ids in ask.sets))
 
 

@@ -12,7 +12,19 @@ from msgspec.structs import replace
 
 from tests.ha.bmcs import AGENT, PASSWORD, Bmc, executing
 from tests.ha.site import caller, uuid
-from tests.ha.world import CLUSTER, CLUSTER_ID, Inventory, becomes, ha, hearts, host, hurried, until, vm
+from tests.ha.world import (
+    CLUSTER,
+    CLUSTER_ID,
+    Heart,
+    Inventory,
+    becomes,
+    ha,
+    hearts,
+    host,
+    hurried,
+    until,
+    vm,
+)
 from tests.scheduler.fleets import network_owner, scheduler
 from tests.support.runtime import running
 from tests.support.speaker import Speaker
@@ -88,6 +100,7 @@ class Place:
     hosts: list[Host]
     web: Vm
     cluster: Cluster
+    hearts: list[Heart]
 
     async def is_said(self, vm_id: str, *codes: str, protected: bool = False) -> VmProtection:
         """Waits until a VM's protection is this."""
@@ -147,7 +160,7 @@ async def place(configured: Settings, tmp_path: Path, replicas: int = 1, **more:
             executors.bmcs[f"bmc{number}"] = Bmc(uuid(number))
             beating[number].boot_id = "boot-1"
             await becomes(bus, each.id, "up")
-        yield Place(bus, owner, hosts, web, CLUSTER)
+        yield Place(bus, owner, hosts, web, CLUSTER, beating)
 
 
 async def set_power(bus: Bus, host_id: str, number: int, **fields: Any) -> None:

@@ -199,7 +199,7 @@ class Inventory(Speaker):
     ends_with: Refused | None = None
     """How every restart fails that is taken."""
     end: asyncio.Event | None = None
-    """Restarts go on until it is set, and fail."""
+    """Restarts go on until it is set, and fail (by `ends_with`, if that is said)."""
 
     def __post_init__(self) -> None:
         self.lists = [(LIST_HOSTS, Host), (LIST_VMS, Vm)]
@@ -252,7 +252,7 @@ class Inventory(Speaker):
     async def _run(self, _: Speaker, run: Run) -> None:
         assert self.end is not None
         await self.end.wait()
-        raise conflict("its disk is gone")
+        raise self.ends_with or conflict("its disk is gone")
 
     async def _keep(self, operation: Operation) -> None:
         """So that it can be asked for, as from any service."""

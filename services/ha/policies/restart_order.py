@@ -146,6 +146,13 @@ def waits_for_place(vm: WatchedVm, other: WatchedVm, waited: float, at_most: flo
     )
 
 
+def waits_for_trial(vm: WatchedVm, other: WatchedVm, waited: float, at_most: float) -> str:
+    """Why it waits until a VM whose start failed has been tried again; "" when it doesn't. It has waited for so many seconds."""
+    if waited >= at_most or other.id == vm.id or other.priority <= vm.priority:
+        return ""
+    return f"it waits until VM {other.name}, which is more important and found no host, has been tried again"
+
+
 def _by(vm: WatchedVm) -> str:
     return "together with its host" if vm.reason in WITH_HOST else "by itself"
 

@@ -147,7 +147,7 @@ class ClusterRules:
 
     def _add_rivals(self, rivals: dict[str, tuple[Group, ...]], vm_id: str, mate: str, group: Group) -> None:
         for other in sorted(group.vms - {mate}):
-            for rival in self.union(other):
+            for rival in sorted(self.union(other)):
                 reasons = [group for group, _ in (*self.way(vm_id, mate), *self.way(other, rival))]
                 said = distinct((*reasons, group))
                 if rival not in rivals or len(said) < len(rivals[rival]):

@@ -190,7 +190,7 @@ class Placing:
         around = self.world.rules.around(guest.vm_id)
         if around is None:
             return FREE
-        seats = {vm_id: seat for vm_id in around.others if (seat := self._seat(vm_id)) is not None}
+        seats = {vm_id: seat for vm_id in sorted(around.others) if (seat := self._seat(vm_id)) is not None}
         return resolve(around, self.world.rules, seats)
 
     def _seat(self, vm_id: str) -> Seat | None:
