@@ -180,7 +180,11 @@ class Scheduler:
 
     async def _read_used(self) -> None:
         guessed, self.fleet.guessed = self.fleet.guessed, set()
-        found = await capacity_store.used(self.core.pool, self.used_as_of, guessed)
+        try:
+            found = await capacity_store.used(self.core.pool, self.used_as_of, guessed)
+        except BaseException:  # also when it is cancelled: the next reading corrects them
+            self.fleet.guessed |= guessed
+            raise
         self.fleet.used(found.hosts)
         self.used_as_of = found.as_of
         self.fleet.used_cells(await cell_store.used(self.core.pool))
