@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -245,18 +246,32 @@ async def cancel(scheduler: Scheduler, ask: GetById, caller: Caller) -> Any:
 
 @part.every(LOOK_SECONDS)
 async def look(scheduler: Scheduler) -> None:
-    """Each cluster once in so many seconds: broken affinity groups first, then hosts with too much."""
-    seconds, now = scheduler.config.plan_seconds, monotonic()
+    """Broken affinity groups first, then hosts with too much."""
+    seconds, clusters = scheduler.config.plan_seconds, scheduler.fleet.clusters
+    await in_turn(scheduler, clusters, seconds, scheduler.planned_at, _mend, "no plan for cluster %s now: %s")
+
+
+async def in_turn(
+    scheduler: Scheduler,
+    cluster_ids: Iterable[str],
+    seconds: float,
+    looked_at: dict[str, float],
+    act: Callable[[Scheduler, str], Awaitable[None]],
+    refused_as: str,
+) -> None:
+    """Acts on each cluster once in so many seconds; 0: never. `looked_at`: cluster → when it last was. What stands against it
+    is logged as is said: cluster, reason."""
+    now = monotonic()
     if not seconds or scheduler.core.quarantine.holds:
         return
-    for cluster_id in sorted(scheduler.fleet.clusters):
-        if now - scheduler.planned_at.get(cluster_id, -seconds) < seconds:
+    for cluster_id in sorted(cluster_ids):
+        if now - looked_at.get(cluster_id, -seconds) < seconds:
             continue
-        scheduler.planned_at[cluster_id] = now
+        looked_at[cluster_id] = now
         try:
-            await _mend(scheduler, cluster_id)
+            await act(scheduler, cluster_id)
         except Refused as refused:
-            log.info("no plan for cluster %s now: %s", cluster_id, refused.message)
+            log.info(refused_as, cluster_id, refused.message)
 
 
 async def _mend(scheduler: Scheduler, cluster_id: str) -> None:

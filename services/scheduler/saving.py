@@ -12,6 +12,7 @@ from dataclasses import replace as with_fields
 from typing import TypeVar
 
 from services.scheduler import boards, promises
+from services.scheduler import plan_store as plan_sql
 from services.scheduler import saving_store as sql
 from services.scheduler.policies.balance import Thresholds
 from services.scheduler.policies.balancing import Aims
@@ -134,7 +135,8 @@ async def finish(scheduler: Scheduler, run: Run, plan: Plan, ended: Ended) -> No
         await _sleeps(scheduler, run, plan, host_id, ended)
     for host_id in plan.wake_host_ids:
         title = f"Waking {_name(scheduler, host_id)}"
-        await _asked(scheduler, run, f"wake-{host_id}", title, WAKE_HOST, WakeHost(id=host_id), ended)
+        question = WakeHost(id=host_id)
+        await _asked(scheduler, run, plan, f"wake-{host_id}", title, WAKE_HOST, question, ended)
         await scheduler.core.commit(sql.want_no_more([host_id]))
 
 
@@ -143,7 +145,7 @@ async def _sleeps(scheduler: Scheduler, run: Run, plan: Plan, host_id: str, ende
     title = f"Looking whether {name} is still not needed"
     await run.step("look", title, lambda: _look(scheduler, plan, host_id))
     question = SavePower(id=host_id, reason=f"plan {plan.id}", empty_only=True)
-    await _asked(scheduler, run, "sleep", f"Switching {name} off", SAVE_POWER, question, ended)
+    await _asked(scheduler, run, plan, "sleep", f"Switching {name} off", SAVE_POWER, question, ended)
 
 
 async def _look(scheduler: Scheduler, plan: Plan, host_id: str) -> None:
@@ -159,6 +161,7 @@ async def _look(scheduler: Scheduler, plan: Plan, host_id: str) -> None:
 async def _asked(
     scheduler: Scheduler,
     run: Run,
+    plan: Plan,
     step: str,
     title: str,
     call: Call[Q, Operation],
@@ -176,4 +179,5 @@ async def _asked(
             raise Refused(problem.kind, problem.message, **details)
 
     run.checkpoint()
+    await plan_sql.check_running(scheduler.core.pool, plan.id)
     await run.step(step, title, ask)

@@ -153,11 +153,7 @@ async def test_a_plan_stops_when_reality_differs(configured: Settings, tmp_path:
         await shown(at, "moves 1 VM away from h0")
         gate = at.machines[0].held[MIGRATE_DOMAIN.kind] = asyncio.Event()
         begun = await plan(at)
-
-        async def moving() -> bool:
-            return any(type(ask).__name__ == "MigrateDomain" for ask in at.machines[0].asked)
-
-        await until(moving)
+        await until(lambda: _moves_from(at, 0))
         late = await at.vm(0, "late", migration={"allowed": False})
         gate.set()
         op = await at.ended(begun)
@@ -167,6 +163,38 @@ async def test_a_plan_stops_when_reality_differs(configured: Settings, tmp_path:
         assert (await asleep(at), at.bmcs[0].did(PowerAction.OFF)) == ([], 0)
         kept = decoded(await at.http.get(f"/plans/{op['object_id']}"))
         assert kept["state"] == "stopped"
+
+
+async def test_a_plan_that_gave_way_to_another_switches_nothing_off(
+    configured: Settings, tmp_path: Path
+) -> None:
+    """While its last VM moves away an evacuation needs the host as a destination."""
+    async with powered(configured, tmp_path, **NEVER) as at:
+        await has_policy(at)
+        await at.vm(0, "a")
+        for name in ("b", "c"):
+            await at.vm(1, name)
+        for name in ("d", "e", "f"):
+            await at.vm(2, name, migration={"allowed": False})
+        await shown(at, "moves 1 VM away from h0")
+        gate = at.machines[0].held[MIGRATE_DOMAIN.kind] = asyncio.Event()
+        other = at.machines[1].held[MIGRATE_DOMAIN.kind] = asyncio.Event()
+        begun = await plan(at)
+        await until(lambda: _moves_from(at, 0))
+        evacuation = await plan(at, kind="evacuation", host_ids=[at.machines[1].id])
+        stopped = decoded(await at.http.get(f"/plans/{begun['object_id']}"))
+        assert (stopped["state"], "goes before it" in stopped["reason"]) == ("stopped", True)
+        gate.set()
+        op = await at.ended(begun)
+        assert (op["state"], op["problem"]["message"]) == ("failed", stopped["reason"])
+        other.set()
+        await at.ended(evacuation)
+        assert (await asleep(at), at.bmcs[0].did(PowerAction.OFF)) == ([], 0)
+        assert (await at.host(0))["power_saving"] == "awake"
+
+
+async def _moves_from(at: Powered, number: int) -> bool:
+    return any(type(ask).__name__ == "MigrateDomain" for ask in at.machines[number].asked)
 
 
 async def test_the_scheduler_switches_hosts_off_down_to_its_reserve_and_on_again(
