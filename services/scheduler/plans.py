@@ -68,6 +68,8 @@ itself."""
 async def make(scheduler: Scheduler, ask: MakePlan, caller: Caller) -> Operation:
     """Raises Refused(invalid) for a question that makes no sense, conflict when a plan that goes before it is under way."""
     await _check(scheduler, ask, caller)
+    joined = await _joined(scheduler, ask) if ask.joins else []
+    ask = _with_hosts_of(scheduler, ask, joined)
     made = await _drafted(scheduler, ask)
     plan = _plan(ask, made, caller)
     op, begun = scheduler.core.operations.begin(
@@ -81,6 +83,9 @@ async def make(scheduler: Scheduler, ask: MakePlan, caller: Caller) -> Operation
     if ask.dry_run:
         return replace(op, id="", result={"plan": replace(plan, id="")})
     plan = replace(plan, operation_id=op.id)
+    for other in joined:
+        reason = f"plan {plan.id} goes on with it, which empties more hosts"
+        await end(scheduler, other.id, PlanState.STOPPED, reason, continued_by=plan.id)
     await _stop_lower(scheduler, plan)
     try:
         changes = (PLANS.insert(plan, Nothing()), sql.take(plan), begun)
@@ -108,6 +113,8 @@ async def _check(scheduler: Scheduler, ask: MakePlan, caller: Caller) -> None:
             f"e.g. evenly_distributed"
         )
     _check_hosts(scheduler, ask, policy.name)
+    if ask.joins and ask.kind is not PlanKind.EVACUATION:
+        raise invalid(f"only evacuations are joined, not plans of the kind {ask.kind}", field="joins")
     if ask.kind is PlanKind.UPGRADE and not ask.dry_run:
         raise invalid(
             "an upgrade is only shown as a plan (dry_run); the cluster's own upgrade carries it out, one host after the other",
@@ -183,6 +190,22 @@ def _plan(ask: MakePlan, made: Draft, caller: Caller) -> Plan:
 # The arbiter
 
 
+async def _joined(scheduler: Scheduler, ask: MakePlan) -> list[Plan]:
+    """Evacuations under way whose hosts all go into maintenance, or have gone. Nobody is asked whether one of a host that stays
+    in use should go on as part of another."""
+    plans = [row.public for row in await sql.running(scheduler.core.pool, ask.cluster_id)]
+    return [
+        plan
+        for plan in plans
+        if plan.kind is PlanKind.EVACUATION and all(boards.leaves(scheduler, h) for h in plan.host_ids)
+    ]
+
+
+def _with_hosts_of(scheduler: Scheduler, ask: MakePlan, joined: Iterable[Plan]) -> MakePlan:
+    more = [h for plan in joined for h in plan.host_ids if boards.is_cleared(scheduler, h)]
+    return replace(ask, host_ids=tuple(dict.fromkeys((*ask.host_ids, *more))))
+
+
 async def _stop_lower(scheduler: Scheduler, plan: Plan) -> None:
     """Plans that this one goes before let go of everything, if nothing that it needs is held by one it doesn't."""
     way = await sql.in_the_way(scheduler.core.pool, plan)
@@ -197,13 +220,15 @@ async def _stop_lower(scheduler: Scheduler, plan: Plan) -> None:
         )
 
 
-async def end(scheduler: Scheduler, plan_id: str, state: PlanState, reason: str) -> None:
+async def end(
+    scheduler: Scheduler, plan_id: str, state: PlanState, reason: str, *, continued_by: str = ""
+) -> None:
     """The plan has ended and holds nothing more; one that ended before stays as it is."""
     while True:
         row = await PLANS.find(scheduler.core.pool, plan_id)
         if row is None or row.public.state is not PlanState.RUNNING:
             return
-        new = replace(row.public, state=state, reason=reason, ended_at=utc_now())
+        new = replace(row.public, state=state, reason=reason, ended_at=utc_now(), continued_by=continued_by)
         with suppress(Stale):
             await scheduler.core.commit(PLANS.update(row, new), sql.let_go([plan_id]))
             log.info("plan %s (%s) %s%s", plan_id, new.kind, state, f": {reason}" if reason else "")
