@@ -244,8 +244,14 @@ async def _fate(inv: Inventory, vm: Vm, caller: Caller, *, stop_vms: bool) -> di
         return said | {"message": "its migration policy forbids to move it"}
     if why := host_devices.stays(vm, "migrate"):
         return said | {"message": why}
+    try:
+        need = await need_of(inv, vm, caller, shape=resizing.kept(vm))
+    except Refused as refused:
+        if refused.kind not in (Kind.CONFLICT, Kind.EXHAUSTED):
+            raise
+        return said | {"message": refused.message}
     question = Place(
-        need=await need_of(inv, vm, caller, shape=resizing.kept(vm)),
+        need=need,
         epoch=vm.epoch + 1,
         purpose=Purpose.MIGRATE,
         excluded_host_ids=(vm.host_id,),

@@ -205,6 +205,7 @@ class Scheduler:
             self.fleet.put_cells(host.id, cells.get(host.id, ()))
         for gone in set(host_ids) - {host.id for host in found}:
             self.fleet.remove(gone)
+            self.idle.forget(gone)
         await self._read_cpus()
         await self._read_devices(host_ids)
 
@@ -304,7 +305,8 @@ class Scheduler:
         if message.subject == METRICS_SUBJECT.format(host_id=sample.host_id):
             self.fleet.sample(sample.host_id, self._measured(sample))
             low = self.fleet.recipe_of(sample.host_id).parameters.get(LOW_UTILIZATION, LOW_PERCENT)
-            self.idle.note(sample.host_id, sample.cpu_percent, low, monotonic())
+            apart = self.config.saving_heard_seconds
+            self.idle.note(sample.host_id, sample.cpu_percent, low, monotonic(), apart)
             self.loads[sample.host_id] = {vm.vm_id: vm.cpu_percent / 100 for vm in sample.vms}
 
     def _measured(self, sample: HostSample) -> Measured:
