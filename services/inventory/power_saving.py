@@ -175,7 +175,7 @@ async def _leave(inv: Inventory, run: Run, host_id: str) -> None:
     clearing = Clearing(inv, run, host_id)
     host = (await HOSTS.get(inv.core.pool, host_id)).public
     await emptying.follow(inv, run, clearing, host, ())
-    if failed := await clearing.empty():
+    if failed := await clearing.clear():
         names = "; ".join(f"{name}: {why}" for name, why in failed.items())
         raise conflict(f"these VMs can't leave host {host.name}, which stays up: {names}", vms=failed)
 

@@ -131,6 +131,7 @@ async def sleepers(scheduler: Scheduler, cluster_id: str) -> list[Sleeper]:
 
 async def finish(scheduler: Scheduler, run: Run, plan: Plan, ended: Ended) -> None:
     """Raises Refused with the reason when a host stays up, or asleep."""
+    await plan_sql.check_running(scheduler.core.pool, plan.id)
     for host_id in plan.host_ids:
         await _sleeps(scheduler, run, plan, host_id, ended)
     for host_id in plan.wake_host_ids:
