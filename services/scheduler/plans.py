@@ -57,6 +57,10 @@ PLAN_SECONDS = 4 * 3600.0
 LOOK_SECONDS = 5.0
 FORGET_SECONDS = 3600.0
 MOST_MOVES = 10_000
+JOINING = 5
+"""How often one that joins others tries that again when it meets one that was quicker."""
+HELD = "held"
+"""The rule of a plan that is refused since another has what it needs."""
 GOES_BEFORE = frozenset(
     {HostStatus.CONNECTING, HostStatus.NON_RESPONSIVE, HostStatus.PREPARING_FOR_MAINTENANCE}
 )
@@ -68,6 +72,18 @@ itself."""
 async def make(scheduler: Scheduler, ask: MakePlan, caller: Caller) -> Operation:
     """Raises Refused(invalid) for a question that makes no sense, conflict when a plan that goes before it is under way."""
     await _check(scheduler, ask, caller)
+    for _ in range(JOINING if ask.joins else 0):
+        try:
+            return await _begun(scheduler, ask, caller)
+        except Refused as refused:
+            if refused.details.get("rule") != HELD:
+                raise
+        # Made at the same time, perhaps of a host of which it isn't heard yet that it leaves, too.
+        await scheduler.hear_more()
+    return await _begun(scheduler, ask, caller)
+
+
+async def _begun(scheduler: Scheduler, ask: MakePlan, caller: Caller) -> Operation:
     joined = await _joined(scheduler, ask) if ask.joins else []
     ask = _with_hosts_of(scheduler, ask, joined)
     made = await _drafted(scheduler, ask)
@@ -238,11 +254,12 @@ async def end(
 async def _held(scheduler: Scheduler, plan: Plan) -> Refused:
     way = await sql.in_the_way(scheduler.core.pool, plan)
     if not way:
-        return conflict("another plan held some of these hosts or VMs a moment ago; try again")
+        return conflict("another plan held some of these hosts or VMs a moment ago; try again", rule=HELD)
     first = way[0]
     return conflict(
         f"{first.noun} {first.object_id} is part of plan {first.plan_id}, which is under way and goes before this one or is "
         "of its kind; wait for it, or cancel it",
+        rule=HELD,
         plan_id=first.plan_id,
     )
 

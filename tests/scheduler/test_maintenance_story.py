@@ -28,6 +28,7 @@ from volery.contracts.operation import (
     OperationState,
 )
 from volery.contracts.plan import LIST_PLANS
+from volery.runtime.database import open_direct
 from volery.runtime.programs import Settings
 
 GIB = 1 << 30
@@ -232,6 +233,43 @@ async def test_a_second_host_joins_the_first_in_one_plan(configured: Settings) -
         assert sorted(op["result"]["moved"]) == ["a", "b", "c", "d"]
         assert await where(http, vm_ids) == [third] * 5
         assert len(await until(both)) == 2, "all of it was planned"
+
+
+async def test_hosts_that_leave_at_the_same_moment_share_a_plan(configured: Settings) -> None:
+    """Each plan was drawn up before the other was there."""
+    async with desk(planning(configured, 0)) as (http, world):
+        await world.machine("h3")
+        await hosts_known(world.bus, 3)
+        first, second, third = world.machines
+        vm_ids = await started(http, world, first, "a") + await started(http, world, second, "b")
+        for host in (first, second):
+            await shown(http, host, 1)
+            world.machines[host].held[MIGRATE_DOMAIN.kind] = asyncio.Event()
+        async with open_direct(configured.database, Owner.SCHEDULER) as tables:
+
+            async def both_wait() -> bool:
+                sql = "select count(distinct pid) from pg_locks where not granted"
+                return int(await tables.fetchval(sql)) == 2
+
+            async with tables.transaction():
+                await tables.execute("lock table plan_hold in share mode")
+                begun = [
+                    decoded(await http.post(f"/hosts/{host}/maintenance", json={}))
+                    for host in (first, second)
+                ]
+                await until(both_wait)
+
+        async def shared() -> Any:
+            found = decoded(await http.get("/plans"))["items"]
+            return [plan for plan in found if sorted(plan["host_ids"]) == sorted((first, second))]
+
+        (plan,) = await until(shared)
+        for host in (first, second):
+            world.machines[host].held.pop(MIGRATE_DOMAIN.kind).set()
+        outcomes = [await ended(http, op) for op in begun]
+        assert [op["state"] for op in outcomes] == ["succeeded"] * 2, outcomes
+        assert f"Following plan {plan['id']}" in "; ".join(map(titles, outcomes))
+        assert await where(http, vm_ids) == [third, third]
 
 
 async def test_a_plan_that_a_host_leaves_is_made_anew_without_it(configured: Settings) -> None:
