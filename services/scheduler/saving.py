@@ -68,16 +68,18 @@ async def drafted(scheduler: Scheduler, ask: MakePlan) -> Draft:
         )
     board = await boards.look(scheduler, ask.cluster_id)
     wanted = wanted_of(scheduler, ask.cluster_id, tuple(sorted(set(ask.host_ids) or able)))
-    made = Draft()
+    first = ""
     for _ in range(ADMISSIONS):
         made = draft(board, wanted)
         why = await _breaks(scheduler, ask.cluster_id, made)
-        if not why:
+        if not why and (made.host_ids or not first):
             return made
+        if not made.host_ids:
+            break
+        first = first or why
         left = tuple(host_id for host_id in wanted.host_ids if host_id not in made.host_ids)
         wanted = with_fields(wanted, host_ids=left)
-        made = Draft(said=f"switches nothing off: {why}")
-    return made
+    return Draft(said=f"switches nothing off: {first}")
 
 
 def wanted_of(scheduler: Scheduler, cluster_id: str, host_ids: tuple[str, ...]) -> Wanted:

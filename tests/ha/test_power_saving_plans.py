@@ -328,6 +328,23 @@ async def test_a_sleeping_host_counts_for_a_promise_once_it_was_seen_to_wake(
         assert await starts("e") == "succeeded"
 
 
+async def test_that_no_host_may_sleep_for_a_promise_is_said_of_the_one_that_is_easiest_to_empty(
+    configured: Settings, tmp_path: Path
+) -> None:
+    """Not why the last one that is tried can't be emptied."""
+    async with powered(configured, tmp_path, **NEVER) as at:
+        assert at.world.cluster is not None
+        await has_policy(at)
+        promised = {"reserve_host_failures": 2, "admission_control": "enforce"}
+        answer = await at.http.patch(f"/clusters/{at.world.cluster.id}", json=promised)
+        assert answer.status_code == 200
+        await at.vm(0, "a", high_availability={"enabled": True})
+        found = await shown(at, "switching host h1 off")
+        assert found["message"].startswith("switches nothing off: ")
+        assert "VM a" in found["message"]
+        assert found["host_ids"] == []
+
+
 async def _heard_asleep(at: Powered) -> bool:
     """Whether the scheduler has heard all that is to be said of the host."""
     host = await at.host(2)
