@@ -268,6 +268,42 @@ async def test_a_vm_without_a_place_wakes_a_host(configured: Settings, tmp_path:
         await until(runs)
 
 
+async def test_vms_that_find_no_place_together_wake_a_host(configured: Settings, tmp_path: Path) -> None:
+    """Each by itself would have one."""
+    slow = SOON | {"VOLERY_SCHEDULER_SAVING_PAUSE_SECONDS": "600"}
+    async with powered(configured, tmp_path, hosts=3, **slow) as at, measured(at):
+        assert at.world.cluster is not None
+        for number in (0, 1):
+            await at.vm(number, f"large{number}", memory_bytes=8 << 30)
+        await has_policy(at, EnableAutomaticHostPowerManagement=1, LowUtilization=20)
+
+        async def third() -> bool:
+            return await asleep(at) == [2]
+
+        await until(third)
+        cluster = {"cluster_id": at.world.cluster.id}
+        pair = []
+        for name in ("a", "b"):
+            made = await at.http.post("/vms", json=cluster | {"name": name, "memory_bytes": 7 << 30})
+            pair.append((await at.ended(decoded(made)))["object_id"])
+        group = cluster | {"name": "pair", "vm_ids": pair, "vm_rule": "positive"}
+        assert (await at.http.post("/affinity-groups", json=group)).status_code == 201
+        op = await at.ended(decoded(await at.http.post("/vms/start", json={"vm_ids": pair})))
+        assert op["state"] == "failed"
+
+        async def none() -> bool:
+            return await asleep(at) == []
+
+        await until(none)
+
+        async def runs() -> bool:
+            op = await at.ended(decoded(await at.http.post("/vms/start", json={"vm_ids": pair})))
+            return bool(op["state"] == "succeeded")
+
+        await until(runs)
+        assert [await at.where(vm) for vm in pair] == [at.machines[2].id] * 2
+
+
 async def test_nothing_is_done_while_a_host_is_silent_or_the_scheduler_is_away(
     configured: Settings, tmp_path: Path
 ) -> None:
