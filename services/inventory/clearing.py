@@ -95,6 +95,33 @@ class Clearing:
             self.run.checkpoint()
         return failed
 
+    async def empty(self) -> dict[str, str]:
+        """The same of a host to which no VM sets out any more (`Store.takes_vms`); those that are on their way arrive first."""
+        failed = await self.clear()
+        while not failed and await self._arrived():
+            failed = await self.clear()
+        return failed
+
+    async def _arrived(self) -> bool:
+        """Waits until no VM is on its way here; whether one was."""
+        were = False
+        while operation_ids := await self._arriving():
+            were = True
+            waited = [asyncio.create_task(self.inv.operation_ended(each)) for each in operation_ids]
+            cancelling = asyncio.create_task(self.run.cancelling.wait())
+            try:
+                await asyncio.wait([*waited, cancelling], return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                await end([*waited, cancelling])
+            self.run.checkpoint()
+        return were
+
+    async def _arriving(self) -> list[str]:
+        """Operations that start VMs here, or move them here."""
+        placements = await self.inv.store.placements_on(self.host_id)
+        vm_ids = [each.vm_id for each in placements if each.state != "none"]
+        return [row.public.busy_with for row in await self.inv.store.vms_with(vm_ids) if row.public.busy_with]
+
     async def look(self, vms: Mapping[str, str]) -> None:
         """Whether any of these, id → name, has left: somebody else moves them."""
         before = len(self.left)

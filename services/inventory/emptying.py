@@ -26,7 +26,16 @@ from volery.contracts.cluster import GetById
 from volery.contracts.errors import Kind, Refused
 from volery.contracts.host import Host
 from volery.contracts.operation import Operation
-from volery.contracts.plan import CANCEL_PLAN, GET_PLAN, MAKE_PLAN, MakePlan, Plan, PlanKind, PlanStep
+from volery.contracts.plan import (
+    CANCEL_PLAN,
+    GET_PLAN,
+    LEAVING,
+    MAKE_PLAN,
+    MakePlan,
+    Plan,
+    PlanKind,
+    PlanStep,
+)
 from volery.contracts.scheduling import PLACE, Place, Purpose
 from volery.contracts.vm import Vm
 from volery.runtime.bus import LOST, Caller
@@ -36,6 +45,8 @@ from volery.runtime.tasks import end
 log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 2.0
+MOST_PLANS = 20
+"""That a maintenance follows one after the other: each host that leaves as well has a new one made."""
 NAMED = 5
 """VMs without a place that a step's title names; the plan names all."""
 
@@ -48,41 +59,92 @@ class Followed(Message):
     title: str = ""
     vms: dict[str, str] = {}
     """Who is to leave: VM → its name."""
+    shared: bool = False
+    """Other hosts are emptied by it, too."""
 
 
 async def follow(inv: Inventory, run: Run, clearing: Clearing, host: Host, avoided: Sequence[str]) -> None:
-    """VMs leave by a plan, if there is one: to `avoided` hosts only if no other takes them. Whoever is still there afterwards
-    has no place in it, or it was stopped."""
-    made = partial(_made, inv, run, host, avoided)
+    """VMs leave by a plan, if there is one: to `avoided` hosts only if no other takes them. When another host of the cluster goes
+    into maintenance meanwhile one plan is made for both, and followed from then on. Whoever is still there afterwards has no
+    place in it, or it was stopped."""
+    made = partial(_made, inv, run, host, avoided, "plan")
     followed = await run.step("plan", "Planning where its VMs go", made, Followed)
-    if not followed.id:
-        return
+    for number in range(1, MOST_PLANS):
+        if not followed.id:
+            return
+        moves = "moves" if number == 1 else f"moves-{number}"
+        stopped = await _carried_out(inv, run, clearing, followed, moves)
+        if stopped is None:
+            return
+        later = partial(_next, inv, run, host, avoided, followed, stopped, f"plan-{number}")
+        followed = await run.step(f"plan-{number}", "Looking what goes on with it", later, Followed)
+
+
+async def _carried_out(
+    inv: Inventory, run: Run, clearing: Clearing, followed: Followed, step: str
+) -> Refused | None:
+    """With what it was stopped, if it was."""
+    stopped = None
     run.undo("plan", lambda: _cancel(inv, run, followed.id))
-    with suppress(Refused):  # a plan that stopped says so itself, and what it left is moved without it
-        await run.step("moves", followed.title, lambda: _ended(inv, run, clearing, followed))
+    try:
+        await run.step(step, followed.title, lambda: _ended(inv, run, clearing, followed))
+    except Refused as refused:  # what it left is moved without it, if no other goes on
+        stopped = refused
     run.undone("plan")
     await clearing.look(followed.vms)
     run.checkpoint()
+    return stopped
 
 
-async def _made(inv: Inventory, run: Run, host: Host, avoided: Sequence[str]) -> Followed:
-    vms = await to_clear(inv, host.id)
-    if not vms:
+async def _made(inv: Inventory, run: Run, host: Host, avoided: Sequence[str], step: str) -> Followed:
+    if not await to_clear(inv, host.id):
         return Followed()
     question = MakePlan(
         cluster_id=host.cluster_id,
         kind=PlanKind.EVACUATION,
         host_ids=(host.id,),
         avoided_host_ids=tuple(avoided),
+        joins=True,
     )
     try:
-        begun = await _asked(inv, question, run.caller_for("plan"))
+        begun = await _asked(inv, question, run.caller_for(step))
     except Refused as refused:
         log.info("host %s is emptied without a plan: %s", host.name, refused.message)
         return Followed()
-    plan = await inv.core.bus.ask(GET_PLAN, GetById(id=begun.object_id), run.caller)
-    names = {vm.id: vm.name for vm in vms}
-    return Followed(id=plan.id, operation_id=begun.id, title=title(plan), vms=names)
+    return await _seen(inv, run, host, await _plan(inv, run, begun.object_id))
+
+
+async def _next(
+    inv: Inventory,
+    run: Run,
+    host: Host,
+    avoided: Sequence[str],
+    followed: Followed,
+    stopped: Refused,
+    step: str,
+) -> Followed:
+    """The plan that goes on with one that was stopped; one more, if it was stopped since another host leaves."""
+    plan = await _plan(inv, run, followed.id)
+    if plan.continued_by:
+        with suppress(Refused):  # somebody was quicker, and it was not begun
+            return await _seen(inv, run, host, await _plan(inv, run, plan.continued_by))
+    if plan.continued_by or stopped.details.get("rule") == LEAVING:
+        return await _made(inv, run, host, avoided, step)
+    return Followed()
+
+
+async def _plan(inv: Inventory, run: Run, plan_id: str) -> Plan:
+    return await inv.core.bus.ask(GET_PLAN, GetById(id=plan_id), run.caller)
+
+
+async def _seen(inv: Inventory, run: Run, host: Host, plan: Plan) -> Followed:
+    return Followed(
+        id=plan.id,
+        operation_id=plan.operation_id,
+        title=title(plan),
+        vms={vm.id: vm.name for vm in await to_clear(inv, host.id)},
+        shared=len(plan.host_ids) > 1,
+    )
 
 
 async def _asked(inv: Inventory, question: MakePlan, caller: Caller) -> Operation:
@@ -105,7 +167,8 @@ def title(plan: Plan) -> str:
 
 async def _ended(inv: Inventory, run: Run, clearing: Clearing, followed: Followed) -> None:
     """When the maintenance is cancelled its plan is, too, and so are the moves of its host's VMs that are under way; others
-    that make way for them arrive. Raises Refused when it was stopped."""
+    that make way for them arrive. One that empties other hosts, too, is waited for until this one is empty. Raises Refused when
+    it was stopped."""
     ending = asyncio.create_task(inv.foreign_operation(followed.operation_id))
     cancelling = asyncio.create_task(run.cancelling.wait())
     told = False
@@ -119,6 +182,8 @@ async def _ended(inv: Inventory, run: Run, clearing: Clearing, followed: Followe
             if told:  # again each time: one may have been begun just before
                 await _stop_moves(inv, run, clearing.host_id, followed.vms)
             await clearing.look(followed.vms)
+            if followed.shared and not told and not await to_clear(inv, clearing.host_id):
+                return
         await ending
     finally:
         await end([ending, cancelling])
@@ -137,11 +202,16 @@ async def _stop_moves(inv: Inventory, run: Run, host_id: str, vm_ids: Iterable[s
 
 
 async def _cancel(inv: Inventory, run: Run, plan_id: str) -> None:
-    try:
-        await inv.core.bus.ask(CANCEL_PLAN, GetById(id=plan_id), run.caller_for("cancel"))
-    except Refused as refused:
-        if refused.kind is not Kind.CONFLICT:  # it has just ended by itself
-            raise
+    """Or the one that goes on with it."""
+    while plan_id:
+        try:
+            await inv.core.bus.ask(CANCEL_PLAN, GetById(id=plan_id), run.caller_for(f"cancel-{plan_id}"))
+        except Refused as refused:
+            if refused.kind is not Kind.CONFLICT:
+                raise
+            plan_id = (await _plan(inv, run, plan_id)).continued_by  # else it has just ended by itself
+            continue
+        return
 
 
 # Shown before
@@ -174,8 +244,14 @@ async def _fate(inv: Inventory, vm: Vm, caller: Caller, *, stop_vms: bool) -> di
         return said | {"message": "its migration policy forbids to move it"}
     if why := host_devices.stays(vm, "migrate"):
         return said | {"message": why}
+    try:
+        need = await need_of(inv, vm, caller, shape=resizing.kept(vm))
+    except Refused as refused:
+        if refused.kind not in (Kind.CONFLICT, Kind.EXHAUSTED):
+            raise
+        return said | {"message": refused.message}
     question = Place(
-        need=await need_of(inv, vm, caller, shape=resizing.kept(vm)),
+        need=need,
         epoch=vm.epoch + 1,
         purpose=Purpose.MIGRATE,
         excluded_host_ids=(vm.host_id,),

@@ -85,7 +85,7 @@ async def maintain(inv: Inventory, run: Run) -> None:
     if not ask.stop_vms:
         host = (await HOSTS.get(inv.core.pool, ask.id)).public
         await emptying.follow(inv, run, clearing, host, ask.avoided_host_ids)
-    failed = await clearing.clear()
+    failed = await clearing.empty()
     if failed:
         names = "; ".join(f"{name}: {why}" for name, why in failed.items())
         raise conflict(

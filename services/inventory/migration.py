@@ -31,6 +31,7 @@ from volery.contracts.domain_orders import (
 from volery.contracts.errors import Kind, Refused, conflict
 from volery.contracts.host import Host
 from volery.contracts.operation import Operation
+from volery.contracts.plan import LEAVING
 from volery.contracts.scheduling import PLACE, Place, Placement, Purpose
 from volery.contracts.vm import MIGRATE_VM, MigrateVm, Vm, VmStatus
 from volery.runtime import checks
@@ -176,8 +177,12 @@ async def _destined(inv: Inventory, vm_id: str, moving: Moving, target_id: str) 
     """From here on the destination may run it too."""
     while True:
         before = await inv.store.placement(vm_id)
-        if not await inv.store.is_awake(target_id):
-            raise conflict("the destination falls asleep to save power, and takes no VMs", host_id=target_id)
+        if not await inv.store.is_in_use(target_id):
+            raise conflict(
+                "the destination goes into maintenance or falls asleep to save power, and takes no VMs",
+                host_id=target_id,
+                rule=LEAVING,
+            )
         change = inv.store.place(
             before,
             epoch=moving.epoch,

@@ -337,8 +337,8 @@ async def _host_set(inv: Inventory, vm_id: str, epoch: int, placed: Placement) -
     if before.epoch != epoch or before.state != "starting":
         raise conflict(f"the placement of this VM changed meanwhile (epoch {before.epoch}, not {epoch})")
     host_id = placed.host_id
-    if not await inv.store.is_awake(host_id):
-        return []  # it fell asleep since it was chosen: another one is tried
+    if not await inv.store.is_in_use(host_id):
+        return []  # it was taken out of use since it was chosen: another one is tried
     return [
         inv.store.takes_vms(host_id),
         inv.store.place(before, epoch=epoch, host_id=host_id, state="starting"),
@@ -352,7 +352,7 @@ async def _run_on(
     host_id = placed.host_id
     row, placement = await inv.store.placed(ask.vm_id)
     if placement.host_id != host_id:
-        raise conflict("it falls asleep to save power, and takes no VMs")
+        raise conflict("it goes into maintenance or falls asleep to save power, and takes no VMs")
     once, prepared = ask.run_once, list[DomainSpec]()
 
     async def prepare() -> None:

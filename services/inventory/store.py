@@ -316,15 +316,17 @@ class Store:
         )
 
     def takes_vms(self, host_id: str) -> Change:
-        """Guards that a VM comes to a host: it isn't on its way to sleep. Who sends it there waits until this is committed."""
+        """Guards that a VM comes to a host: nobody takes it out of use. Who sends it there waits until this is committed."""
         return Change(
-            "select 1 from host where id = {0} and power_saving = 'awake' for share",
+            """select 1 from host where id = {0} and power_saving = 'awake'
+                   and status not in ('preparing_for_maintenance', 'maintenance') for share""",
             (host_id,),
         )
 
-    async def is_awake(self, host_id: str) -> bool:
+    async def is_in_use(self, host_id: str) -> bool:
         """False also for one that is no more."""
-        sql = "select 1 from host where id = $1 and power_saving = 'awake'"
+        sql = """select 1 from host where id = $1 and power_saving = 'awake'
+                     and status not in ('preparing_for_maintenance', 'maintenance')"""
         return bool(await self.pool.fetchval(sql, host_id))
 
     def forget_placement(self, vm_id: str) -> Change:

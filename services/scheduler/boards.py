@@ -45,8 +45,17 @@ async def look(scheduler: Scheduler, cluster_id: str, closed: Collection[str] = 
 
 def is_cleared(scheduler: Scheduler, host_id: str) -> bool:
     """Whether its VMs leave it for its maintenance."""
+    return _status(scheduler, host_id) == HostStatus.PREPARING_FOR_MAINTENANCE
+
+
+def leaves(scheduler: Scheduler, host_id: str) -> bool:
+    """Whether somebody takes it out of use, or has."""
+    return _status(scheduler, host_id) in (HostStatus.PREPARING_FOR_MAINTENANCE, HostStatus.MAINTENANCE)
+
+
+def _status(scheduler: Scheduler, host_id: str) -> str:
     row = scheduler.fleet.rows.get(host_id)
-    return row is not None and scheduler.fleet.status_of(row) == HostStatus.PREPARING_FOR_MAINTENANCE
+    return "" if row is None else scheduler.fleet.status_of(row)
 
 
 async def _needs(scheduler: Scheduler, vm_ids: list[str]) -> list[VmNeed]:

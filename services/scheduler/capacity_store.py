@@ -58,17 +58,20 @@ class Used:
     """The oldest transaction that was still under way just before."""
 
 
+XIDS = 1 << 32
+"""Numbers of transactions, as rows have them, begin anew after so many."""
+
+
 async def used(pool: Pool, since: int = 0, besides: Collection[str] = ()) -> Used:
     """Of these hosts and those whose rows were written by that transaction or later ones; of all when it is 0. Of thousands of
     hosts only some get or lose a VM within a second, and reading the others took most of it."""
     as_of = await pool.fetchval("select pg_snapshot_xmin(pg_current_snapshot())::text::bigint")
+    # Both ages count from the next number to be given away; a snapshot ends before those of transactions under way.
     records = await pool.fetch(
         """select id, memory_used_bytes, vcpus_used, guests, ha_guests, pages_2m_used, pages_1g_used, largest_shared
            from host_capacity
-           where not gone
-             and ($1::bigint = 0 or id = any($2::text[])
-                  or age(xmin) <= pg_snapshot_xmax(pg_current_snapshot())::text::bigint - $1)""",
-        since,
+           where not gone and (id = any($2::text[]) or age(xmin) <= age($1::xid))""",
+        since % XIDS,
         list(besides),
     )
     return Used([tuple(r) for r in records], as_of)

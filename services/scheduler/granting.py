@@ -35,7 +35,7 @@ from volery.contracts.base import Done, encode
 from volery.contracts.cpus import PinningPolicy
 from volery.contracts.errors import Kind, Refused
 from volery.contracts.ids import new_id
-from volery.contracts.scheduling import Claim, Need, Place, Purpose
+from volery.contracts.scheduling import Claim, Need, Place, Placement, Purpose
 from volery.runtime.bus import Caller
 from volery.runtime.core import Repeated
 from volery.runtime.tables import Change, Row, Stale, Taken
@@ -316,12 +316,25 @@ async def _place_together(ledger: Ledger, member: Asked, later: list[Asked]) -> 
     if not drawn.refused:
         ledger.absorb(draft)
     else:
+        wanting.note(ledger.scheduler, *_first_without_place(ledger.scheduler, member.together, drawn.found))
         ledger.decisions += [
             decision_store.keep_decision(encode(each), choice.in_short(each))
             for each in found.values()
             if each.decision_id and not each.claimed
         ]
     ledger.answers.append((member, encode([found[ask.need.vm_id] for ask in member.together])))
+
+
+def _first_without_place(
+    scheduler: Scheduler, asks: Sequence[Place], found: Mapping[str, Placement]
+) -> Sequence[Place]:
+    """Of several units those that must be on one host and found none."""
+    missing = {vm_id for vm_id, placement in found.items() if not placement.host_id}
+    return next(
+        unit
+        for unit in together.units(scheduler, asks)
+        if not missing.isdisjoint(ask.need.vm_id for ask in unit)
+    )
 
 
 async def _commit(ledger: Ledger) -> None:

@@ -20,7 +20,7 @@ from services.scheduler.state import Scheduler
 from volery.contracts.base import Owner
 from volery.contracts.errors import Refused, conflict
 from volery.contracts.operation import ENDED, GET_OPERATION, GetOperation, Operation
-from volery.contracts.plan import Plan, PlanKind, PlanState, PlanStep, PlanStepState
+from volery.contracts.plan import LEAVING, Plan, PlanKind, PlanState, PlanStep, PlanStepState
 from volery.contracts.vm import MIGRATE_VM, MigrateVm
 from volery.runtime.bus import LOST
 from volery.runtime.run import Run
@@ -84,7 +84,11 @@ async def _recheck(scheduler: Scheduler, plan: Plan, wave: int, up: list[str]) -
         names = [
             scheduler.fleet.names[scheduler.fleet.rows[h]] if h in scheduler.fleet.rows else h for h in lost
         ]
-        raise conflict(f"host {min(names)} is no longer up, and what becomes of its VMs goes before any plan")
+        leaving = all(boards.leaves(scheduler, host_id) for host_id in lost)
+        raise conflict(
+            f"host {min(names)} is no longer up, and what becomes of its VMs goes before any plan",
+            **({"rule": LEAVING} if leaving else {}),
+        )
     board = await boards.look(scheduler, plan.cluster_id, closed=plan.host_ids)
     now = [step for step in rest if step.wave == wave]
     if why := wrong_now(board, now):

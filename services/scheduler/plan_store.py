@@ -7,7 +7,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from services.scheduler.store import Pool
-from volery.contracts.plan import PLAN_CHANGED, PLAN_DELETED, Plan, PlanKind
+from volery.contracts.errors import conflict
+from volery.contracts.plan import PLAN_CHANGED, PLAN_DELETED, Plan, PlanKind, PlanState
 from volery.runtime.tables import Change, Nothing, Row, Table
 
 PlanRow = Row[Plan, Nothing]
@@ -98,6 +99,13 @@ async def targets(pool: Pool, vm_ids: Collection[str]) -> dict[str, tuple[str, s
 
 async def running(pool: Pool, cluster_id: str) -> list[PlanRow]:
     return await PLANS.where(pool, "state = 'running' and cluster_id = $1", cluster_id)
+
+
+async def check_running(pool: Pool, plan_id: str) -> None:
+    """Raises Refused(conflict) with the reason when it has ended: another plan may hold its hosts by now."""
+    plan = (await PLANS.get(pool, plan_id)).public
+    if plan.state is not PlanState.RUNNING:
+        raise conflict(plan.reason or f"the plan has {plan.state}", plan_id=plan.id)
 
 
 async def newest(pool: Pool, cluster_id: str) -> PlanRow | None:

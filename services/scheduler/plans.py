@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -56,6 +57,10 @@ PLAN_SECONDS = 4 * 3600.0
 LOOK_SECONDS = 5.0
 FORGET_SECONDS = 3600.0
 MOST_MOVES = 10_000
+JOINING = 5
+"""How often one that joins others tries that again when it meets one that was quicker."""
+HELD = "held"
+"""The rule of a plan that is refused since another has what it needs."""
 GOES_BEFORE = frozenset(
     {HostStatus.CONNECTING, HostStatus.NON_RESPONSIVE, HostStatus.PREPARING_FOR_MAINTENANCE}
 )
@@ -67,6 +72,20 @@ itself."""
 async def make(scheduler: Scheduler, ask: MakePlan, caller: Caller) -> Operation:
     """Raises Refused(invalid) for a question that makes no sense, conflict when a plan that goes before it is under way."""
     await _check(scheduler, ask, caller)
+    for _ in range(JOINING if ask.joins else 0):
+        try:
+            return await _begun(scheduler, ask, caller)
+        except Refused as refused:
+            if refused.details.get("rule") != HELD:
+                raise
+        # Made at the same time, perhaps of a host of which it isn't heard yet that it leaves, too.
+        await scheduler.hear_more()
+    return await _begun(scheduler, ask, caller)
+
+
+async def _begun(scheduler: Scheduler, ask: MakePlan, caller: Caller) -> Operation:
+    joined = await _joined(scheduler, ask) if ask.joins else []
+    ask = _with_hosts_of(scheduler, ask, joined)
     made = await _drafted(scheduler, ask)
     plan = _plan(ask, made, caller)
     op, begun = scheduler.core.operations.begin(
@@ -80,6 +99,9 @@ async def make(scheduler: Scheduler, ask: MakePlan, caller: Caller) -> Operation
     if ask.dry_run:
         return replace(op, id="", result={"plan": replace(plan, id="")})
     plan = replace(plan, operation_id=op.id)
+    for other in joined:
+        reason = f"plan {plan.id} goes on with it, which empties more hosts"
+        await end(scheduler, other.id, PlanState.STOPPED, reason, continued_by=plan.id)
     await _stop_lower(scheduler, plan)
     try:
         changes = (PLANS.insert(plan, Nothing()), sql.take(plan), begun)
@@ -107,6 +129,8 @@ async def _check(scheduler: Scheduler, ask: MakePlan, caller: Caller) -> None:
             f"e.g. evenly_distributed"
         )
     _check_hosts(scheduler, ask, policy.name)
+    if ask.joins and ask.kind is not PlanKind.EVACUATION:
+        raise invalid(f"only evacuations are joined, not plans of the kind {ask.kind}", field="joins")
     if ask.kind is PlanKind.UPGRADE and not ask.dry_run:
         raise invalid(
             "an upgrade is only shown as a plan (dry_run); the cluster's own upgrade carries it out, one host after the other",
@@ -182,6 +206,22 @@ def _plan(ask: MakePlan, made: Draft, caller: Caller) -> Plan:
 # The arbiter
 
 
+async def _joined(scheduler: Scheduler, ask: MakePlan) -> list[Plan]:
+    """Evacuations under way whose hosts all go into maintenance, or have gone. Nobody is asked whether one of a host that stays
+    in use should go on as part of another."""
+    plans = [row.public for row in await sql.running(scheduler.core.pool, ask.cluster_id)]
+    return [
+        plan
+        for plan in plans
+        if plan.kind is PlanKind.EVACUATION and all(boards.leaves(scheduler, h) for h in plan.host_ids)
+    ]
+
+
+def _with_hosts_of(scheduler: Scheduler, ask: MakePlan, joined: Iterable[Plan]) -> MakePlan:
+    more = [h for plan in joined for h in plan.host_ids if boards.is_cleared(scheduler, h)]
+    return replace(ask, host_ids=tuple(dict.fromkeys((*ask.host_ids, *more))))
+
+
 async def _stop_lower(scheduler: Scheduler, plan: Plan) -> None:
     """Plans that this one goes before let go of everything, if nothing that it needs is held by one it doesn't."""
     way = await sql.in_the_way(scheduler.core.pool, plan)
@@ -196,13 +236,15 @@ async def _stop_lower(scheduler: Scheduler, plan: Plan) -> None:
         )
 
 
-async def end(scheduler: Scheduler, plan_id: str, state: PlanState, reason: str) -> None:
+async def end(
+    scheduler: Scheduler, plan_id: str, state: PlanState, reason: str, *, continued_by: str = ""
+) -> None:
     """The plan has ended and holds nothing more; one that ended before stays as it is."""
     while True:
         row = await PLANS.find(scheduler.core.pool, plan_id)
         if row is None or row.public.state is not PlanState.RUNNING:
             return
-        new = replace(row.public, state=state, reason=reason, ended_at=utc_now())
+        new = replace(row.public, state=state, reason=reason, ended_at=utc_now(), continued_by=continued_by)
         with suppress(Stale):
             await scheduler.core.commit(PLANS.update(row, new), sql.let_go([plan_id]))
             log.info("plan %s (%s) %s%s", plan_id, new.kind, state, f": {reason}" if reason else "")
@@ -212,11 +254,12 @@ async def end(scheduler: Scheduler, plan_id: str, state: PlanState, reason: str)
 async def _held(scheduler: Scheduler, plan: Plan) -> Refused:
     way = await sql.in_the_way(scheduler.core.pool, plan)
     if not way:
-        return conflict("another plan held some of these hosts or VMs a moment ago; try again")
+        return conflict("another plan held some of these hosts or VMs a moment ago; try again", rule=HELD)
     first = way[0]
     return conflict(
         f"{first.noun} {first.object_id} is part of plan {first.plan_id}, which is under way and goes before this one or is "
         "of its kind; wait for it, or cancel it",
+        rule=HELD,
         plan_id=first.plan_id,
     )
 
@@ -245,18 +288,32 @@ async def cancel(scheduler: Scheduler, ask: GetById, caller: Caller) -> Any:
 
 @part.every(LOOK_SECONDS)
 async def look(scheduler: Scheduler) -> None:
-    """Each cluster once in so many seconds: broken affinity groups first, then hosts with too much."""
-    seconds, now = scheduler.config.plan_seconds, monotonic()
+    """Broken affinity groups first, then hosts with too much."""
+    seconds, clusters = scheduler.config.plan_seconds, scheduler.fleet.clusters
+    await in_turn(scheduler, clusters, seconds, scheduler.planned_at, _mend, "no plan for cluster %s now: %s")
+
+
+async def in_turn(
+    scheduler: Scheduler,
+    cluster_ids: Iterable[str],
+    seconds: float,
+    looked_at: dict[str, float],
+    act: Callable[[Scheduler, str], Awaitable[None]],
+    refused_as: str,
+) -> None:
+    """Acts on each cluster once in so many seconds; 0: never. `looked_at`: cluster → when it last was. What stands against it
+    is logged as is said: cluster, reason."""
+    now = monotonic()
     if not seconds or scheduler.core.quarantine.holds:
         return
-    for cluster_id in sorted(scheduler.fleet.clusters):
-        if now - scheduler.planned_at.get(cluster_id, -seconds) < seconds:
+    for cluster_id in sorted(cluster_ids):
+        if now - looked_at.get(cluster_id, -seconds) < seconds:
             continue
-        scheduler.planned_at[cluster_id] = now
+        looked_at[cluster_id] = now
         try:
-            await _mend(scheduler, cluster_id)
+            await act(scheduler, cluster_id)
         except Refused as refused:
-            log.info("no plan for cluster %s now: %s", cluster_id, refused.message)
+            log.info(refused_as, cluster_id, refused.message)
 
 
 async def _mend(scheduler: Scheduler, cluster_id: str) -> None:

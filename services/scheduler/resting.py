@@ -20,7 +20,6 @@ from services.scheduler.policies.saving import Woken, automatic, reserve, wake
 from services.scheduler.policies.units import OVERLOAD_MINUTES
 from services.scheduler.state import Scheduler
 from volery.contracts.base import Owner
-from volery.contracts.errors import Refused
 from volery.contracts.plan import MakePlan, PlanKind, PlanState
 from volery.runtime.clock import monotonic, utc_now
 from volery.runtime.relay import stream_name
@@ -37,19 +36,10 @@ WANTED_SECONDS = 60.0
 
 @part.every(LOOK_SECONDS)
 async def look(scheduler: Scheduler) -> None:
-    seconds, now = scheduler.config.saving_seconds, monotonic()
-    if not seconds or scheduler.core.quarantine.holds:
-        return
-    for cluster_id in sorted(scheduler.fleet.clusters):
-        if not automatic(scheduler.fleet.recipe(scheduler.policy(cluster_id))):
-            continue
-        if now - scheduler.rested_at.get(cluster_id, -seconds) < seconds:
-            continue
-        scheduler.rested_at[cluster_id] = now
-        try:
-            await _rest(scheduler, cluster_id)
-        except Refused as refused:
-            log.info("no power is saved in cluster %s now: %s", cluster_id, refused.message)
+    seconds, clusters = scheduler.config.saving_seconds, scheduler.fleet.clusters
+    saving_power = [c for c in clusters if automatic(scheduler.fleet.recipe(scheduler.policy(c)))]
+    words = "no power is saved in cluster %s now: %s"
+    await plans.in_turn(scheduler, saving_power, seconds, scheduler.rested_at, _rest, words)
 
 
 async def _rest(scheduler: Scheduler, cluster_id: str) -> None:

@@ -12,6 +12,7 @@ from dataclasses import replace as with_fields
 from typing import TypeVar
 
 from services.scheduler import boards, promises
+from services.scheduler import plan_store as plan_sql
 from services.scheduler import saving_store as sql
 from services.scheduler.policies.balance import Thresholds
 from services.scheduler.policies.balancing import Aims
@@ -67,16 +68,18 @@ async def drafted(scheduler: Scheduler, ask: MakePlan) -> Draft:
         )
     board = await boards.look(scheduler, ask.cluster_id)
     wanted = wanted_of(scheduler, ask.cluster_id, tuple(sorted(set(ask.host_ids) or able)))
-    made = Draft()
+    first = ""
     for _ in range(ADMISSIONS):
         made = draft(board, wanted)
         why = await _breaks(scheduler, ask.cluster_id, made)
-        if not why:
+        if not why and (made.host_ids or not first):
             return made
+        if not made.host_ids:
+            break
+        first = first or why
         left = tuple(host_id for host_id in wanted.host_ids if host_id not in made.host_ids)
         wanted = with_fields(wanted, host_ids=left)
-        made = Draft(said=f"switches nothing off: {why}")
-    return made
+    return Draft(said=f"switches nothing off: {first}")
 
 
 def wanted_of(scheduler: Scheduler, cluster_id: str, host_ids: tuple[str, ...]) -> Wanted:
@@ -130,11 +133,13 @@ async def sleepers(scheduler: Scheduler, cluster_id: str) -> list[Sleeper]:
 
 async def finish(scheduler: Scheduler, run: Run, plan: Plan, ended: Ended) -> None:
     """Raises Refused with the reason when a host stays up, or asleep."""
+    await plan_sql.check_running(scheduler.core.pool, plan.id)
     for host_id in plan.host_ids:
         await _sleeps(scheduler, run, plan, host_id, ended)
     for host_id in plan.wake_host_ids:
         title = f"Waking {_name(scheduler, host_id)}"
-        await _asked(scheduler, run, f"wake-{host_id}", title, WAKE_HOST, WakeHost(id=host_id), ended)
+        question = WakeHost(id=host_id)
+        await _asked(scheduler, run, plan, f"wake-{host_id}", title, WAKE_HOST, question, ended)
         await scheduler.core.commit(sql.want_no_more([host_id]))
 
 
@@ -143,7 +148,7 @@ async def _sleeps(scheduler: Scheduler, run: Run, plan: Plan, host_id: str, ende
     title = f"Looking whether {name} is still not needed"
     await run.step("look", title, lambda: _look(scheduler, plan, host_id))
     question = SavePower(id=host_id, reason=f"plan {plan.id}", empty_only=True)
-    await _asked(scheduler, run, "sleep", f"Switching {name} off", SAVE_POWER, question, ended)
+    await _asked(scheduler, run, plan, "sleep", f"Switching {name} off", SAVE_POWER, question, ended)
 
 
 async def _look(scheduler: Scheduler, plan: Plan, host_id: str) -> None:
@@ -159,6 +164,7 @@ async def _look(scheduler: Scheduler, plan: Plan, host_id: str) -> None:
 async def _asked(
     scheduler: Scheduler,
     run: Run,
+    plan: Plan,
     step: str,
     title: str,
     call: Call[Q, Operation],
@@ -176,4 +182,5 @@ async def _asked(
             raise Refused(problem.kind, problem.message, **details)
 
     run.checkpoint()
+    await plan_sql.check_running(scheduler.core.pool, plan.id)
     await run.step(step, title, ask)

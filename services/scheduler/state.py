@@ -182,7 +182,11 @@ class Scheduler:
 
     async def _read_used(self) -> None:
         guessed, self.fleet.guessed = self.fleet.guessed, set()
-        found = await capacity_store.used(self.core.pool, self.used_as_of, guessed)
+        try:
+            found = await capacity_store.used(self.core.pool, self.used_as_of, guessed)
+        except BaseException:  # also when it is cancelled: the next reading corrects them
+            self.fleet.guessed |= guessed
+            raise
         self.fleet.used(found.hosts)
         self.used_as_of = found.as_of
         self.fleet.used_cells(await cell_store.used(self.core.pool))
@@ -204,6 +208,7 @@ class Scheduler:
         there = {host.id for host in found}
         for gone in [host_id for host_id in host_ids if host_id not in there]:
             self.fleet.remove(gone)
+            self.idle.forget(gone)
         await self._read_cpus()
         await self._read_devices(host_ids)
 
@@ -303,7 +308,8 @@ class Scheduler:
         if message.subject == METRICS_SUBJECT.format(host_id=sample.host_id):
             self.fleet.sample(sample.host_id, self._measured(sample))
             low = self.fleet.recipe_of(sample.host_id).parameters.get(LOW_UTILIZATION, LOW_PERCENT)
-            self.idle.note(sample.host_id, sample.cpu_percent, low, monotonic())
+            apart = self.config.saving_heard_seconds
+            self.idle.note(sample.host_id, sample.cpu_percent, low, monotonic(), apart)
             self.loads[sample.host_id] = {vm.vm_id: vm.cpu_percent / 100 for vm in sample.vms}
 
     def _measured(self, sample: HostSample) -> Measured:

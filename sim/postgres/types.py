@@ -59,6 +59,8 @@ def declared(node: exp.DataType) -> str:
         return declared(inner) + "[]"
     if node.this is exp.DType.DECIMAL and not node.expressions:
         return "numeric"
+    if node.this is exp.DType.USERDEFINED and node.args["kind"].name == "xid":
+        return "xid"
     if node.this not in _DECLARED or node.expressions:
         raise Unsupported(f"the type {node.sql(dialect='postgres')}")
     return _DECLARED[node.this]
@@ -101,6 +103,14 @@ def _integer(kind: str) -> Convert:
     return convert
 
 
+def _transaction(value: Any) -> int:
+    if not isinstance(value, int):
+        raise TypeError("an integer is required")
+    if not 0 <= value < 1 << 32:
+        raise ValueError("value out of uint32 range")
+    return value
+
+
 def _boolean(value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError("a boolean is required")
@@ -136,6 +146,7 @@ _TAKEN: dict[str, Convert] = {
     "int2": _integer("int2"),
     "int4": _integer("int4"),
     "int8": _integer("int8"),
+    "xid": _transaction,
     "bool": _boolean,
     "float8": _float,
     "timestamptz": _moment,

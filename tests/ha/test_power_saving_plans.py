@@ -153,11 +153,7 @@ async def test_a_plan_stops_when_reality_differs(configured: Settings, tmp_path:
         await shown(at, "moves 1 VM away from h0")
         gate = at.machines[0].held[MIGRATE_DOMAIN.kind] = asyncio.Event()
         begun = await plan(at)
-
-        async def moving() -> bool:
-            return any(type(ask).__name__ == "MigrateDomain" for ask in at.machines[0].asked)
-
-        await until(moving)
+        await until(lambda: _moves_from(at, 0))
         late = await at.vm(0, "late", migration={"allowed": False})
         gate.set()
         op = await at.ended(begun)
@@ -167,6 +163,38 @@ async def test_a_plan_stops_when_reality_differs(configured: Settings, tmp_path:
         assert (await asleep(at), at.bmcs[0].did(PowerAction.OFF)) == ([], 0)
         kept = decoded(await at.http.get(f"/plans/{op['object_id']}"))
         assert kept["state"] == "stopped"
+
+
+async def test_a_plan_that_gave_way_to_another_switches_nothing_off(
+    configured: Settings, tmp_path: Path
+) -> None:
+    """While its last VM moves away an evacuation needs the host as a destination."""
+    async with powered(configured, tmp_path, **NEVER) as at:
+        await has_policy(at)
+        await at.vm(0, "a")
+        for name in ("b", "c"):
+            await at.vm(1, name)
+        for name in ("d", "e", "f"):
+            await at.vm(2, name, migration={"allowed": False})
+        await shown(at, "moves 1 VM away from h0")
+        gate = at.machines[0].held[MIGRATE_DOMAIN.kind] = asyncio.Event()
+        other = at.machines[1].held[MIGRATE_DOMAIN.kind] = asyncio.Event()
+        begun = await plan(at)
+        await until(lambda: _moves_from(at, 0))
+        evacuation = await plan(at, kind="evacuation", host_ids=[at.machines[1].id])
+        stopped = decoded(await at.http.get(f"/plans/{begun['object_id']}"))
+        assert (stopped["state"], "goes before it" in stopped["reason"]) == ("stopped", True)
+        gate.set()
+        op = await at.ended(begun)
+        assert (op["state"], op["problem"]["message"]) == ("failed", stopped["reason"])
+        other.set()
+        await at.ended(evacuation)
+        assert (await asleep(at), at.bmcs[0].did(PowerAction.OFF)) == ([], 0)
+        assert (await at.host(0))["power_saving"] == "awake"
+
+
+async def _moves_from(at: Powered, number: int) -> bool:
+    return any(type(ask).__name__ == "MigrateDomain" for ask in at.machines[number].asked)
 
 
 async def test_the_scheduler_switches_hosts_off_down_to_its_reserve_and_on_again(
@@ -240,6 +268,42 @@ async def test_a_vm_without_a_place_wakes_a_host(configured: Settings, tmp_path:
         await until(runs)
 
 
+async def test_vms_that_find_no_place_together_wake_a_host(configured: Settings, tmp_path: Path) -> None:
+    """Each by itself would have one."""
+    slow = SOON | {"VOLERY_SCHEDULER_SAVING_PAUSE_SECONDS": "600"}
+    async with powered(configured, tmp_path, hosts=3, **slow) as at, measured(at):
+        assert at.world.cluster is not None
+        for number in (0, 1):
+            await at.vm(number, f"large{number}", memory_bytes=8 << 30)
+        await has_policy(at, EnableAutomaticHostPowerManagement=1, LowUtilization=20)
+
+        async def third() -> bool:
+            return await asleep(at) == [2]
+
+        await until(third)
+        cluster = {"cluster_id": at.world.cluster.id}
+        pair = []
+        for name in ("a", "b"):
+            made = await at.http.post("/vms", json=cluster | {"name": name, "memory_bytes": 7 << 30})
+            pair.append((await at.ended(decoded(made)))["object_id"])
+        group = cluster | {"name": "pair", "vm_ids": pair, "vm_rule": "positive"}
+        assert (await at.http.post("/affinity-groups", json=group)).status_code == 201
+        op = await at.ended(decoded(await at.http.post("/vms/start", json={"vm_ids": pair})))
+        assert op["state"] == "failed"
+
+        async def none() -> bool:
+            return await asleep(at) == []
+
+        await until(none)
+
+        async def runs() -> bool:
+            op = await at.ended(decoded(await at.http.post("/vms/start", json={"vm_ids": pair})))
+            return bool(op["state"] == "succeeded")
+
+        await until(runs)
+        assert [await at.where(vm) for vm in pair] == [at.machines[2].id] * 2
+
+
 async def test_nothing_is_done_while_a_host_is_silent_or_the_scheduler_is_away(
     configured: Settings, tmp_path: Path
 ) -> None:
@@ -298,6 +362,23 @@ async def test_a_sleeping_host_counts_for_a_promise_once_it_was_seen_to_wake(
             assert "would break a promise" in await starts("d")
             await tables.execute("update host_sleep set proven_at = now() - interval '6 days'")
         assert await starts("e") == "succeeded"
+
+
+async def test_that_no_host_may_sleep_for_a_promise_is_said_of_the_one_that_is_easiest_to_empty(
+    configured: Settings, tmp_path: Path
+) -> None:
+    """Not why the last one that is tried can't be emptied."""
+    async with powered(configured, tmp_path, **NEVER) as at:
+        assert at.world.cluster is not None
+        await has_policy(at)
+        promised = {"reserve_host_failures": 2, "admission_control": "enforce"}
+        answer = await at.http.patch(f"/clusters/{at.world.cluster.id}", json=promised)
+        assert answer.status_code == 200
+        await at.vm(0, "a", high_availability={"enabled": True})
+        found = await shown(at, "switching host h1 off")
+        assert found["message"].startswith("switches nothing off: ")
+        assert "VM a" in found["message"]
+        assert found["host_ids"] == []
 
 
 async def _heard_asleep(at: Powered) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 import pytest
 
 from services.inventory.service import service as inventory
 from services.scheduler.service import service as scheduler
-from tests.inventory.world import world_of
+from tests.inventory.world import Machine, World, until, world_of
 from tests.support.plane import (
     Agent,
     Plane,
@@ -21,13 +22,26 @@ from tests.support.plane import (
     until_host,
 )
 from volery.contracts.cluster import GetById
+from volery.contracts.domain_orders import MIGRATE_DOMAIN, RUN_DOMAIN
 from volery.contracts.host import GET_HOST, MAINTAIN_HOST, HostStatus, MaintainHost
-from volery.contracts.operation import OperationState
-from volery.contracts.vm import CREATE_VM, GET_VM, CreateVm, HighAvailability, Vm, VmStatus
+from volery.contracts.operation import Operation, OperationState
+from volery.contracts.vm import (
+    CREATE_VM,
+    GET_VM,
+    MIGRATE_VM,
+    START_VM,
+    CreateVm,
+    HighAvailability,
+    MigrateVm,
+    StartVm,
+    Vm,
+    VmStatus,
+)
 from volery.runtime.bus import Bus
 from volery.runtime.programs import Settings
 
 MIB = 1024 * 1024
+PREPARING = HostStatus.PREPARING_FOR_MAINTENANCE
 
 
 @pytest.fixture
@@ -101,3 +115,67 @@ async def test_without_a_plan_vms_leave_one_after_the_other(configured: Settings
         assert (op.state, op.result) == (OperationState.SUCCEEDED, {"moved": sorted(("vm1", "vm2"))})
         assert world.scheduler.plans_asked == 2
         await world.host_is(first, HostStatus.MAINTENANCE)
+
+
+@pytest.mark.parametrize("moves", [False, True], ids=["start", "move"])
+async def test_who_is_on_its_way_to_a_host_arrives_and_leaves_again_before_it_is_empty(
+    configured: Settings, moves: bool
+) -> None:
+    """Whoever switches a host off that is in maintenance must not meet a VM."""
+    async with world_of(configured) as (world, (first, second)):
+        vm, coming, gate = await _comes(world, first, second, moves)
+        machine, kind = (second, MIGRATE_DOMAIN.kind) if moves else (first, RUN_DOMAIN.kind)
+        machine.held[kind] = gate
+        machine.begun.clear()
+        begun = await coming()
+        await machine.begun.wait()
+        world.scheduler.host_ids.reverse()
+        op = await world.bus.ask(MAINTAIN_HOST, MaintainHost(id=first.id))
+        await asyncio.sleep(0.5)
+        assert (await world.bus.ask(GET_HOST, GetById(id=first.id))).status is PREPARING
+        gate.set()
+        assert (await world.ended(begun)).problem is None
+        op = await world.ended(op)
+        assert (op.state, op.result) == (OperationState.SUCCEEDED, {"moved": [vm.name]})
+        assert ((await world.get(vm.id)).host_id, first.domains) == (second.id, {})
+        await world.host_is(first, HostStatus.MAINTENANCE)
+
+
+@pytest.mark.parametrize("moves", [False, True], ids=["start", "move"])
+async def test_who_chose_a_host_that_went_into_maintenance_since_goes_elsewhere(
+    configured: Settings, moves: bool
+) -> None:
+    async with world_of(configured) as (world, (first, second)):
+        vm, coming, _ = await _comes(world, first, second, moves)
+        world.scheduler.asked.clear()
+        world.scheduler.may_place.clear()
+        begun = await coming()
+
+        async def chooses() -> bool:
+            return bool(world.scheduler.asked)
+
+        await until(chooses)
+        assert (
+            await world.ended(await world.bus.ask(MAINTAIN_HOST, MaintainHost(id=first.id)))
+        ).problem is None
+        world.scheduler.may_place.set()
+        op = await world.ended(begun)
+        assert ((await world.get(vm.id)).host_id, first.domains) == (second.id, {})
+        if moves:
+            assert op.problem is not None
+            assert "the destination goes into maintenance" in op.problem.message
+        else:
+            assert op.state is OperationState.SUCCEEDED
+
+
+async def _comes(
+    world: World, first: Machine, second: Machine, moves: bool
+) -> tuple[Vm, Callable[[], Awaitable[Operation]], asyncio.Event]:
+    """A VM, and what has it start on the first host, or move there from the second."""
+    vm = await world.vm(start=False)
+    if not moves:
+        return vm, lambda: world.bus.ask(START_VM, StartVm(id=vm.id)), asyncio.Event()
+    world.scheduler.host_ids = [second.id, first.id]
+    assert (await world.ended(await world.bus.ask(START_VM, StartVm(id=vm.id)))).problem is None
+    world.scheduler.host_ids = [first.id, second.id]
+    return vm, lambda: world.bus.ask(MIGRATE_VM, MigrateVm(id=vm.id)), asyncio.Event()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -29,7 +30,9 @@ from volery.contracts.host import (
 )
 from volery.contracts.operation import GET_OPERATION, GetOperation, Operation, OperationState
 from volery.contracts.power import POWER_DOWN, POWER_UP, OrderPower, PowerOrdered
+from volery.contracts.vm import MIGRATE_VM, START_VM, MigrateVm, StartVm
 from volery.runtime.bus import Caller
+from volery.runtime.database import open_direct
 from volery.runtime.programs import Settings
 
 
@@ -166,3 +169,52 @@ async def test_a_host_that_copies_a_disk_is_not_cut_off_in_the_middle(configured
         second.storage_work = ()
         op = await world.ended(begun)
         assert op.state is OperationState.SUCCEEDED, op.problem
+
+
+@pytest.mark.parametrize("moves", [False, True], ids=["start", "move"])
+async def test_who_chose_a_host_before_it_falls_asleep_isnt_switched_off_with_it(
+    configured: Settings, moves: bool
+) -> None:
+    """That a VM comes there is being written, and not committed yet, when the host is told to sleep: either the sleep waits for
+    it, or the VM goes elsewhere. It is the lock on the host's row that sees to that, not the look at it before."""
+    async with switched(configured) as (world, ha, first, second):
+        vm = await world.vm(start=False)
+        if moves:
+            world.scheduler.host_ids = [second.id, first.id]
+            await world.ended(await world.bus.ask(START_VM, StartVm(id=vm.id)))
+            world.scheduler.host_ids = [first.id, second.id]
+        async with open_direct(configured.database, Owner.INVENTORY) as tables:
+
+            async def waiters() -> int:
+                sql = "select count(distinct pid) from pg_locks where not granted"
+                return int(await tables.fetchval(sql))
+
+            async def chooses() -> bool:
+                return bool(world.scheduler.asked)
+
+            async def sleeps_or_waits() -> bool:
+                return bool(ha.ordered) or await waiters() > 1
+
+            world.scheduler.asked.clear()
+            world.scheduler.may_place.clear()
+            if moves:
+                coming = await world.bus.ask(MIGRATE_VM, MigrateVm(id=vm.id))
+            else:
+                coming = await world.bus.ask(START_VM, StartVm(id=vm.id))
+            await until(chooses, "a host is being chosen")
+            async with tables.transaction():
+                await tables.execute("select 1 from placement where vm_id = $1 for update", vm.id)
+                world.scheduler.may_place.set()
+                await until(waiters, "that the VM comes there is about to be written")
+                saving = asyncio.create_task(saved(world, first))
+                await until(sleeps_or_waits, "the host is off, or its sleep waits for the VM")
+            op = await saving
+        ended = await world.ended(coming)
+        assert not (ha.ordered and first.domains), "a VM runs on a host that is off"
+        if ha.ordered:
+            assert (op.problem, (await world.get(vm.id)).host_id) == (None, second.id)
+        else:
+            assert op.problem is not None
+            assert "host h1 is not empty: VMs vm1 run there, or may" in op.problem.message
+            assert (ended.problem, (await world.get(vm.id)).host_id) == (None, first.id)
+            assert (await host_of(world, first)).power_saving is PowerSaving.AWAKE

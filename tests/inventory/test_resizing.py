@@ -13,6 +13,7 @@ from volery.contracts.cpus import CpuPinning, GivenCpus, PinningPolicy
 from volery.contracts.domain import NumaNode
 from volery.contracts.domain_orders import RUN_DOMAIN, AdmitMigration, RunDomain
 from volery.contracts.errors import Kind, Refused
+from volery.contracts.host import MAINTAIN_HOST, MaintainHost
 from volery.contracts.operation import OperationState
 from volery.contracts.resizing import VmShape
 from volery.contracts.scheduling import Need
@@ -120,6 +121,18 @@ def test_one_whose_shape_a_restored_database_forgot_stays_where_it_is() -> None:
     assert refused.value.kind is Kind.CONFLICT
     assert resizing.kept(replace(vm, runs_with=SHAPE)) == SHAPE
     assert resizing.kept(replace(vm, cpu_pinning=CpuPinning())) is None
+
+
+async def test_one_that_nobody_could_move_keeps_no_maintenance_from_being_shown(configured: Settings) -> None:
+    """Why it can't be moved is said of it, beside where the others would go."""
+    async with world_of(configured, hosts=2) as (world, (first, second)):
+        forgotten = await world.vm(vcpus=3, cpu_pinning=RESIZE)  # this scheduler says of no shape
+        other = await world.vm()
+        op = await world.bus.ask(MAINTAIN_HOST, MaintainHost(id=first.id, dry_run=True))
+        fates = {fate["vm_id"]: (fate["host_id"], fate["message"]) for fate in op.result["plan"]}
+        assert fates[other.id] == (second.id, "")
+        assert fates[forgotten.id][0] == ""
+        assert "isn't known since the database was restored" in fates[forgotten.id][1]
 
 
 def test_it_has_no_numa_nodes_of_its_own_and_no_pins() -> None:

@@ -10,7 +10,17 @@ from msgspec.structs import replace
 from services.scheduler.figures import HostFigures
 from services.scheduler.fleet_devices import FleetDevices
 from services.scheduler.model import ClusterPolicy
-from services.scheduler.policies.devices import NOTHING, Held, HostState, Part, choose, missing
+from services.scheduler.policies.device_levers import fewer, fitting
+from services.scheduler.policies.devices import (
+    KEPT_TEXTS,
+    NOTHING,
+    Held,
+    HostState,
+    Part,
+    choose,
+    missing,
+    read_devices,
+)
 from tests.scheduler import oracle
 from tests.scheduler.oracle import World
 from tests.scheduler.worlds import asked, device_asks, devices, fleet_of, places, worlds
@@ -101,6 +111,48 @@ def test_in_a_fleet_hosts_of_a_kind_are_looked_at_once_and_found_all(world: Worl
         if place.need.host_devices:
             assert (host.id in having) is oracle.gives_devices(world, place.need, host)
     assert asked(world, place).need.host_devices == place.need.host_devices
+
+
+@settings(max_examples=200, deadline=None)
+@given(devices(), device_asks())
+def test_what_a_host_could_give_of_it_is_the_most_that_trying_all_finds(
+    has: tuple[tuple[HostDevice, ...], Held], asks: tuple[AskedDevice, ...]
+) -> None:
+    listed, held = has
+    host = HostState(listed, held.whole, held.parts)
+    tried = next(some for some in fewer(asks, [ask.count for ask in asks]) if choose(host, some) is not None)
+    found = fitting(host, asks)
+    assert choose(host, found) is not None
+    assert sum(ask.count for ask in found) == sum(ask.count for ask in tried)
+
+
+def test_many_kinds_that_a_host_lacks_are_not_tried_in_all_mixtures() -> None:
+    """The scheduler does nothing else meanwhile: all mixtures of these are 6,561 questions, a seventh of a second, for each
+    kind of host."""
+    asks = tuple(model(2, f"10de:100{number}") for number in range(8))
+    state = Counting(tuple(device(slot, model="10de:1000" if slot < 2 else "10de:2222") for slot in range(9)))
+    assert fitting(state, asks) == (model(2, "10de:1000"),)
+    assert state.looks < 200
+
+
+class Counting(HostState):
+    """How often it is asked which devices go together."""
+
+    __slots__ = ("looks",)
+
+    def __init__(self, listed: tuple[HostDevice, ...]) -> None:
+        super().__init__(listed)
+        object.__setattr__(self, "looks", 0)
+
+    def is_free(self, one: HostDevice) -> bool:
+        object.__setattr__(self, "looks", self.looks + 1)
+        return super().is_free(one)
+
+
+def test_what_hosts_said_once_is_not_kept_for_ever() -> None:
+    for number in range(KEPT_TEXTS + 10):
+        read_devices(encode((device(1, driver=str(number)),)).decode())
+    assert read_devices.cache_info().currsize == KEPT_TEXTS
 
 
 def test_a_group_goes_as_a_whole_or_not_at_all() -> None:

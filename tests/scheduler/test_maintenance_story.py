@@ -28,6 +28,7 @@ from volery.contracts.operation import (
     OperationState,
 )
 from volery.contracts.plan import LIST_PLANS
+from volery.runtime.database import open_direct
 from volery.runtime.programs import Settings
 
 GIB = 1 << 30
@@ -171,33 +172,153 @@ async def test_a_plan_that_stops_leaves_the_rest_to_be_moved_without_it(configur
         assert {second, third} >= set(await where(http, vm_ids))
 
 
-async def test_a_second_host_leaves_without_a_plan_while_the_first_follows_one(configured: Settings) -> None:
+async def ended(http: httpx.AsyncClient, begun: Any) -> Any:
+    async def found() -> Any:
+        now = decoded(await http.get(f"/operations/{begun['id']}"))
+        return now if now["state"] in ("succeeded", "failed", "cancelled") else None
+
+    return await until(found)
+
+
+async def moves(http: httpx.AsyncClient) -> list[Any]:
+    found = decoded(await http.get("/plans"))["items"]
+    return [s for p in found for s in p["steps"] if s["state"] == "moving"]
+
+
+@asynccontextmanager
+async def two_leaving(configured: Settings) -> AsyncIterator[tuple[httpx.AsyncClient, World, list[str], Any]]:
+    """Four VMs of the first host, two of which are on their way to the third, and one of the second, which is to leave too."""
     async with desk(planning(configured, 0)) as (http, world):
         await world.machine("h3")
         await hosts_known(world.bus, 3)
         first, second, third = world.machines
-        vm_ids = await started(http, world, first, "a")
-        vm_ids += await started(http, world, second, "b")
-        await shown(http, first, 1)
+        vm_ids = await started(http, world, first, "a", "b", "c", "d")
+        vm_ids += await started(http, world, second, "e")
+        assert world.cluster is not None
+        group = {"name": "here", "cluster_id": world.cluster.id, "vm_ids": vm_ids[:4]}
+        group |= {"host_ids": [first, third], "host_rule": "positive"}
+        assert (await http.post("/affinity-groups", json=group)).status_code == 201
+        await shown(http, first, 4)
         await shown(http, second, 1)
-        gate = world.machines[first].held[MIGRATE_DOMAIN.kind] = asyncio.Event()
+        world.machines[first].held[MIGRATE_DOMAIN.kind] = asyncio.Event()
         begun = decoded(await http.post(f"/hosts/{first}/maintenance", json={}))
+        await until(lambda: two_move(http))
+        yield http, world, vm_ids, begun
 
-        async def moving() -> Any:
-            found = decoded(await http.get("/plans"))["items"]
-            return [s for p in found for s in p["steps"] if s["state"] == "moving"]
 
-        await until(moving)
-        other = await maintained(http, second)
-        assert other["state"] == "succeeded", other
+async def two_move(http: httpx.AsyncClient) -> bool:
+    return len(await moves(http)) == 2
+
+
+async def test_a_second_host_joins_the_first_in_one_plan(configured: Settings) -> None:
+    """It needn't wait for what is on its way already, and what isn't yet goes by the plan of both."""
+    async with two_leaving(configured) as (http, world, vm_ids, begun):
+        first, second, third = world.machines
+        other = decoded(await http.post(f"/hosts/{second}/maintenance", json={}))
+        gate = world.machines[first].held.pop(MIGRATE_DOMAIN.kind)
+
+        async def both() -> Any:
+            plans = decoded(await http.get("/plans"))["items"]
+            return plans if len(plans) == 2 else None
+
+        was, now = sorted(await until(both), key=lambda plan: str(plan["id"]))
+        assert (was["state"], was["continued_by"], was["host_ids"]) == ("stopped", now["id"], [first])
+        assert (now["kind"], now["host_ids"]) == ("evacuation", [second, first])
+        assert sorted(step["vm_name"] for step in now["steps"]) == ["c", "d", "e"]
+        assert (await ended(http, other))["state"] == "succeeded"
         gate.set()
+        op = await ended(http, begun)
+        assert op["state"] == "succeeded", op
+        assert f"Following plan {now['id']}" in titles(op)
+        assert sorted(op["result"]["moved"]) == ["a", "b", "c", "d"]
+        assert await where(http, vm_ids) == [third] * 5
+        assert len(await until(both)) == 2, "all of it was planned"
 
-        async def ended() -> Any:
-            now = decoded(await http.get(f"/operations/{begun['id']}"))
-            return now if now["state"] in ("succeeded", "failed") else None
 
-        assert (await until(ended))["state"] == "succeeded"
+async def test_hosts_that_leave_at_the_same_moment_share_a_plan(configured: Settings) -> None:
+    """Each plan was drawn up before the other was there."""
+    async with desk(planning(configured, 0)) as (http, world):
+        await world.machine("h3")
+        await hosts_known(world.bus, 3)
+        first, second, third = world.machines
+        vm_ids = await started(http, world, first, "a") + await started(http, world, second, "b")
+        for host in (first, second):
+            await shown(http, host, 1)
+            world.machines[host].held[MIGRATE_DOMAIN.kind] = asyncio.Event()
+        async with open_direct(configured.database, Owner.SCHEDULER) as tables:
+
+            async def both_wait() -> bool:
+                sql = "select count(distinct pid) from pg_locks where not granted"
+                return int(await tables.fetchval(sql)) == 2
+
+            async with tables.transaction():
+                await tables.execute("lock table plan_hold in share mode")
+                begun = [
+                    decoded(await http.post(f"/hosts/{host}/maintenance", json={}))
+                    for host in (first, second)
+                ]
+                await until(both_wait)
+
+        async def shared() -> Any:
+            found = decoded(await http.get("/plans"))["items"]
+            return [plan for plan in found if sorted(plan["host_ids"]) == sorted((first, second))]
+
+        (plan,) = await until(shared)
+        for host in (first, second):
+            world.machines[host].held.pop(MIGRATE_DOMAIN.kind).set()
+        outcomes = [await ended(http, op) for op in begun]
+        assert [op["state"] for op in outcomes] == ["succeeded"] * 2, outcomes
+        assert f"Following plan {plan['id']}" in "; ".join(map(titles, outcomes))
         assert await where(http, vm_ids) == [third, third]
+
+
+async def test_a_plan_that_a_host_leaves_is_made_anew_without_it(configured: Settings) -> None:
+    """The one that leaves has its VMs shut down, so no plan is made for it."""
+    async with two_leaving(configured) as (http, world, vm_ids, begun):
+        first, second, third = world.machines
+        body = {"stop_vms": True}
+        other = decoded(await http.post(f"/hosts/{second}/maintenance", json=body))
+        assert (await ended(http, other))["state"] == "succeeded"
+
+        async def heard() -> bool:
+            answer = await http.post(f"/vms/{vm_ids[2]}/migrate?dry_run=true", json={"host_id": second})
+            return "maintenance" in answer.text
+
+        await until(heard)
+        world.machines[first].held.pop(MIGRATE_DOMAIN.kind).set()
+        op = await ended(http, begun)
+        assert (op["state"], sorted(op["result"]["moved"])) == ("succeeded", ["a", "b", "c", "d"])
+        plans = sorted(decoded(await http.get("/plans"))["items"], key=lambda plan: str(plan["id"]))
+        assert [(plan["state"], plan["continued_by"]) for plan in plans] == [
+            ("stopped", ""),
+            ("succeeded", ""),
+        ]
+        assert "host h2 is no longer up" in plans[0]["reason"]
+        assert [step["vm_name"] for step in plans[1]["steps"]] == ["c", "d"]
+        assert (await where(http, vm_ids))[:4] == [third] * 4
+
+
+async def test_who_cancels_a_joined_maintenance_cancels_the_plan_that_goes_on_with_it(
+    configured: Settings,
+) -> None:
+    """Also at a moment at which it still waits for the end of its own; the other host leaves without a plan then."""
+    async with two_leaving(configured) as (http, world, vm_ids, begun):
+        first, second, _ = world.machines
+        there = world.machines[second].held[MIGRATE_DOMAIN.kind] = asyncio.Event()
+        other = decoded(await http.post(f"/hosts/{second}/maintenance", json={}))
+
+        async def joined() -> Any:
+            found = decoded(await http.get("/plans"))["items"]
+            return [plan for plan in found if len(plan["host_ids"]) == 2]
+
+        (plan,) = await until(joined)
+        assert (await http.post(f"/operations/{begun['id']}/cancel", json={})).status_code in (200, 202)
+        there.set()
+        assert (await ended(http, begun))["state"] == "cancelled"
+        assert (await ended(http, other))["state"] == "succeeded"
+        assert decoded(await http.get(f"/plans/{plan['id']}"))["state"] == "cancelled"
+        at = await where(http, vm_ids)
+        assert (at[:4], at[4] != second) == ([first] * 4, True)
 
 
 @asynccontextmanager

@@ -15,6 +15,7 @@ from tests.scheduler.replay import Replay
 from tests.scheduler.test_plans_pure import unprotected
 from tests.scheduler.worlds import GIB
 
+APART = 120.0
 LIMITS = st.builds(Limits, st.integers(0, 2), st.sampled_from([0.5, 0.8, 1.0]), st.booleans())
 
 
@@ -124,8 +125,20 @@ def test_who_is_woken_and_why() -> None:
 def test_idleness_begins_with_the_first_low_sample_and_ends_with_a_high_one() -> None:
     idle = Idle()
     assert (idle.lasts("h", 5.0), idle.heard("h", 5.0)) == (-1.0, float("inf"))
-    idle.note("h", 10.0, 20.0, 5.0)
-    idle.note("h", 19.0, 20.0, 9.0)
+    idle.note("h", 10.0, 20.0, 5.0, APART)
+    idle.note("h", 19.0, 20.0, 9.0, APART)
     assert (idle.lasts("h", 10.0), idle.heard("h", 10.0)) == (5.0, 1.0)
-    idle.note("h", 20.0, 20.0, 11.0)
+    idle.note("h", 20.0, 20.0, 11.0, APART)
     assert idle.lasts("h", 12.0) == -1.0
+
+
+def test_a_host_that_was_away_has_not_been_idle_meanwhile() -> None:
+    """It may have slept, and somebody who wants it has just woken it."""
+    idle = Idle()
+    idle.note("h", 1.0, 20.0, 5.0, APART)
+    idle.note("h", 1.0, 20.0, 5.0 + APART, APART)
+    assert idle.lasts("h", 5.0 + APART) == APART
+    idle.note("h", 1.0, 20.0, 6.0 + 2 * APART, APART)
+    assert idle.lasts("h", 7.0 + 2 * APART) == 1.0
+    idle.forget("h")
+    assert (idle.lasts("h", 8.0), idle.heard("h", 8.0)) == (-1.0, float("inf"))

@@ -21,6 +21,7 @@ import pytest
 from nats.aio.client import Client
 from nats.aio.transport import TcpTransport
 
+from volery.runtime.config import DatabaseConfig
 from volery.runtime.connection import connect_options
 from volery.runtime.identity import Realm
 from volery.setup import embedded, nats_server, postgres_server, processes
@@ -408,6 +409,15 @@ def test_throw_away_servers_end_with_a_killed_test() -> None:
     while any(Path(place).exists() for place in places):
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+async def test_postgres_leaves_huge_pages_to_vms(database: DatabaseConfig) -> None:
+    """By itself it takes them where a machine has some free at the moment at which it starts."""
+    connection = await asyncpg.connect(database.dsn, user="scheduler", password="secret")
+    try:
+        assert await connection.fetchval("show huge_pages") == "off"
+    finally:
+        await connection.close()
 
 
 def test_cluster_paths_with_quotes_are_escaped() -> None:

@@ -9,6 +9,9 @@ from volery.contracts.base import Call, Entity, Fact, Message
 from volery.contracts.cluster import GetById
 from volery.contracts.operation import ListQuery, Operation, Page
 
+LEAVING = "leaving"
+"""The rule of a plan that stopped since other hosts of its cluster go into maintenance."""
+
 
 class PlanKind(StrEnum):
     """What it is for. One of an earlier row takes hosts and VMs from one of a later row."""
@@ -86,6 +89,8 @@ class Plan(Entity):
     """Hosts that it empties; of an upgrade in the order of their turns; of a saving, the one that is switched off then."""
     wake_host_ids: tuple[str, ...] = ()
     """Of a saving: hosts that it wakes."""
+    continued_by: str = ""
+    """The plan that goes on with it, if it was ended for that."""
     principal: str = ""
     """Who asked for it; the scheduler itself is `service:scheduler`."""
     operation_id: str = ""
@@ -103,6 +108,9 @@ class MakePlan(Message):
     if none is named."""
     avoided_host_ids: tuple[str, ...] = ()
     """Of an evacuation: hosts to which a VM goes only if no other takes it."""
+    joins: bool = False
+    """Of an evacuation: those of the cluster that are under way for hosts which go into maintenance are ended, and this one goes
+    on with them."""
     wake_host_ids: tuple[str, ...] = ()
     """Of a saving: the sleeping hosts that are woken, instead of one being switched off."""
     most_moves: int = 0

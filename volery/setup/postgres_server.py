@@ -222,6 +222,7 @@ def _render(cluster: Cluster, options: PostgresOptions) -> dict[str, str]:
         "unix_socket_permissions": "0777",  # who gets in is decided by pg_hba.conf
         "max_connections": str(options.max_connections),
         "shared_buffers": f"{options.shared_buffers_mb}MB",
+        "huge_pages": "off",  # those of this machine are set aside for VMs
         "dynamic_shared_memory_type": _shared_memory(),
         # Acknowledged means durable.
         "fsync": "on",

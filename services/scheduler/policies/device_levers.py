@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
 
 import numpy as np
@@ -12,19 +12,28 @@ from services.scheduler.fleet import Fleet, Ints
 from services.scheduler.policies.devices import Asks, HostState, choose
 from services.scheduler.policies.levers import NEVER, Lever
 from services.scheduler.policies.request import Request
+from volery.contracts.host_devices import AskedDevice
 from volery.contracts.scheduling import Change, ChangeKind
 
 
-def fewer(asks: Asks) -> Iterator[Asks]:
-    """What is left of it with some taken out, the fewest first."""
-    left = product(*(range(ask.count, -1, -1) for ask in asks))
+def fewer(asks: Asks, most: Sequence[int]) -> Iterator[Asks]:
+    """What is left of it with no more than so many of each, the fewest taken out first."""
+    left = product(*(range(count, -1, -1) for count in most))
     for counts in sorted(left, key=lambda counts: -sum(counts)):
         yield tuple(replace(ask, count=count) for ask, count in zip(asks, counts, strict=True) if count)
 
 
 def fitting(host: HostState, asks: Asks) -> Asks:
-    """As much of it as the host can give."""
-    return next(some for some in fewer(asks) if choose(host, some) is not None)
+    """As much of it as the host can give. What it can't give even by itself isn't tried with all of the others: of eight kinds
+    that would be thousands of questions for each host."""
+    most = [_alone(host, ask) for ask in asks]
+    return next(some for some in fewer(asks, most) if choose(host, some) is not None)
+
+
+def _alone(host: HostState, ask: AskedDevice) -> int:
+    """How many the host can give of one kind."""
+    counts = range(ask.count, 0, -1)
+    return next((n for n in counts if choose(host, (replace(ask, count=n),)) is not None), 0)
 
 
 def _count(asks: Asks) -> int:

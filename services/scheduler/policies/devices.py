@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import lru_cache
 from typing import NamedTuple
 
 import msgspec
@@ -105,7 +105,11 @@ class HostState:
         return max(most - sum(part.made for part in parts), 0)
 
 
-@cache
+KEPT_TEXTS = 1024
+"""What a host says of its devices changes with each VM that gets one, or gives it back."""
+
+
+@lru_cache(maxsize=KEPT_TEXTS)
 def read_devices(text: str) -> tuple[HostDevice, ...]:
     """Devices as the table has them."""
     return msgspec.json.decode(text, type=tuple[HostDevice, ...]) if text else ()

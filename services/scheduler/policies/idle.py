@@ -12,8 +12,11 @@ class Idle:
     _since: dict[str, float] = field(default_factory=dict)
     _heard: dict[str, float] = field(default_factory=dict)
 
-    def note(self, host_id: str, percent: float, low: float, now: float) -> None:
-        """How busy its CPUs are, in %."""
+    def note(self, host_id: str, percent: float, low: float, now: float, apart: float) -> None:
+        """How busy its CPUs are, in %. `apart`: of the time between samples that are further apart nothing is known, as the
+        host may have been off; in seconds."""
+        if self.heard(host_id, now) > apart:
+            self._since.pop(host_id, None)
         self._heard[host_id] = now
         if percent < low:
             self._since.setdefault(host_id, now)
