@@ -181,21 +181,27 @@ async def come(at: Site, scene: Scene) -> object:
     return await at.bus.ask(RESIZE_DISK, ResizeDisk(id=disk_id, size_bytes=3 * GIB))
 
 
+async def refusal(asked: Awaitable[object]) -> Refused | None:
+    try:
+        await asked
+    except Refused as refused:
+        return refused
+    return None
+
+
 async def outcome(at: Site, scene: Scene) -> Outcome:
     """What became of the newcomer. One that waits is told what it waits for, like one that is refused: who waits is its
     asker, in inventory."""
-    try:
-        await come(at, scene)
-    except Refused as refused:
-        attached_or_not = "attached to VM" in refused.message
-        if not attached_or_not:
-            assert refused.details["rule"] == HELD, refused.message
-            assert scene.held_by in (refused.details.get(k) for k in ("operation", "transfer_id", "vm_id"))
-            assert f"disk {scene.disk.name} can't be " in refused.message
-            assert scene.held_by in refused.message or scene.vm.name in refused.message
-            assert ": " in refused.message
-        return Outcome.WAITS if scene.expected is Outcome.WAITS else Outcome.REFUSED
-    return Outcome.TOGETHER
+    refused = await refusal(come(at, scene))
+    if refused is None:
+        return Outcome.TOGETHER
+    if "attached to VM" not in refused.message:
+        assert refused.details["rule"] == HELD, refused.message
+        assert scene.held_by in (refused.details.get(k) for k in ("operation", "transfer_id", "vm_id"))
+        assert f"disk {scene.disk.name} can't be " in refused.message
+        assert scene.held_by in refused.message or scene.vm.name in refused.message
+        assert ": " in refused.message
+    return Outcome.WAITS if scene.expected is Outcome.WAITS else Outcome.REFUSED
 
 
 async def each(work: Callable[[Scene], Awaitable[None]], scenes: list[Scene]) -> None:
@@ -339,15 +345,10 @@ async def test_a_disk_that_is_held_is_attached_to_nothing_unless_it_is_only_read
             scene.held_by = await HOLD[scene.holder](at, scene)
             if scene.holder is W.FILL:
                 continue
-            try:
-                await attach(at, scene.disk, new_id())
-                assert scene.holder in (W.COPY, W.DOWNLOAD)
-            except Refused as refused:
-                assert scene.holder in (W.RESIZE, W.UPLOAD, W.REMOVE), refused.message
-                assert (
-                    f"can't be attached while {'transfer' if scene.holder is W.UPLOAD else 'operation'}"
-                    in (refused.message)
-                )
+            refused = await refusal(attach(at, scene.disk, new_id()))
+            assert (refused is None) == (scene.holder in (W.COPY, W.DOWNLOAD)), scene.name
+            by = "transfer" if scene.holder is W.UPLOAD else "operation"
+            assert refused is None or f"can't be attached while {by}" in refused.message
         cancelled = next(scene for scene in scenes if scene.holder is W.COPY)
         await at.bus.ask(CANCEL_OPERATION[Owner.STORAGE], CancelOperation(id=cancelled.held_by))
         gate.set()

@@ -103,16 +103,16 @@ ROWS: Mapping[Work, str] = {
     #            | | | control    | | |     | | | download     | | | backup
     #            | | | | suspend  | | |     | | | | |          | | | |   maintain
     #            | | | | | migrate| | |     | | | | |          | | | |   |
-    W.CREATE:   "R W R R R R      R T R     T T T T R          R R R W   T",
+    W.CREATE:   "R W R R R R      R T R     T T T T R          R R R W   W",
     W.START:    "R W R R R R      R T R     R r R r R          R R R W   W",
     W.RESTART:  "R W R R R R      R T R     R r R r R          R R R W   W",
     W.RUN:      "R R T T T T      T T R     T r R r R          T T T T   T",
-    W.STOP:     "R W R R R R      R T R     T r R r R          R R R W   W",
+    W.STOP:     "R R R R R R      R T R     T r R r R          R R R W   W",
     W.CONTROL:  "R W R R R R      R T R     T r R r R          R R R W   W",
-    W.SUSPEND:  "R W R R R R      R T R     R r R r R          R R R W   W",
-    W.MIGRATE:  "R W R R R R      R T R     R r R r R          R R R W   W",
+    W.SUSPEND:  "R R R R R R      R T R     R r R r R          R R R W   W",
+    W.MIGRATE:  "R R R R R R      R T R     R r R r R          R R R W   W",
     W.DEVICES:  "R W R R R R      R T R     T r R r R          R R R W   W",
-    W.DELETE:   "R W R R R R      R T R     T T T T R          R R R R   T",
+    W.DELETE:   "R R R R R R      R T R     T T T T R          R R R R   T",
     W.FILL:     "R W T T T W      R T W     R R R R R          R R R W   T",
     W.RESIZE:   "R W T T T W      R T W     R R R R R          R R R W   W",
     W.COPY:     "r w T T T w      r T W     R T R T R          R R R T   T",
