@@ -1,4 +1,4 @@
-"""Writes the pages that follow from the code: subjects, the event stream's AsyncAPI document, settings.
+"""Writes the pages that follow from the code: subjects, the event stream's AsyncAPI document, settings, what may happen together.
 
 `python -m docs.generate` writes them, `--check` fails when one is out of date.
 """
@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 import volery.contracts
+from docs import matrix
 from volery.contracts.base import Call, Fact, Order, wildcard
 
 HERE = Path(__file__).parent / "reference"
@@ -204,7 +205,12 @@ def _field_docs(type_: type[Any]) -> dict[str, str]:
     return found
 
 
-PAGES = {"subjects.md": subjects, "asyncapi.json": asyncapi, "settings.md": settings}
+PAGES = {
+    "subjects.md": subjects,
+    "asyncapi.json": asyncapi,
+    "settings.md": settings,
+    "together.md": matrix.page,
+}
 
 
 def main() -> int:

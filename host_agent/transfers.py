@@ -12,13 +12,13 @@ import logging
 import os
 import shutil
 from asyncio.subprocess import PIPE
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 
-from host_agent import children, images, intake, listening, luns, nbd, places, volumes
+from host_agent import children, direct, images, intake, listening, luns, nbd, places, volumes
 from host_agent.action import Action, Host, Running
 from host_agent.children import ChildFailed
 from host_agent.config import AgentConfig
@@ -224,21 +224,25 @@ class Download:
         """By way of the directory's descriptor: a unix socket's path may have 107 bytes only."""
         return f"/proc/self/fd/{self._descriptor}/nbd"
 
+    async def _run(self, program: Sequence[str]) -> tuple[str, int]:
+        """The program to its end: what it said last, and its status."""
+        with images.secrets(self.source) as (arguments, descriptors):
+            async with children.child(
+                [*program, *arguments, images.address(self.node)],
+                limits=images.CONVERT_LIMITS,
+                pass_fds=(*descriptors, self._descriptor),
+            ) as process:
+                return await children.last_words(process), await process.wait()
+
     async def _serve(self, failed: asyncio.Future[None]) -> None:
         """Until it is stopped or its ticket has expired; then nothing of it is left."""
         program = ["qemu-nbd", "--read-only", "--persistent", "--shared=0", "--socket", self._socket]
         try:
-            with images.secrets(self.source) as (arguments, descriptors):
-                async with (
-                    asyncio.timeout(self.expires_seconds),
-                    children.child(
-                        [*program, *arguments, images.address(self.node)],
-                        limits=images.CONVERT_LIMITS,
-                        pass_fds=(*descriptors, self._descriptor),
-                    ) as process,
-                ):
-                    said = await children.last_words(process)
-                    status = await process.wait()
+            async with asyncio.timeout(self.expires_seconds):
+                for cache in direct.CACHES:
+                    said, status = await self._run([*program, f"--cache={cache}"])
+                    if direct.NO_DIRECT not in said:
+                        break
             if not failed.done():
                 failed.set_exception(images.explained(ChildFailed("qemu-nbd", status, said), "nbd"))
         except TimeoutError:
@@ -350,15 +354,19 @@ async def _converted(host: Host, order: OpenTransfer, node: images.Node) -> Plac
     """A qcow2 copy of a raw volume: its size must be known before the first byte is sent."""
     place = Place(places.home(host.config, order.source), "staging", f"{order.transfer_id}.download")
     await places.remove(place)
-    try:
+
+    async def convert(caches: Sequence[str]) -> None:
         with images.secrets(order.source) as (arguments, descriptors):
             await images.qemu_img(
                 "convert",
-                ["-O", "qcow2", *arguments, images.address(node), place.path],
+                [*caches, "-O", "qcow2", *arguments, images.address(node), place.path],
                 timeout_seconds=volumes.CONVERT_SECONDS,
                 limits=images.CONVERT_LIMITS,
                 pass_fds=descriptors,
             )
+
+    try:
+        await direct.converted(convert)
     except BaseException:
         await places.remove(place)
         raise

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from host_agent import images, luns, places
+from host_agent import direct, images, luns, places
 from host_agent.action import Action, Host, Running, to_its_end, whole
 from host_agent.config import AgentConfig
 from host_agent.leased import Hold
@@ -247,31 +247,27 @@ async def _convert(
     def tell(progress: float) -> None:
         running.progress(progress, {})
 
-    with (
-        images.secrets(login) as (source_arguments, source_descriptors),
-        images.secrets(target_login, images.TARGET_SECRET) as (target_arguments, target_descriptors),
-    ):
-        named = images.with_secret(target, images.TARGET_SECRET) if target_login is not None else target
-        await images.qemu_img(
-            "convert",
-            [
-                *(
-                    "-n",
-                    "-p",
-                    "-t",
-                    "writeback",
-                    "-O",
-                    target["driver"],
-                ),  # -O overrides the node's own driver
-                *(*options, *source_arguments, *target_arguments),
-                *(images.address(node), images.address(named)),
-            ],
-            timeout_seconds=CONVERT_SECONDS,
-            limits=images.CONVERT_LIMITS,
-            pass_fds=(*source_descriptors, *target_descriptors),
-            hold=hold,
-            on_progress=tell,
-        )
+    async def convert(caches: Sequence[str]) -> None:
+        with (
+            images.secrets(login) as (source_arguments, source_descriptors),
+            images.secrets(target_login, images.TARGET_SECRET) as (target_arguments, target_descriptors),
+        ):
+            named = images.with_secret(target, images.TARGET_SECRET) if target_login is not None else target
+            await images.qemu_img(
+                "convert",
+                [
+                    *("-n", "-p", *caches, "-O", target["driver"]),  # -O overrides the node's own driver
+                    *(*options, *source_arguments, *target_arguments),
+                    *(images.address(node), images.address(named)),
+                ],
+                timeout_seconds=CONVERT_SECONDS,
+                limits=images.CONVERT_LIMITS,
+                pass_fds=(*source_descriptors, *target_descriptors),
+                hold=hold,
+                on_progress=tell,
+            )
+
+    await direct.converted(convert)
 
 
 async def inspect(host: Host, order: InspectVolume, running: Running) -> VolumeInfo:

@@ -18,9 +18,10 @@ from services.ha.state import Ha, WaitsFor
 from services.ha.store import RESTARTS, RestartPrivate
 from volery.contracts.base import Owner
 from volery.contracts.errors import Kind, Problem, Refused
-from volery.contracts.leases import FREE_LATER, LEASE_HELD
+from volery.contracts.leases import FREE_LATER, IMAGE_HELD, LEASE_HELD
 from volery.contracts.liveness import LIST_RESTARTS, VmRestart
 from volery.contracts.operation import ENDED, GET_OPERATION, GetOperation, ListQuery, Operation
+from volery.contracts.together import HELD
 from volery.contracts.vm import RESTART_VM, VM_CHANGED, VM_DELETED, RestartVm, Vm, VmStatus
 from volery.runtime.bus import Caller
 from volery.runtime.clock import utc_now
@@ -46,6 +47,12 @@ RUNNING = frozenset(
 RestartRow: TypeAlias = Row[VmRestart, RestartPrivate]
 UNKNOWN_OUTCOMES = (Kind.TIMEOUT, Kind.UNAVAILABLE, Kind.EXHAUSTED, Kind.INTERNAL)
 """Refusals after which the same request is sent again."""
+WAITED_FOR = {
+    LEASE_HELD: "its lease",
+    IMAGE_HELD: "a lock on its disk to go",
+    HELD: "what is done with its disk to end",
+}
+"""A rule that time ends → what the VM waits for."""
 
 
 @part.hears_together(VM_CHANGED)
@@ -211,9 +218,8 @@ def _passes(ha: Ha, vm: WatchedVm, problem: Problem) -> str:
         waits.begin(ha, vm.id, WaitsFor.ROOM, rooms.EXHAUSTED_SECONDS)
         return f"VM {vm.name} fits nowhere now; it is tried again when there is room: {problem.message}"
     if (rule := problem.details.get("rule")) in FREE_LATER:
-        held = "its lease" if rule == LEASE_HELD else "a lock on its disk to go"
         what, seconds = WaitsFor.LOCK, ha.config.lease_again_seconds
-        why = f"waits for {held}, and"
+        why = f"waits for {WAITED_FOR[rule]}, and"
     elif starting:
         what, seconds = WaitsFor.HOSTS, ha.config.restart_first_delay_seconds
         why = "could not be started while hosts are coming back; it"

@@ -13,7 +13,7 @@ from typing import TypeVar
 from msgspec import UNSET
 from msgspec.structs import replace
 
-from services.inventory import late_unplug, model, restored
+from services.inventory import holders, late_unplug, model, restored
 from services.inventory.desk import Inventory
 from services.inventory.protection import check_vm_restartable
 from services.inventory.specs import device_disk, device_nic, prepared_bridges, prepared_disks
@@ -94,7 +94,7 @@ async def _begin(
         row = await VMS.get(inv.core.pool, vm_id)
         vm = row.public
         checks.revision(vm, if_revision, "VM")
-        model.check_action(vm, action)
+        await holders.check_action(inv, vm, action)
         op, begun = inv.core.operations.begin(
             f"vm.{action}",
             object_kind="vm",

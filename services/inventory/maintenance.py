@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from services.inventory import admission, emptying, model, power_saving
+from services.inventory import admission, emptying, holders, model, power_saving
 from services.inventory.clearing import Clearing
 from services.inventory.desk import Inventory
 from services.inventory.store import HOSTS
@@ -40,7 +40,7 @@ async def maintain_host(inv: Inventory, ask: MaintainHost, caller: Caller) -> Op
         host = row.public
         checks.revision(host, ask.if_revision, "host")
         checks.text(ask.reason, "reason")
-        busy(host, "host", host.busy_with)
+        await holders.check_maintenance(inv, host)
         if host.status in (HostStatus.MAINTENANCE, HostStatus.INSTALLING):
             raise conflict(f"host {host.name} is {host.status}; there is nothing to move", status=host.status)
         await admission.of_leaving(inv, host, caller, stops_vms=ask.stop_vms, dry_run=ask.dry_run)

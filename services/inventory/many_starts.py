@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec.structs import replace
 
-from services.inventory import leases, model, restored
+from services.inventory import holders, leases, model, restored
 from services.inventory.desk import Inventory
 from services.inventory.specs import need_of
 from services.inventory.starting import only_host
@@ -228,7 +228,7 @@ async def _look(inv: Inventory, vm_id: str, asked: Asked, caller: Caller) -> tup
 
 async def _question(inv: Inventory, row: Row[Vm, VmPrivate], asked: Asked, caller: Caller) -> Place:
     """As its own start will ask. Raises Refused when it can't be started as it is."""
-    model.check_action(row.public, "start")
+    await holders.check_action(inv, row.public, "start")
     host_id = only_host(row, asked.host_id, None)
     await restored.refuse_old_memory(inv, row)
     vm = row.public if row.private.saved_path else await leases.at_start(inv, row.public)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from services.inventory import choosing, model, resizing, restored
+from services.inventory import choosing, holders, model, resizing, restored
 from services.inventory.desk import Inventory
 from services.inventory.endings import down, in_blackout
 from services.inventory.giving_up import release_claim
@@ -33,6 +33,7 @@ from volery.contracts.host import Host
 from volery.contracts.operation import Operation
 from volery.contracts.plan import LEAVING
 from volery.contracts.scheduling import PLACE, Place, Placement, Purpose
+from volery.contracts.together import Work
 from volery.contracts.vm import MIGRATE_VM, MigrateVm, Vm, VmStatus
 from volery.runtime import checks
 from volery.runtime.bus import Caller
@@ -64,7 +65,7 @@ async def migrate_vm(inv: Inventory, ask: MigrateVm, caller: Caller) -> Operatio
         row = await VMS.get(inv.core.pool, ask.id)
         vm = row.public
         checks.revision(vm, ask.if_revision, "VM")
-        model.check_action(vm, "migrate")
+        await holders.check_action(inv, vm, "migrate")
         if not vm.migration.allowed:
             raise conflict(f"VM {vm.name} may not be migrated; its migration policy says so", vm_id=vm.id)
         if ask.host_id:
@@ -117,7 +118,9 @@ async def migrate(inv: Inventory, run: Run) -> None:
     await run.step("move", "Reserving the destination", lambda: _destined(inv, ask.id, moving, target.id))
     vm = (await VMS.get(inv.core.pool, ask.id)).public
     spec = await inv.once_free(
-        lambda: domain_spec(inv, vm, target.id, None, run.caller, placed.cpus, placed.shape)
+        lambda: domain_spec(
+            inv, vm, target.id, None, run.caller, placed.cpus, placed.shape, work=Work.MIGRATE
+        )
     )
     run.undo("destination", lambda: _forget(inv, run, ask.id, moving, target.id))
     admitted = await run.order(
@@ -355,7 +358,9 @@ async def _give_back(inv: Inventory, run: Run, vm_id: str, moving: Moving) -> No
     if vm is None:
         return
     # A disk that just grows is waited for: without this order the host would keep an epoch that nobody believes.
-    spec = await inv.once_free(lambda: domain_spec(inv, vm, moving.source_id, None, run.caller))
+    spec = await inv.once_free(
+        lambda: domain_spec(inv, vm, moving.source_id, None, run.caller, work=Work.MIGRATE)
+    )
     try:
         await run.order(
             "keep",

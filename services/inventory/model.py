@@ -11,11 +11,13 @@ from msgspec.structs import asdict, replace
 
 from services.inventory import host_devices, numa, resizing
 from services.inventory.config import InventoryConfig
+from volery.contracts import together
 from volery.contracts.base import Message
 from volery.contracts.cpus import CpuPinning, PinningPolicy
 from volery.contracts.domain import DiskBus, DomainState
 from volery.contracts.errors import conflict, invalid
 from volery.contracts.host import Host, HostStatus, PowerSaving
+from volery.contracts.together import By, Held, Holder, Thing, Work
 from volery.contracts.vm import PAGE_SIZES_KIB, CreateVm, UpdateVm, Vm, VmStatus
 from volery.runtime import checks
 
@@ -31,6 +33,25 @@ MAX_NICS = 32
 S = VmStatus
 RUNNING = frozenset({S.UP, S.POWERING_UP, S.REBOOT_IN_PROGRESS})
 ALIVE = RUNNING | {S.PAUSED, S.POWERING_DOWN, S.MIGRATING, S.NOT_RESPONDING, S.UNKNOWN, S.SAVING_STATE}
+
+WORK: dict[str, tuple[Work, str]] = {
+    "start": (Work.START, "started"),
+    "stop": (Work.STOP, "stopped"),
+    "reboot": (Work.CONTROL, "rebooted"),
+    "reset": (Work.CONTROL, "reset"),
+    "pause": (Work.CONTROL, "paused"),
+    "unpause": (Work.CONTROL, "unpaused"),
+    "suspend": (Work.SUSPEND, "suspended"),
+    "migrate": (Work.MIGRATE, "migrated"),
+    "delete": (Work.DELETE, "deleted"),
+    "attach_disk": (Work.DEVICES, "given a disk"),
+    "detach_disk": (Work.DEVICES, "rid of a disk"),
+    "attach_nic": (Work.DEVICES, "given a NIC"),
+    "update_nic": (Work.DEVICES, "given another network"),
+    "detach_nic": (Work.DEVICES, "rid of a NIC"),
+    "change_cd": (Work.DEVICES, "given another CD"),
+}
+"""Action → what it is in the table of what may happen together, and what a VM would be."""
 
 ALLOWED: dict[str, frozenset[VmStatus]] = {
     "start": frozenset({S.DOWN, S.SUSPENDED}),
@@ -61,19 +82,17 @@ def allowed_actions(vm: Vm) -> tuple[str, ...]:
     return tuple(action for action in possible if not host_devices.stays(vm, action))
 
 
-def check_action(vm: Vm, action: str) -> None:
-    """Raises Refused(conflict) with what would have to be true."""
+def check_action(vm: Vm, action: str, holder: Holder | None = None) -> None:
+    """Raises Refused(conflict) with what would have to be true. `holder`: whom it is busy with, if that was looked up."""
     if vm.external:
         raise conflict(
             f"VM {vm.name} was not made by Volery: it is shown but left alone; manage it where it was made",
             vm_id=vm.id,
         )
     if vm.busy_with:
-        raise conflict(
-            f"VM {vm.name} is busy with operation {vm.busy_with}; wait for it or cancel it",
-            operation=vm.busy_with,
-            vm_id=vm.id,
-        )
+        work, done = WORK[action]
+        at_work = holder or Holder(By.OPERATION, vm.busy_with, None)
+        together.refuse(work, Thing(Held.VM, vm.id, vm.name), [at_work], done=done)
     if vm.status not in ALLOWED[action]:
         possible = ", ".join(sorted(ALLOWED[action]))
         raise conflict(

@@ -20,6 +20,7 @@ from volery.contracts.network import PREPARE_NETWORKS, NetworkBridge, PrepareNet
 from volery.contracts.resizing import VmShape
 from volery.contracts.scheduling import Need
 from volery.contracts.storage import PREPARE_DISKS, REACH_DISKS, DiskReach, PrepareDisks, ReachDisks
+from volery.contracts.together import Work
 from volery.contracts.vm import CdRom, DiskAttachment, Nic, RestartWhere, RunOnce, Vm
 from volery.runtime.bus import Caller
 
@@ -69,12 +70,18 @@ def device_nic(nic: Nic, bridges: Mapping[str, NetworkBridge]) -> DomainNic:
 
 
 async def prepared_disks(
-    inv: Inventory, vm_id: str, epoch: int, host_id: str, disk_ids: tuple[str, ...], caller: Caller
+    inv: Inventory,
+    vm_id: str,
+    epoch: int,
+    host_id: str,
+    disk_ids: tuple[str, ...],
+    caller: Caller,
+    work: Work = Work.DEVICES,
 ) -> dict[str, DomainDisk]:
-    """Disk → where it is on this host, for the placement of this epoch. Raises Refused with storage's sentence, or since another VM has it open."""
+    """Disk → where it is on this host, for the placement of this epoch. `work`: what they are opened for. Raises Refused with storage's sentence, or since another VM has it open."""
     if not disk_ids:
         return {}
-    question = PrepareDisks(vm_id=vm_id, host_id=host_id, disk_ids=disk_ids, epoch=epoch)
+    question = PrepareDisks(vm_id=vm_id, host_id=host_id, disk_ids=disk_ids, epoch=epoch, work=work)
     answer = await inv.core.bus.ask(PREPARE_DISKS, question, caller)
     own = {disk.disk_id for disk in answer.disks if not (disk.shareable or disk.read_only)}
     await restored.refuse_open_elsewhere(inv, vm_id, own, "used")
@@ -113,12 +120,14 @@ async def domain_spec(
     cpus: GivenCpus | None = None,
     shape: VmShape | None = None,
     devices: tuple[GivenDevice, ...] = (),
+    *,
+    work: Work = Work.START,
 ) -> DomainSpec:
     """The VM as this host must run it, on the physical CPUs and with the devices that it was given there, in the shape that it
     was given if it is resized. Raises Refused when the host lacks a volume or a network, or can't hold
     the VM's lease."""
     volumes, bridges, lease = await asyncio.gather(
-        prepared_disks(inv, vm.id, vm.epoch, host_id, disk_ids(vm, run_once), caller),
+        prepared_disks(inv, vm.id, vm.epoch, host_id, disk_ids(vm, run_once), caller, work),
         prepared_bridges(inv, host_id, network_ids(vm), caller),
         leases.prepared(inv, vm, host_id, caller),
     )

@@ -13,7 +13,17 @@ from contextlib import asynccontextmanager
 
 from msgspec.structs import replace
 
-from services.inventory import choosing, giving_up, host_devices, leases, memory, model, restored, undying
+from services.inventory import (
+    choosing,
+    giving_up,
+    holders,
+    host_devices,
+    leases,
+    memory,
+    model,
+    restored,
+    undying,
+)
 from services.inventory.desk import Inventory
 from services.inventory.specs import disk_ids, domain_spec, need_of
 from services.inventory.store import VMS, VmPrivate
@@ -21,7 +31,7 @@ from services.inventory.turns import Spot
 from volery.contracts.base import Message
 from volery.contracts.domain import DomainSpec
 from volery.contracts.domain_orders import RUN_DOMAIN, RunDomain
-from volery.contracts.errors import Kind, Refused, conflict, unavailable
+from volery.contracts.errors import Kind, Refused, conflict
 from volery.contracts.leases import FREE_LATER
 from volery.contracts.operation import Operation
 from volery.contracts.scheduling import (
@@ -33,6 +43,7 @@ from volery.contracts.scheduling import (
     Purpose,
 )
 from volery.contracts.storage import REACH_DISKS, ReachDisks
+from volery.contracts.together import Work
 from volery.contracts.vm import (
     RESTART_VM,
     START_VM,
@@ -88,7 +99,7 @@ async def start_vm(inv: Inventory, ask: StartVm, caller: Caller) -> Operation:
         if ask.host_id:
             checks.object_id(ask.host_id, "host")
         if not ask.dry_run:  # where it could run may be asked of a running one too
-            model.check_action(vm, "start")
+            await holders.check_action(inv, vm, "start")
         host_id = only_host(row, ask.host_id, ask.run_once)
         await restored.refuse_old_memory(inv, row)
         op, begun = inv.core.operations.begin(
@@ -158,11 +169,7 @@ async def restart_vm(inv: Inventory, ask: RestartVm, caller: Caller) -> Operatio
                 f"VM {vm.name} is {vm.status} and wanted {vm.desired}; there is nothing to restart",
                 status=vm.status,
             )
-        if vm.busy_with:
-            raise unavailable(
-                f"VM {vm.name} is still busy with operation {vm.busy_with}, which ends now; ask again",
-                operation=vm.busy_with,
-            )
+        await holders.check_restart(inv, vm)
         if ask.epoch and ask.epoch != placement.epoch:
             raise conflict(f"VM {vm.name} has been placed since (epoch {placement.epoch}, not {ask.epoch})")
         op, begun = inv.core.operations.begin(
@@ -358,7 +365,8 @@ async def _run_on(
     async def prepare() -> None:
         host_devices.check_given(row.public, placed.devices)
         had = (placed.cpus, placed.shape, placed.devices)
-        prepared.append(await domain_spec(inv, row.public, host_id, once, run.caller, *had))
+        work = Work.RESTART if ask.purpose is Purpose.RESTART else Work.START
+        prepared.append(await domain_spec(inv, row.public, host_id, once, run.caller, *had, work=work))
 
     async def question() -> RunDomain:
         await run.step(f"prepare-{attempt}", PREPARING, prepare)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from services.inventory import memory, model
+from services.inventory import holders, memory, model
 from services.inventory.desk import Inventory
 from services.inventory.store import HOSTS, VMS, PlacementRow
 from volery.contracts.domain_orders import (
@@ -68,7 +68,7 @@ async def stop_vm(inv: Inventory, ask: StopVm, caller: Caller) -> Operation:
         row = await VMS.get(inv.core.pool, ask.id)
         vm = row.public
         checks.revision(vm, ask.if_revision, "VM")
-        model.check_action(vm, "stop")
+        await holders.check_action(inv, vm, "stop")
         op, begun = inv.core.operations.begin(
             "vm.stop",
             object_kind="vm",
@@ -225,7 +225,7 @@ async def act_on_vm(inv: Inventory, ask: ActOnVm, caller: Caller) -> Operation:
         row = await VMS.get(inv.core.pool, ask.id)
         vm = row.public
         checks.revision(vm, ask.if_revision, "VM")
-        model.check_action(vm, str(ask.action))
+        await holders.check_action(inv, vm, str(ask.action))
         op, begun = inv.core.operations.begin(
             f"vm.{ask.action}",
             object_kind="vm",
@@ -283,7 +283,7 @@ async def suspend_vm(inv: Inventory, ask: SuspendVm, caller: Caller) -> Operatio
         row = await VMS.get(inv.core.pool, ask.id)
         vm = row.public
         checks.revision(vm, ask.if_revision, "VM")
-        model.check_action(vm, "suspend")
+        await holders.check_action(inv, vm, "suspend")
         op, begun = inv.core.operations.begin(
             "vm.suspend",
             object_kind="vm",

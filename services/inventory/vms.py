@@ -9,7 +9,7 @@ from typing import Any
 from msgspec import UNSET
 from msgspec.structs import replace
 
-from services.inventory import admission, leases, model, restored
+from services.inventory import admission, holders, leases, model, restored
 from services.inventory.clusters import name_taken
 from services.inventory.desk import Inventory
 from services.inventory.protection import check_restartable, check_vm_restartable
@@ -361,7 +361,7 @@ async def delete_vm(inv: Inventory, ask: DeleteVm, caller: Caller) -> Operation:
         row = await VMS.get(inv.core.pool, ask.id)
         vm = row.public
         checks.revision(vm, ask.if_revision, "VM")
-        model.check_action(vm, "delete")
+        await holders.check_action(inv, vm, "delete")
         if vm.delete_protected:
             raise conflict(
                 f"VM {vm.name} is protected against deletion; take the protection off first", vm_id=vm.id

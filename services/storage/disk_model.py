@@ -11,7 +11,9 @@ from msgspec.structs import replace
 
 from services.storage.domain_model import BACKENDS, NOT_RUNNING
 from services.storage.store import DiskPrivate, VmRow
+from volery.contracts import together
 from volery.contracts.agent import StorageDomainReport, VolumeReport
+from volery.contracts.base import Owner
 from volery.contracts.domain import ImageFormat
 from volery.contracts.errors import Kind, Refused, conflict, invalid
 from volery.contracts.naming import checked_description, checked_id, checked_name, checked_tags
@@ -25,6 +27,7 @@ from volery.contracts.storage import (
     StorageDomain,
     UpdateDisk,
 )
+from volery.contracts.together import By, Held, Holder, Thing, Work
 from volery.runtime.tables import Row
 
 SECTOR_BYTES = 512
@@ -160,7 +163,8 @@ def many_users(disk: Disk) -> bool:
 
 
 def attached(disk: Disk, vm_id: str, read_only: bool, vms: Mapping[str, VmRow]) -> Disk:
-    """The disk with this VM among its uses. Raises Refused(conflict) when another VM has it."""
+    """The disk with this VM among its uses. Raises Refused(conflict) when another VM has it. What holds it is another
+    question."""
     if any(use.vm_id == vm_id for use in disk.uses):
         return disk
     if disk.uses and not many_users(disk):
@@ -170,13 +174,12 @@ def attached(disk: Disk, vm_id: str, read_only: bool, vms: Mapping[str, VmRow]) 
             f"disk {disk.name} is already attached to VM {name}: detach it there first, or make it shareable",
             vm_id=other,
         )
-    refuse_unready(disk)
     use = DiskUse(vm_id=vm_id, read_only=read_only or disk.read_only or disk.content is ContentType.ISO)
     return replace(disk, uses=(*disk.uses, use))
 
 
-def refuse_unready(disk: Disk) -> None:
-    """Raises Refused unless the disk's content is whole and nothing is being done to it."""
+def refuse_unsound(disk: Disk) -> None:
+    """Raises Refused unless the disk's content is whole, as far as nothing is being done to it."""
     if disk.status is DiskStatus.ILLEGAL:
         raise conflict(
             f"disk {disk.name} is illegal: an upload or copy into it failed, so its content can't be trusted; "
@@ -189,17 +192,63 @@ def refuse_unready(disk: Disk) -> None:
             "the disk",
             status=str(disk.status),
         )
-    if disk.status is DiskStatus.LOCKED or disk.busy_with:
-        by = f"operation {disk.busy_with}" if disk.busy_with else "an upload"
-        raise conflict(
-            f"disk {disk.name} is locked by {by}: wait for it, or cancel it", operation=disk.busy_with
+
+
+WORK_WITH: Mapping[str, Work] = {
+    "wait_for_launch": Work.START,
+    "restoring_state": Work.START,
+    "powering_down": Work.STOP,
+    "saving_state": Work.SUSPEND,
+    "suspended": Work.SUSPEND,
+    "migrating": Work.MIGRATE,
+}
+"""Status of a VM that may have its disks open → what is done with it; of any other it runs."""
+
+
+def at_work(row: Row[Disk, DiskPrivate], work: Work | None) -> list[Holder]:
+    """What is done with the disk itself. `work`: what the operation does that it is busy with."""
+    disk, private = row.public, row.private
+    found = [Holder(By.OPERATION, disk.busy_with, work)] if disk.busy_with else []
+    if private.transfer_id and not disk.busy_with:
+        found.append(Holder(By.TRANSFER, private.transfer_id, Work.UPLOAD))
+    return found + [reader(each) for each in private.readers]
+
+
+def reader(reader_id: str) -> Holder:
+    """Of the operation that copies the disk, or the download that reads it."""
+    if reader_id.startswith(f"{Owner.STORAGE}-"):
+        return Holder(By.OPERATION, reader_id, Work.COPY)
+    return Holder(By.TRANSFER, reader_id, Work.DOWNLOAD)
+
+
+def vms_with(disk: Disk, vms: Mapping[str, VmRow]) -> list[Holder]:
+    """VMs that may have the disk open, those that write it first."""
+    found = [
+        Holder(
+            By.VM,
+            vm.id,
+            WORK_WITH.get(vm.status, Work.RUN),
+            name=vm.name,
+            reading=use.read_only or disk.read_only,
         )
+        for use in disk.uses
+        if (vm := vms.get(use.vm_id)) is not None and vm.status not in NOT_RUNNING
+    ]
+    return sorted(found, key=lambda holder: holder.reading)
 
 
-def why_unready(disk: Disk) -> str:
-    """The sentence of `refuse_unready`, or ""."""
+def refuse(
+    work: Work, disk: Disk, holders: Iterable[Holder], *, done: str = "", reading: bool = False
+) -> None:
+    """Raises Refused unless this may be done with the disk now."""
+    together.refuse(work, Thing(Held.DISK, disk.id, disk.name), holders, done=done, reading=reading)
+
+
+def why_unready(row: Row[Disk, DiskPrivate]) -> str:
+    """Why no VM could start with the disk, or ""; of one that only reads it."""
     try:
-        refuse_unready(disk)
+        refuse_unsound(row.public)
+        refuse(Work.START, row.public, at_work(row, None), reading=True)
     except Refused as refused:
         return refused.message
     return ""
@@ -212,14 +261,6 @@ def refuse_attached(disk: Disk, vms: Mapping[str, VmRow], action: str) -> None:
         raise conflict(
             f"disk {disk.name} can't be {action}: it is attached to VM {names}; detach it first",
             vms=[use.vm_id for use in disk.uses],
-        )
-
-
-def refuse_readers(disk: Disk, readers: tuple[str, ...], action: str) -> None:
-    if readers:
-        raise conflict(
-            f"disk {disk.name} can't be {action} while {readers[0]} reads it: wait for that, or cancel it",
-            readers=list(readers),
         )
 
 
@@ -257,15 +298,6 @@ def running_vm(disk: Disk, vms: Mapping[str, VmRow]) -> VmRow | None:
     """A VM that may have the disk open now."""
     known = (vms[use.vm_id] for use in disk.uses if use.vm_id in vms)
     return next((vm for vm in known if vm.status not in NOT_RUNNING), None)
-
-
-def running_writer(disk: Disk, vms: Mapping[str, VmRow]) -> VmRow | None:
-    """A VM that may be writing the disk now."""
-    for use in disk.uses:
-        vm = vms.get(use.vm_id)
-        if vm is not None and not use.read_only and not disk.read_only and vm.status not in NOT_RUNNING:
-            return vm
-    return None
 
 
 def refuse_shrinking(disk: Disk, size_bytes: int) -> None:

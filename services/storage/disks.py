@@ -7,7 +7,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from services.storage import disk_model, domain_model, lun_model, luns
+from services.storage import disk_model, domain_model, holders, lun_model, luns
 from services.storage.storage import Storage
 from services.storage.store import DISK_ID, DISK_LUN, DISKS, USED_BY, DiskPrivate, DomainPrivate, VmRow
 from volery.contracts.cluster import DeleteById, GetById
@@ -32,9 +32,9 @@ from volery.contracts.storage import (
     StorageDomain,
     UpdateDisk,
 )
+from volery.contracts.together import Work
 from volery.runtime.bus import Caller
 from volery.runtime.clock import utc_now
-from volery.runtime.operations import busy
 from volery.runtime.pages import page
 from volery.runtime.service import Part
 from volery.runtime.tables import Change, Row, Stale, Taken
@@ -109,13 +109,8 @@ async def _source(svc: Storage, ask: CreateDisk) -> Row[Disk, DiskPrivate] | Non
     if not ask.copy_of:
         return None
     source = await svc.disk(ask.copy_of)
-    disk_model.refuse_unready(source.public)
-    vms = await svc.users(source)
-    if (writer := disk_model.running_writer(source.public, vms)) is not None:
-        raise conflict(
-            f"disk {source.public.name} can't be copied while VM {writer.name} runs with it: stop the VM first",
-            vm_id=writer.id,
-        )
+    disk_model.refuse_unsound(source.public)
+    disk_model.refuse(Work.COPY, source.public, await holders.all_of(svc, source))
     return source
 
 
@@ -190,12 +185,12 @@ async def update(svc: Storage, ask: UpdateDisk, caller: Caller) -> Disk:
 
 
 async def free(
-    svc: Storage, disk_id: str, if_revision: int
+    svc: Storage, disk_id: str, if_revision: int, work: Work
 ) -> tuple[Row[Disk, DiskPrivate], Row[StorageDomain, DomainPrivate]]:
-    """The disk and its domain, when an operation may begin on it. Raises Refused."""
+    """The disk and its domain, when nothing is done with it that keeps this from beginning. Raises Refused."""
     row = await svc.disk(checked_id(NOUN, disk_id))
     checked_revision(NOUN, row.public.name, row.public.revision, if_revision)
-    busy(row.public, NOUN, row.public.busy_with)
+    disk_model.refuse(work, row.public, await holders.at_work(svc, row))
     domain = await svc.domain(row.public.storage_domain_id)
     domain_model.refuse_unusable(domain.public)
     return row, domain
@@ -205,14 +200,15 @@ async def free(
 async def resize(svc: Storage, ask: ResizeDisk, caller: Caller) -> Operation:
     disk_model.checked_size(ask.size_bytes, svc.config.max_disk_bytes)
     while True:
-        row, domain = await free(svc, ask.id, ask.if_revision)
+        row, domain = await free(svc, ask.id, ask.if_revision, Work.RESIZE)
         disk = row.public
-        disk_model.refuse_unready(disk)
+        disk_model.refuse_unsound(disk)
         await luns.refuse_foreign(svc, disk, domain.public)
         disk_model.refuse_shrinking(disk, ask.size_bytes)
-        disk_model.refuse_readers(disk, row.private.readers, "resized")
         disk_model.refuse_beyond_lun(disk, domain.public, ask.size_bytes)
-        _refuse_unresizable(disk, await svc.users(row))
+        vms = await svc.users(row)
+        disk_model.refuse(Work.RESIZE, disk, disk_model.vms_with(disk, vms))
+        _refuse_shared(disk, vms)
         if domain_model.BACKENDS[domain.public.kind].GROWS:
             domain_model.BACKENDS[domain.public.kind].place(
                 domain.public,
@@ -238,18 +234,12 @@ async def resize(svc: Storage, ask: ResizeDisk, caller: Caller) -> Operation:
         return op
 
 
-def _refuse_unresizable(disk: Disk, vms: Mapping[str, VmRow]) -> None:
+def _refuse_shared(disk: Disk, vms: Mapping[str, VmRow]) -> None:
+    """Only one running VM would learn of its new size."""
     vm = disk_model.running_vm(disk, vms)
-    if vm is None:
-        return
-    if len(disk.uses) > 1:
+    if vm is not None and len(disk.uses) > 1:
         raise conflict(
             f"disk {disk.name} is shared and VM {vm.name} runs with it: stop the VMs that have it first",
-            vm_id=vm.id,
-        )
-    if vm.status == "suspended":
-        raise conflict(
-            f"VM {vm.name} is suspended and expects disk {disk.name} as it was: resume or stop the VM first",
             vm_id=vm.id,
         )
 
@@ -257,15 +247,9 @@ def _refuse_unresizable(disk: Disk, vms: Mapping[str, VmRow]) -> None:
 @part.answers(DELETE_DISK)
 async def delete(svc: Storage, ask: DeleteById, caller: Caller) -> Operation:
     while True:
-        row, domain = await free(svc, ask.id, ask.if_revision)
+        row, domain = await free(svc, ask.id, ask.if_revision, Work.REMOVE)
         disk = row.public
         disk_model.refuse_attached(disk, await svc.users(row), "deleted")
-        disk_model.refuse_readers(disk, row.private.readers, "deleted")
-        if row.private.transfer_id:
-            raise conflict(
-                f"disk {disk.name} is being uploaded into by transfer {row.private.transfer_id}: cancel that first",
-                transfer_id=row.private.transfer_id,
-            )
         op, begun = svc.core.operations.begin(
             "disk.delete",
             object_kind="disk",

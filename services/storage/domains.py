@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-from services.storage import connections, disk_model, domain_model, lease_model, lockspaces
+from services.storage import connections, disk_model, domain_model, holders, lease_model, lockspaces
 from services.storage.storage import Storage
 from services.storage.store import DISKS, DOMAIN_IQN, DOMAIN_NAME, DOMAINS, DomainPrivate
 from volery.contracts.agent import StorageDomainReport
@@ -472,7 +472,7 @@ async def _forget_disks(svc: Storage, domain: StorageDomain) -> None:
     disks = await svc.store.disks_of(domain.id)
     vms = await svc.users(*disks)
     for disk in disks:
-        busy(disk.public, "disk", disk.public.busy_with)
+        await holders.refuse_removal(svc, disk, "forgotten")
         disk_model.refuse_attached(disk.public, vms, "forgotten")
     for disk in disks:
         try:

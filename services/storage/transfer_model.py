@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 from msgspec.structs import replace
 
 from services.storage import disk_model
-from services.storage.store import DiskPrivate, VmRow
+from services.storage.store import DiskPrivate
 from volery.contracts.errors import Kind, Refused, conflict, invalid
 from volery.contracts.naming import checked_id
 from volery.contracts.storage import CreateTransfer, Disk, DiskStatus, Transfer
+from volery.contracts.together import Holder, Work
 from volery.contracts.volume_orders import TransferDirection
 from volery.runtime.tables import Row
 
@@ -33,17 +34,12 @@ def checked(ask: CreateTransfer) -> CreateTransfer:
     return replace(ask, sha256=disk_model.checked_sha256(ask.sha256))
 
 
-def refuse_upload(row: Row[Disk, DiskPrivate], size_bytes: int, vms: Mapping[str, VmRow]) -> None:
+def refuse_upload(row: Row[Disk, DiskPrivate], size_bytes: int, holders: Sequence[Holder]) -> None:
     """Raises Refused unless the disk's content may be replaced now. An illegal disk is cured by a good upload."""
     disk = row.public
-    if disk.status is not DiskStatus.ILLEGAL or disk.busy_with:
-        disk_model.refuse_unready(disk)
-    disk_model.refuse_readers(disk, row.private.readers, "uploaded into")
-    if (vm := disk_model.running_vm(disk, vms)) is not None:
-        raise conflict(
-            f"disk {disk.name} can't be uploaded into while VM {vm.name} runs with it: stop the VM first",
-            vm_id=vm.id,
-        )
+    disk_model.refuse(Work.UPLOAD, disk, holders)
+    if disk.status is not DiskStatus.ILLEGAL:
+        disk_model.refuse_unsound(disk)
     limit = disk.size_bytes + disk.size_bytes // 16 + OVERHEAD_BYTES
     if size_bytes > limit:
         raise Refused(
@@ -54,15 +50,10 @@ def refuse_upload(row: Row[Disk, DiskPrivate], size_bytes: int, vms: Mapping[str
         )
 
 
-def refuse_download(row: Row[Disk, DiskPrivate], vms: Mapping[str, VmRow]) -> None:
-    """Raises Refused while a running VM may write the disk."""
-    disk_model.refuse_unready(row.public)
-    if (vm := disk_model.running_writer(row.public, vms)) is not None:
-        raise conflict(
-            f"disk {row.public.name} can't be downloaded while VM {vm.name} runs with it: what is read would fit no "
-            "moment; stop the VM first",
-            vm_id=vm.id,
-        )
+def refuse_download(row: Row[Disk, DiskPrivate], holders: Sequence[Holder]) -> None:
+    """Raises Refused while anything may write the disk."""
+    disk_model.refuse_unsound(row.public)
+    disk_model.refuse(Work.DOWNLOAD, row.public, holders)
 
 
 def refuse_not_ready(transfer: Transfer) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from services.storage import disk_model, domain_model, luns, transfer_model, volume_leases
+from services.storage import disk_model, domain_model, holders, luns, transfer_model, volume_leases
 from services.storage.storage import Storage
 from services.storage.store import (
     DISKS,
@@ -46,6 +46,7 @@ from volery.contracts.storage import (
     Transfer,
     TransferEndpoint,
 )
+from volery.contracts.together import Holder
 from volery.contracts.volume_orders import (
     FINISH_TRANSFER,
     OPEN_TRANSFER,
@@ -82,13 +83,13 @@ async def create(svc: Storage, ask: CreateTransfer, caller: Caller) -> Operation
         domain = (await svc.domain(row.public.storage_domain_id)).public
         domain_model.refuse_unusable(domain)
         await luns.refuse_foreign(svc, row.public, domain)
-        vms = await svc.users(row)
+        held = await holders.all_of(svc, row)
         transfer = _new(svc, ask, domain)
         op, begun = _begin(svc, "create", transfer, row.public, caller)
         private = TransferPrivate(ticket=svc.vault.seal(secrets.token_urlsafe(32)))
         changes = [
             TRANSFERS.insert(replace(transfer, operation_id=op.id), private),
-            _hold(row, ask, transfer.id, vms),
+            _hold(row, ask, transfer.id, held),
             svc.store.while_active(domain.id),
         ]
         try:
@@ -119,13 +120,15 @@ def _new(svc: Storage, ask: CreateTransfer, domain: StorageDomain) -> Transfer:
     )
 
 
-def _hold(row: Row[Disk, DiskPrivate], ask: CreateTransfer, transfer_id: str, vms: Any) -> Change:
+def _hold(
+    row: Row[Disk, DiskPrivate], ask: CreateTransfer, transfer_id: str, held: Sequence[Holder]
+) -> Change:
     """The disk is locked for an upload, and may not be written during a download. Raises Refused."""
     if ask.direction is TransferDirection.DOWNLOAD:
-        transfer_model.refuse_download(row, vms)
+        transfer_model.refuse_download(row, held)
         readers = (*row.private.readers, transfer_id)
         return DISKS.update(row, private=replace(row.private, readers=readers))
-    transfer_model.refuse_upload(row, ask.size_bytes, vms)
+    transfer_model.refuse_upload(row, ask.size_bytes, held)
     private = replace(row.private, transfer_id=transfer_id, before=row.public.status)
     return DISKS.update(row, replace(row.public, status=DiskStatus.LOCKED), private)
 

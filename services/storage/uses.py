@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import chain
 
 from msgspec.structs import replace
 
-from services.storage import disk_model, domain_model, lease_model, luns
+from services.storage import disk_model, domain_model, holders, lease_model, luns
 from services.storage.storage import Storage
 from services.storage.store import DISKS, DiskPrivate, DomainPrivate
 from volery.contracts.base import Done
@@ -32,6 +33,7 @@ from volery.contracts.storage import (
     ReachDisksOfMany,
     StorageDomain,
 )
+from volery.contracts.together import Holder, Work
 from volery.runtime.bus import Caller
 from volery.runtime.clock import utc_now
 from volery.runtime.service import Part
@@ -50,6 +52,8 @@ async def attach(svc: Storage, ask: AttachDiskTo, caller: Caller) -> Disk:
         if new == row.public:
             await svc.core.commit(caller=caller, answer=new)
             return new
+        disk_model.refuse_unsound(row.public)
+        disk_model.refuse(Work.DEVICES, row.public, await holders.at_work(svc, row), reading=True)
         new = replace(new, revision=row.public.revision + 1, updated_at=utc_now())
         try:
             await svc.core.commit(DISKS.update(row, new), caller=caller, answer=new)
@@ -96,7 +100,7 @@ async def prepare(svc: Storage, ask: PrepareDisks, caller: Caller) -> PreparedDi
             if row is None:
                 raise not_found("disk", disk_id)
             domain = domains[row.public.storage_domain_id]
-            refuse_unprepared(row, domain.public, ask)
+            refuse_unprepared(row, domain.public, ask, await holders.at_work(svc, row))
             await luns.refuse_foreign(svc, row.public, domain.public)
             prepared.append(_prepared(svc, row.public, domain, ask.vm_id))
             if (private := disk_model.begun(row, ask.vm_id, ask.epoch)) is not None:
@@ -120,15 +124,16 @@ def _prepared(svc: Storage, disk: Disk, domain: Row[StorageDomain, DomainPrivate
     )
 
 
-def refuse_unprepared(row: Row[Disk, DiskPrivate], domain: StorageDomain, ask: PrepareDisks) -> None:
+def refuse_unprepared(
+    row: Row[Disk, DiskPrivate], domain: StorageDomain, ask: PrepareDisks, held: Sequence[Holder]
+) -> None:
     """Raises Refused unless this VM may open this disk on this host now. An ISO image needs no attachment."""
     disk = row.public
     use = next((use for use in disk.uses if use.vm_id == ask.vm_id), None)
     if use is None and disk.content is not ContentType.ISO:
         raise conflict(f"disk {disk.name} isn't attached to VM {ask.vm_id}: attach it first", disk_id=disk.id)
-    disk_model.refuse_unready(disk)
-    if use is not None and not use.read_only and not disk.read_only:
-        disk_model.refuse_readers(disk, row.private.readers, "written")
+    disk_model.refuse_unsound(disk)
+    disk_model.refuse(ask.work, disk, held, reading=use is None or use.read_only or disk.read_only)
     domain_model.refuse_unusable(domain)
     if ask.host_id not in domain.host_ids:
         why = domain.unreachable.get(ask.host_id) or (
@@ -168,7 +173,7 @@ def _reach(disk_ids: tuple[str, ...], disks: Disks, domains: Domains) -> DiskRea
             unready[disk_id] = f"there is no disk {disk_id}"
             continue
         domain = used[row.public.storage_domain_id] = domains[row.public.storage_domain_id].public
-        if why := disk_model.why_unready(row.public):
+        if why := disk_model.why_unready(row):
             unready[disk_id] = why
         elif domain.status is not DomainStatus.ACTIVE:
             unready[disk_id] = f"storage domain {domain.name} is {domain.status}"

@@ -399,10 +399,13 @@ class World:
         found: Vm = await until(shown)
         return found
 
+    async def operation(self, op: Operation) -> Operation:
+        owner = Owner(op.id.split("-", 1)[0])
+        return await self.bus.ask(GET_OPERATION[owner], GetOperation(id=op.id))
+
     async def ended(self, op: Operation) -> Operation:
         async def found() -> Operation | None:
-            owner = Owner(op.id.split("-", 1)[0])
-            now = await self.bus.ask(GET_OPERATION[owner], GetOperation(id=op.id))
+            now = await self.operation(op)
             return now if now.state in ENDED and not now.outcome_pending else None
 
         end: Operation = await until(found)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from enum import StrEnum
 
 from volery.contracts.base import Done, Message, Order
+from volery.contracts.together import HELD
 
 MAX_HOST_NUMBER = 2000
 """Of a lockspace with 512-byte sectors and 1 MiB alignment, as every file has."""
@@ -35,7 +36,7 @@ IMAGE_HELD = "image_held"
 server forgets that lock in its own time. No host would run it now, and each may in a while."""
 
 
-FREE_LATER = frozenset({LEASE_HELD, IMAGE_HELD})
+FREE_LATER = frozenset({LEASE_HELD, IMAGE_HELD, HELD})
 """Rules of refusals that no other host would answer otherwise, and that time ends."""
 
 

@@ -18,6 +18,7 @@ from volery.contracts.leases import (
     Watchdog,
 )
 from volery.contracts.operation import ListQuery, Operation, Page
+from volery.contracts.together import Work
 from volery.contracts.volume_orders import DiscoveredTarget, TransferDirection
 
 
@@ -334,6 +335,8 @@ class PrepareDisks(Message):
     disk_ids: tuple[str, ...]
     epoch: int = 0
     """Of the placement that they are for; 0 of a former release, for which nothing is noted."""
+    work: Work = Work.START
+    """What the VM is to open them for."""
 
 
 class PreparedDisks(Message):
