@@ -15,7 +15,7 @@ from services.inventory.desk import Inventory
 from services.inventory.store import VMS
 from volery.contracts.errors import Refused
 from volery.contracts.operation import Operation
-from volery.contracts.vm import MIGRATE_VM, STOP_VM, MigrateVm, StopVm, Vm, VmStatus
+from volery.contracts.vm import MIGRATE_VM, STOP_VM, MigrateVm, StopVm, Vm
 from volery.runtime.bus import LOST, Caller
 from volery.runtime.run import CancelRequested, Run
 from volery.runtime.tasks import end
@@ -23,8 +23,6 @@ from volery.runtime.tasks import end
 ROUNDS = 3
 """How often those that could not leave are tried again: a VM may have been busy, a destination full."""
 STOP_SECONDS = 120
-ON_IT = model.ALIVE | {VmStatus.WAIT_FOR_LAUNCH, VmStatus.RESTORING_STATE}
-"""States of a VM whose host isn't empty: it may be on its way there."""
 
 
 class Left(StrEnum):
@@ -38,16 +36,15 @@ class Left(StrEnum):
 async def to_clear(inv: Inventory, host_id: str) -> list[Vm]:
     """Volery's own VMs that are on the host, in the order in which they leave."""
     vms = [row.public for row in await inv.store.vms_on(host_id)]
-    ours = [vm for vm in vms if vm.status in ON_IT and not vm.external]
+    ours = [vm for vm in vms if vm.status in model.ALIVE and not vm.external]
     return sorted(
         ours, key=lambda vm: (not vm.high_availability.enabled, -vm.high_availability.priority, vm.id)
     )
 
 
 async def to_save(inv: Inventory, host_id: str) -> list[Vm]:
-    """Those of them that are highly available, and run."""
-    vms = await to_clear(inv, host_id)
-    return [vm for vm in vms if vm.high_availability.enabled and vm.status in model.ALIVE]
+    """Those of them that are highly available."""
+    return [vm for vm in await to_clear(inv, host_id) if vm.high_availability.enabled]
 
 
 async def ended_or_cancelled(inv: Inventory, run: Run, child: Operation) -> Operation:
@@ -137,7 +134,7 @@ class Clearing:
     async def gone(self, vm_id: str) -> Left | None:
         """How it left without us; None: it is still there."""
         row = await VMS.find(self.inv.core.pool, vm_id)
-        if row is None or row.public.status not in ON_IT:
+        if row is None or row.public.status not in model.ALIVE:
             return Left.ENDED
         return None if row.public.host_id == self.host_id else Left.MOVED
 
