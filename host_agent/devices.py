@@ -6,7 +6,7 @@ import copy
 import xml.etree.ElementTree as ET
 from typing import Any
 
-from host_agent import domxml, runningxml
+from host_agent import chains, domxml, runningxml
 from host_agent.action import Action, Host, Running, whole
 from host_agent.domain_waits import settled, wait_removed
 from host_agent.events import EventName
@@ -34,8 +34,10 @@ from volery.contracts.errors import Kind, Refused, conflict, invalid, not_found
 REPLUG_SECONDS = 30.0
 
 
-async def prepare_secrets(host: Host, disks: tuple[DomainDisk, ...], installation: str) -> None:
-    """CHAP passwords into libvirtd's memory: QEMU gets them from there."""
+async def prepare(host: Host, disks: tuple[DomainDisk, ...], installation: str) -> None:
+    """Before QEMU opens disks: the files below them are the right ones, and CHAP passwords are in libvirtd's memory, where
+    QEMU gets them from."""
+    await chains.check_disks(host.config, disks)
     for disk in disks:
         source = disk.source
         if isinstance(source, IscsiSource) and source.chap_user:
@@ -64,7 +66,7 @@ async def _domain(host: Host, vm_id: str, running: Running) -> tuple[ET.Element,
 async def attach_disk(host: Host, order: AttachDisk, running: Running) -> Done:
     root, installation = await _domain(host, order.vm_id, running)
     if order.disk.disk_id not in runningxml.disks_of(root):
-        await prepare_secrets(host, (order.disk,), installation)
+        await prepare(host, (order.disk,), installation)
         await host.hypervisor.attach_device(order.vm_id, domxml.disk_xml(order.disk, installation))
     return Done()
 
@@ -119,7 +121,7 @@ async def change_media(host: Host, order: ChangeMedia, running: Running) -> Done
     if drive is None or drive.element.get("device") != "cdrom":
         raise not_found("CD drive", order.disk_id)
     bare = DomainDisk(disk_id=order.disk_id, source=order.source, cdrom=True, target=drive.target)
-    await prepare_secrets(host, (bare,), installation)
+    await prepare(host, (bare,), installation)
     wanted = copy.deepcopy(drive.element)
     runningxml.put_medium(wanted, bare, installation)
     if runningxml.same_source(wanted, drive.element):

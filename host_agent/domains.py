@@ -122,7 +122,7 @@ async def run_domain(host: Host, order: RunDomain, running: Running) -> DomainRu
         await _end(host, order.vm_id)
     await leases.check_lease(spec.lease)
     await asyncio.to_thread(huge_pages.check, spec)
-    await devices.prepare_secrets(host, spec.disks, spec.installation)
+    await devices.prepare(host, spec.disks, spec.installation)
     if order.restore_path:
         async with cpus.placed(host, order.vm_id, spec.cpus), _taken_back(host, order.vm_id, placement):
             await suspension.restore(host, order, placement)

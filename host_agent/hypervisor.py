@@ -7,7 +7,7 @@ import contextlib
 import functools
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -24,7 +24,7 @@ from host_agent.findings import GuestInfo, NetworkState, NodeInfo, Versions, gue
 from host_agent.migration_parameters import MigrationParameters, MigrationStats, migration_stats
 from host_agent.node_devices import NodeDevices
 from host_agent.serial_console import ConsoleStream
-from volery.contracts.agent import DomainReport, OpenLun
+from volery.contracts.agent import DomainReport, OpenChain, OpenLun
 from volery.contracts.domain_orders import StopMethod
 
 T = TypeVar("T")
@@ -181,28 +181,28 @@ class Hypervisor(NodeDevices):
         return await self._listing(doing, lambda c: str(c.lookupByUUIDString(vm_id).XMLDesc(flags)))
 
     async def open_luns(self) -> list[OpenLun]:
-        """The iSCSI LUNs of every domain that has a QEMU process, also of those that Volery did not make."""
+        """The iSCSI LUNs that are open in any domain."""
+        return await self._of_active("see which LUNs are open", runningxml.luns_in)
 
-        def look(connection: Any) -> list[OpenLun]:
-            found: list[OpenLun] = []
-            for domain in connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE):
-                with _unless_gone():
-                    found += runningxml.luns_of(runningxml.parsed(domain.XMLDesc(0)), domain.UUIDString())
-            return found
-
-        return await self._listing("see which LUNs are open", look)
+    async def open_chains(self) -> list[tuple[str, OpenChain]]:
+        """What our disks have open in every domain, and the path that each writes."""
+        return await self._of_active("see which files are open", runningxml.chains_in)
 
     async def cpu_seats(self) -> list[CpuSeat]:
-        """Which physical CPUs each domain may use, also those that Volery did not make."""
+        """Which physical CPUs each domain may use."""
+        return await self._of_active("see who uses which CPUs", runningxml.cpu_seats_in)
 
-        def look(connection: Any) -> list[CpuSeat]:
-            found = []
+    async def _of_active(self, doing: str, read: Callable[[str, str], Iterable[T]]) -> list[T]:
+        """What `read` makes of XML and id of each domain that has a process, also of those that Volery did not make."""
+
+        def look(connection: Any) -> list[T]:
+            found: list[T] = []
             for domain in connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE):
                 with _unless_gone():
-                    found.append(runningxml.cpu_seat(domain.XMLDesc(0), domain.UUIDString()))
+                    found += read(domain.XMLDesc(0), domain.UUIDString())
             return found
 
-        return await self._listing("see who uses which CPUs", look)
+        return await self._listing(doing, look)
 
     async def all_domain_stats(self) -> dict[str, dict[str, Any]]:
         """libvirt's statistics by vm_id; of a domain that hangs only what is known without it."""

@@ -6,7 +6,7 @@ from enum import StrEnum
 
 from volery.contracts.agent import StorageDomainReport
 from volery.contracts.base import Done, Message, Order
-from volery.contracts.domain import DomainLease, ImageFormat, IscsiSource, VolumeSource
+from volery.contracts.domain import ChainSource, DomainLease, ImageFormat, IscsiSource, VolumeSource
 
 
 class DirectoryLocation(Message, tag="directory"):
@@ -83,6 +83,8 @@ class ClaimLun(Message):
 
 
 class CreateVolume(Message):
+    """`disk_id` names what is locked and leased, here and below; `volume_id` the file, "" where it has the disk's id."""
+
     disk_id: str
     source: VolumeSource
     size_bytes: int
@@ -97,6 +99,7 @@ class ResizeVolume(Message):
     source: VolumeSource
     size_bytes: int
     lease: DomainLease | None = None
+    volume_id: str = ""
 
 
 class DeleteVolume(Message):
@@ -108,6 +111,22 @@ class DeleteVolume(Message):
     disk_id: str
     source: VolumeSource
     wipe: bool = False
+    lease: DomainLease | None = None
+    volume_id: str = ""
+
+
+class MakeOverlay(Message):
+    """An empty volume above another one, from which everything is read that wasn't written since.
+
+    Refused(conflict) with rule `chain` when the files below aren't above each other as the source says.
+    """
+
+    disk_id: str
+    volume_id: str
+    source: ChainSource
+    size_bytes: int
+    live: bool = False
+    """A VM of this host writes the volume below, and goes on in the new one later."""
     lease: DomainLease | None = None
 
 
@@ -196,6 +215,7 @@ DISCOVER_ISCSI = Order("storage.discover_iscsi", DiscoverIscsi, IscsiTargets)
 CLAIM_LUN = Order("volume.claim_lun", ClaimLun, VolumeInfo, deadline_seconds=86400)
 CREATE_VOLUME = Order("volume.create", CreateVolume, VolumeInfo, deadline_seconds=3600)
 RESIZE_VOLUME = Order("volume.resize", ResizeVolume, VolumeInfo)
+MAKE_OVERLAY = Order("volume.overlay", MakeOverlay, VolumeInfo)
 DELETE_VOLUME = Order("volume.delete", DeleteVolume, Done, deadline_seconds=86400)
 COPY_VOLUME = Order("volume.copy", CopyVolume, VolumeInfo, deadline_seconds=86400)
 IMPORT_VOLUME = Order("volume.import", ImportVolume, VolumeInfo, deadline_seconds=86400)
