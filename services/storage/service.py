@@ -13,6 +13,7 @@ from services.storage import (
     domains,
     losses,
     projection,
+    snapshots,
     transfers,
     uses,
     vm_leases,
@@ -26,7 +27,12 @@ from volery.contracts.operation import Operation
 from volery.runtime.service import Service
 from volery.runtime.tables import Change
 
-RELEASES = {"storage_domain": domains.release, "disk": disk_work.release, "transfer": transfers.release}
+RELEASES = {
+    "storage_domain": domains.release,
+    "disk": disk_work.release,
+    "transfer": transfers.release,
+    "snapshot": snapshots.release,
+}
 """What an operation is about → how its object is freed when it ended."""
 
 
@@ -47,6 +53,7 @@ def make_service() -> Service:
             disks.part,
             disk_work.part,
             uses.part,
+            snapshots.part,
             transfers.part,
             discovery.part,
             projection.part,

@@ -39,6 +39,7 @@ def refuse_upload(row: Row[Disk, DiskPrivate], size_bytes: int, vms: Mapping[str
     if disk.status is not DiskStatus.ILLEGAL or disk.busy_with:
         disk_model.refuse_unready(disk)
     disk_model.refuse_readers(disk, row.private.readers, "uploaded into")
+    disk_model.refuse_layers(disk, "uploaded into")
     if (vm := disk_model.running_vm(disk, vms)) is not None:
         raise conflict(
             f"disk {disk.name} can't be uploaded into while VM {vm.name} runs with it: stop the VM first",

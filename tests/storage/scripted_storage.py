@@ -16,10 +16,17 @@ from tests.support.runtime import running
 from tests.support.scripted_agent import ScriptedAgent, scripted
 from tests.support.service_process import ServiceProcess, service_process
 from tests.support.stand_in import World, inventory
-from volery.contracts.agent import LunClaim, OpenLun, StorageDomainReport, VolumeReport
+from volery.contracts.agent import LunClaim, OpenChain, OpenLun, StorageDomainReport, VolumeReport
 from volery.contracts.base import Done, Owner
 from volery.contracts.cluster import DataCenter, GetById
-from volery.contracts.domain import DomainLease, FileSource, ImageFormat, IscsiSource, VolumeSource
+from volery.contracts.domain import (
+    ChainSource,
+    DomainLease,
+    FileSource,
+    ImageFormat,
+    IscsiSource,
+    VolumeSource,
+)
 from volery.contracts.errors import Kind, Refused
 from volery.contracts.host import Host
 from volery.contracts.ids import new_id
@@ -63,6 +70,7 @@ from volery.contracts.volume_orders import (
     DISCOVER_ISCSI,
     FINISH_TRANSFER,
     IMPORT_VOLUME,
+    MAKE_OVERLAY,
     OPEN_TRANSFER,
     RESIZE_VOLUME,
     ClaimLun,
@@ -78,6 +86,7 @@ from volery.contracts.volume_orders import (
     FinishTransfer,
     ImportVolume,
     IscsiTargets,
+    MakeOverlay,
     OpenTransfer,
     ResizeVolume,
     TransferOpened,
@@ -130,6 +139,7 @@ class StorageHost:
     connected: dict[str, Any] = field(default_factory=dict)
     opened: dict[str, OpenTransfer] = field(default_factory=dict)
     open_luns: list[OpenLun] = field(default_factory=list)
+    open_chains: list[OpenChain] = field(default_factory=list)
     claims: dict[int, LunClaim] = field(default_factory=dict)
     joined: dict[str, LockspaceReport] = field(default_factory=dict)
 
@@ -141,6 +151,7 @@ class StorageHost:
             (CLAIM_LUN, self.claim),
             (CREATE_VOLUME, self.create),
             (RESIZE_VOLUME, self.resize),
+            (MAKE_OVERLAY, self.overlay),
             (DELETE_VOLUME, self.delete),
             (COPY_VOLUME, self.copy),
             (IMPORT_VOLUME, self.import_),
@@ -220,6 +231,7 @@ class StorageHost:
                 volumes=volumes,
                 strangers=self.shelf.strangers,
                 lockspace=self.joined.get(domain_id),
+                open_chains=tuple(self.open_chains),
             )
         luns = self.shelf.luns.get(where.iqn, {})
         return StorageDomainReport(
@@ -252,8 +264,13 @@ class StorageHost:
 
     def _put(self, source: VolumeSource, size_bytes: int, used_bytes: int = MIB) -> VolumeInfo:
         if isinstance(source, FileSource):
+            below = source.backing[0].path.rpartition("/")[2] if isinstance(source, ChainSource) else ""
             self.shelf.volumes[source.path] = VolumeReport(
-                path=source.path, size_bytes=size_bytes, used_bytes=used_bytes, format=source.format
+                path=source.path,
+                size_bytes=size_bytes,
+                used_bytes=used_bytes,
+                format=source.format,
+                backing=below,
             )
             return VolumeInfo(size_bytes=size_bytes, used_bytes=used_bytes, format=source.format)
         assert isinstance(source, IscsiSource)
@@ -279,6 +296,12 @@ class StorageHost:
 
     def resize(self, ask: ResizeVolume) -> VolumeInfo:
         return self._put(ask.source, ask.size_bytes)
+
+    def overlay(self, ask: MakeOverlay) -> VolumeInfo:
+        for file in ask.source.backing:
+            if file.path not in self.shelf.volumes:
+                raise Refused(Kind.NOT_FOUND, f"there is no volume {file.path}")
+        return self._put(ask.source, ask.size_bytes, 0)
 
     def copy(self, ask: CopyVolume) -> VolumeInfo:
         if isinstance(ask.source, FileSource) and ask.source.path not in self.shelf.volumes:

@@ -1,0 +1,68 @@
+"""Of which disks a snapshot can be made. Pure: no bus, no database, no clock."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from msgspec.structs import replace
+
+from services.storage import disk_model, domain_model
+from services.storage.chain_model import Chain
+from services.storage.store import DiskPrivate, VmRow
+from volery.contracts.errors import conflict, invalid
+from volery.contracts.naming import checked_id
+from volery.contracts.storage import ContentType, Disk, StorageDomain
+from volery.contracts.volumes import SnapshotDisks
+from volery.runtime.tables import Row
+
+MOST_VOLUMES = 64
+"""Above each other: each costs a read of what is in none, and QEMU opens them all."""
+
+
+def checked(ask: SnapshotDisks) -> SnapshotDisks:
+    """Raises Refused(invalid)."""
+    checked_id("snapshot", ask.snapshot_id)
+    if not ask.disk_ids:
+        raise invalid("a snapshot needs at least one disk: name those that it is to be of", field="disk_ids")
+    for disk_id in ask.disk_ids:
+        checked_id("disk", disk_id)
+    return replace(ask, disk_ids=tuple(dict.fromkeys(ask.disk_ids)))
+
+
+def refuse_kind(disk: Disk, domain: StorageDomain) -> None:
+    """Raises Refused(conflict) for disks that never have volumes above each other."""
+    if disk.content is ContentType.ISO:
+        raise conflict(f"disk {disk.name} is an ISO image and never changes: leave it out", rule="iso")
+    if not domain_model.BACKENDS[domain.kind].GROWS:
+        raise conflict(
+            f"disk {disk.name} is a whole LUN of storage domain {domain.name}, with no room for a second volume: leave it "
+            "out, or copy it into a domain of kind directory and attach the copy instead",
+            rule="whole_lun",
+        )
+    if disk.shareable:
+        raise conflict(
+            f"disk {disk.name} is shareable, and VMs that share it would each go on in another volume: make it "
+            "unshareable first, or leave it out",
+            rule="shareable",
+        )
+
+
+def refuse(
+    row: Row[Disk, DiskPrivate], domain: StorageDomain, chain: Chain, vms: Mapping[str, VmRow]
+) -> None:
+    """Raises Refused unless a volume can be made above the disk's leaf now."""
+    disk = row.public
+    disk_model.refuse_unready(disk)
+    refuse_kind(disk, domain)
+    if len(chain.volumes) >= MOST_VOLUMES:
+        raise conflict(
+            f"disk {disk.name} has {len(chain.volumes)} volumes above each other, and more aren't made: delete some of its "
+            "snapshots first",
+            rule="depth",
+        )
+    if (vm := disk_model.running_vm(disk, vms)) is not None:
+        raise conflict(
+            f"disk {disk.name} is used by VM {vm.name}, which is {vm.status}: stop the VM first",
+            vm_id=vm.id,
+            rule="running",
+        )

@@ -1,0 +1,204 @@
+"""Snapshots of disks: what they hold stays as it is, and they go on in new volumes; all of them or none.
+
+A row says that a volume is being made before there is a file. The files are made by one host per disk, then one commit
+makes all of them leaves. Whatever ends before that removes what was made; nothing was read from there yet. After it there
+is nothing to undo: an empty volume above one that nobody writes any more holds what that one does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from msgspec.structs import replace
+
+from services.storage import chain_model, domain_model, snapshot_model, volume_leases, volume_work
+from services.storage.chain_model import Chain
+from services.storage.storage import Storage
+from services.storage.store import DISKS, DiskPrivate
+from volery.contracts.base import Done, Message
+from volery.contracts.domain import ChainSource
+from volery.contracts.errors import conflict, not_found, unavailable
+from volery.contracts.ids import new_id
+from volery.contracts.operation import Operation
+from volery.contracts.storage import Disk
+from volery.contracts.volume_orders import MAKE_OVERLAY, MakeOverlay
+from volery.contracts.volumes import SNAPSHOT_DISKS, SnapshotDisks, VolumeState
+from volery.runtime.bus import Caller
+from volery.runtime.run import Run
+from volery.runtime.service import Part
+from volery.runtime.tables import Change, Row, Stale
+
+part = Part()
+
+
+class _Overlay(Message):
+    disk_id: str
+    volume_id: str
+
+
+class _Overlays(Message):
+    """The operation's question."""
+
+    snapshot_id: str
+    overlays: tuple[_Overlay, ...]
+
+
+class _Hosts(Message):
+    host_ids: dict[str, str]
+    """By disk."""
+
+
+@part.answers(SNAPSHOT_DISKS)
+async def create(svc: Storage, ask: SnapshotDisks, caller: Caller) -> Operation:
+    """Everything that could be refused is refused here."""
+    ask = snapshot_model.checked(ask)
+    while True:
+        if await svc.volumes.of_snapshot(ask.snapshot_id):
+            raise conflict(
+                f"there is a snapshot {ask.snapshot_id} already: choose another id", id=ask.snapshot_id
+            )
+        disks = await svc.store.disks_with(ask.disk_ids)
+        for disk_id in ask.disk_ids:
+            if disk_id not in disks:
+                raise not_found("disk", disk_id)
+        rows = [disks[disk_id] for disk_id in ask.disk_ids]
+        question = _Overlays(
+            snapshot_id=ask.snapshot_id,
+            overlays=tuple(_Overlay(disk_id=row.id, volume_id=new_id()) for row in rows),
+        )
+        op, begun = svc.core.operations.begin(
+            "disk.snapshot",
+            object_kind="snapshot",
+            object_id=ask.snapshot_id,
+            object_name=ask.name or ", ".join(row.public.name for row in rows[:5]),
+            question=question,
+            caller=caller,
+        )
+        changes = await _announced(svc, rows, question, op.id)
+        try:
+            await svc.core.commit(*changes, begun, caller=caller, answer=op)
+        except Stale:
+            continue
+        return op
+
+
+async def _announced(
+    svc: Storage, rows: Sequence[Row[Disk, DiskPrivate]], question: _Overlays, operation_id: str
+) -> list[Change]:
+    """Each disk held, and its new volume written down. Raises Refused."""
+    vms = await svc.users(*rows)
+    chains = await svc.chains([row.public for row in rows])
+    domains = await svc.store.domains_with({row.public.storage_domain_id for row in rows})
+    changes = [svc.store.while_active(domain_id) for domain_id in sorted(domains)]
+    for row, wanted in zip(rows, question.overlays, strict=True):
+        domain, chain = domains[row.public.storage_domain_id].public, chains[row.id]
+        domain_model.refuse_unusable(domain)
+        snapshot_model.refuse(row, domain, chain, vms)
+        domain_model.BACKENDS[domain.kind].place(
+            domain, row.public.size_bytes, False, frozenset(), {}, svc.config.reserve_bytes
+        )
+        made = chain_model.overlay(wanted.volume_id, chain, row.public.size_bytes, operation_id)
+        made = replace(made, state=VolumeState.NEW)
+        public = chain_model.described(row.public, Chain(chain.volumes, (*chain.loose, made)))
+        changes.append(DISKS.update(row, replace(public, busy_with=operation_id)))
+        changes.append(svc.volumes.write(row.id, [*chain.volumes, made]))
+    return changes
+
+
+@part.runs("disk.snapshot", deadline_seconds=600)
+async def snapping(svc: Storage, run: Run) -> None:
+    ask = run.input(_Overlays)
+    run.undo("overlays", partial(_take_back, svc, ask))
+    choose = partial(_choose, svc, ask)
+    hosts = await run.step("choose", "Choose hosts to do it", choose, _Hosts)
+    for wanted in ask.overlays:
+        host_id = hosts.host_ids[wanted.disk_id]
+        await run.order(
+            f"overlay-{wanted.disk_id}",
+            "Make a new volume",
+            MAKE_OVERLAY,
+            partial(_question, svc, wanted, host_id),
+            host_id=host_id,
+            object_id=wanted.disk_id,
+        )
+    await run.write("switch", "Go on in the new volumes", partial(_switched, svc, ask), Done)
+    run.undone("overlays")
+
+
+async def _choose(svc: Storage, ask: _Overlays) -> _Hosts:
+    """One host for each disk, written down before its first order."""
+    host_ids = {}
+    for wanted in ask.overlays:
+        row = await svc.disk(wanted.disk_id)
+        domain = (await svc.domain(row.public.storage_domain_id)).public
+        host_id = volume_leases.chosen_host(domain, domain.host_ids, wanted.disk_id)
+        if not host_id:
+            raise unavailable(
+                f"no host reaches storage domain {domain.name} any more: bring one up and try again"
+            )
+        host_ids[wanted.disk_id] = host_id
+        await _noted(svc, wanted, host_id)
+    return _Hosts(host_ids=host_ids)
+
+
+async def _noted(svc: Storage, wanted: _Overlay, host_id: str) -> None:
+    while True:
+        row = await svc.disk(wanted.disk_id)
+        chain = await svc.chain(row.public)
+        loose = tuple(replace(v, host_id=host_id) if v.id == wanted.volume_id else v for v in chain.loose)
+        public = chain_model.described(row.public, Chain(chain.volumes, loose))
+        private = replace(row.private, writer_host_id=host_id)
+        try:
+            await svc.core.commit(DISKS.update(row, public, private), svc.volumes.write(row.id, loose))
+        except Stale:
+            continue
+        return
+
+
+async def _question(svc: Storage, wanted: _Overlay, host_id: str) -> MakeOverlay:
+    row = await svc.disk(wanted.disk_id)
+    domain = await svc.domain(row.public.storage_domain_id)
+    chain = await svc.chain(row.public)
+    made = next(volume for volume in chain.loose if volume.id == wanted.volume_id)
+    source = svc.source_of(domain, row.public, (*chain.volumes, made))
+    assert isinstance(source, ChainSource)
+    return MakeOverlay(
+        disk_id=row.id,
+        volume_id=made.id,
+        source=source,
+        size_bytes=made.size_bytes,
+        lease=await volume_leases.lease_for(svc, domain, row.id, host_id),
+    )
+
+
+async def _switched(svc: Storage, ask: _Overlays) -> tuple[Done, Sequence[Change]]:
+    """All new volumes are leaves with one commit, and what was below them belongs to the snapshot."""
+    changes: list[Change] = []
+    for wanted in ask.overlays:
+        row = await svc.disk(wanted.disk_id)
+        chain = await svc.chain(row.public)
+        made = next(volume for volume in chain.loose if volume.id == wanted.volume_id)
+        new = chain_model.with_overlay(chain, replace(made, state=VolumeState.OK), ask.snapshot_id)
+        changes.append(DISKS.update(row, chain_model.described(row.public, new)))
+        changes.append(svc.volumes.write(row.id, new.volumes[-2:]))
+    return Done(), changes
+
+
+async def _take_back(svc: Storage, ask: _Overlays) -> None:
+    """Nothing of the new volumes stays, or is removed as soon as its host can."""
+    for wanted in ask.overlays:
+        await volume_work.doom(svc, wanted.disk_id, [wanted.volume_id])
+        await volume_work.clean_up(svc, wanted.disk_id, svc.config.discard_seconds)
+
+
+async def release(svc: Storage, operation: Operation) -> Sequence[Change]:
+    """What frees the disks of an ended operation."""
+    return [
+        svc.then_wake(
+            DISKS.update(row, replace(row.public, busy_with="")),
+            f"domain:{row.public.storage_domain_id}",
+            f"disk:{row.id}",
+        )
+        for row in await svc.volumes.busy_disks(operation.id)
+    ]
