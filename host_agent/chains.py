@@ -1,4 +1,4 @@
-"""Volumes above others: an overlay is made, and the files below one are what its owner says, or nothing is opened.
+"""Volumes above others: an overlay is made, or merged into what is below it; and the files below one are what its owner says, or nothing is opened.
 
 The owner of a disk says its whole chain; the files' headers say it, too, each the next one. QEMU is told the former and
 never reads the latter, so a file whose header says something else would show a guest what was never its disk.
@@ -18,9 +18,9 @@ from host_agent.config import AgentConfig
 from host_agent.leased import FREE, Hold
 from host_agent.places import Place
 from volery.contracts.agent import OpenChain, StorageDomainReport
-from volery.contracts.domain import ChainSource, DomainDisk, FileSource
+from volery.contracts.domain import BackingFile, ChainSource, DomainDisk, FileSource
 from volery.contracts.errors import Refused, conflict, invalid, not_found
-from volery.contracts.volume_orders import MAKE_OVERLAY, MakeOverlay, VolumeInfo
+from volery.contracts.volume_orders import MAKE_OVERLAY, MERGE_VOLUME, MakeOverlay, MergeVolume, VolumeInfo
 
 BROKEN = "chain"
 """The rule of refusals for files that aren't above each other as their owner says."""
@@ -36,36 +36,44 @@ class _Names(msgspec.Struct):
     names: list[str | None]
 
 
-def _levels(source: ChainSource) -> list[FileSource]:
+def _levels(source: FileSource) -> list[BackingFile]:
     """From the volume itself to its base."""
-    return [source, *(FileSource(path=file.path, format=file.format) for file in source.backing)]
+    below = source.backing if isinstance(source, ChainSource) else ()
+    return [BackingFile(path=source.path, format=source.format), *below]
 
 
-async def check(config: AgentConfig, sources: Sequence[Sequence[FileSource]], hold: Hold = FREE) -> None:
+async def check(config: AgentConfig, chains: Sequence[Sequence[BackingFile]], hold: Hold = FREE) -> None:
     """Raises Refused unless in each of these chains every file names the next one as the file below it, and the last none."""
-    levels = [(places.locate(config, source), below) for chain in sources for source, below in _pairs(chain)]
+    levels = [(_place(config, file), names) for chain in chains for file, names in _expected(chain)]
     if not levels:
         return
     request = _Files([(place.root, place.name) for place, _ in levels])
     found = (await places.ask("below", request, _Names, hold=hold.reading)).names
-    for (place, below), name in zip(levels, found, strict=True):
+    for (place, names), name in zip(levels, found, strict=True):
         if name is None:
             raise not_found("volume", place.path)
-        if name != below:
+        if name not in names:
             raise conflict(
-                f"{place.path} says that {name or 'nothing'} is below it, and it should be {below or 'nothing'}: the files "
-                "were changed by hand, or Volery's database is older than they are; nothing was opened. Put the files "
-                "right, then refresh the storage domain",
+                f"{place.path} says that {name or 'nothing'} is below it, and it should be {names[0] or 'nothing'}: the "
+                "files were changed by hand, or Volery's database is older than they are; nothing was opened. Put the "
+                "files right, then refresh the storage domain",
                 rule=BROKEN,
                 path=place.path,
                 below=name,
             )
 
 
-def _pairs(chain: Sequence[FileSource]) -> Iterable[tuple[FileSource, str]]:
-    """Each file with the name of the one below it: all of them lie in one directory."""
-    names = [PurePath(source.path).name for source in chain]
-    return zip(chain, [*names[1:], ""], strict=True)
+def _expected(chain: Sequence[BackingFile]) -> Iterable[tuple[BackingFile, list[str]]]:
+    """Each file with what its header may call the one below: all of them lie in one directory."""
+    for number, file in enumerate(chain):
+        below = chain[number + 1 :]
+        names = [PurePath(one.path).name for one in below] + [""]
+        merging = bool(below) and below[0].merging
+        yield file, names[: 2 if merging else 1]
+
+
+def _place(config: AgentConfig, file: BackingFile) -> Place:
+    return places.locate(config, FileSource(path=file.path, format=file.format))
 
 
 async def check_disks(config: AgentConfig, disks: Iterable[DomainDisk]) -> None:
@@ -84,7 +92,7 @@ async def overlay(host: Host, order: MakeOverlay, running: Running) -> VolumeInf
     async with luns.writing(host, order.disk_id, order.source, order.lease) as hold:
         place = volumes.own_place(host.config, order.volume_id, order.source)
         levels = _levels(order.source)
-        below = places.locate(host.config, levels[1])
+        below = _place(host.config, levels[1])
         if below.root != place.root:
             raise invalid(f"{below.path} and {place.path} must lie in one storage domain")
         if (await places.look(place, hold)).exists:
@@ -132,6 +140,51 @@ async def _make(staged: Place, below: Place, order: MakeOverlay, hold: Hold) -> 
     )
 
 
+async def merge(host: Host, order: MergeVolume, running: Running) -> VolumeInfo:
+    """What is read from the volume, or from above it, is the same at every moment of this, and after its end also without it.
+
+    Raises Refused: files that aren't as said, or in use (conflict), the storage full (exhausted).
+    """
+    async with luns.writing(host, order.disk_id, order.source, order.lease) as hold:
+        volume, below, *rest = _levels(order.source)
+        above = [] if order.above is None else _levels(order.above)
+        chain = [*above, msgspec.structs.replace(volume, merging=True), below, *rest]
+        await check(host.config, [chain], hold)
+        for file in (*above, volume, below):
+            place = _place(host.config, file)
+            if (await places.look(place, hold)).in_use:
+                raise conflict(f"{place.path} is in use by a running VM: stop it first", rule="image_held")
+        await _commit(order.source, running, hold)
+        for file in above:
+            await _put_above(file, below, hold)
+        return await volumes.describe(FileSource(path=below.path, format=below.format))
+
+
+async def _commit(source: ChainSource, running: Running, hold: Hold) -> None:
+    """Its headers were checked: qemu-img goes by them, and grows the file below if that is smaller."""
+    node = {"driver": source.format, "file": {"driver": "file", "filename": source.path}}
+    await images.qemu_img(
+        "commit",
+        ["-p", "-d", "-t", "writeback", images.address(node)],
+        timeout_seconds=volumes.CONVERT_SECONDS,
+        limits=images.CONVERT_LIMITS,
+        hold=hold,
+        on_progress=lambda percent: running.progress(percent, {}),
+    )
+
+
+async def _put_above(above: BackingFile, below: BackingFile, hold: Hold) -> None:
+    """Only the name in its header changes: both files below hold the same."""
+    name = PurePath(below.path).name
+    node = images.address(images.file_node(above.path, above.format))
+    await images.qemu_img(
+        "rebase",
+        ["-q", "-u", "-b", name, "-F", below.format, node],
+        timeout_seconds=volumes.CHECK_SECONDS,
+        hold=hold,
+    )
+
+
 async def with_open(host: Host, reports: Sequence[StorageDomainReport]) -> tuple[StorageDomainReport, ...]:
     """These reports, with what the host's VMs have open there. Nobody is asked where no file is above another one."""
     if not any(volume.backing for report in reports for volume in report.volumes):
@@ -149,4 +202,4 @@ def _with(report: StorageDomainReport, found: Iterable[tuple[str, OpenChain]]) -
     return msgspec.structs.replace(report, open_chains=there)
 
 
-ACTIONS = (Action(MAKE_OVERLAY, overlay),)
+ACTIONS = (Action(MAKE_OVERLAY, overlay), Action(MERGE_VOLUME, merge))

@@ -12,7 +12,7 @@ from services.storage.store import DiskPrivate
 from volery.contracts.agent import OpenChain, StorageDomainReport, VolumeReport
 from volery.contracts.domain import ImageFormat
 from volery.contracts.storage import Disk, DiskStatus, StorageDomain
-from volery.contracts.volumes import IN_CHAIN, Volume
+from volery.contracts.volumes import IN_CHAIN, Volume, VolumeState
 from volery.runtime.tables import Row
 
 NOTED_BYTES = 64 * 1024**2
@@ -78,11 +78,36 @@ def described(disk: Disk, chain: Chain) -> Disk:
     return replace(disk, volumes=volumes, leaf_id=chain.leaf.id, depth=len(chain.volumes))
 
 
-def with_overlay(chain: Chain, made: Volume, snapshot_id: str) -> Chain:
-    """A volume that was made above the leaf is the leaf; the former one belongs to the snapshot."""
-    frozen = replace(chain.leaf, snapshot_id=snapshot_id)
-    loose = tuple(volume for volume in chain.loose if volume.id != made.id)
-    return Chain((*chain.volumes[:-1], frozen, made), loose)
+def with_leaf(chain: Chain, made: Volume, snapshot_id: str) -> Chain:
+    """A volume that was made is the leaf, above the one that it was made above; that belongs to the snapshot, and what was
+    above it goes."""
+    kept, gone = split(chain, made.parent_id)
+    frozen = replace(kept[-1], snapshot_id=snapshot_id)
+    left = tuple(volume for volume in chain.loose if volume.id != made.id)
+    leaving = tuple(replace(volume, state=VolumeState.REMOVING) for volume in gone)
+    return Chain((*kept[:-1], frozen, replace(made, state=VolumeState.OK)), (*left, *leaving))
+
+
+def split(chain: Chain, volume_id: str) -> tuple[tuple[Volume, ...], tuple[Volume, ...]]:
+    """The volumes up to this one, and those above it. Raises ValueError when it isn't one of them."""
+    at = [volume.id for volume in chain.volumes].index(volume_id) + 1
+    return chain.volumes[:at], chain.volumes[at:]
+
+
+def merging(chain: Chain, volume_id: str) -> Chain:
+    """The volume above this one is being merged into it."""
+    kept, (above, *rest) = split(chain, volume_id)
+    return Chain((*kept, replace(above, state=VolumeState.MERGING), *rest), chain.loose)
+
+
+def merged(chain: Chain, volume_id: str, host_id: str) -> Chain:
+    """The volume above this one was merged into it: this one is in its place, and that one goes, by the host that did it."""
+    kept, (above, *rest) = split(chain, volume_id)
+    now = replace(kept[-1], snapshot_id=above.snapshot_id, size_bytes=above.size_bytes)
+    if rest:
+        rest = [replace(rest[0], parent_id=now.id), *rest[1:]]
+    gone = replace(above, state=VolumeState.REMOVING, host_id=host_id)
+    return Chain((*kept[:-1], now, *rest), (*chain.loose, gone))
 
 
 def without(chain: Chain, volume_id: str) -> Chain:
@@ -186,9 +211,12 @@ def crooked(domain: StorageDomain, disk: Disk, chain: Chain, report: StorageDoma
     """How the disk's chain differs from what the files' headers say, or from what a VM has open; "" when it doesn't."""
     reported = _reported(domain, report)
     line = names(domain, disk, chain.volumes)
-    for name, below in zip(line, ["", *line[:-1]], strict=True):
+    for number, name in enumerate(line):
         volume = reported.get(name)
-        if volume is not None and volume.backing is not None and volume.backing != below:
+        if volume is None or volume.backing is None:
+            continue
+        below = line[number - 1] if number else ""
+        if volume.backing not in _may_name(chain, line, number):
             return (
                 f"{name} says that {volume.backing or 'nothing'} is below it, and it should be {below or 'nothing'}: its "
                 "files were changed by hand, or Volery's database is older than they are; put the files right, then "
@@ -200,6 +228,15 @@ def crooked(domain: StorageDomain, disk: Disk, chain: Chain, report: StorageDoma
     return ""
 
 
+def _may_name(chain: Chain, line: Sequence[str], number: int) -> tuple[str, ...]:
+    """What the header of a volume may call the one below: also what is below that, if they are being merged."""
+    if not number:
+        return ("",)
+    if chain.volumes[number - 1].state is VolumeState.MERGING:
+        return (line[number - 1], line[number - 2])
+    return (line[number - 1],)
+
+
 def _opened_otherwise(opened: OpenChain, line: Sequence[str]) -> str:
     return (
         f"VM {opened.vm_id} has {' above '.join(opened.files)} open, and it should be {' above '.join(reversed(line))}: "
@@ -208,11 +245,12 @@ def _opened_otherwise(opened: OpenChain, line: Sequence[str]) -> str:
     )
 
 
-def overlay(volume_id: str, chain: Chain, size_bytes: int, operation_id: str) -> Volume:
-    """A volume that is going to be made above the leaf."""
+def overlay(volume_id: str, below: Volume, size_bytes: int, operation_id: str) -> Volume:
+    """A volume that is going to be made above this one."""
     return Volume(
         id=volume_id,
-        parent_id=chain.leaf.id,
+        parent_id=below.id,
+        state=VolumeState.NEW,
         format=ImageFormat.QCOW2,
         size_bytes=size_bytes,
         made_by=operation_id,

@@ -12,7 +12,7 @@ from services.storage.store import DiskPrivate, VmRow
 from volery.contracts.errors import conflict, invalid
 from volery.contracts.naming import checked_id
 from volery.contracts.storage import ContentType, Disk, StorageDomain
-from volery.contracts.volumes import SnapshotDisks
+from volery.contracts.volumes import SnapshotDisks, VolumeState
 from volery.runtime.tables import Row
 
 MOST_VOLUMES = 64
@@ -47,22 +47,39 @@ def refuse_kind(disk: Disk, domain: StorageDomain) -> None:
         )
 
 
-def refuse(
-    row: Row[Disk, DiskPrivate], domain: StorageDomain, chain: Chain, vms: Mapping[str, VmRow]
-) -> None:
-    """Raises Refused unless a volume can be made above the disk's leaf now."""
+def refuse(row: Row[Disk, DiskPrivate], domain: StorageDomain, vms: Mapping[str, VmRow]) -> None:
+    """Raises Refused unless the disk's volumes may be changed now."""
     disk = row.public
     disk_model.refuse_unready(disk)
     refuse_kind(disk, domain)
+    if (vm := disk_model.running_vm(disk, vms)) is not None:
+        raise conflict(
+            f"disk {disk.name} is used by VM {vm.name}, which is {vm.status}: stop the VM first",
+            vm_id=vm.id,
+            rule="running",
+        )
+
+
+def refuse_depth(disk: Disk, chain: Chain) -> None:
     if len(chain.volumes) >= MOST_VOLUMES:
         raise conflict(
             f"disk {disk.name} has {len(chain.volumes)} volumes above each other, and more aren't made: delete some of its "
             "snapshots first",
             rule="depth",
         )
-    if (vm := disk_model.running_vm(disk, vms)) is not None:
+
+
+def refuse_revert(disk: Disk, chain: Chain, snapshot_id: str) -> None:
+    """Raises Refused(conflict) unless the volume below the leaf is the snapshot's, whole."""
+    if chain.leaf.state is VolumeState.MERGING or len(chain.volumes) < 2:
         raise conflict(
-            f"disk {disk.name} is used by VM {vm.name}, which is {vm.status}: stop the VM first",
-            vm_id=vm.id,
-            rule="running",
+            f"a deletion of the snapshot was begun, and what disk {disk.name} was then is no longer whole: delete the "
+            "snapshot again",
+            rule="merging",
+        )
+    if chain.volumes[-2].snapshot_id != snapshot_id:
+        raise conflict(
+            f"disk {disk.name} has newer snapshots: delete those first, or revert to the newest",
+            rule="newer",
+            snapshot_id=chain.volumes[-2].snapshot_id,
         )

@@ -20,10 +20,11 @@ from volery.contracts.base import Done, Message
 from volery.contracts.domain import ChainSource
 from volery.contracts.errors import conflict, not_found, unavailable
 from volery.contracts.ids import new_id
+from volery.contracts.naming import checked_id
 from volery.contracts.operation import Operation
-from volery.contracts.storage import Disk
+from volery.contracts.storage import Disk, StorageDomain
 from volery.contracts.volume_orders import MAKE_OVERLAY, MakeOverlay
-from volery.contracts.volumes import SNAPSHOT_DISKS, SnapshotDisks, VolumeState
+from volery.contracts.volumes import REVERT_DISKS, SNAPSHOT_DISKS, RevertDisks, SnapshotDisks
 from volery.runtime.bus import Caller
 from volery.runtime.run import Run
 from volery.runtime.service import Part
@@ -42,6 +43,8 @@ class _Overlays(Message):
 
     snapshot_id: str
     overlays: tuple[_Overlay, ...]
+    reverts: bool = False
+    """They go above the snapshot's volumes, in place of the leaves."""
 
 
 class _Hosts(Message):
@@ -53,22 +56,32 @@ class _Hosts(Message):
 async def create(svc: Storage, ask: SnapshotDisks, caller: Caller) -> Operation:
     """Everything that could be refused is refused here."""
     ask = snapshot_model.checked(ask)
-    while True:
-        if await svc.volumes.of_snapshot(ask.snapshot_id):
-            raise conflict(
-                f"there is a snapshot {ask.snapshot_id} already: choose another id", id=ask.snapshot_id
-            )
-        disks = await svc.store.disks_with(ask.disk_ids)
-        for disk_id in ask.disk_ids:
-            if disk_id not in disks:
-                raise not_found("disk", disk_id)
-        rows = [disks[disk_id] for disk_id in ask.disk_ids]
-        question = _Overlays(
-            snapshot_id=ask.snapshot_id,
-            overlays=tuple(_Overlay(disk_id=row.id, volume_id=new_id()) for row in rows),
+    if await svc.volumes.of_snapshot(ask.snapshot_id):
+        raise conflict(
+            f"there is a snapshot {ask.snapshot_id} already: choose another id", id=ask.snapshot_id
         )
+    disks = await svc.store.disks_with(ask.disk_ids)
+    for disk_id in ask.disk_ids:
+        if disk_id not in disks:
+            raise not_found("disk", disk_id)
+    return await _begin(svc, "disk.snapshot", ask, caller, [disks[disk_id] for disk_id in ask.disk_ids])
+
+
+async def _begin(
+    svc: Storage,
+    kind: str,
+    ask: SnapshotDisks | RevertDisks,
+    caller: Caller,
+    rows: Sequence[Row[Disk, DiskPrivate]],
+) -> Operation:
+    question = _Overlays(
+        snapshot_id=ask.snapshot_id,
+        overlays=tuple(_Overlay(disk_id=row.id, volume_id=new_id()) for row in rows),
+        reverts=isinstance(ask, RevertDisks),
+    )
+    while True:
         op, begun = svc.core.operations.begin(
-            "disk.snapshot",
+            kind,
             object_kind="snapshot",
             object_id=ask.snapshot_id,
             object_name=ask.name or ", ".join(row.public.name for row in rows[:5]),
@@ -79,6 +92,7 @@ async def create(svc: Storage, ask: SnapshotDisks, caller: Caller) -> Operation:
         try:
             await svc.core.commit(*changes, begun, caller=caller, answer=op)
         except Stale:
+            rows = [await svc.disk(row.id) for row in rows]
             continue
         return op
 
@@ -87,26 +101,52 @@ async def _announced(
     svc: Storage, rows: Sequence[Row[Disk, DiskPrivate]], question: _Overlays, operation_id: str
 ) -> list[Change]:
     """Each disk held, and its new volume written down. Raises Refused."""
-    vms = await svc.users(*rows)
-    chains = await svc.chains([row.public for row in rows])
-    domains = await svc.store.domains_with({row.public.storage_domain_id for row in rows})
-    changes = [svc.store.while_active(domain_id) for domain_id in sorted(domains)]
-    for row, wanted in zip(rows, question.overlays, strict=True):
-        domain, chain = domains[row.public.storage_domain_id].public, chains[row.id]
-        domain_model.refuse_unusable(domain)
-        snapshot_model.refuse(row, domain, chain, vms)
+    held = await held_disks(svc, rows)
+    changes = [svc.store.while_active(domain_id) for domain_id in sorted({d.id for _, d, _ in held})]
+    for (row, domain, chain), wanted in zip(held, question.overlays, strict=True):
+        if question.reverts:
+            snapshot_model.refuse_revert(row.public, chain, question.snapshot_id)
+        else:
+            snapshot_model.refuse_depth(row.public, chain)
         domain_model.BACKENDS[domain.kind].place(
             domain, row.public.size_bytes, False, frozenset(), {}, svc.config.reserve_bytes
         )
-        made = chain_model.overlay(wanted.volume_id, chain, row.public.size_bytes, operation_id)
-        made = replace(made, state=VolumeState.NEW)
+        below = chain.volumes[-2] if question.reverts else chain.leaf
+        size = below.size_bytes if question.reverts else row.public.size_bytes
+        made = chain_model.overlay(wanted.volume_id, below, size, operation_id)
         public = chain_model.described(row.public, Chain(chain.volumes, (*chain.loose, made)))
         changes.append(DISKS.update(row, replace(public, busy_with=operation_id)))
         changes.append(svc.volumes.write(row.id, [*chain.volumes, made]))
     return changes
 
 
-@part.runs("disk.snapshot", deadline_seconds=600)
+async def held_disks(
+    svc: Storage, rows: Sequence[Row[Disk, DiskPrivate]]
+) -> list[tuple[Row[Disk, DiskPrivate], StorageDomain, Chain]]:
+    """These disks, with their domains and chains, if their volumes may be changed now. Raises Refused."""
+    vms = await svc.users(*rows)
+    chains = await svc.chains([row.public for row in rows])
+    domains = await svc.store.domains_with({row.public.storage_domain_id for row in rows})
+    held = [(row, domains[row.public.storage_domain_id].public, chains[row.id]) for row in rows]
+    for row, domain, _ in held:
+        domain_model.refuse_unusable(domain)
+        snapshot_model.refuse(row, domain, vms)
+    return held
+
+
+async def of_snapshot(svc: Storage, snapshot_id: str) -> list[Row[Disk, DiskPrivate]]:
+    """The disks that have a volume of this snapshot. Raises Refused(not_found) when none has."""
+    disks = await svc.store.disks_with(await svc.volumes.of_snapshot(checked_id("snapshot", snapshot_id)))
+    if not disks:
+        raise not_found("snapshot", snapshot_id)
+    return [disks[disk_id] for disk_id in sorted(disks)]
+
+
+@part.answers(REVERT_DISKS)
+async def revert(svc: Storage, ask: RevertDisks, caller: Caller) -> Operation:
+    return await _begin(svc, "disk.revert", ask, caller, await of_snapshot(svc, ask.snapshot_id))
+
+
 async def snapping(svc: Storage, run: Run) -> None:
     ask = run.input(_Overlays)
     run.undo("overlays", partial(_take_back, svc, ask))
@@ -124,6 +164,12 @@ async def snapping(svc: Storage, run: Run) -> None:
         )
     await run.write("switch", "Go on in the new volumes", partial(_switched, svc, ask), Done)
     run.undone("overlays")
+    for wanted in ask.overlays:
+        await volume_work.clean_up(svc, wanted.disk_id, svc.config.discard_seconds)
+
+
+part.runs("disk.snapshot", deadline_seconds=600)(snapping)
+part.runs("disk.revert", deadline_seconds=600)(snapping)
 
 
 async def _choose(svc: Storage, ask: _Overlays) -> _Hosts:
@@ -161,7 +207,8 @@ async def _question(svc: Storage, wanted: _Overlay, host_id: str) -> MakeOverlay
     domain = await svc.domain(row.public.storage_domain_id)
     chain = await svc.chain(row.public)
     made = next(volume for volume in chain.loose if volume.id == wanted.volume_id)
-    source = svc.source_of(domain, row.public, (*chain.volumes, made))
+    below, _ = chain_model.split(chain, made.parent_id)
+    source = svc.source_of(domain, row.public, (*below, made))
     assert isinstance(source, ChainSource)
     return MakeOverlay(
         disk_id=row.id,
@@ -179,9 +226,12 @@ async def _switched(svc: Storage, ask: _Overlays) -> tuple[Done, Sequence[Change
         row = await svc.disk(wanted.disk_id)
         chain = await svc.chain(row.public)
         made = next(volume for volume in chain.loose if volume.id == wanted.volume_id)
-        new = chain_model.with_overlay(chain, replace(made, state=VolumeState.OK), ask.snapshot_id)
-        changes.append(DISKS.update(row, chain_model.described(row.public, new)))
-        changes.append(svc.volumes.write(row.id, new.volumes[-2:]))
+        new = chain_model.with_leaf(chain, made, ask.snapshot_id)
+        public = chain_model.described(replace(row.public, size_bytes=made.size_bytes), new)
+        changes.append(DISKS.update(row, public))
+        changes.append(
+            svc.volumes.write(row.id, [*new.loose, *new.volumes])
+        )  # what goes gives its place up first
     return Done(), changes
 
 

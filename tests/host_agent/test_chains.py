@@ -25,6 +25,7 @@ from volery.contracts.volume_orders import (
     DeleteVolume,
     DirectoryLocation,
     MakeOverlay,
+    MergeVolume,
     ResizeVolume,
 )
 
@@ -206,6 +207,73 @@ def test_an_agent_of_before_chains_refuses_one() -> None:
     source = ChainSource(path="/a", format=ImageFormat.QCOW2, backing=())
     with pytest.raises(msgspec.ValidationError):
         msgspec.json.decode(msgspec.json.encode(source), type=FileSource | IscsiSource)
+
+
+@pytest.mark.parametrize("format", list(ImageFormat))
+async def test_a_volume_is_merged_into_the_one_below_and_what_is_above_stays(
+    domain: Domain, format: ImageFormat
+) -> None:
+    """Also by a repeat, and by one after the header above was changed already; the file below grows if need be."""
+    disk = await stack(domain, format)
+    base = disk.source
+    disk.size_bytes = 96 * MIB
+    middle = await disk.grow()
+    disk.write(1, 1)
+    disk.write(2, 2)
+    disk.write(9, 90)
+    upper = await disk.grow()
+    disk.write(3, 2)
+    order = MergeVolume(
+        disk_id=disk.disk_id, source=middle, above=FileSource(path=upper.path, format=upper.format)
+    )
+    first = await chains.merge(domain.host, order, running())
+    assert (first.size_bytes, first.format) == (96 * MIB, format)
+    assert backing_of(upper.path)["backing-filename"] == Path(base.path).name
+    assert await chains.merge(domain.host, order, running()) == first
+    whole = (BackingFile(path=upper.path, format=upper.format), *upper.backing)
+    with pytest.raises(Refused, match="it should be"):
+        await chains.check(domain.host.config, [whole])
+    merging = BackingFile(path=middle.path, format=middle.format, merging=True)
+    await chains.check(domain.host.config, [[whole[0], merging, whole[2]]])
+    Path(middle.path).unlink()
+    for pattern, at_mib in ((1, 1), (3, 2), (9, 90)):
+        disk.read(pattern, at_mib)
+    for pattern, at_mib in ((1, 1), (2, 2), (9, 90)):
+        qemu_io(Path(base.path), f"read -P {pattern} {at_mib}M 1M", format=format)
+
+    order = MergeVolume(
+        disk_id=disk.disk_id,
+        source=ChainSource(
+            path=upper.path,
+            format=upper.format,
+            backing=(BackingFile(path=base.path, format=base.format),),
+        ),
+    )
+    await chains.merge(domain.host, order, running())
+    qemu_io(Path(base.path), "read -P 3 2M 1M", format=format)
+
+
+async def test_nothing_is_merged_under_a_program_that_has_it_open(domain: Domain) -> None:
+    disk = await stack(domain)
+    upper = await disk.grow()
+    disk.write(1, 1)
+    reader = await asyncio.create_subprocess_exec(
+        *("qemu-io", "-r", "-f", "qcow2", upper.path),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    try:
+        assert reader.stdin is not None
+        assert reader.stdout is not None
+        reader.stdin.write(b"read 0 64k\n")
+        await reader.stdout.readuntil(b"ops/sec")
+        with pytest.raises(Refused, match="in use"):
+            await chains.merge(domain.host, MergeVolume(disk_id=disk.disk_id, source=upper), running())
+    finally:
+        assert reader.stdin is not None
+        reader.stdin.close()
+        await reader.wait()
+    qemu_io(Path(upper.backing[0].path), "read -P 0 1M 1M")
 
 
 async def test_a_guest_runs_on_a_chain_of_three_and_says_so(qemu: VmHost, tmp_path: Path) -> None:

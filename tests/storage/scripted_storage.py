@@ -71,6 +71,7 @@ from volery.contracts.volume_orders import (
     FINISH_TRANSFER,
     IMPORT_VOLUME,
     MAKE_OVERLAY,
+    MERGE_VOLUME,
     OPEN_TRANSFER,
     RESIZE_VOLUME,
     ClaimLun,
@@ -87,6 +88,7 @@ from volery.contracts.volume_orders import (
     ImportVolume,
     IscsiTargets,
     MakeOverlay,
+    MergeVolume,
     OpenTransfer,
     ResizeVolume,
     TransferOpened,
@@ -152,6 +154,7 @@ class StorageHost:
             (CREATE_VOLUME, self.create),
             (RESIZE_VOLUME, self.resize),
             (MAKE_OVERLAY, self.overlay),
+            (MERGE_VOLUME, self.merge),
             (DELETE_VOLUME, self.delete),
             (COPY_VOLUME, self.copy),
             (IMPORT_VOLUME, self.import_),
@@ -302,6 +305,16 @@ class StorageHost:
             if file.path not in self.shelf.volumes:
                 raise Refused(Kind.NOT_FOUND, f"there is no volume {file.path}")
         return self._put(ask.source, ask.size_bytes, 0)
+
+    def merge(self, ask: MergeVolume) -> VolumeInfo:
+        """As the real one: the file below has the other's size, and the one above names it."""
+        below = ask.source.backing[0]
+        volume, under = self.shelf.volumes[ask.source.path], self.shelf.volumes[below.path]
+        self.shelf.volumes[below.path] = replace(under, size_bytes=volume.size_bytes)
+        if ask.above is not None:
+            over = self.shelf.volumes[ask.above.path]
+            self.shelf.volumes[ask.above.path] = replace(over, backing=below.path.rpartition("/")[2])
+        return VolumeInfo(size_bytes=volume.size_bytes, used_bytes=under.used_bytes, format=under.format)
 
     def copy(self, ask: CopyVolume) -> VolumeInfo:
         if isinstance(ask.source, FileSource) and ask.source.path not in self.shelf.volumes:

@@ -83,6 +83,8 @@ class BackingFile(Message):
 
     path: str
     format: ImageFormat
+    merging: bool = False
+    """It is being merged into the one below it, or was: the header of the one above may name either."""
 
 
 class ChainSource(FileSource, tag="chain"):

@@ -6,7 +6,14 @@ from enum import StrEnum
 
 from volery.contracts.agent import StorageDomainReport
 from volery.contracts.base import Done, Message, Order
-from volery.contracts.domain import ChainSource, DomainLease, ImageFormat, IscsiSource, VolumeSource
+from volery.contracts.domain import (
+    ChainSource,
+    DomainLease,
+    FileSource,
+    ImageFormat,
+    IscsiSource,
+    VolumeSource,
+)
 
 
 class DirectoryLocation(Message, tag="directory"):
@@ -130,6 +137,20 @@ class MakeOverlay(Message):
     lease: DomainLease | None = None
 
 
+class MergeVolume(Message):
+    """What a volume has is put into the one below it, and what is above it is put above that one. Both then hold the same,
+    and the volume isn't needed any more. May be repeated.
+
+    Refused(conflict) with rule `chain` when the files aren't above each other as said.
+    """
+
+    disk_id: str
+    source: ChainSource
+    above: FileSource | None = None
+    """The volume above it, if there is one."""
+    lease: DomainLease | None = None
+
+
 class CopyVolume(Message):
     """qemu-img convert, in a child process that ends with the agent's order."""
 
@@ -216,6 +237,7 @@ CLAIM_LUN = Order("volume.claim_lun", ClaimLun, VolumeInfo, deadline_seconds=864
 CREATE_VOLUME = Order("volume.create", CreateVolume, VolumeInfo, deadline_seconds=3600)
 RESIZE_VOLUME = Order("volume.resize", ResizeVolume, VolumeInfo)
 MAKE_OVERLAY = Order("volume.overlay", MakeOverlay, VolumeInfo)
+MERGE_VOLUME = Order("volume.merge", MergeVolume, VolumeInfo, deadline_seconds=86400)
 DELETE_VOLUME = Order("volume.delete", DeleteVolume, Done, deadline_seconds=86400)
 COPY_VOLUME = Order("volume.copy", CopyVolume, VolumeInfo, deadline_seconds=86400)
 IMPORT_VOLUME = Order("volume.import", ImportVolume, VolumeInfo, deadline_seconds=86400)

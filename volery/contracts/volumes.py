@@ -17,11 +17,14 @@ class VolumeState(StrEnum):
     NEW = "new"
     """It is being made; nothing reads it yet."""
     OK = "ok"
+    MERGING = "merging"
+    """What it has is being put into the one below it, which will then be in its place. Until then all is read as before, but
+    the one below may hold some of it already: by itself it is what the disk never was."""
     REMOVING = "removing"
     """Nothing reads it any more; it is removed as soon as its host can."""
 
 
-IN_CHAIN = frozenset({VolumeState.OK})
+IN_CHAIN = frozenset({VolumeState.OK, VolumeState.MERGING})
 
 
 class Volume(Message):
@@ -56,4 +59,26 @@ class SnapshotDisks(Message):
     """How people know what it is for."""
 
 
+class ForgetSnapshot(Message):
+    """The disks stay as they are, and what they were at the snapshot is gone: of each, the volume above is merged into it.
+
+    Refused(not_found) when no disk has a volume of the snapshot; refused while a VM runs with one of them.
+    """
+
+    snapshot_id: str
+    name: str = ""
+
+
+class RevertDisks(Message):
+    """The disks are what they were at the snapshot again; what was written since is gone. All of them or none.
+
+    Refused with rule `newer` while there are newer snapshots of one of them.
+    """
+
+    snapshot_id: str
+    name: str = ""
+
+
 SNAPSHOT_DISKS = Call("storage.snapshot.create", SnapshotDisks, Operation, mutates=True)
+FORGET_SNAPSHOT = Call("storage.snapshot.forget", ForgetSnapshot, Operation, mutates=True)
+REVERT_DISKS = Call("storage.snapshot.revert", RevertDisks, Operation, mutates=True)

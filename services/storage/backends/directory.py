@@ -10,7 +10,7 @@ from volery.contracts.domain import BackingFile, ChainSource, FileSource
 from volery.contracts.errors import Kind, Refused, invalid
 from volery.contracts.storage import Disk, StorageDomain
 from volery.contracts.volume_orders import DirectoryLocation
-from volery.contracts.volumes import Volume
+from volery.contracts.volumes import Volume, VolumeState
 
 GROWS = True
 MAX_PATH = 4096
@@ -42,7 +42,11 @@ def source(domain: StorageDomain, disk: Disk, volumes: Sequence[Volume], chap_pa
     if not below:
         return FileSource(path=path, format=leaf.format)
     backing = tuple(
-        BackingFile(path=f"{domain.path}/{domain.id}/disks/{volume_name(disk, v)}", format=v.format)
+        BackingFile(
+            path=f"{domain.path}/{domain.id}/disks/{volume_name(disk, v)}",
+            format=v.format,
+            merging=v.state is VolumeState.MERGING,
+        )
         for v in below
     )
     return ChainSource(path=path, format=leaf.format, backing=backing)
