@@ -34,6 +34,9 @@ INTERNAL = {
     "storage.disk.prepare",
     "storage.disk.reach",
     "storage.disk.reach_of_many",
+    "storage.snapshot.create",  # /snapshots ask inventory
+    "storage.snapshot.forget",
+    "storage.snapshot.revert",
     "storage.lease.prepare",
     "storage.lease.release",
     "storage.lease.read_host",
