@@ -45,7 +45,7 @@ async def prepare(host: Host, disks: tuple[DomainDisk, ...], installation: str) 
             await host.hypervisor.put_secret(xml, source.chap_password)
 
 
-async def _domain(host: Host, vm_id: str, running: Running) -> tuple[ET.Element, str]:
+async def running_domain(host: Host, vm_id: str, running: Running) -> tuple[ET.Element, str]:
     """The running domain's XML, and the installation that made it."""
     now = await host.hypervisor.domain(vm_id)
     if now.state in (DomainState.GONE, DomainState.SHUTOFF, DomainState.INCOMING):
@@ -64,7 +64,7 @@ async def _domain(host: Host, vm_id: str, running: Running) -> tuple[ET.Element,
 
 
 async def attach_disk(host: Host, order: AttachDisk, running: Running) -> Done:
-    root, installation = await _domain(host, order.vm_id, running)
+    root, installation = await running_domain(host, order.vm_id, running)
     if order.disk.disk_id not in runningxml.disks_of(root):
         await prepare(host, (order.disk,), installation)
         await host.hypervisor.attach_device(order.vm_id, domxml.disk_xml(order.disk, installation))
@@ -72,21 +72,21 @@ async def attach_disk(host: Host, order: AttachDisk, running: Running) -> Done:
 
 
 async def attach_nic(host: Host, order: AttachNic, running: Running) -> Done:
-    root, _ = await _domain(host, order.vm_id, running)
+    root, _ = await running_domain(host, order.vm_id, running)
     if order.nic.nic_id not in runningxml.nics_of(root):
         await host.hypervisor.attach_device(order.vm_id, domxml.nic_xml(order.nic))
     return Done()
 
 
 async def detach_disk(host: Host, order: DetachDisk, running: Running) -> Done:
-    root, _ = await _domain(host, order.vm_id, running)
+    root, _ = await running_domain(host, order.vm_id, running)
     if order.disk_id in runningxml.disks_of(root):
         await _detach(host, order.vm_id, order.disk_id, "disk", order.wait_seconds)
     return Done()
 
 
 async def detach_nic(host: Host, order: DetachNic, running: Running) -> Done:
-    root, _ = await _domain(host, order.vm_id, running)
+    root, _ = await running_domain(host, order.vm_id, running)
     if order.nic_id in runningxml.nics_of(root):
         await _detach(host, order.vm_id, order.nic_id, "NIC", order.wait_seconds)
     return Done()
@@ -116,7 +116,7 @@ async def _detach(host: Host, vm_id: str, ident: str, noun: str, seconds: float)
 
 
 async def change_media(host: Host, order: ChangeMedia, running: Running) -> Done:
-    root, installation = await _domain(host, order.vm_id, running)
+    root, installation = await running_domain(host, order.vm_id, running)
     drive = runningxml.disks_of(root).get(order.disk_id)
     if drive is None or drive.element.get("device") != "cdrom":
         raise not_found("CD drive", order.disk_id)
@@ -137,7 +137,7 @@ async def change_media(host: Host, order: ChangeMedia, running: Running) -> Done
 
 
 async def resize_disk(host: Host, order: ResizeDomainDisk, running: Running) -> Done:
-    root, _ = await _domain(host, order.vm_id, running)
+    root, _ = await running_domain(host, order.vm_id, running)
     disk = runningxml.disks_of(root).get(order.disk_id)
     if disk is None:
         raise not_found("disk", order.disk_id)
@@ -154,7 +154,7 @@ async def resize_disk(host: Host, order: ResizeDomainDisk, running: Running) -> 
 
 
 async def update_nic(host: Host, order: UpdateNic, running: Running) -> Done:
-    root, _ = await _domain(host, order.vm_id, running)
+    root, _ = await running_domain(host, order.vm_id, running)
     found = runningxml.nics_of(root).get(order.nic.nic_id)
     if found is None:
         raise not_found("NIC", order.nic.nic_id)

@@ -24,6 +24,7 @@ from host_agent import (
     migration,
     runningxml,
     suspension,
+    switching,
 )
 from host_agent.action import Action, Host, Running, to_its_end
 from host_agent.domain_waits import settled, wait_gone
@@ -351,6 +352,7 @@ ACTIONS: tuple[Action[Any, Any], ...] = (
     Action(DISCARD_MEMORY, discard_memory),
     Action(FORGET_DOMAIN, settled(forget_domain)),
     *devices.ACTIONS,
+    *switching.ACTIONS,
     *migration.ACTIONS,
 )
 """Every order about domains except OPEN_CONSOLE, which is the data server's."""

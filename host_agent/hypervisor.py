@@ -206,10 +206,8 @@ class Hypervisor(NodeDevices):
 
     async def all_domain_stats(self) -> dict[str, dict[str, Any]]:
         """libvirt's statistics by vm_id; of a domain that hangs only what is known without it."""
-        flags = (
-            libvirt.VIR_CONNECT_GET_ALL_DOMAINS_STATS_ACTIVE
-            | libvirt.VIR_CONNECT_GET_ALL_DOMAINS_STATS_NOWAIT
-        )
+        flags = libvirt.VIR_CONNECT_GET_ALL_DOMAINS_STATS_ACTIVE
+        flags |= libvirt.VIR_CONNECT_GET_ALL_DOMAINS_STATS_NOWAIT
 
         def take(connection: Any) -> dict[str, dict[str, Any]]:
             return {d.UUIDString(): stats for d, stats in connection.getAllDomainStats(STATS, flags)}
@@ -247,10 +245,9 @@ class Hypervisor(NodeDevices):
         return await self._call(self._bulk, f"read what {domain_type} domains can have", read, START_SECONDS)
 
     async def versions(self) -> Versions:
-        def read(connection: Any) -> Versions:
-            return Versions(connection.getLibVersion(), connection.getVersion())
-
-        return await self._call(self._bulk, "read versions", read, START_SECONDS)
+        return await self._call(
+            self._bulk, "read versions", lambda c: Versions(c.getLibVersion(), c.getVersion()), START_SECONDS
+        )
 
     async def node_info(self) -> NodeInfo:
         def read(connection: Any) -> NodeInfo:
@@ -340,10 +337,8 @@ class Hypervisor(NodeDevices):
 
     async def set_metadata(self, vm_id: str, element: str) -> None:
         """Replace what Volery keeps in the domain (`domxml.metadata_xml`)."""
-        kind = libvirt.VIR_DOMAIN_METADATA_ELEMENT
-        await self._on(
-            vm_id, "mark", lambda d: d.setMetadata(kind, element, "volery", domxml.NAMESPACE, LIVE)
-        )
+        kind, uri = libvirt.VIR_DOMAIN_METADATA_ELEMENT, domxml.NAMESPACE
+        await self._on(vm_id, "mark", lambda d: d.setMetadata(kind, element, "volery", uri, LIVE))
 
     # Devices
 
@@ -366,6 +361,12 @@ class Hypervisor(NodeDevices):
         """Bytes that the guest sees."""
         return int(await self._on(vm_id, f"measure disk {target} of", lambda d: d.blockInfo(target)[0]))
 
+    async def snapshot_disks(self, vm_id: str, xml: str) -> None:
+        """QEMU goes on in other files, for all disks in the XML (`switching`) at one moment or for none."""
+        flags = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REUSE_EXT
+        flags |= libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA
+        await self._on(vm_id, "make a snapshot of", lambda d: d.snapshotCreateXML(xml, flags))
+
     # Migration
 
     async def migrate(self, vm_id: str, parameters: MigrationParameters, seconds: float) -> None:
@@ -386,9 +387,8 @@ class Hypervisor(NodeDevices):
         await self._rescue_call(vm_id, doing, lambda d: d.migrateSetMaxDowntime(milliseconds), BULK_SECONDS)
 
     async def start_post_copy(self, vm_id: str) -> None:
-        await self._rescue_call(
-            vm_id, "switch to post-copy", lambda d: d.migrateStartPostCopy(0), BULK_SECONDS
-        )
+        doing = "switch to post-copy"
+        await self._rescue_call(vm_id, doing, lambda d: d.migrateStartPostCopy(0), BULK_SECONDS)
 
     async def abort_job(self, vm_id: str) -> None:
         """End a running migration, save or dump; the VM goes on here."""

@@ -1,4 +1,4 @@
-"""Snapshots of VMs that are down: made, deleted, reverted to. Storage does it to the disks; here is what it is for.
+"""Snapshots of VMs: made, also while they run; deleted and reverted to while they are down. Storage does it to the disks; here is what it is for.
 
 The VM is held by the operation meanwhile, so that it neither starts nor changes. A snapshot is announced before storage is
 asked for it, and goes after storage has none of it any more.
@@ -14,8 +14,10 @@ from msgspec.structs import replace
 from services.inventory.desk import Inventory
 from services.inventory.snapshot_store import SNAPSHOTS, of_vm
 from services.inventory.store import VMS, VmPrivate
-from volery.contracts.base import Call, Message
+from volery.contracts.agent import Outcome
+from volery.contracts.base import Call, Done, Message
 from volery.contracts.cluster import DeleteById, GetById
+from volery.contracts.domain_orders import NOT_SWITCHED, SWITCH_DISKS, SwitchDisks
 from volery.contracts.errors import Kind, Refused, conflict, invalid
 from volery.contracts.ids import new_id
 from volery.contracts.naming import checked_description, checked_id, checked_name
@@ -26,6 +28,7 @@ from volery.contracts.snapshot import (
     GET_SNAPSHOT,
     LIST_SNAPSHOTS,
     REVERT_TO_SNAPSHOT,
+    SWITCH_VM_DISKS,
     CreateSnapshot,
     FrozenDisk,
     RevertToSnapshot,
@@ -56,6 +59,8 @@ NOUN = "snapshot"
 MOST_SNAPSHOTS = 50
 """Of one VM: fewer than a disk may have volumes."""
 SECONDS = 86400.0
+UNSURE = frozenset({Kind.INTERNAL, Kind.TIMEOUT, Kind.UNAVAILABLE})
+"""Of a host's refusal to switch: it may have happened. All others come before anything is touched."""
 
 
 class _Work(Message):
@@ -76,8 +81,14 @@ async def listed(inv: Inventory, ask: ListQuery, caller: Caller) -> Any:
     return await page(inv.core.pool, SNAPSHOTS, ask)
 
 
-async def _idle(inv: Inventory, vm_id: str, doing: str) -> Row[Vm, VmPrivate]:
-    """The VM, if nothing runs with its disks and nothing is done to it. Raises Refused(conflict)."""
+DOWN = frozenset({VmStatus.DOWN})
+LIVE = DOWN | {VmStatus.UP, VmStatus.PAUSED}
+
+
+async def _idle(
+    inv: Inventory, vm_id: str, doing: str, possible: frozenset[VmStatus] = DOWN
+) -> Row[Vm, VmPrivate]:
+    """The VM, if it is in one of these states and nothing is done to it. Raises Refused(conflict)."""
     row = await VMS.get(inv.core.pool, checked_id("VM", vm_id))
     vm = row.public
     if vm.external:
@@ -88,9 +99,10 @@ async def _idle(inv: Inventory, vm_id: str, doing: str) -> Row[Vm, VmPrivate]:
             operation=vm.busy_with,
             vm_id=vm.id,
         )
-    if vm.status is not VmStatus.DOWN:
+    if vm.status not in possible:
+        advice = "stop the VM first" if possible is DOWN else "wait until it is up, paused or down"
         raise conflict(
-            f"a snapshot of VM {vm.name} can't be {doing} while it is {vm.status}: stop the VM first",
+            f"a snapshot of VM {vm.name} can't be {doing} while it is {vm.status}: {advice}",
             status=vm.status,
             vm_id=vm.id,
         )
@@ -122,7 +134,7 @@ async def create(inv: Inventory, ask: CreateSnapshot, caller: Caller) -> Operati
         disk_ids=tuple(dict.fromkeys(ask.disk_ids)),
     )
     while True:
-        row = await _idle(inv, ask.vm_id, "made")
+        row = await _idle(inv, ask.vm_id, "made", LIVE)
         disks = _chosen(row.public, ask.disk_ids)
         if len(await of_vm(inv.core.pool, row.id)) >= MOST_SNAPSHOTS:
             raise conflict(
@@ -187,7 +199,12 @@ def _chosen(vm: Vm, disk_ids: tuple[str, ...]) -> tuple[DiskAttachment, ...]:
 async def creating(inv: Inventory, run: Run) -> None:
     work = run.input(_Work)
     run.undo("snapshot", partial(_take_back, inv, run, work))
-    ask = SnapshotDisks(snapshot_id=work.snapshot_id, disk_ids=work.disk_ids, name=work.name)
+    ask = SnapshotDisks(
+        snapshot_id=work.snapshot_id,
+        disk_ids=work.disk_ids,
+        name=work.name,
+        vm_id=run.operation.object_id,
+    )
     await run.step("disks", "New volumes for its disks", partial(_have, inv, run, SNAPSHOT_DISKS, ask))
     await run.step("ready", "Writing it down", partial(_ready, inv, work.snapshot_id))
     run.undone("snapshot")
@@ -200,6 +217,27 @@ async def _have(inv: Inventory, run: Run, call: Call[Any, Operation], ask: Messa
     await inv.foreign_operation(op.id)
 
 
+@part.leader_answers(SWITCH_VM_DISKS)
+async def switch_disks(inv: Inventory, ask: SwitchDisks, caller: Caller) -> Done:
+    """storage asks, whose own operation holds the disks. A VM that is down goes on in the new volumes with its next start."""
+    placement = await inv.store.placement(ask.vm_id)
+    if placement.state == "none":
+        return Done()
+    if placement.state != "running":
+        raise conflict(
+            f"VM {ask.vm_id} is about to start or move: wait for that, then make the snapshot",
+            rule=NOT_SWITCHED,
+        )
+    try:
+        return await inv.order_now(
+            SWITCH_DISKS, ask, host_id=placement.host_id, object_id=ask.vm_id, epoch=placement.epoch
+        )
+    except Refused as refused:
+        if refused.details.get("outcome") != Outcome.FAILED or refused.kind in UNSURE:
+            raise
+        raise Refused(refused.kind, refused.message, **refused.details | {"rule": NOT_SWITCHED}) from refused
+
+
 async def _forgotten(inv: Inventory, run: Run, work: _Work) -> None:
     """Storage has nothing of it any more, or never had."""
     try:
@@ -210,11 +248,12 @@ async def _forgotten(inv: Inventory, run: Run, work: _Work) -> None:
 
 
 async def _take_back(inv: Inventory, run: Run, work: _Work) -> None:
-    """A snapshot that didn't come to be. What storage can't take back now stays, to be deleted by a person."""
+    """A snapshot that didn't come to be. One that storage made and can't take back now, since the VM runs, stays, to be
+    deleted by a person."""
     try:
         await _forgotten(inv, run, work)
     except Refused:
-        await _set(inv, work.snapshot_id, SnapshotStatus.BROKEN)
+        await _left(inv, work)
         return
     await _drop(inv, work.snapshot_id)
 

@@ -47,17 +47,26 @@ def refuse_kind(disk: Disk, domain: StorageDomain) -> None:
         )
 
 
-def refuse(row: Row[Disk, DiskPrivate], domain: StorageDomain, vms: Mapping[str, VmRow]) -> None:
-    """Raises Refused unless the disk's volumes may be changed now."""
+LIVE = frozenset({"up", "powering_up", "reboot_in_progress", "paused"})
+"""VM states in which QEMU can go on in another volume."""
+
+
+def refuse(
+    row: Row[Disk, DiskPrivate], domain: StorageDomain, vms: Mapping[str, VmRow], live: str = ""
+) -> None:
+    """Raises Refused unless the disk's volumes may be changed now. `live`: the VM that may run with it."""
     disk = row.public
     disk_model.refuse_unready(disk)
     refuse_kind(disk, domain)
-    if (vm := disk_model.running_vm(disk, vms)) is not None:
-        raise conflict(
-            f"disk {disk.name} is used by VM {vm.name}, which is {vm.status}: stop the VM first",
-            vm_id=vm.id,
-            rule="running",
-        )
+    vm = disk_model.running_vm(disk, vms)
+    if vm is None or (vm.id == live and vm.status in LIVE):
+        return
+    what = "wait until it is up or down" if vm.id == live else "stop the VM first"
+    raise conflict(
+        f"disk {disk.name} is used by VM {vm.name}, which is {vm.status}: {what}",
+        vm_id=vm.id,
+        rule="running",
+    )
 
 
 def refuse_depth(disk: Disk, chain: Chain) -> None:

@@ -2,11 +2,13 @@
 
 A row says that a volume is being made before there is a file. The files are made by one host per disk, then one commit
 makes all of them leaves. Whatever ends before that removes what was made; nothing was read from there yet. After it there
-is nothing to undo: an empty volume above one that nobody writes any more holds what that one does.
+is nothing to undo: an empty volume above another one holds what that one does. A VM that runs with the disks goes on in the
+new volumes before that commit, and from then on nothing is undone.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import partial
 
@@ -18,17 +20,21 @@ from services.storage.storage import Storage
 from services.storage.store import DISKS, DiskPrivate
 from volery.contracts.base import Done, Message
 from volery.contracts.domain import ChainSource
-from volery.contracts.errors import conflict, not_found, unavailable
+from volery.contracts.domain_orders import NOT_SWITCHED, SwitchDisks, SwitchedDisk
+from volery.contracts.errors import Refused, conflict, not_found, unavailable
 from volery.contracts.ids import new_id
 from volery.contracts.naming import checked_id
 from volery.contracts.operation import Operation
+from volery.contracts.snapshot import SWITCH_VM_DISKS
 from volery.contracts.storage import Disk, StorageDomain
 from volery.contracts.volume_orders import MAKE_OVERLAY, MakeOverlay
-from volery.contracts.volumes import REVERT_DISKS, SNAPSHOT_DISKS, RevertDisks, SnapshotDisks
-from volery.runtime.bus import Caller
+from volery.contracts.volumes import REVERT_DISKS, SNAPSHOT_DISKS, RevertDisks, SnapshotDisks, Volume
+from volery.runtime.bus import LOST, Caller
 from volery.runtime.run import Run
 from volery.runtime.service import Part
 from volery.runtime.tables import Change, Row, Stale
+
+log = logging.getLogger(__name__)
 
 part = Part()
 
@@ -45,6 +51,8 @@ class _Overlays(Message):
     overlays: tuple[_Overlay, ...]
     reverts: bool = False
     """They go above the snapshot's volumes, in place of the leaves."""
+    vm_id: str = ""
+    """May run with the disks."""
 
 
 class _Hosts(Message):
@@ -78,6 +86,7 @@ async def _begin(
         snapshot_id=ask.snapshot_id,
         overlays=tuple(_Overlay(disk_id=row.id, volume_id=new_id()) for row in rows),
         reverts=isinstance(ask, RevertDisks),
+        vm_id=ask.vm_id if isinstance(ask, SnapshotDisks) else "",
     )
     while True:
         op, begun = svc.core.operations.begin(
@@ -101,7 +110,7 @@ async def _announced(
     svc: Storage, rows: Sequence[Row[Disk, DiskPrivate]], question: _Overlays, operation_id: str
 ) -> list[Change]:
     """Each disk held, and its new volume written down. Raises Refused."""
-    held = await held_disks(svc, rows)
+    held = await held_disks(svc, rows, question.vm_id)
     changes = [svc.store.while_active(domain_id) for domain_id in sorted({d.id for _, d, _ in held})]
     for (row, domain, chain), wanted in zip(held, question.overlays, strict=True):
         if question.reverts:
@@ -121,16 +130,17 @@ async def _announced(
 
 
 async def held_disks(
-    svc: Storage, rows: Sequence[Row[Disk, DiskPrivate]]
+    svc: Storage, rows: Sequence[Row[Disk, DiskPrivate]], live: str = ""
 ) -> list[tuple[Row[Disk, DiskPrivate], StorageDomain, Chain]]:
-    """These disks, with their domains and chains, if their volumes may be changed now. Raises Refused."""
+    """These disks, with their domains and chains, if their volumes may be changed now. `live`: the VM that may run with
+    them. Raises Refused."""
     vms = await svc.users(*rows)
     chains = await svc.chains([row.public for row in rows])
     domains = await svc.store.domains_with({row.public.storage_domain_id for row in rows})
     held = [(row, domains[row.public.storage_domain_id].public, chains[row.id]) for row in rows]
     for row, domain, _ in held:
         domain_model.refuse_unusable(domain)
-        snapshot_model.refuse(row, domain, vms)
+        snapshot_model.refuse(row, domain, vms, live)
     return held
 
 
@@ -158,10 +168,13 @@ async def snapping(svc: Storage, run: Run) -> None:
             f"overlay-{wanted.disk_id}",
             "Make a new volume",
             MAKE_OVERLAY,
-            partial(_question, svc, wanted, host_id),
+            partial(_question, svc, ask, wanted, host_id),
             host_id=host_id,
             object_id=wanted.disk_id,
         )
+    if ask.vm_id and run.recorded("switch", Done) is None:
+        await _switch_vm(svc, run, ask)
+        await run.only_forward()  # QEMU may write there
     await run.write("switch", "Go on in the new volumes", partial(_switched, svc, ask), Done)
     run.undone("overlays")
     for wanted in ask.overlays:
@@ -202,7 +215,21 @@ async def _noted(svc: Storage, wanted: _Overlay, host_id: str) -> None:
         return
 
 
-async def _question(svc: Storage, wanted: _Overlay, host_id: str) -> MakeOverlay:
+async def _question(svc: Storage, ask: _Overlays, wanted: _Overlay, host_id: str) -> MakeOverlay:
+    row, made, source = await _made(svc, wanted)
+    domain = await svc.domain(row.public.storage_domain_id)
+    return MakeOverlay(
+        disk_id=row.id,
+        volume_id=made.id,
+        source=source,
+        size_bytes=made.size_bytes,
+        live=bool(ask.vm_id),
+        lease=await volume_leases.lease_for(svc, domain, row.id, host_id),
+    )
+
+
+async def _made(svc: Storage, wanted: _Overlay) -> tuple[Row[Disk, DiskPrivate], Volume, ChainSource]:
+    """The disk, the volume that is being made, and where hosts find it."""
     row = await svc.disk(wanted.disk_id)
     domain = await svc.domain(row.public.storage_domain_id)
     chain = await svc.chain(row.public)
@@ -210,13 +237,25 @@ async def _question(svc: Storage, wanted: _Overlay, host_id: str) -> MakeOverlay
     below, _ = chain_model.split(chain, made.parent_id)
     source = svc.source_of(domain, row.public, (*below, made))
     assert isinstance(source, ChainSource)
-    return MakeOverlay(
-        disk_id=row.id,
-        volume_id=made.id,
-        source=source,
-        size_bytes=made.size_bytes,
-        lease=await volume_leases.lease_for(svc, domain, row.id, host_id),
-    )
+    return row, made, source
+
+
+async def _switch_vm(svc: Storage, run: Run, ask: _Overlays) -> None:
+    """The VM, if it runs, goes on in the new volumes. Raises Refused when it surely doesn't. If nobody knows, they are its
+    leaves: an empty volume above one that is still written shows what that one holds."""
+    made = [await _made(svc, wanted) for wanted in ask.overlays]
+    disks = tuple(SwitchedDisk(disk_id=row.id, source=source) for row, _, source in made)
+    question = SwitchDisks(vm_id=ask.vm_id, disks=disks)
+
+    async def switch() -> None:
+        try:
+            await svc.core.bus.ask(SWITCH_VM_DISKS, question, run.caller_for("switch-vm"))
+        except Refused as refused:
+            if refused.details.get(LOST) or refused.details.get("rule") == NOT_SWITCHED:
+                raise
+            log.warning("VM %s may go on in its new volumes, or not yet: %s", ask.vm_id, refused.message)
+
+    await run.step("switch-vm", "Have the VM go on in them", switch)
 
 
 async def _switched(svc: Storage, ask: _Overlays) -> tuple[Done, Sequence[Change]]:

@@ -18,6 +18,7 @@ INTERNAL = {
     "inventory.vm.restart",
     "inventory.vm.needs",
     "inventory.vm.resize_disk",
+    "inventory.vm.switch_disks",
     "inventory.vm.open_console",  # a WebSocket
     "inventory.host.enrol",
     "inventory.host.renew_certificate",

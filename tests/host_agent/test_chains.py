@@ -10,13 +10,20 @@ from pathlib import Path
 
 import pytest
 
-from host_agent import chains, storage, volumes
+from host_agent import chains, runningxml, storage, volumes
 from host_agent.hypervisor import Hypervisor
 from tests.support.agent_host import make_host, qemu_io, running
 from tests.support.storage_domain import MIB, Domain, connected_domain
 from tests.support.vms import VmHost, tiny_spec
 from volery.contracts.domain import BackingFile, ChainSource, DomainDisk, FileSource, ImageFormat
-from volery.contracts.domain_orders import STOP_DOMAIN, StopDomain
+from volery.contracts.domain_orders import (
+    NOT_SWITCHED,
+    STOP_DOMAIN,
+    SWITCH_DISKS,
+    StopDomain,
+    SwitchDisks,
+    SwitchedDisk,
+)
 from volery.contracts.errors import Kind, Refused
 from volery.contracts.ids import new_id
 from volery.contracts.volume_orders import (
@@ -306,3 +313,61 @@ async def test_a_guest_runs_on_a_chain_of_three_and_says_so(qemu: VmHost, tmp_pa
     subprocess.run(["qemu-img", "rebase", "-u", "-b", "", disk.source.path], check=True)
     with pytest.raises(Refused, match="nothing is below it"):
         await qemu.run(spec, epoch=2)
+
+
+async def test_a_running_guest_goes_on_in_new_volumes_of_all_its_disks(qemu: VmHost, tmp_path: Path) -> None:
+    domain = await connected_domain(qemu.host, tmp_path / "storage")
+    tmp_path.chmod(0o755)
+    disks = [await stack(domain), await stack(domain, ImageFormat.RAW), await stack(domain)]
+    spec = tiny_spec(
+        disks=tuple(
+            DomainDisk(disk_id=disk.disk_id, source=disk.source, target=f"vd{letter}")
+            for disk, letter in zip(disks, "abc", strict=True)
+        )
+    )
+    await qemu.run(spec)
+
+    async def overlays(*of: Stack) -> SwitchDisks:
+        switched = []
+        for disk in of:
+            made = disk.order(live=True)
+            await chains.overlay(qemu.host, made, running(disk.disk_id))
+            switched.append(SwitchedDisk(disk_id=disk.disk_id, source=made.source))
+        return SwitchDisks(vm_id=spec.vm_id, disks=tuple(switched))
+
+    async def writes() -> dict[str, str]:
+        root = runningxml.parsed(await qemu.hypervisor.domain_xml(spec.vm_id))
+        found = runningxml.disks_of(root)
+        return {disk: device.element.find("source").get("file") for disk, device in found.items()}  # type: ignore[union-attr,misc]
+
+    for _ in range(2):
+        order = await overlays(*disks[:2])
+        await qemu.order(SWITCH_DISKS, order)
+        await qemu.order(SWITCH_DISKS, order)
+        for disk, one in zip(disks, order.disks, strict=False):
+            disk.source = one.source
+        assert await writes() == {disk.disk_id: disk.source.path for disk in disks}
+    (report,) = await storage.report(qemu.host)
+    assert report.open_chains is not None
+    assert {c.disk_id: len(c.files) for c in report.open_chains} == {
+        disk.disk_id: depth for disk, depth in zip(disks, (3, 3, 1), strict=True)
+    }
+
+    before = await writes()
+    skipping = await overlays(disks[0])
+    disks[0].source = skipping.disks[0].source
+    above = await overlays(disks[0])
+    with pytest.raises(Refused) as refused:
+        await qemu.order(SWITCH_DISKS, above)
+    assert refused.value.details["rule"] == NOT_SWITCHED
+    Path(skipping.disks[0].source.path).write_bytes(b"no image")
+    with pytest.raises(Refused) as refused:
+        await qemu.order(SWITCH_DISKS, skipping)
+    assert refused.value.details["rule"] == NOT_SWITCHED
+    one = await overlays(disks[2])
+    torn = SwitchDisks(vm_id=spec.vm_id, disks=(*one.disks, skipping.disks[0]))
+    with pytest.raises(Refused) as refused:
+        await qemu.order(SWITCH_DISKS, torn)
+    assert refused.value.details["rule"] == NOT_SWITCHED
+    assert await writes() == before, "all or none"
+    await qemu.order(STOP_DOMAIN, StopDomain(vm_id=spec.vm_id, wait_seconds=30))

@@ -19,6 +19,7 @@ from volery.contracts.agent import OpenChain
 from volery.contracts.base import Owner
 from volery.contracts.cluster import DeleteById, GetById
 from volery.contracts.domain import ChainSource, FileSource, ImageFormat
+from volery.contracts.domain_orders import NOT_SWITCHED
 from volery.contracts.errors import Kind, Refused
 from volery.contracts.ids import new_id
 from volery.contracts.liveness import LIVENESS_CHANGED, LivenessState
@@ -292,6 +293,95 @@ async def test_one_that_is_cancelled_waits_for_its_host_and_leaves_nothing(confi
         await at.bus.ask(CANCEL_OPERATION[Owner.STORAGE], CancelOperation(id=op.id))
         assert (await at.ended(op)).state == "cancelled"
         await same_everywhere(at, configured, *disks)
+
+
+async def running_vm(at: Site, *disks: Disk, status: VmStatus = VmStatus.UP) -> str:
+    vm = await at.world.vm(at.center, host_id=at.rows[0].id, status=status)
+    for disk in disks:
+        await at.bus.ask(ATTACH_DISK_TO, AttachDiskTo(disk_id=disk.id, vm_id=vm.id))
+    return vm.id
+
+
+async def live(at: Site, vm_id: str, *disks: Disk) -> Operation:
+    ids = tuple(disk.id for disk in disks)
+    return await at.bus.ask(SNAPSHOT_DISKS, SnapshotDisks(snapshot_id=new_id(), disk_ids=ids, vm_id=vm_id))
+
+
+async def test_a_vm_that_runs_goes_on_in_the_new_volumes_before_they_are_leaves(configured: Settings) -> None:
+    async with site(configured, hosts=1) as at:
+        domain = await at.new_domain()
+        disks = [await at.new_disk(domain, name) for name in ("one", "two")]
+        vm_id = await running_vm(at, *disks)
+        await at.done(await live(at, vm_id, *disks))
+        (asked,) = at.world.switched
+        assert asked.vm_id == vm_id
+        for disk, switched in zip(disks, asked.disks, strict=True):
+            now = await at.disk(disk.id)
+            assert (now.depth, switched.disk_id) == (2, disk.id)
+            assert PurePath(switched.source.path).stem == now.leaf_id
+            assert [PurePath(file.path).stem for file in switched.source.backing] == [disk.id]
+        assert all(order.live for order in at.hosts[0].agent.begun(MAKE_OVERLAY.kind))
+        await same_everywhere(at, configured, *disks)
+        with pytest.raises(Refused, match="stop the VM first"):
+            await live(at, new_id(), *disks)
+
+
+@pytest.mark.parametrize(
+    ("refused", "depth"),
+    [
+        (Refused(Kind.CONFLICT, "it is about to move", rule=NOT_SWITCHED), 1),
+        (Refused(Kind.UNAVAILABLE, "its host died", outcome="host_died"), 2),
+        (Refused(Kind.INTERNAL, "the agent was killed", outcome="outcome_unknown"), 2),
+    ],
+    ids=["surely_not", "host_died", "unknown"],
+)
+async def test_volumes_that_a_vm_may_write_are_its_leaves(
+    configured: Settings, refused: Refused, depth: int
+) -> None:
+    async with site(configured, hosts=1) as at:
+        domain = await at.new_domain()
+        disks = [await at.new_disk(domain, name) for name in ("one", "two")]
+        vm_id = await running_vm(at, *disks)
+        at.world.switching = refused
+        ended = await at.ended(await live(at, vm_id, *disks))
+        assert ended.state == ("failed" if depth == 1 else "succeeded")
+        assert [(await at.disk(disk.id)).depth for disk in disks] == [depth, depth]
+        await same_everywhere(at, configured, *disks)
+
+
+async def test_a_vm_that_moves_or_starts_has_no_snapshot_made(configured: Settings) -> None:
+    async with site(configured, hosts=1) as at:
+        domain = await at.new_domain()
+        for number, status in enumerate((VmStatus.MIGRATING, VmStatus.SUSPENDED, VmStatus.WAIT_FOR_LAUNCH)):
+            disk = await at.new_disk(domain, f"d{number}")
+            vm_id = await running_vm(at, disk, status=status)
+            with pytest.raises(Refused, match="wait until it is up or down"):
+                await live(at, vm_id, disk)
+        disk = await at.new_disk(domain, "told")
+        vm_id = await running_vm(at, disk)
+        where = PrepareDisks(vm_id=vm_id, host_id=at.rows[0].id, disk_ids=(disk.id,), epoch=5)
+        await at.bus.ask(PREPARE_DISKS, where)
+        with pytest.raises(Refused, match="wait_for_launch"):
+            await live(at, vm_id, disk)
+
+
+async def test_one_that_is_cancelled_after_the_vm_was_asked_goes_on(configured: Settings) -> None:
+    """What QEMU may write is never taken back: with the switch asked for, it is too late."""
+    async with storage_process(configured) as storage, site(configured, hosts=1, outside=True) as at:
+        domain = await at.new_domain()
+        disk = await at.new_disk(domain)
+        vm_id = await running_vm(at, disk)
+        asked, go_on = at.world.hold_switch()
+        op = await live(at, vm_id, disk)
+        await asked.wait()
+        await at.bus.ask(CANCEL_OPERATION[Owner.STORAGE], CancelOperation(id=op.id))
+        await storage.kill()
+        go_on.set()
+        await storage.start()
+        ended = await insist_ended(at, op)
+        assert ended.state == "succeeded"
+        assert (await at.disk(disk.id)).depth == 2
+        await same_everywhere(at, configured, disk)
 
 
 async def forget(at: Site, snapshot_id: str) -> Operation:

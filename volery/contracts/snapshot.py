@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from volery.contracts.base import Call, Entity, Fact, Message
+from volery.contracts.base import Call, Done, Entity, Fact, Message
 from volery.contracts.cluster import DeleteById, GetById
+from volery.contracts.domain_orders import SwitchDisks
 from volery.contracts.operation import ListQuery, Operation, Page
 from volery.contracts.vm import Vm
 
@@ -37,7 +38,7 @@ class Snapshot(Entity):
 
 
 class CreateSnapshot(Message):
-    """Of a VM that is down."""
+    """Of a VM that runs or is down."""
 
     vm_id: str
     name: str
@@ -53,6 +54,9 @@ class RevertToSnapshot(Message):
     if_revision: int = 0
 
 
+SWITCH_VM_DISKS = Call("inventory.vm.switch_disks", SwitchDisks, Done, mutates=True, timeout_seconds=60)
+"""storage asks: a VM goes on in volumes above its own, if it runs. Refused with rule `not_switched` when it surely doesn't;
+after any other refusal it may."""
 CREATE_SNAPSHOT = Call("inventory.snapshot.create", CreateSnapshot, Operation, mutates=True)
 REVERT_TO_SNAPSHOT = Call("inventory.snapshot.revert", RevertToSnapshot, Operation, mutates=True)
 DELETE_SNAPSHOT = Call("inventory.snapshot.delete", DeleteById, Operation, mutates=True)

@@ -49,7 +49,7 @@ class Volume(Message):
 class SnapshotDisks(Message):
     """A new volume above each of these disks, for all of them or none: what they hold now belongs to the snapshot.
 
-    Refused while a VM runs with one of them.
+    Refused while another VM than `vm_id` runs with one of them.
     """
 
     snapshot_id: str
@@ -57,6 +57,8 @@ class SnapshotDisks(Message):
     disk_ids: tuple[str, ...]
     name: str = ""
     """How people know what it is for."""
+    vm_id: str = ""
+    """May run with them, and then goes on in the new volumes, in all of them at one point in time."""
 
 
 class ForgetSnapshot(Message):
