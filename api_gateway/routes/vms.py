@@ -50,7 +50,7 @@ ROUTES = (
     Route("POST", "/vms/{id}/explain", v.START_VM, VMS, "Explain where it could run, and why not elsewhere",
           fixed={"dry_run": True}, hidden=("run_once",), body_name="ExplainVm", scope=Scope.READ,
           note="The scheduler's verdict for every host in `result`; nothing is changed or claimed."),
-    Route("POST", "/vms/{vm_id}/snapshots", s.CREATE_SNAPSHOT, VMS, "Make a snapshot of a VM that is down",
+    Route("POST", "/vms/{vm_id}/snapshots", s.CREATE_SNAPSHOT, VMS, "Make a snapshot of a VM, also while it runs",
           note="All of its disks, or those in `disk_ids`, at one point in time; all of them or none."),
     Route("GET", "/vms/{vm_id}/snapshots", s.LIST_SNAPSHOTS, VMS, "List a VM's snapshots", items=s.Snapshot),
     Route("GET", "/snapshots", s.LIST_SNAPSHOTS, VMS, "List snapshots", items=s.Snapshot),

@@ -15,6 +15,8 @@ from msgspec.structs import replace
 from tests.inventory.test_leases import Storage
 from tests.inventory.world import World, found_cluster, inventory_of, surroundings
 from volery.contracts.cluster import DeleteById, GetById
+from volery.contracts.domain import BackingFile, ChainSource, ImageFormat
+from volery.contracts.domain_orders import NOT_SWITCHED, SWITCH_DISKS, SwitchDisks, SwitchedDisk
 from volery.contracts.errors import Kind, Refused
 from volery.contracts.operation import ListQuery, Operation, OperationState
 from volery.contracts.snapshot import (
@@ -23,6 +25,7 @@ from volery.contracts.snapshot import (
     GET_SNAPSHOT,
     LIST_SNAPSHOTS,
     REVERT_TO_SNAPSHOT,
+    SWITCH_VM_DISKS,
     CreateSnapshot,
     RevertToSnapshot,
     Snapshot,
@@ -56,6 +59,7 @@ class Snapshots(Storage):
     held: dict[str, asyncio.Event] = field(default_factory=dict)
     begun: dict[str, asyncio.Event] = field(default_factory=dict)
     done: list[str] = field(default_factory=list)
+    asked: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,6 +71,7 @@ class Snapshots(Storage):
         if isinstance(ask, ForgetSnapshot) and not self.of(ask.snapshot_id):
             raise Refused(Kind.NOT_FOUND, "there is no such snapshot")
         assert self.core is not None
+        self.asked.append(ask)
         op, change = self.core.operations.begin(
             KINDS[type(ask)],
             object_kind="snapshot",
@@ -168,11 +173,8 @@ async def test_what_is_refused_is_refused_before_anything_is_touched(configured:
             await make(world, vm)
         with pytest.raises(Refused, match="1 snapshots"):
             await world.bus.ask(DELETE_VM, DeleteVm(id=vm.id, delete_disks=False))
-        host = await world.machine("h1")
-        assert host is not None
+        await world.machine("h1")
         await world.ended(await world.bus.ask(START_VM, StartVm(id=vm.id)))
-        with pytest.raises(Refused, match="stop the VM first"):
-            await make(world, vm, "second")
         (made,) = await snapshots(world)
         for call, ask in (
             (DELETE_SNAPSHOT, DeleteById(id=made.id)),
@@ -238,3 +240,31 @@ async def test_a_deletion_that_fails_says_whether_the_snapshot_is_whole(configur
             storage.put(disk.id)  # somebody took it from storage already
         await world.ended(await world.bus.ask(DELETE_SNAPSHOT, DeleteById(id=again.id)))
         assert await snapshots(world) == []
+
+
+async def test_a_running_vm_is_told_on_its_host_under_its_epoch(configured: Settings) -> None:
+    async with place(configured) as (world, storage, vm):
+        disks = tuple(
+            SwitchedDisk(
+                disk_id=disk.disk_id,
+                source=ChainSource(
+                    path="/new",
+                    format=ImageFormat.QCOW2,
+                    backing=(BackingFile(path="/old", format=ImageFormat.RAW),),
+                ),
+            )
+            for disk in vm.disks
+        )
+        ask = SwitchDisks(vm_id=vm.id, disks=disks)
+        await world.bus.ask(SWITCH_VM_DISKS, ask)  # it is down
+        host = await world.machine("h1")
+        await world.ended(await world.bus.ask(START_VM, StartVm(id=vm.id)))
+        await world.ended(await make(world, vm))
+        assert storage.asked[-1].vm_id == vm.id
+        await world.bus.ask(SWITCH_VM_DISKS, ask)
+        assert [order for order in host.asked if isinstance(order, SwitchDisks)] == [ask]
+        for kind, surely in ((Kind.INVALID, True), (Kind.INTERNAL, False), (Kind.UNAVAILABLE, False)):
+            host.refusals[SWITCH_DISKS.kind] = Refused(kind, "no")
+            with pytest.raises(Refused) as refused:
+                await world.bus.ask(SWITCH_VM_DISKS, ask)
+            assert (refused.value.details.get("rule") == NOT_SWITCHED) is surely, kind

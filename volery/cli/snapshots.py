@@ -14,7 +14,7 @@ from volery.client.transport import Client
 from volery.contracts.operation import Operation
 from volery.contracts.snapshot import Snapshot
 
-app = typer.Typer(help="Snapshots of VMs that are down.", no_args_is_help=True)
+app = typer.Typer(help="Snapshots of VMs: what their disks were.", no_args_is_help=True)
 
 VmName = Annotated[str, typer.Argument(help="Name or id of the VM.")]
 Name = Annotated[str, typer.Argument(help="Name or id of the snapshot.")]
