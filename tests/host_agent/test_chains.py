@@ -18,9 +18,7 @@ from tests.support.vms import VmHost, tiny_spec
 from volery.contracts.domain import BackingFile, ChainSource, DomainDisk, FileSource, ImageFormat
 from volery.contracts.domain_orders import (
     NOT_SWITCHED,
-    STOP_DOMAIN,
     SWITCH_DISKS,
-    StopDomain,
     SwitchDisks,
     SwitchedDisk,
 )
@@ -306,7 +304,7 @@ async def test_a_guest_runs_on_a_chain_of_three_and_says_so(qemu: VmHost, tmp_pa
     assert looked.open_chains == report.open_chains
     with pytest.raises(Refused, match="in use"):
         await disk.grow()
-    await qemu.order(STOP_DOMAIN, StopDomain(vm_id=spec.vm_id, wait_seconds=30))
+    await qemu.power_off(spec.vm_id)
     disk.read(5, 1)
     disk.read(5, 2)
 
@@ -370,4 +368,4 @@ async def test_a_running_guest_goes_on_in_new_volumes_of_all_its_disks(qemu: VmH
         await qemu.order(SWITCH_DISKS, torn)
     assert refused.value.details["rule"] == NOT_SWITCHED
     assert await writes() == before, "all or none"
-    await qemu.order(STOP_DOMAIN, StopDomain(vm_id=spec.vm_id, wait_seconds=30))
+    await qemu.power_off(spec.vm_id)
