@@ -15,6 +15,7 @@ import uvloop
 
 from host_agent import (
     capabilities,
+    chains,
     console,
     cpus,
     data_server,
@@ -59,6 +60,7 @@ ACTIONS = (
     *domains.ACTIONS,
     *storage.ACTIONS,
     *volumes.ACTIONS,
+    *chains.ACTIONS,
     *luns.ACTIONS,
     *leases.ACTIONS,
     *transfers.ACTIONS,

@@ -6,7 +6,7 @@ import copy
 import xml.etree.ElementTree as ET
 from typing import Any
 
-from host_agent import domxml, runningxml
+from host_agent import chains, domxml, runningxml
 from host_agent.action import Action, Host, Running, whole
 from host_agent.domain_waits import settled, wait_removed
 from host_agent.events import EventName
@@ -34,8 +34,10 @@ from volery.contracts.errors import Kind, Refused, conflict, invalid, not_found
 REPLUG_SECONDS = 30.0
 
 
-async def prepare_secrets(host: Host, disks: tuple[DomainDisk, ...], installation: str) -> None:
-    """CHAP passwords into libvirtd's memory: QEMU gets them from there."""
+async def prepare(host: Host, disks: tuple[DomainDisk, ...], installation: str) -> None:
+    """Before QEMU opens disks: the files below them are the right ones, and CHAP passwords are in libvirtd's memory, where
+    QEMU gets them from."""
+    await chains.check_disks(host.config, disks)
     for disk in disks:
         source = disk.source
         if isinstance(source, IscsiSource) and source.chap_user:
@@ -43,7 +45,7 @@ async def prepare_secrets(host: Host, disks: tuple[DomainDisk, ...], installatio
             await host.hypervisor.put_secret(xml, source.chap_password)
 
 
-async def _domain(host: Host, vm_id: str, running: Running) -> tuple[ET.Element, str]:
+async def running_domain(host: Host, vm_id: str, running: Running) -> tuple[ET.Element, str]:
     """The running domain's XML, and the installation that made it."""
     now = await host.hypervisor.domain(vm_id)
     if now.state in (DomainState.GONE, DomainState.SHUTOFF, DomainState.INCOMING):
@@ -62,29 +64,29 @@ async def _domain(host: Host, vm_id: str, running: Running) -> tuple[ET.Element,
 
 
 async def attach_disk(host: Host, order: AttachDisk, running: Running) -> Done:
-    root, installation = await _domain(host, order.vm_id, running)
+    root, installation = await running_domain(host, order.vm_id, running)
     if order.disk.disk_id not in runningxml.disks_of(root):
-        await prepare_secrets(host, (order.disk,), installation)
+        await prepare(host, (order.disk,), installation)
         await host.hypervisor.attach_device(order.vm_id, domxml.disk_xml(order.disk, installation))
     return Done()
 
 
 async def attach_nic(host: Host, order: AttachNic, running: Running) -> Done:
-    root, _ = await _domain(host, order.vm_id, running)
+    root, _ = await running_domain(host, order.vm_id, running)
     if order.nic.nic_id not in runningxml.nics_of(root):
         await host.hypervisor.attach_device(order.vm_id, domxml.nic_xml(order.nic))
     return Done()
 
 
 async def detach_disk(host: Host, order: DetachDisk, running: Running) -> Done:
-    root, _ = await _domain(host, order.vm_id, running)
+    root, _ = await running_domain(host, order.vm_id, running)
     if order.disk_id in runningxml.disks_of(root):
         await _detach(host, order.vm_id, order.disk_id, "disk", order.wait_seconds)
     return Done()
 
 
 async def detach_nic(host: Host, order: DetachNic, running: Running) -> Done:
-    root, _ = await _domain(host, order.vm_id, running)
+    root, _ = await running_domain(host, order.vm_id, running)
     if order.nic_id in runningxml.nics_of(root):
         await _detach(host, order.vm_id, order.nic_id, "NIC", order.wait_seconds)
     return Done()
@@ -114,12 +116,12 @@ async def _detach(host: Host, vm_id: str, ident: str, noun: str, seconds: float)
 
 
 async def change_media(host: Host, order: ChangeMedia, running: Running) -> Done:
-    root, installation = await _domain(host, order.vm_id, running)
+    root, installation = await running_domain(host, order.vm_id, running)
     drive = runningxml.disks_of(root).get(order.disk_id)
     if drive is None or drive.element.get("device") != "cdrom":
         raise not_found("CD drive", order.disk_id)
     bare = DomainDisk(disk_id=order.disk_id, source=order.source, cdrom=True, target=drive.target)
-    await prepare_secrets(host, (bare,), installation)
+    await prepare(host, (bare,), installation)
     wanted = copy.deepcopy(drive.element)
     runningxml.put_medium(wanted, bare, installation)
     if runningxml.same_source(wanted, drive.element):
@@ -135,7 +137,7 @@ async def change_media(host: Host, order: ChangeMedia, running: Running) -> Done
 
 
 async def resize_disk(host: Host, order: ResizeDomainDisk, running: Running) -> Done:
-    root, _ = await _domain(host, order.vm_id, running)
+    root, _ = await running_domain(host, order.vm_id, running)
     disk = runningxml.disks_of(root).get(order.disk_id)
     if disk is None:
         raise not_found("disk", order.disk_id)
@@ -152,7 +154,7 @@ async def resize_disk(host: Host, order: ResizeDomainDisk, running: Running) -> 
 
 
 async def update_nic(host: Host, order: UpdateNic, running: Running) -> Done:
-    root, _ = await _domain(host, order.vm_id, running)
+    root, _ = await running_domain(host, order.vm_id, running)
     found = runningxml.nics_of(root).get(order.nic.nic_id)
     if found is None:
         raise not_found("NIC", order.nic.nic_id)

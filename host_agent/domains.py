@@ -24,6 +24,7 @@ from host_agent import (
     migration,
     runningxml,
     suspension,
+    switching,
 )
 from host_agent.action import Action, Host, Running, to_its_end
 from host_agent.domain_waits import settled, wait_gone
@@ -122,7 +123,7 @@ async def run_domain(host: Host, order: RunDomain, running: Running) -> DomainRu
         await _end(host, order.vm_id)
     await leases.check_lease(spec.lease)
     await asyncio.to_thread(huge_pages.check, spec)
-    await devices.prepare_secrets(host, spec.disks, spec.installation)
+    await devices.prepare(host, spec.disks, spec.installation)
     if order.restore_path:
         async with cpus.placed(host, order.vm_id, spec.cpus), _taken_back(host, order.vm_id, placement):
             await suspension.restore(host, order, placement)
@@ -351,6 +352,7 @@ ACTIONS: tuple[Action[Any, Any], ...] = (
     Action(DISCARD_MEMORY, discard_memory),
     Action(FORGET_DOMAIN, settled(forget_domain)),
     *devices.ACTIONS,
+    *switching.ACTIONS,
     *migration.ACTIONS,
 )
 """Every order about domains except OPEN_CONSOLE, which is the data server's."""

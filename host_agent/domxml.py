@@ -16,6 +16,7 @@ from host_agent import cell_pins, hostdevs, pins
 from host_agent.cell_pins import Cells
 from volery.contracts.cpus import GivenCpus
 from volery.contracts.domain import (
+    ChainSource,
     DiskBus,
     DomainDisk,
     DomainLease,
@@ -339,6 +340,8 @@ def disk_element(devices: ET.Element, disk: DomainDisk, installation: str) -> ET
             driver.set("io", "threads")
     if isinstance(source, FileSource):
         _sub(made, "source", file=source.path)
+        if source.format is ImageFormat.QCOW2:
+            _backing(made, source)
     elif isinstance(source, IscsiSource):
         _iscsi(made, source, installation)
     _sub(made, "target", dev=disk.target or f"{_PREFIX[bus]}a", bus=bus)
@@ -351,6 +354,15 @@ def disk_element(devices: ET.Element, disk: DomainDisk, installation: str) -> ET
         _sub(made, "boot", order=str(disk.boot_order))
     _sub(made, "alias", name=ALIAS + disk.disk_id)
     return made
+
+
+def _backing(disk: ET.Element, source: FileSource) -> None:
+    """What is below a volume, down to an end that says so: libvirt looks for nothing in the files' headers."""
+    for file in source.backing if isinstance(source, ChainSource) else ():
+        disk = _sub(disk, "backingStore", type="file")
+        _sub(disk, "format", type=file.format.value)
+        _sub(disk, "source", file=file.path)
+    _sub(disk, "backingStore")
 
 
 def _format(disk: DomainDisk) -> str:

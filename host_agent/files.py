@@ -35,6 +35,8 @@ TAIL_BYTES = 512
 BLOCK_BYTES = 1024 * 1024
 SYNC_BYTES = 256 * 1024 * 1024
 QCOW2_MAGIC = b"QFI\xfb"
+MAX_BACKING, MAX_HEADER = 1023, 2 * 1024**2
+"""Of the name of the file below, and where in a qcow2 file it may be."""
 F_OFD_GETLK = 36
 LOCK_RANGES = ((100, 64), (200, 64))
 """QEMU's image locks (file-posix.c): bytes from 100 say what it does, from 200 what it forbids others."""
@@ -237,6 +239,7 @@ def volume(directory: int, name: str, path: str) -> dict[str, Any]:
     try:
         status = os.fstat(descriptor)
         head = os.pread(descriptor, 32, 0) if name.endswith(".qcow2") else b""
+        below = backing(descriptor, head)
     finally:
         os.close(descriptor)
     size = (
@@ -247,10 +250,38 @@ def volume(directory: int, name: str, path: str) -> dict[str, Any]:
         "size_bytes": min(size, 2**63 - 1),
         "used_bytes": status.st_blocks * 512,
         "format": name.rsplit(".", 1)[1],
+        "backing": below,
     }
 
 
+def backing(descriptor: int, head: bytes) -> str:
+    """What the header of a qcow2 file calls the file below it; "" is none, as of a raw one."""
+    if head[:4] != QCOW2_MAGIC or len(head) < 20:
+        return ""
+    at, length = struct.unpack(">QI", head[8:20])
+    name = os.pread(descriptor, min(length, MAX_BACKING), at) if 0 < at < MAX_HEADER else b""
+    return name.decode(errors="replace") or ("?" if at else "")
+
+
 # Single files
+
+
+def below(request: dict[str, Any]) -> dict[str, Any]:
+    """What these volumes' headers call the files below them; None of a volume that isn't there."""
+    return {"names": [_below(*file) for file in request["files"]]}
+
+
+def _below(root: str, name: str) -> str | None:
+    check_there(root)
+    try:
+        with folder(root, "disks") as directory:
+            descriptor = opened(directory, name)
+    except FileNotFoundError:
+        return None
+    try:
+        return backing(descriptor, os.pread(descriptor, 32, 0) if name.endswith(".qcow2") else b"")
+    finally:
+        os.close(descriptor)
 
 
 def look(request: dict[str, Any]) -> dict[str, Any]:
@@ -428,6 +459,7 @@ VERBS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "report": report,
     "abandon": abandon,
     "look": look,
+    "below": below,
     "place": place,
     "remove": remove,
     "digest": digest,

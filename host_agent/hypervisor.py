@@ -7,7 +7,7 @@ import contextlib
 import functools
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -24,7 +24,7 @@ from host_agent.findings import GuestInfo, NetworkState, NodeInfo, Versions, gue
 from host_agent.migration_parameters import MigrationParameters, MigrationStats, migration_stats
 from host_agent.node_devices import NodeDevices
 from host_agent.serial_console import ConsoleStream
-from volery.contracts.agent import DomainReport, OpenLun
+from volery.contracts.agent import DomainReport, OpenChain, OpenLun
 from volery.contracts.domain_orders import StopMethod
 
 T = TypeVar("T")
@@ -181,35 +181,33 @@ class Hypervisor(NodeDevices):
         return await self._listing(doing, lambda c: str(c.lookupByUUIDString(vm_id).XMLDesc(flags)))
 
     async def open_luns(self) -> list[OpenLun]:
-        """The iSCSI LUNs of every domain that has a QEMU process, also of those that Volery did not make."""
+        """The iSCSI LUNs that are open in any domain."""
+        return await self._of_active("see which LUNs are open", runningxml.luns_in)
 
-        def look(connection: Any) -> list[OpenLun]:
-            found: list[OpenLun] = []
-            for domain in connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE):
-                with _unless_gone():
-                    found += runningxml.luns_of(runningxml.parsed(domain.XMLDesc(0)), domain.UUIDString())
-            return found
-
-        return await self._listing("see which LUNs are open", look)
+    async def open_chains(self) -> list[tuple[str, OpenChain]]:
+        """What our disks have open in every domain, and the path that each writes."""
+        return await self._of_active("see which files are open", runningxml.chains_in)
 
     async def cpu_seats(self) -> list[CpuSeat]:
-        """Which physical CPUs each domain may use, also those that Volery did not make."""
+        """Which physical CPUs each domain may use."""
+        return await self._of_active("see who uses which CPUs", runningxml.cpu_seats_in)
 
-        def look(connection: Any) -> list[CpuSeat]:
-            found = []
+    async def _of_active(self, doing: str, read: Callable[[str, str], Iterable[T]]) -> list[T]:
+        """What `read` makes of XML and id of each domain that has a process, also of those that Volery did not make."""
+
+        def look(connection: Any) -> list[T]:
+            found: list[T] = []
             for domain in connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE):
                 with _unless_gone():
-                    found.append(runningxml.cpu_seat(domain.XMLDesc(0), domain.UUIDString()))
+                    found += read(domain.XMLDesc(0), domain.UUIDString())
             return found
 
-        return await self._listing("see who uses which CPUs", look)
+        return await self._listing(doing, look)
 
     async def all_domain_stats(self) -> dict[str, dict[str, Any]]:
         """libvirt's statistics by vm_id; of a domain that hangs only what is known without it."""
-        flags = (
-            libvirt.VIR_CONNECT_GET_ALL_DOMAINS_STATS_ACTIVE
-            | libvirt.VIR_CONNECT_GET_ALL_DOMAINS_STATS_NOWAIT
-        )
+        flags = libvirt.VIR_CONNECT_GET_ALL_DOMAINS_STATS_ACTIVE
+        flags |= libvirt.VIR_CONNECT_GET_ALL_DOMAINS_STATS_NOWAIT
 
         def take(connection: Any) -> dict[str, dict[str, Any]]:
             return {d.UUIDString(): stats for d, stats in connection.getAllDomainStats(STATS, flags)}
@@ -247,10 +245,9 @@ class Hypervisor(NodeDevices):
         return await self._call(self._bulk, f"read what {domain_type} domains can have", read, START_SECONDS)
 
     async def versions(self) -> Versions:
-        def read(connection: Any) -> Versions:
-            return Versions(connection.getLibVersion(), connection.getVersion())
-
-        return await self._call(self._bulk, "read versions", read, START_SECONDS)
+        return await self._call(
+            self._bulk, "read versions", lambda c: Versions(c.getLibVersion(), c.getVersion()), START_SECONDS
+        )
 
     async def node_info(self) -> NodeInfo:
         def read(connection: Any) -> NodeInfo:
@@ -340,10 +337,8 @@ class Hypervisor(NodeDevices):
 
     async def set_metadata(self, vm_id: str, element: str) -> None:
         """Replace what Volery keeps in the domain (`domxml.metadata_xml`)."""
-        kind = libvirt.VIR_DOMAIN_METADATA_ELEMENT
-        await self._on(
-            vm_id, "mark", lambda d: d.setMetadata(kind, element, "volery", domxml.NAMESPACE, LIVE)
-        )
+        kind, uri = libvirt.VIR_DOMAIN_METADATA_ELEMENT, domxml.NAMESPACE
+        await self._on(vm_id, "mark", lambda d: d.setMetadata(kind, element, "volery", uri, LIVE))
 
     # Devices
 
@@ -366,6 +361,12 @@ class Hypervisor(NodeDevices):
         """Bytes that the guest sees."""
         return int(await self._on(vm_id, f"measure disk {target} of", lambda d: d.blockInfo(target)[0]))
 
+    async def snapshot_disks(self, vm_id: str, xml: str) -> None:
+        """QEMU goes on in other files, for all disks in the XML (`switching`) at one moment or for none."""
+        flags = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REUSE_EXT
+        flags |= libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA
+        await self._on(vm_id, "make a snapshot of", lambda d: d.snapshotCreateXML(xml, flags))
+
     # Migration
 
     async def migrate(self, vm_id: str, parameters: MigrationParameters, seconds: float) -> None:
@@ -386,9 +387,8 @@ class Hypervisor(NodeDevices):
         await self._rescue_call(vm_id, doing, lambda d: d.migrateSetMaxDowntime(milliseconds), BULK_SECONDS)
 
     async def start_post_copy(self, vm_id: str) -> None:
-        await self._rescue_call(
-            vm_id, "switch to post-copy", lambda d: d.migrateStartPostCopy(0), BULK_SECONDS
-        )
+        doing = "switch to post-copy"
+        await self._rescue_call(vm_id, doing, lambda d: d.migrateStartPostCopy(0), BULK_SECONDS)
 
     async def abort_job(self, vm_id: str) -> None:
         """End a running migration, save or dump; the VM goes on here."""

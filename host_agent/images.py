@@ -16,7 +16,7 @@ import msgspec
 from host_agent import children, leased
 from host_agent.children import ChildFailed, ChildTimedOut, Limits
 from host_agent.leased import FREE, Hold
-from volery.contracts.domain import FileSource, IscsiSource, VolumeSource
+from volery.contracts.domain import ChainSource, FileSource, IscsiSource, VolumeSource
 from volery.contracts.errors import Kind, Refused, invalid
 
 MAX_VIRTUAL_BYTES = 64 * 1024**4
@@ -214,8 +214,19 @@ def file_node(path: str, format: str) -> Node:
     return node | {"backing": None} if format in BACKED else node
 
 
+def chain_node(source: ChainSource) -> Node:
+    """QEMU's block node of a volume over those below it, each with its format forced."""
+    below: Node | None = None
+    for file in reversed(source.backing):
+        node = file_node(file.path, file.format)
+        below = node | {"backing": below} if below is not None else node
+    return file_node(source.path, source.format) | {"backing": below}
+
+
 def source_node(source: VolumeSource) -> Node:
     """QEMU's block node of a volume; an iSCSI password is a secret that `secrets` gives by the same name."""
+    if isinstance(source, ChainSource):
+        return chain_node(source)
     if isinstance(source, FileSource):
         return file_node(source.path, source.format)
     login = {"user": source.chap_user, "password-secret": SOURCE_SECRET} if source.chap_user else {}
@@ -315,11 +326,13 @@ def progress_reader(report: Callable[[float], None]) -> Callable[[bytes], None]:
 
 
 async def info(node: Node, source: VolumeSource | None = None, *, shared: bool = True) -> ImageInfo:
-    """What qemu-img says of an image, within bounds of time, CPU and memory."""
+    """What qemu-img says of an image, within bounds of time, CPU and memory. What is below it isn't opened for that, and
+    may not be named then."""
+    alone = node | {"backing": None} if "backing" in node else node
     with secrets(source) as (arguments, descriptors):
         output = await qemu_img(
             "info",
-            ["--output=json", *(["-U"] if shared else []), *arguments, address(node)],
+            ["--output=json", *(["-U"] if shared else []), *arguments, address(alone)],
             timeout_seconds=INSPECT_SECONDS,
             pass_fds=descriptors,
         )

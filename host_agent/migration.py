@@ -42,7 +42,7 @@ async def admit_migration(host: Host, order: AdmitMigration, running: Running) -
         )
     await leases.check_lease(order.spec.lease)
     await asyncio.to_thread(huge_pages.check, order.spec)
-    await devices.prepare_secrets(host, order.spec.disks, order.spec.installation)
+    await devices.prepare(host, order.spec.disks, order.spec.installation)
     await cpus.make_room(host, order.vm_id, order.spec.cpus)
     shared = host.hypervisor.cpus.shared
     return MigrationAdmitted(shared_cpus=None if shared is None else tuple(sorted(shared)))

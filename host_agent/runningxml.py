@@ -5,6 +5,7 @@ Pure. What libvirt added (addresses, backing chains) stays as it is, because it 
 
 from __future__ import annotations
 
+import posixpath
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from host_agent.domxml import (
     put_pinning,
     written,
 )
-from volery.contracts.agent import DomainReport, OpenLun
+from volery.contracts.agent import DomainReport, OpenChain, OpenLun
 from volery.contracts.domain import DomainDisk, DomainNic, DomainState
 
 DEFAULT_PAGE_KIB = 2048
@@ -71,6 +72,10 @@ def cpu_seat(xml: str, vm_id: str) -> CpuSeat:
         bound=bound,
         vcpus={vcpu: pins.read(cpus) for vcpu, cpus in pins.of_vcpus(root).items() if vcpu in bound},
     )
+
+
+def cpu_seats_in(xml: str, vm_id: str) -> list[CpuSeat]:
+    return [cpu_seat(xml, vm_id)]
 
 
 def parsed(xml: str) -> ET.Element:
@@ -131,6 +136,25 @@ def luns_of(root: ET.Element, vm_id: str) -> list[OpenLun]:
             if (place := _lun(source)) is not None:
                 found[place] = OpenLun(iqn=place[0], lun=place[1], vm_id=vm_id, disk_id=disk_id)
     return list(found.values())
+
+
+def luns_in(xml: str, vm_id: str) -> list[OpenLun]:
+    return luns_of(parsed(xml), vm_id)
+
+
+def chains_in(xml: str, vm_id: str) -> list[tuple[str, OpenChain]]:
+    """What QEMU has open for each of our disks that are files: the path that is written, and the names of all."""
+    found = []
+    for disk in disks_of(parsed(xml)).values():
+        paths = list[str]()
+        level: ET.Element | None = disk.element
+        while level is not None and (source := level.find("source")) is not None:
+            paths.append(source.get("file", ""))
+            level = level.find("backingStore")
+        if paths and all(paths):
+            names = tuple(posixpath.basename(path) for path in paths)
+            found.append((paths[0], OpenChain(disk_id=disk.ident, vm_id=vm_id, files=names)))
+    return found
 
 
 def _lun(source: ET.Element) -> tuple[str, int] | None:
@@ -216,6 +240,10 @@ def _swap_source(running: ET.Element, wanted: ET.Element) -> None:
     place = list(running).index(old)
     running.remove(old)
     running.insert(place, new)
+    if (below := wanted.find("backingStore")) is not None:
+        for former in running.findall("backingStore"):
+            running.remove(former)
+        running.insert(place + 1, below)
 
 
 def _aliased(root: ET.Element, path: str) -> Iterator[Device]:

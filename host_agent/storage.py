@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from host_agent import children, iscsi, leases, places
+from host_agent import chains, children, iscsi, leases, places
 from host_agent.action import Action, Host, Running
 from host_agent.leased import Hold
 from host_agent.places import ConnectedDomain
@@ -69,7 +69,8 @@ async def connect(host: Host, order: ConnectStorage, running: Running) -> Storag
     )
     unknown = {v.path for v in report.volumes} - set(order.known)
     strangers = sorted(unknown | set(report.strangers))
-    return msgspec.structs.replace(report, strangers=tuple(strangers))
+    report = msgspec.structs.replace(report, strangers=tuple(strangers))
+    return (await chains.with_open(host, [report]))[0]
 
 
 async def _connect_directory(
@@ -132,7 +133,8 @@ async def report(host: Host) -> tuple[StorageDomainReport, ...]:
     domains = places.connected(host.config)
     lockspaces = await leases.lockspaces() if domains else {}
     reports = await asyncio.gather(*(_report_domain(host, domain) for domain in domains))
-    return tuple(msgspec.structs.replace(one, lockspace=lockspaces.get(one.domain_id)) for one in reports)
+    said = [msgspec.structs.replace(one, lockspace=lockspaces.get(one.domain_id)) for one in reports]
+    return await chains.with_open(host, said)
 
 
 async def _report_domain(host: Host, domain: ConnectedDomain) -> StorageDomainReport:

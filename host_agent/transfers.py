@@ -24,7 +24,7 @@ from host_agent.children import ChildFailed
 from host_agent.config import AgentConfig
 from host_agent.places import Place
 from volery.contracts.base import Done
-from volery.contracts.domain import FileSource, ImageFormat, VolumeSource
+from volery.contracts.domain import ChainSource, FileSource, ImageFormat, VolumeSource
 from volery.contracts.errors import Kind, Refused, conflict, invalid, not_found
 from volery.contracts.ids import is_id
 from volery.contracts.volume_orders import (
@@ -335,12 +335,11 @@ async def _open_download(host: Host, order: OpenTransfer) -> TransferOpened:
         place = places.locate(host.config, source)
         if not (await places.look(place)).exists:
             raise not_found("volume", place.path)
-        if order.format is source.format is ImageFormat.QCOW2:  # as it is, byte by byte
+        if order.format is ImageFormat.QCOW2 and _is_whole(source):  # as it is, byte by byte
             node = images.file_node(place.path, "raw")
     else:
         places.check_lun(host.config, source)
-    is_raw = not isinstance(source, FileSource) or source.format is ImageFormat.RAW
-    if is_raw and order.format is ImageFormat.QCOW2:
+    if order.format is ImageFormat.QCOW2 and not _is_whole(source):
         temporary = await _converted(host, order, node)
         node = images.file_node(temporary.path, "raw")
     directory = Path(host.config.state_dir) / "nbd" / order.transfer_id
@@ -350,8 +349,15 @@ async def _open_download(host: Host, order: OpenTransfer) -> TransferOpened:
     return TransferOpened(data_address=listening.address(host.config), size_bytes=download.size_bytes)
 
 
+def _is_whole(source: VolumeSource) -> bool:
+    """Whether the volume is one qcow2 file with everything in it."""
+    if not isinstance(source, FileSource) or isinstance(source, ChainSource):
+        return False
+    return source.format is ImageFormat.QCOW2
+
+
 async def _converted(host: Host, order: OpenTransfer, node: images.Node) -> Place:
-    """A qcow2 copy of a raw volume: its size must be known before the first byte is sent."""
+    """A qcow2 copy of a raw volume, or of one with others below it: its size must be known before the first byte is sent."""
     place = Place(places.home(host.config, order.source), "staging", f"{order.transfer_id}.download")
     await places.remove(place)
 

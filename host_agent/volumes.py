@@ -49,7 +49,7 @@ async def create(host: Host, order: CreateVolume, running: Running) -> VolumeInf
             return await luns.existing(host.config, order.source, order.size_bytes)
         place = own_place(host.config, order.disk_id, order.source)
         if (await places.look(place, hold)).exists:
-            return _same(await describe(order.source), place, order.size_bytes)
+            return same(await describe(order.source), place, order.size_bytes)
         staged = Place(place.root, "staging", f"{place.name}.new")
         await places.remove(staged, hold)
         try:
@@ -70,17 +70,18 @@ def check_size(size_bytes: int) -> None:
         raise invalid(f"a disk of {size_bytes} bytes is too large: at most {images.MAX_VIRTUAL_BYTES} bytes")
 
 
-def own_place(config: AgentConfig, disk_id: str, source: FileSource) -> Place:
-    """The place of a volume that is going to be written: it must carry its disk's id."""
+def own_place(config: AgentConfig, volume_id: str, source: FileSource) -> Place:
+    """The place of a volume that is going to be written: it must carry its own id, a disk's first one the disk's."""
     place = places.locate(config, source)
-    if not is_id(disk_id) or place.name != f"{disk_id}.{source.format}":
+    if not is_id(volume_id) or place.name != f"{volume_id}.{source.format}":
         raise invalid(
-            f"{source.path} isn't the place of disk {disk_id}: it must be named {disk_id}.{source.format}"
+            f"{source.path} isn't the place of disk {volume_id}: it must be named {volume_id}.{source.format}"
         )
     return place
 
 
-def _same(found: VolumeInfo, place: Place, size_bytes: int) -> VolumeInfo:
+def same(found: VolumeInfo, place: Place, size_bytes: int) -> VolumeInfo:
+    """The volume that is there already, if it is the one that was asked for. Raises Refused(conflict)."""
     if found.size_bytes != size_bytes:
         raise conflict(
             f"{place.path} is already there with {found.size_bytes} bytes, not {size_bytes}: "
@@ -121,7 +122,7 @@ async def resize(host: Host, order: ResizeVolume, running: Running) -> VolumeInf
     if isinstance(order.source, IscsiSource):
         return await luns.existing(host.config, order.source, order.size_bytes)
     async with luns.writing(host, order.disk_id, order.source, order.lease) as hold:
-        place = own_place(host.config, order.disk_id, order.source)
+        place = own_place(host.config, order.volume_id or order.disk_id, order.source)
         if not (await places.look(place, hold)).exists:
             raise not_found("volume", place.path)
         found = await describe(order.source)
@@ -149,7 +150,7 @@ async def delete(host: Host, order: DeleteVolume, running: Running) -> Done:
         if isinstance(order.source, IscsiSource):
             await luns.blank(host, order.source, wipe=order.wipe, running=running, hold=hold)
             return Done()
-        place = own_place(host.config, order.disk_id, order.source)
+        place = own_place(host.config, order.volume_id or order.disk_id, order.source)
         await places.remove(Place(place.root, "staging", f"{place.name}.new"), hold)
         # The last step: whoever cancels after it is told that the volume is gone.
         removing = places.remove(place, hold, wipe=order.wipe, timeout_seconds=WIPE_SECONDS)
@@ -199,7 +200,7 @@ async def fill(
     place = own_place(config, disk_id, target)
     if not replace and (await places.look(place, hold)).exists:
         if running.resumed:
-            return _same(await describe(target), place, size_bytes)
+            return same(await describe(target), place, size_bytes)
         raise conflict(
             f"{place.path} is already there: delete that volume first, or give the disk another id"
         )

@@ -7,6 +7,7 @@ from api_gateway.route import Route
 from api_gateway.sockets import SocketRoute
 from volery.contracts import cluster as c
 from volery.contracts import host as h
+from volery.contracts import snapshot as s
 from volery.contracts import vm as v
 from volery.contracts import vm_starts as vs
 from volery.contracts.account import Scope
@@ -49,6 +50,15 @@ ROUTES = (
     Route("POST", "/vms/{id}/explain", v.START_VM, VMS, "Explain where it could run, and why not elsewhere",
           fixed={"dry_run": True}, hidden=("run_once",), body_name="ExplainVm", scope=Scope.READ,
           note="The scheduler's verdict for every host in `result`; nothing is changed or claimed."),
+    Route("POST", "/vms/{vm_id}/snapshots", s.CREATE_SNAPSHOT, VMS, "Make a snapshot of a VM, also while it runs",
+          note="All of its disks, or those in `disk_ids`, at one point in time; all of them or none."),
+    Route("GET", "/vms/{vm_id}/snapshots", s.LIST_SNAPSHOTS, VMS, "List a VM's snapshots", items=s.Snapshot),
+    Route("GET", "/snapshots", s.LIST_SNAPSHOTS, VMS, "List snapshots", items=s.Snapshot),
+    Route("GET", "/snapshots/{id}", s.GET_SNAPSHOT, VMS, "Get a snapshot, with the VM as it was then"),
+    Route("DELETE", "/snapshots/{id}", s.DELETE_SNAPSHOT, VMS, "Delete a snapshot of a VM that is down",
+          note="The disks stay as they are: what was written since is merged into what the snapshot has."),
+    Route("POST", "/snapshots/{id}/revert", s.REVERT_TO_SNAPSHOT, VMS, "Revert a VM that is down to its newest snapshot",
+          note="What was written since is gone. Disks only: the VM's configuration stays."),
     Route("POST", "/vms/{id}/disks", v.ATTACH_VM_DISK, DEVICES, "Attach a disk"),
     Route("DELETE", "/vms/{id}/disks/{disk_id}", v.DETACH_VM_DISK, DEVICES, "Detach a disk"),
     Route("POST", "/vms/{id}/nics", v.ATTACH_VM_NIC, DEVICES, "Add a NIC"),

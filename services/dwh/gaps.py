@@ -32,6 +32,7 @@ from volery.contracts.promise import LIST_PROMISES
 from volery.contracts.protection import LIST_PROTECTION, LIST_RESERVES
 from volery.contracts.scheduling import LIST_CLAIMS
 from volery.contracts.scheduling_policy import LIST_SCHEDULING_POLICIES
+from volery.contracts.snapshot import LIST_SNAPSHOTS
 from volery.contracts.soft_fence import LIST_SOFT_FENCES
 from volery.contracts.start_group import LIST_START_GROUPS
 from volery.contracts.storage import LIST_DISKS, LIST_STORAGE_DOMAINS, LIST_TRANSFERS
@@ -55,6 +56,7 @@ LISTS: dict[str, Call[ListQuery, Any]] = {
     "host": LIST_HOSTS,
     "vm": LIST_VMS,
     "template": LIST_TEMPLATES,
+    "snapshot": LIST_SNAPSHOTS,
     "user": LIST_USERS,
     "token": LIST_TOKENS,
     "reader": LIST_EVENT_READERS,

@@ -9,7 +9,7 @@ from typing import Any
 from msgspec import UNSET
 from msgspec.structs import replace
 
-from services.inventory import admission, holders, leases, model, restored
+from services.inventory import admission, holders, leases, model, restored, snapshots
 from services.inventory.clusters import name_taken
 from services.inventory.desk import Inventory
 from services.inventory.protection import check_restartable, check_vm_restartable
@@ -325,7 +325,8 @@ async def _remove(inv: Inventory, vm_id: str) -> None:
         if row is None:
             return
         try:
-            await inv.core.commit(VMS.delete(row), inv.store.forget_placement(vm_id))
+            gone = await snapshots.gone_with(inv, vm_id)
+            await inv.core.commit(VMS.delete(row), inv.store.forget_placement(vm_id), *gone)
         except Stale:
             continue
         return
@@ -362,6 +363,8 @@ async def delete_vm(inv: Inventory, ask: DeleteVm, caller: Caller) -> Operation:
         vm = row.public
         checks.revision(vm, ask.if_revision, "VM")
         await holders.check_action(inv, vm, "delete")
+        if not ask.delete_disks:
+            await snapshots.refuse_kept_disks(inv, vm)
         if vm.delete_protected:
             raise conflict(
                 f"VM {vm.name} is protected against deletion; take the protection off first", vm_id=vm.id

@@ -9,7 +9,7 @@ from functools import partial
 
 from msgspec.structs import replace
 
-from services.storage import disk_model, domain_model, lease_model, lockspaces, lun_model, luns
+from services.storage import chain_model, domain_model, lease_model, lockspaces, lun_model, luns
 from services.storage.storage import Storage
 from services.storage.store import (
     DISKS,
@@ -51,11 +51,12 @@ async def look(
     """Have a host connect the domain and say what is there now. Raises Refused with the host's sentence."""
     row = await svc.domain(domain_id)
     disks = [disk.public for disk in await svc.store.disks_of(domain_id)]
+    chains = await svc.chains_in(domain_id, disks)
     question = ConnectStorage(
         domain_id=domain_id,
         location=svc.location(row),
         initialise=initialise,
-        known=domain_model.known_names(row.public, disks),
+        known=domain_model.known_paths(row.public, chain_model.known(row.public, disks, chains)),
     )
     return await svc.core.orders.carry_out(
         CONNECT_STORAGE,
@@ -175,13 +176,17 @@ async def _changes(
     all_disks = [disk.public for disk in disks]
     public = row.public
     withheld = lun_model.withheld(public, row.private.stained, about, all_disks)
+    chains = await svc.chains_in(row.id, all_disks)
+    known = chain_model.known(public, all_disks, chains)
     seen: dict[str, Disk] = {}
     for host_id, report in said.items():
-        public = domain_model.with_report(public, host_id, report, all_disks, withheld)
+        public = domain_model.with_report(public, host_id, report, all_disks, withheld, known)
         if members is not None:
             public = lease_model.with_lockspace(public, host_id, report, members.get(row.id))
         if report.reachable:
-            seen |= {disk.id: new for disk, new in disk_model.seen(row.public, idle.values(), report)}
+            seen |= {
+                disk.id: new for disk, new in chain_model.seen(row.public, idle.values(), chains, report)
+            }
     activating = bool(public.busy_with) and public.status is DomainStatus.ACTIVATING
     public = domain_model.with_status(public, row.private.maintenance, activating=activating)
     changes = [DOMAINS.update(row, public)] if public != row.public else []
@@ -198,13 +203,19 @@ async def changes(
 async def _lose(
     svc: Storage, domain_id: str, before: Sequence[Row[Disk, DiskPrivate]], report: StorageDomainReport
 ) -> None:
-    """Mark the disks missing that were whole before the host looked, and that it didn't find."""
+    """Mark the disks missing that were whole before the host looked, and that it didn't find; and those illegal whose files
+    it found otherwise than they should be."""
     row = await DOMAINS.find(svc.core.pool, domain_id)
     if row is None:
         return
-    for disk in disk_model.absent(row.public, before, report):
+    chains = await svc.chains_in(domain_id, [disk.public for disk in before])
+    absent = chain_model.absent(row.public, before, chains, report)
+    gone = {disk.id for disk in absent}
+    there = [disk for disk in before if disk.id not in gone]
+    worse = [(disk, replace(disk.public, status=DiskStatus.MISSING)) for disk in absent]
+    for disk, new in [*worse, *chain_model.broken(row.public, there, chains, report)]:
         try:
-            await svc.core.commit(DISKS.update(disk, replace(disk.public, status=DiskStatus.MISSING)))
+            await svc.core.commit(DISKS.update(disk, new))
         except Stale:  # it was changed or deleted meanwhile: the next look decides
             continue
 
@@ -249,9 +260,18 @@ async def _reported(
         )
         if lockspaces.wakes(row, host, report, members):
             svc.core.wake(lockspaces.key_of(row.id, host.id))
-        if report.reachable and disk_model.absent(row.public, await svc.store.disks_of(row.id), report):
+        if report.reachable and await _is_worse(svc, row.public, report):
             svc.core.wake(f"check:{row.id}:{host.id}")
     return changes
+
+
+async def _is_worse(svc: Storage, domain: StorageDomain, report: StorageDomainReport) -> bool:
+    """Whether a disk isn't there as it should be."""
+    disks = await svc.store.disks_of(domain.id)
+    chains = await svc.chains_in(domain.id, [disk.public for disk in disks])
+    return bool(
+        chain_model.absent(domain, disks, chains, report) or chain_model.broken(domain, disks, chains, report)
+    )
 
 
 async def _opened(svc: Storage, mine: Mapping[str, HostLuns]) -> list[Change]:

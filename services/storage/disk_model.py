@@ -12,7 +12,6 @@ from msgspec.structs import replace
 from services.storage.domain_model import BACKENDS, NOT_RUNNING
 from services.storage.store import DiskPrivate, VmRow
 from volery.contracts import together
-from volery.contracts.agent import StorageDomainReport, VolumeReport
 from volery.contracts.base import Owner
 from volery.contracts.domain import ImageFormat
 from volery.contracts.errors import Kind, Refused, conflict, invalid
@@ -31,8 +30,6 @@ from volery.contracts.together import By, Held, Holder, Thing, Work
 from volery.runtime.tables import Row
 
 SECTOR_BYTES = 512
-NOTED_BYTES = 64 * 1024**2
-"""A volume's growth is announced when it is this much, or a hundredth of its size."""
 SHA256 = frozenset("0123456789abcdef")
 MAX_URL = 2048
 
@@ -145,6 +142,7 @@ def edited(disk: Disk, ask: UpdateDisk) -> Disk:
         )
     if new.shareable and not disk.shareable:
         refuse_shared_qcow2(True, new.format)
+        refuse_layers(disk, "made shareable")
     if disk.shareable and not new.shareable and len(disk.uses) > 1:
         raise conflict(
             f"disk {disk.name} is attached to {len(disk.uses)} VMs and must stay shareable: detach it from all but one",
@@ -156,6 +154,16 @@ def edited(disk: Disk, ask: UpdateDisk) -> Disk:
             vms=[use.vm_id for use in disk.uses],
         )
     return new
+
+
+def refuse_layers(disk: Disk, action: str) -> None:
+    """Raises Refused(conflict) for a disk with volumes above each other."""
+    if disk.depth > 1:
+        raise conflict(
+            f"disk {disk.name} can't be {action}: it has {disk.depth - 1} snapshots; delete them first, or copy the disk "
+            "and use the copy",
+            rule="snapshots",
+        )
 
 
 def many_users(disk: Disk) -> bool:
@@ -180,6 +188,10 @@ def attached(disk: Disk, vm_id: str, read_only: bool, vms: Mapping[str, VmRow]) 
 
 def refuse_unsound(disk: Disk) -> None:
     """Raises Refused unless the disk's content is whole, as far as nothing is being done to it."""
+    if disk.status is DiskStatus.ILLEGAL and disk.chain_problem:
+        raise conflict(
+            f"disk {disk.name} is illegal: {disk.chain_problem}", status=str(disk.status), rule="chain"
+        )
     if disk.status is DiskStatus.ILLEGAL:
         raise conflict(
             f"disk {disk.name} is illegal: an upload or copy into it failed, so its content can't be trusted; "
@@ -321,42 +333,3 @@ def refuse_beyond_lun(disk: Disk, domain: StorageDomain, size_bytes: int) -> Non
             rule="lun",
             lun_bytes=has,
         )
-
-
-def seen(
-    domain: StorageDomain, rows: Iterable[Row[Disk, DiskPrivate]], report: StorageDomainReport
-) -> list[tuple[Row[Disk, DiskPrivate], Disk]]:
-    """Disks that a report changes for the better: found again, or grown. It never makes one missing, since it may
-    be older than the disk."""
-    backend = BACKENDS[domain.kind]
-    volumes = {backend.reported_name(volume.path): volume for volume in report.volumes}
-    changed = []
-    for row in rows:
-        volume = volumes.get(backend.volume_name(row.public))
-        if volume is not None and (new := _with_volume(row.public, volume)) != row.public:
-            changed.append((row, new))
-    return changed
-
-
-def _with_volume(disk: Disk, volume: VolumeReport) -> Disk:
-    if disk.status is DiskStatus.MISSING:
-        disk = replace(disk, status=DiskStatus.OK)
-    step = min(NOTED_BYTES, max(disk.size_bytes // 100, 1))
-    if disk.lun < 0 and abs(volume.used_bytes - disk.used_bytes) >= step:
-        disk = replace(disk, used_bytes=volume.used_bytes)
-    return disk
-
-
-def absent(
-    domain: StorageDomain, rows: Iterable[Row[Disk, DiskPrivate]], report: StorageDomainReport
-) -> list[Row[Disk, DiskPrivate]]:
-    """Disks that should be there by this report and aren't."""
-    backend = BACKENDS[domain.kind]
-    there = {backend.reported_name(volume.path) for volume in report.volumes}
-    return [
-        row
-        for row in rows
-        if row.public.status is DiskStatus.OK
-        and not row.public.busy_with
-        and backend.volume_name(row.public) not in there
-    ]

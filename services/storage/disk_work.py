@@ -14,7 +14,7 @@ from functools import partial
 import msgspec
 from msgspec.structs import replace
 
-from services.storage import disk_model, luns, volume_leases
+from services.storage import chain_model, disk_model, luns, volume_leases, volume_work
 from services.storage.storage import Storage
 from services.storage.store import DISKS, DiskPrivate
 from volery.contracts.agent import Outcome
@@ -88,9 +88,10 @@ async def creating(svc: Storage, run: Run) -> None:
     run.checkpoint()  # made after it was cancelled, or too late: then it goes again
 
     def made(row: Row[Disk, DiskPrivate]) -> tuple[Disk, DiskPrivate]:
-        return _filled(row.public, info, ask.sha256), row.private
+        return chain_model.alone(_filled(row.public, info, ask.sha256)), row.private
 
-    await svc.edit(DISKS, ask.id, made)
+    base = chain_model.base_of(_filled(disk, info, ask.sha256))
+    await svc.edit(DISKS, ask.id, made, svc.volumes.write(ask.id, [base]))
 
 
 part.runs("disk.create", deadline_seconds=86400)(creating)
@@ -104,7 +105,7 @@ async def _make(svc: Storage, run: Run, ask: CreateDisk, disk: Disk) -> VolumeIn
     reached = [domain.id] if source is None else [domain.id, source.storage_domain_id]
     host_id = await writer(svc, run, disk.id, *reached)
     disk = await luns.claim(svc, run, ask, host_id)
-    target = svc.source(domain, disk)
+    target = await svc.source(domain, disk)
     lease = await volume_leases.lease_for(svc, domain, disk.id, host_id)
     if source is not None:
         return await run.order(
@@ -113,7 +114,7 @@ async def _make(svc: Storage, run: Run, ask: CreateDisk, disk: Disk) -> VolumeIn
             COPY_VOLUME,
             CopyVolume(
                 disk_id=disk.id,
-                source=svc.source(await svc.domain(source.storage_domain_id), source),
+                source=await svc.source(await svc.domain(source.storage_domain_id), source),
                 target=target,
                 size_bytes=disk.size_bytes,
                 lease=lease,
@@ -217,7 +218,7 @@ async def _removal(svc: Storage, row: Row[Disk, DiskPrivate]) -> str:
         lease = await volume_leases.lease_for(svc, domain, row.id, host_id)
         given = svc.core.orders.give(
             DELETE_VOLUME,
-            DeleteVolume(disk_id=row.id, source=svc.source(domain, row.public), lease=lease),
+            DeleteVolume(disk_id=row.id, source=await svc.source(domain, row.public), lease=lease),
             order_id=order_id,
             host_id=host_id,
             object_id=row.id,
@@ -262,7 +263,8 @@ async def drop(svc: Storage, disk_id: str) -> None:
     while (row := await DISKS.find(svc.core.pool, disk_id)) is not None:
         try:
             lease = volume_leases.gone(svc, row.public.storage_domain_id, row.id)
-            await svc.core.commit(DISKS.delete(row), lease, *await luns.closed(svc, row.public))
+            volumes = svc.volumes.forget_all(disk_id)
+            await svc.core.commit(DISKS.delete(row), volumes, lease, *await luns.closed(svc, row.public))
         except Stale:
             continue
         svc.core.wake(f"domain:{row.public.storage_domain_id}")
@@ -273,6 +275,7 @@ async def drop(svc: Storage, disk_id: str) -> None:
 async def resizing(svc: Storage, run: Run) -> None:
     ask = run.input(ResizeDisk)
     disk = (await svc.disk(ask.id)).public
+    chain = await svc.chain(disk)
     vm_id = await run.step("who", "See who runs with it", partial(_online, svc, disk.id), str)
     if vm_id:
         question = ResizeVmDisk(vm_id=vm_id, disk_id=disk.id, size_bytes=ask.size_bytes)
@@ -282,16 +285,24 @@ async def resizing(svc: Storage, run: Run) -> None:
     else:
         domain = await svc.domain(disk.storage_domain_id)
         host_id = await writer(svc, run, disk.id, domain.id)
-        source = svc.source(domain, disk)
-        lease = await volume_leases.lease_for(svc, domain, disk.id, host_id)
-        order = ResizeVolume(disk_id=disk.id, source=source, size_bytes=ask.size_bytes, lease=lease)
+        order = ResizeVolume(
+            disk_id=disk.id,
+            volume_id=chain.leaf.id,
+            source=svc.source_of(domain, disk, chain.volumes),
+            size_bytes=ask.size_bytes,
+            lease=await volume_leases.lease_for(svc, domain, disk.id, host_id),
+        )
         info = await run.order("resize", "Grow the volume", RESIZE_VOLUME, order, host_id=host_id)
-        size, used = max(ask.size_bytes, 0 if disk.lun >= 0 else info.size_bytes), info.used_bytes
+        size = max(ask.size_bytes, 0 if disk.lun >= 0 else info.size_bytes)
+        used = disk.used_bytes if len(chain.volumes) > 1 else info.used_bytes
+    leaf = replace(chain.leaf, size_bytes=size)
+    grown_chain = chain_model.Chain((*chain.volumes[:-1], leaf), chain.loose)
 
     def grown(row: Row[Disk, DiskPrivate]) -> tuple[Disk, DiskPrivate]:
-        return replace(row.public, size_bytes=size, used_bytes=used), row.private
+        public = replace(row.public, size_bytes=size, used_bytes=used)
+        return chain_model.described(public, grown_chain), row.private
 
-    await svc.edit(DISKS, disk.id, grown)
+    await svc.edit(DISKS, disk.id, grown, svc.volumes.write(disk.id, [leaf]))
 
 
 async def _online(svc: Storage, disk_id: str) -> str:
@@ -309,27 +320,37 @@ async def deleting(svc: Storage, run: Run) -> None:
     if await _is_foreign(svc, row):
         await drop(svc, disk_id)
         return
-    domain = await svc.domain(row.public.storage_domain_id)
-    host_id = await writer(svc, run, disk_id, domain.id)
-    if row.public.wipe_after_delete or row.public.lun >= 0:
-        run.undo("wipe", partial(_half_wiped, svc, disk_id))
-    await run.order(
-        "delete",
-        "Delete the volume",
-        DELETE_VOLUME,
-        DeleteVolume(
-            disk_id=disk_id,
-            source=svc.source(domain, row.public),
-            wipe=row.public.wipe_after_delete,
-            lease=await volume_leases.lease_for(svc, domain, disk_id, host_id),
-        ),
-        host_id=host_id,
-    )
+    await _delete_volumes(svc, run, row.public)
     await drop(svc, disk_id)
 
 
+async def _delete_volumes(svc: Storage, run: Run, disk: Disk) -> None:
+    """Each of them, those that others are read from last: what is left of a chain is no disk."""
+    domain, chain = await svc.domain(disk.storage_domain_id), await svc.chain(disk)
+    host_id = await writer(svc, run, disk.id, domain.id)
+    if disk.wipe_after_delete or disk.lun >= 0 or len(chain.volumes) > 1:
+        run.undo("wipe", partial(_half_wiped, svc, disk.id))
+    for volume in (*chain.loose, *reversed(chain.volumes)):
+        is_base = volume.id == disk.id
+        await run.order(
+            "delete" if is_base else f"delete-{volume.id}",
+            "Delete the volume",
+            DELETE_VOLUME,
+            DeleteVolume(
+                disk_id=disk.id,
+                volume_id=volume.id,
+                source=svc.source_of(domain, disk, [volume]),
+                wipe=disk.wipe_after_delete,
+                lease=await volume_leases.lease_for(svc, domain, disk.id, host_id),
+            ),
+            host_id=host_id,
+        )
+        if not is_base:
+            chain = await volume_work.forget(svc, disk, chain, volume.id)
+
+
 async def _half_wiped(svc: Storage, disk_id: str) -> None:
-    """Wiping was cut short: what is left of the content is nobody's data any more."""
+    """Wiping or deleting was cut short: what is left of the content is nobody's data any more."""
 
     def illegal(row: Row[Disk, DiskPrivate]) -> tuple[Disk, DiskPrivate]:
         return replace(row.public, status=DiskStatus.ILLEGAL), row.private

@@ -7,7 +7,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from services.storage import disk_model, domain_model, holders, lun_model, luns
+from services.storage import chain_model, disk_model, domain_model, holders, lun_model, luns
 from services.storage.storage import Storage
 from services.storage.store import DISK_ID, DISK_LUN, DISKS, USED_BY, DiskPrivate, DomainPrivate, VmRow
 from volery.contracts.cluster import DeleteById, GetById
@@ -84,6 +84,7 @@ async def begin(svc: Storage, ask: CreateDisk, caller: Caller, kind: str) -> Ope
             return replace(op, result={"lun": disk.lun, "storage_domain_id": domain.id})
         changes = [
             DISKS.insert(replace(disk, busy_with=op.id), DiskPrivate()),
+            svc.volumes.write(disk.id, [chain_model.base_of(disk)]),
             svc.store.while_active(domain.id),
             *_read(source, op.id),
         ]
@@ -140,7 +141,7 @@ async def _new_disk(svc: Storage, ask: CreateDisk, domain: Row[StorageDomain, Do
     preallocated = ask.preallocate
     lun = await luns.place(svc, domain, ask)
     now = utc_now()
-    return Disk(
+    disk = Disk(
         id=ask.id or new_id(),
         revision=1,
         created_at=now,
@@ -161,6 +162,7 @@ async def _new_disk(svc: Storage, ask: CreateDisk, domain: Row[StorageDomain, Do
         lun=lun,
         uses=(DiskUse(vm_id=ask.attach_to, read_only=ask.read_only),) if ask.attach_to else (),
     )
+    return chain_model.alone(disk)
 
 
 def _read(source: Row[Disk, DiskPrivate] | None, reader: str) -> list[Change]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from msgspec.structs import replace
@@ -24,6 +24,7 @@ from volery.contracts.storage import (
     StorageDomain,
 )
 from volery.contracts.volume_orders import StorageLocation
+from volery.contracts.volumes import Volume
 from volery.runtime.tables import Row
 
 CAN_CONNECT = frozenset({HostStatus.UP, HostStatus.NON_OPERATIONAL})
@@ -42,8 +43,10 @@ class Backend(Protocol):
     GROWS: bool
 
     def location(self, domain: StorageDomain, chap_password: str) -> StorageLocation: ...
-    def source(self, domain: StorageDomain, disk: Disk, chap_password: str) -> VolumeSource: ...
-    def volume_name(self, disk: Disk) -> str: ...
+    def source(
+        self, domain: StorageDomain, disk: Disk, volumes: Sequence[Volume], chap_password: str
+    ) -> VolumeSource: ...
+    def volume_name(self, disk: Disk, volume: Volume) -> str: ...
     def reported_name(self, path: str) -> str: ...
     def place(
         self,
@@ -142,6 +145,7 @@ def with_report(
     report: StorageDomainReport,
     disks: Iterable[Disk],
     withheld: Mapping[int, str],
+    known: Collection[str],
 ) -> StorageDomain:
     """What the domain is after a host said what it sees. Small changes of free space are not worth telling."""
     hosts = set(domain.host_ids) - {host_id}
@@ -163,7 +167,7 @@ def with_report(
         unreachable=unreachable,
         capacity_bytes=report.capacity_bytes,
         available_bytes=available,
-        strangers=strangers(domain, report, disks),
+        strangers=strangers(domain, report, known),
         luns=_luns(domain, report),
     )
     return with_disks(seen, disks, withheld)
@@ -194,20 +198,19 @@ def with_disks(domain: StorageDomain, disks: Iterable[Disk], withheld: Mapping[i
     )
 
 
-def strangers(domain: StorageDomain, report: StorageDomainReport, disks: Iterable[Disk]) -> tuple[str, ...]:
+def strangers(domain: StorageDomain, report: StorageDomainReport, known: Collection[str]) -> tuple[str, ...]:
     """Files there that no disk of ours explains. Of LUNs `lun_model` says which are withheld."""
     if domain.kind is not DomainKind.DIRECTORY:
         return ()
-    known = {directory.volume_name(disk) for disk in disks}
     found = set(report.strangers) | {v.path for v in report.volumes}
     return tuple(sorted(path for path in found if directory.reported_name(path) not in known))[:1000]
 
 
-def known_names(domain: StorageDomain, disks: Iterable[Disk]) -> tuple[str, ...]:
-    """What an order to connect calls known."""
+def known_paths(domain: StorageDomain, known: Iterable[str]) -> tuple[str, ...]:
+    """What an order to connect calls known: paths of the files with these names, or numbers of LUNs."""
     if domain.kind is DomainKind.ISCSI:
-        return tuple(str(disk.lun) for disk in disks if disk.lun >= 0)
-    return tuple(directory.source(domain, disk, "").path for disk in disks)
+        return tuple(sorted(name for name in known if name.isdecimal()))
+    return tuple(f"{domain.path}/{domain.id}/disks/{name}" for name in sorted(known))
 
 
 def running_users(disks: Iterable[Row[Disk, DiskPrivate]], vms: Mapping[str, VmRow]) -> list[str]:

@@ -178,7 +178,7 @@ def _refuse_empty(domain: StorageDomain, report: StorageDomainReport) -> None:
 
 async def _measure(svc: Storage, domain_id: str, report: StorageDomainReport) -> None:
     def measured(row: Row[StorageDomain, DomainPrivate]) -> tuple[StorageDomain, DomainPrivate]:
-        seen = domain_model.with_report(row.public, "", report, [], {})
+        seen = domain_model.with_report(row.public, "", report, [], {}, ())
         return replace(seen, host_ids=()), row.private
 
     await svc.edit(DOMAINS, domain_id, measured)
@@ -476,7 +476,7 @@ async def _forget_disks(svc: Storage, domain: StorageDomain) -> None:
         disk_model.refuse_attached(disk.public, vms, "forgotten")
     for disk in disks:
         try:
-            await svc.core.commit(DISKS.delete(disk))
+            await svc.core.commit(DISKS.delete(disk), svc.volumes.forget_all(disk.id))
         except Stale:  # the next turn of the loop finds what became of it
             return
 

@@ -103,7 +103,7 @@ async def _prove(svc: Storage, run: Run, ask: CreateDisk, disk: Disk, host_id: s
     disks = [row.public for row in await svc.store.disks_of(domain.id)]
     believed = known.believed() if ask.overwrite else known
     lun_model.refuse_foreign(domain.public, disk, believed, disks)
-    source = svc.source(domain, disk)
+    source = await svc.source(domain, disk)
     assert isinstance(source, IscsiSource)
     await run.order(
         step(disk.lun),

@@ -15,6 +15,7 @@ from services.storage import (
     lun_model,
     luns,
     vm_leases,
+    volume_work,
 )
 from services.storage.storage import Storage
 from services.storage.store import DISKS, DOMAINS, DomainPrivate, HostRow
@@ -37,7 +38,7 @@ async def reconcile(svc: Storage, key: str) -> None:
 async def reconcile_all(svc: Storage) -> Sequence[str]:
     return [
         *(f"domain:{domain_id}" for domain_id in await svc.store.attached_domain_ids()),
-        *(f"disk:{disk_id}" for disk_id in await svc.store.unsettled_disks()),
+        *(f"disk:{disk_id}" for disk_id in await _disks(svc)),
         *(f"leftover:{left.domain_id}" for left in await svc.store.leftovers()),
         *(lockspaces.key_of(one.domain_id, one.host_id) for one in await svc.leases.dead()),
         *(f"lease:{lease.domain_id}:{lease.vm_id}" for lease in await svc.leases.doomed_leases()),
@@ -103,18 +104,31 @@ async def _host(svc: Storage, host_id: str) -> None:
         svc.core.wake(f"domain:{row.id}")
     for lockspace_id in await svc.leases.memberships(host_id):
         svc.core.wake(lockspaces.key_of(lockspace_id, host_id))
-    for disk_id in await svc.store.unsettled_disks():
+    for disk_id in await _disks(svc):
         svc.core.wake(f"disk:{disk_id}")
     for left in await svc.store.leftovers():
         svc.core.wake(f"leftover:{left.domain_id}")
 
 
+async def _disks(svc: Storage) -> set[str]:
+    """Those with which something is to be done, perhaps."""
+    return {
+        *await svc.store.unsettled_disks(),
+        *await svc.volumes.leaving(),
+        *await svc.volumes.undescribed(),
+    }
+
+
 async def _disk(svc: Storage, disk_id: str) -> None:
     """Remove what a failed operation left, as soon as its host can."""
     row = await DISKS.find(svc.core.pool, disk_id)
-    if row is None or not row.private.doomed or svc.core.quarantine.holds:
+    if row is None or svc.core.quarantine.holds:
         return
+    await volume_work.describe(svc, row.public)
     if await _held(svc, row.public.busy_with):
+        return
+    if not row.private.doomed:
+        await volume_work.clean_up(svc, disk_id, svc.config.connect_seconds)
         return
     try:
         await disk_work.remove_volume(svc, row, svc.config.connect_seconds)

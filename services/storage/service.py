@@ -12,7 +12,9 @@ from services.storage import (
     disks,
     domains,
     losses,
+    merges,
     projection,
+    snapshots,
     transfers,
     uses,
     vm_leases,
@@ -26,7 +28,12 @@ from volery.contracts.operation import Operation
 from volery.runtime.service import Service
 from volery.runtime.tables import Change
 
-RELEASES = {"storage_domain": domains.release, "disk": disk_work.release, "transfer": transfers.release}
+RELEASES = {
+    "storage_domain": domains.release,
+    "disk": disk_work.release,
+    "transfer": transfers.release,
+    "snapshot": snapshots.release,
+}
 """What an operation is about → how its object is freed when it ended."""
 
 
@@ -47,6 +54,8 @@ def make_service() -> Service:
             disks.part,
             disk_work.part,
             uses.part,
+            snapshots.part,
+            merges.part,
             transfers.part,
             discovery.part,
             projection.part,

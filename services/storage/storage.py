@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from services.storage import disk_model, domain_model
+from services.storage import chain_model, disk_model, domain_model
+from services.storage.chain_model import Chain
 from services.storage.config import StorageConfig
 from services.storage.lease_store import LeaseStore
 from services.storage.store import DISKS, DOMAINS, DiskPrivate, DomainPrivate, HostRow, Store, VmRow
+from services.storage.volume_store import VolumeStore
 from volery.contracts.base import Entity, Message
 from volery.contracts.cluster import GET_DATA_CENTER, GetById
 from volery.contracts.domain import VolumeSource
 from volery.contracts.errors import unavailable
 from volery.contracts.storage import Disk, StorageDomain
 from volery.contracts.volume_orders import StorageLocation
+from volery.contracts.volumes import Volume
 from volery.runtime.core import Core
 from volery.runtime.losses import Losses
 from volery.runtime.tables import Change, Row, Stale, Table
@@ -101,10 +104,33 @@ class Storage:
         backend = domain_model.BACKENDS[row.public.kind]
         return backend.location(row.public, self.vault.open(row.private.chap_password))
 
-    def source(self, row: Row[StorageDomain, DomainPrivate], disk: Disk) -> VolumeSource:
-        """Where a host finds the disk's volume, with the secret that it needs. For orders and for QEMU only."""
+    @property
+    def volumes(self) -> VolumeStore:
+        return VolumeStore(self.core.pool)
+
+    async def chain(self, disk: Disk) -> Chain:
+        """The disk's volumes; read after the disk, so that a change of the disk as it was read proves that they are so."""
+        return (await self.chains([disk]))[disk.id]
+
+    async def chains(self, disks: Collection[Disk]) -> dict[str, Chain]:
+        volumes = await self.volumes.of([disk.id for disk in disks])
+        return {disk.id: chain_model.chain_of(disk, volumes.get(disk.id, ())) for disk in disks}
+
+    async def chains_in(self, domain_id: str, disks: Iterable[Disk]) -> dict[str, Chain]:
+        """Those of the domain's disks."""
+        volumes = await self.volumes.in_domain(domain_id)
+        return {disk.id: chain_model.chain_of(disk, volumes.get(disk.id, ())) for disk in disks}
+
+    async def source(self, row: Row[StorageDomain, DomainPrivate], disk: Disk) -> VolumeSource:
+        """Where a host finds the disk's leaf and all below it, with the secret that it needs. For orders and QEMU only."""
+        return self.source_of(row, disk, (await self.chain(disk)).volumes)
+
+    def source_of(
+        self, row: Row[StorageDomain, DomainPrivate], disk: Disk, volumes: Sequence[Volume]
+    ) -> VolumeSource:
+        """The same of the last of these volumes, which are above each other from the base on."""
         backend = domain_model.BACKENDS[row.public.kind]
-        return backend.source(row.public, disk, self.vault.open(row.private.chap_password))
+        return backend.source(row.public, disk, volumes, self.vault.open(row.private.chap_password))
 
     async def check_data_center(self, data_center_id: str) -> None:
         """Raises Refused(not_found). Inventory is asked when its fact has not been heard (yet)."""

@@ -40,6 +40,7 @@ def refuse_upload(row: Row[Disk, DiskPrivate], size_bytes: int, holders: Sequenc
     disk_model.refuse(Work.UPLOAD, disk, holders)
     if disk.status is not DiskStatus.ILLEGAL:
         disk_model.refuse_unsound(disk)
+    disk_model.refuse_layers(disk, "uploaded into")
     limit = disk.size_bytes + disk.size_bytes // 16 + OVERHEAD_BYTES
     if size_bytes > limit:
         raise Refused(

@@ -15,7 +15,15 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from services.storage import disk_model, domain_model, holders, luns, transfer_model, volume_leases
+from services.storage import (
+    chain_model,
+    disk_model,
+    domain_model,
+    holders,
+    luns,
+    transfer_model,
+    volume_leases,
+)
 from services.storage.storage import Storage
 from services.storage.store import (
     DISKS,
@@ -168,7 +176,7 @@ async def _opening(svc: Storage, transfer_id: str) -> tuple[Transfer, OpenTransf
         disk_id=transfer.disk_id,
         ticket=svc.vault.open(found.private.ticket),
         direction=transfer.direction,
-        source=svc.source(domain, disk.public),
+        source=await svc.source(domain, disk.public),
         size_bytes=transfer.size_bytes if transfer.direction is TransferDirection.UPLOAD else 0,
         format=transfer.format,
         expires_seconds=max(left.total_seconds(), 1.0),
@@ -232,7 +240,7 @@ async def _close(svc: Storage, transfer_id: str) -> None:
             FinishTransfer(
                 transfer_id=transfer_id,
                 disk_id=transfer.disk_id,
-                target=svc.source(domain, disk.public),
+                target=await svc.source(domain, disk.public),
                 max_bytes=0,
                 cancel=True,
             ),
@@ -286,7 +294,7 @@ async def finishing(svc: Storage, run: Run) -> None:
         FinishTransfer(
             transfer_id=transfer.id,
             disk_id=transfer.disk_id,
-            target=svc.source(domain, disk.public),
+            target=await svc.source(domain, disk.public),
             max_bytes=disk.public.size_bytes,
             sha256=transfer.sha256,
             lease=await volume_leases.lease_for(svc, domain, transfer.disk_id, transfer.host_id),
@@ -307,7 +315,7 @@ async def _succeed(svc: Storage, transfer: Transfer, info: VolumeInfo) -> None:
             used_bytes=info.used_bytes,
             sha256=info.sha256 or transfer.sha256,
         )
-        return public, private
+        return chain_model.alone(public), private
 
     await svc.edit(DISKS, transfer.disk_id, filled)
 

@@ -8,6 +8,7 @@ from itertools import chain
 from msgspec.structs import replace
 
 from services.storage import disk_model, domain_model, holders, lease_model, luns
+from services.storage.chain_model import Chain
 from services.storage.storage import Storage
 from services.storage.store import DISKS, DiskPrivate, DomainPrivate
 from volery.contracts.base import Done
@@ -94,6 +95,7 @@ async def prepare(svc: Storage, ask: PrepareDisks, caller: Caller) -> PreparedDi
     would write one of the disks finds it so, also when no fact says yet that the VM runs."""
     while True:
         disks, domains = await _rows(svc, ask.disk_ids)
+        chains = await svc.chains([row.public for row in disks.values()])
         prepared, begun = [], list[Change]()
         for disk_id in ask.disk_ids:
             row = disks.get(disk_id)
@@ -102,7 +104,7 @@ async def prepare(svc: Storage, ask: PrepareDisks, caller: Caller) -> PreparedDi
             domain = domains[row.public.storage_domain_id]
             refuse_unprepared(row, domain.public, ask, await holders.at_work(svc, row))
             await luns.refuse_foreign(svc, row.public, domain.public)
-            prepared.append(_prepared(svc, row.public, domain, ask.vm_id))
+            prepared.append(_prepared(svc, row.public, chains[disk_id], domain, ask.vm_id))
             if (private := disk_model.begun(row, ask.vm_id, ask.epoch)) is not None:
                 begun.append(DISKS.update(row, private=private))
         try:
@@ -112,12 +114,14 @@ async def prepare(svc: Storage, ask: PrepareDisks, caller: Caller) -> PreparedDi
         return PreparedDisks(disks=tuple(prepared))
 
 
-def _prepared(svc: Storage, disk: Disk, domain: Row[StorageDomain, DomainPrivate], vm_id: str) -> DomainDisk:
+def _prepared(
+    svc: Storage, disk: Disk, chain: Chain, domain: Row[StorageDomain, DomainPrivate], vm_id: str
+) -> DomainDisk:
     use = next((use for use in disk.uses if use.vm_id == vm_id), None)
     iso = disk.content is ContentType.ISO
     return DomainDisk(
         disk_id=disk.id,
-        source=svc.source(domain, disk),
+        source=svc.source_of(domain, disk, chain.volumes),
         read_only=iso or disk.read_only or (use is not None and use.read_only),
         shareable=disk.shareable,
         shared_storage=not domain.public.host_id,

@@ -18,6 +18,7 @@ INTERNAL = {
     "inventory.vm.restart",
     "inventory.vm.needs",
     "inventory.vm.resize_disk",
+    "inventory.vm.switch_disks",
     "inventory.vm.open_console",  # a WebSocket
     "inventory.host.enrol",
     "inventory.host.renew_certificate",
@@ -34,6 +35,9 @@ INTERNAL = {
     "storage.disk.prepare",
     "storage.disk.reach",
     "storage.disk.reach_of_many",
+    "storage.snapshot.create",  # /snapshots ask inventory
+    "storage.snapshot.forget",
+    "storage.snapshot.revert",
     "storage.lease.prepare",
     "storage.lease.release",
     "storage.lease.read_host",

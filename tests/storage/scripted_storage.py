@@ -16,10 +16,17 @@ from tests.support.runtime import running
 from tests.support.scripted_agent import ScriptedAgent, scripted
 from tests.support.service_process import ServiceProcess, service_process
 from tests.support.stand_in import World, inventory
-from volery.contracts.agent import LunClaim, OpenLun, StorageDomainReport, VolumeReport
+from volery.contracts.agent import LunClaim, OpenChain, OpenLun, StorageDomainReport, VolumeReport
 from volery.contracts.base import Done, Owner
 from volery.contracts.cluster import DataCenter, GetById
-from volery.contracts.domain import DomainLease, FileSource, ImageFormat, IscsiSource, VolumeSource
+from volery.contracts.domain import (
+    ChainSource,
+    DomainLease,
+    FileSource,
+    ImageFormat,
+    IscsiSource,
+    VolumeSource,
+)
 from volery.contracts.errors import Kind, Refused
 from volery.contracts.host import Host
 from volery.contracts.ids import new_id
@@ -63,6 +70,8 @@ from volery.contracts.volume_orders import (
     DISCOVER_ISCSI,
     FINISH_TRANSFER,
     IMPORT_VOLUME,
+    MAKE_OVERLAY,
+    MERGE_VOLUME,
     OPEN_TRANSFER,
     RESIZE_VOLUME,
     ClaimLun,
@@ -78,6 +87,8 @@ from volery.contracts.volume_orders import (
     FinishTransfer,
     ImportVolume,
     IscsiTargets,
+    MakeOverlay,
+    MergeVolume,
     OpenTransfer,
     ResizeVolume,
     TransferOpened,
@@ -130,6 +141,7 @@ class StorageHost:
     connected: dict[str, Any] = field(default_factory=dict)
     opened: dict[str, OpenTransfer] = field(default_factory=dict)
     open_luns: list[OpenLun] = field(default_factory=list)
+    open_chains: list[OpenChain] = field(default_factory=list)
     claims: dict[int, LunClaim] = field(default_factory=dict)
     joined: dict[str, LockspaceReport] = field(default_factory=dict)
 
@@ -141,6 +153,8 @@ class StorageHost:
             (CLAIM_LUN, self.claim),
             (CREATE_VOLUME, self.create),
             (RESIZE_VOLUME, self.resize),
+            (MAKE_OVERLAY, self.overlay),
+            (MERGE_VOLUME, self.merge),
             (DELETE_VOLUME, self.delete),
             (COPY_VOLUME, self.copy),
             (IMPORT_VOLUME, self.import_),
@@ -220,6 +234,7 @@ class StorageHost:
                 volumes=volumes,
                 strangers=self.shelf.strangers,
                 lockspace=self.joined.get(domain_id),
+                open_chains=tuple(self.open_chains),
             )
         luns = self.shelf.luns.get(where.iqn, {})
         return StorageDomainReport(
@@ -252,8 +267,13 @@ class StorageHost:
 
     def _put(self, source: VolumeSource, size_bytes: int, used_bytes: int = MIB) -> VolumeInfo:
         if isinstance(source, FileSource):
+            below = source.backing[0].path.rpartition("/")[2] if isinstance(source, ChainSource) else ""
             self.shelf.volumes[source.path] = VolumeReport(
-                path=source.path, size_bytes=size_bytes, used_bytes=used_bytes, format=source.format
+                path=source.path,
+                size_bytes=size_bytes,
+                used_bytes=used_bytes,
+                format=source.format,
+                backing=below,
             )
             return VolumeInfo(size_bytes=size_bytes, used_bytes=used_bytes, format=source.format)
         assert isinstance(source, IscsiSource)
@@ -279,6 +299,22 @@ class StorageHost:
 
     def resize(self, ask: ResizeVolume) -> VolumeInfo:
         return self._put(ask.source, ask.size_bytes)
+
+    def overlay(self, ask: MakeOverlay) -> VolumeInfo:
+        for file in ask.source.backing:
+            if file.path not in self.shelf.volumes:
+                raise Refused(Kind.NOT_FOUND, f"there is no volume {file.path}")
+        return self._put(ask.source, ask.size_bytes, 0)
+
+    def merge(self, ask: MergeVolume) -> VolumeInfo:
+        """As the real one: the file below has the other's size, and the one above names it."""
+        below = ask.source.backing[0]
+        volume, under = self.shelf.volumes[ask.source.path], self.shelf.volumes[below.path]
+        self.shelf.volumes[below.path] = replace(under, size_bytes=volume.size_bytes)
+        if ask.above is not None:
+            over = self.shelf.volumes[ask.above.path]
+            self.shelf.volumes[ask.above.path] = replace(over, backing=below.path.rpartition("/")[2])
+        return VolumeInfo(size_bytes=volume.size_bytes, used_bytes=under.used_bytes, format=under.format)
 
     def copy(self, ask: CopyVolume) -> VolumeInfo:
         if isinstance(ask.source, FileSource) and ask.source.path not in self.shelf.volumes:

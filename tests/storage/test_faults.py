@@ -54,6 +54,7 @@ from volery.contracts.storage import (
     ResizeDisk,
 )
 from volery.contracts.volume_orders import CREATE_VOLUME
+from volery.contracts.volumes import SNAPSHOT_DISKS, SnapshotDisks
 from volery.runtime.database import open_direct
 from volery.runtime.programs import Settings
 from volery.runtime.service import Service
@@ -284,6 +285,9 @@ async def one(at: Site, chance: random.Random, domain_id: str, verb: str, mine: 
         op = await insist(at, CREATE_DISK, ask, caller)
     elif verb == "copy":
         op = await insist(at, COPY_DISK, CopyDisk(id=disk_id, name="copy"), caller)
+    elif verb == "snapshot":
+        ask = SnapshotDisks(snapshot_id=new_id(), disk_ids=tuple({disk_id, chance.choice(mine)}))
+        op = await insist(at, SNAPSHOT_DISKS, ask, caller)
     elif verb == "grow":
         size = (await insist(at, GET_DISK, GetById(id=disk_id))).size_bytes + MIB
         op = await insist(at, RESIZE_DISK, ResizeDisk(id=disk_id, size_bytes=size), caller)
@@ -320,7 +324,7 @@ async def insist_ended(at: Site, operation: Operation) -> Operation:
 
 
 async def test_random_kills_leave_no_orphan(configured: Settings) -> None:
-    """Disks are made, copied, grown, deleted and cancelled while the service and the agents are killed."""
+    """Disks are made, copied, grown, put above new volumes, deleted and cancelled while the service and the agents are killed."""
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     chance = random.Random(seed)
@@ -335,7 +339,7 @@ async def test_random_kills_leave_no_orphan(configured: Settings) -> None:
         async def busy() -> None:
             mine: list[str] = []
             while not stop.is_set():
-                verb = chance.choice(("create", "create", "copy", "grow", "delete", "cancel"))
+                verb = chance.choice(("create", "create", "copy", "grow", "delete", "cancel", "snapshot"))
                 try:
                     ended.append(await one(at, chance, domain.id, verb, mine))
                 except Refused as refused:
@@ -363,11 +367,13 @@ async def test_random_kills_leave_no_orphan(configured: Settings) -> None:
         page = await at.bus.ask(LIST_DISKS, ListQuery(limit=1000))
         disks = [msgspec.json.decode(item, type=Disk) for item in page.items]
         assert all(disk.busy_with == "" and disk.status is DiskStatus.OK for disk in disks), f"seed {seed}"
-        names = {f"/srv/data/{domain.id}/disks/{disk.id}.qcow2" for disk in disks}
+        top = f"/srv/data/{domain.id}/disks"
+        names = {f"{top}/{volume.id}.qcow2" for disk in disks for volume in disk.volumes}
         assert set(at.shelf.volumes) == names, f"seed {seed}"
-        assert {at.shelf.volumes[f"/srv/data/{domain.id}/disks/{d.id}.qcow2"].size_bytes for d in disks} == {
-            d.size_bytes for d in disks
-        }
+        for disk in disks:
+            assert at.shelf.volumes[f"{top}/{disk.leaf_id}.qcow2"].size_bytes == disk.size_bytes, (
+                f"seed {seed}"
+            )
         print({state: ended.count(state) for state in sorted(set(ended))})
         assert "succeeded" in ended
 

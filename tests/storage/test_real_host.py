@@ -99,8 +99,16 @@ class Real:
         """What an operation was about, once it has succeeded."""
         answer = await self.http.post(path, json=body or {})
         assert answer.status_code == 202, answer.text
-        op = await self.done(msgspec.json.decode(answer.content, type=Operation))
-        return op.object_id
+        return (await self.until_succeeded(answer)).object_id
+
+    async def until_succeeded(self, answer: httpx.Response) -> Operation:
+        return await self.done(msgspec.json.decode(answer.content, type=Operation))
+
+    async def why_failed(self, answer: httpx.Response) -> str:
+        assert answer.status_code == 202, answer.text
+        op = await ended(self.bus, msgspec.json.decode(answer.content, type=Operation))
+        assert op.problem is not None, op
+        return op.problem.message
 
 
 @asynccontextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -23,10 +24,12 @@ from volery.contracts.cluster import (
     DataCenter,
     GetById,
 )
-from volery.contracts.errors import not_found
+from volery.contracts.domain_orders import SwitchDisks
+from volery.contracts.errors import Refused, not_found
 from volery.contracts.host import HOST_CHANGED, LIST_HOSTS, Host, HostStatus
 from volery.contracts.ids import new_id
 from volery.contracts.operation import ListQuery, Page
+from volery.contracts.snapshot import SWITCH_VM_DISKS
 from volery.contracts.vm import (
     GET_VM,
     LIST_VMS,
@@ -49,13 +52,28 @@ def stamped() -> dict[str, Any]:
     return {"revision": 1, "created_at": now, "updated_at": now}
 
 
+def _let_go() -> tuple[asyncio.Event, asyncio.Event]:
+    go_on = asyncio.Event()
+    go_on.set()
+    return asyncio.Event(), go_on
+
+
 @dataclass
 class World:
     """What this inventory has; `put` changes it and says so."""
 
     objects: dict[str, Entity] = field(default_factory=dict)
     resized: list[ResizeVmDisk] = field(default_factory=list)
+    switched: list[SwitchDisks] = field(default_factory=list)
+    switching: Refused | None = None
+    """What the next VM's switch of its disks is answered with."""
+    held_switch: tuple[asyncio.Event, asyncio.Event] = field(default_factory=_let_go)
     core: Core | None = None
+
+    def hold_switch(self) -> tuple[asyncio.Event, asyncio.Event]:
+        """(a VM's switch was asked for, it goes on)"""
+        self.held_switch = asyncio.Event(), asyncio.Event()
+        return self.held_switch
 
     async def put(self, fact: Fact[Any], thing: Entity) -> None:
         self.objects[thing.id] = thing
@@ -167,6 +185,16 @@ def inventory(world: World) -> Service:
     @part.answers(RESIZE_VM_DISK)
     async def resize(core: Core, ask: ResizeVmDisk, caller: Caller) -> Done:
         world.resized.append(ask)
+        return Done()
+
+    @part.answers(SWITCH_VM_DISKS)
+    async def switch(core: Core, ask: SwitchDisks, caller: Caller) -> Done:
+        world.switched.append(ask)
+        asked, go_on = world.held_switch
+        asked.set()
+        await go_on.wait()
+        if world.switching is not None:
+            raise world.switching
         return Done()
 
     @asynccontextmanager

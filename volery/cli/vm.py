@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from msgspec.structs import replace
 
-from volery.cli import cpus, host_devices, numa, output, placing, starts, work
+from volery.cli import cpus, host_devices, numa, output, placing, snapshots, starts, work
 from volery.cli.output import Format
 from volery.cli.work import DryRun, Output, Wait
 from volery.client import api
@@ -30,6 +30,7 @@ from volery.contracts.vm_starts import StartVms
 
 app = typer.Typer(help="Virtual machines.", no_args_is_help=True)
 work.add_common(app, api.VMS, deletes=False)
+app.add_typer(snapshots.app, name="snapshot")
 HaWhere = Annotated[
     RestartWhere,
     typer.Option(help="With --ha. elsewhere is refused for a VM that could never run on another host."),

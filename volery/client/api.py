@@ -16,6 +16,7 @@ from volery.contracts.promise import ClusterPromise
 from volery.contracts.protection import ClusterReserve, VmProtection
 from volery.contracts.scheduling import Claim, HostCapacity, PastDecision
 from volery.contracts.scheduling_policy import SchedulingPolicy
+from volery.contracts.snapshot import Snapshot
 from volery.contracts.soft_fence import SoftFence
 from volery.contracts.start_group import StartGroup
 from volery.contracts.storage import Disk, StorageDomain, Transfer
@@ -26,6 +27,7 @@ DATA_CENTERS = Resource("data-center", "data-centers", DataCenter, ("name", "loc
 CLUSTERS = Resource("cluster", "clusters", Cluster, ("name", "balance", "cpu_model", "id"))
 HOSTS = Resource("host", "hosts", Host, ("name", "status", "address", "vm_count", "id"))
 VMS = Resource("vm", "vms", Vm, ("name", "status", "host_id", "vcpus", "memory_bytes", "guest", "id"))
+SNAPSHOTS = Resource("snapshot", "snapshots", Snapshot, ("name", "vm_id", "status", "created_at", "id"))
 TEMPLATES = Resource("template", "templates", Template, ("name", "description", "id"))
 STORAGE_DOMAINS = Resource(
     "storage-domain",

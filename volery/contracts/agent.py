@@ -289,6 +289,17 @@ class VolumeReport(Message):
     """Virtual size."""
     used_bytes: int
     format: ImageFormat
+    backing: str | None = None
+    """The file below it by its own header, as that names it; "" is none. None: the agent doesn't say."""
+
+
+class OpenChain(Message):
+    """The files that a VM's QEMU has open for a disk, by libvirt."""
+
+    disk_id: str
+    vm_id: str
+    files: tuple[str, ...]
+    """Their names, from the one that is written to the base."""
 
 
 class StorageDomainReport(Message):
@@ -302,6 +313,8 @@ class StorageDomainReport(Message):
     """Files or LUNs found there that no disk of ours explains."""
     lockspace: LockspaceReport | None = None
     """As the host has joined it; None when it has not."""
+    open_chains: tuple[OpenChain, ...] | None = None
+    """Of the VMs that the host runs with disks there. None: it was not asked, as where no file is above another one."""
 
 
 class OpenLun(Message):

@@ -78,6 +78,26 @@ class FileSource(Message, tag="file"):
     format: ImageFormat
 
 
+class BackingFile(Message):
+    """A file below a volume: what the one above doesn't have is read from it."""
+
+    path: str
+    format: ImageFormat
+    merging: bool = False
+    """It is being merged into the one below it, or was: the header of the one above may name either."""
+
+
+class ChainSource(FileSource, tag="chain"):
+    """A file volume with others below it, down to the last one: nothing is left to be found out from their headers.
+
+    A kind of its own, since an agent of before chains would leave out what is below a file and read zeros there: it
+    refuses this one.
+    """
+
+    backing: tuple[BackingFile, ...]
+    """From the next one below to the base."""
+
+
 class IscsiSource(Message, tag="iscsi"):
     """A LUN reached by QEMU itself (libiscsi), never by the host's kernel."""
 
@@ -90,7 +110,7 @@ class IscsiSource(Message, tag="iscsi"):
     """Secret: goes into an ephemeral private libvirt secret, never into a log, an event or the domain XML."""
 
 
-VolumeSource = FileSource | IscsiSource
+VolumeSource = FileSource | ChainSource | IscsiSource
 
 
 class DomainDisk(Message):

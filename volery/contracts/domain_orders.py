@@ -6,7 +6,14 @@ from enum import StrEnum
 
 from volery.contracts.base import Done, Message, Order
 from volery.contracts.cpus import GivenCpus
-from volery.contracts.domain import DomainDisk, DomainNic, DomainSpec, DomainState, VolumeSource
+from volery.contracts.domain import (
+    ChainSource,
+    DomainDisk,
+    DomainNic,
+    DomainSpec,
+    DomainState,
+    VolumeSource,
+)
 
 
 class RunDomain(Message):
@@ -116,6 +123,25 @@ class ResizeDomainDisk(Message):
     size_bytes: int
 
 
+class SwitchedDisk(Message):
+    disk_id: str
+    source: ChainSource
+    """A volume right above the one that is written now."""
+
+
+class SwitchDisks(Message):
+    """QEMU goes on in these volumes, for all disks at one point in time. A VM that does already is a success.
+
+    Refused with rule `not_switched` when it surely writes where it did, for all of them.
+    """
+
+    vm_id: str
+    disks: tuple[SwitchedDisk, ...]
+
+
+NOT_SWITCHED = "not_switched"
+
+
 class AttachNic(Message):
     vm_id: str
     nic: DomainNic
@@ -201,6 +227,7 @@ ATTACH_DISK = Order("domain.attach_disk", AttachDisk, Done)
 DETACH_DISK = Order("domain.detach_disk", DetachDisk, Done)
 CHANGE_MEDIA = Order("domain.change_media", ChangeMedia, Done)
 RESIZE_DOMAIN_DISK = Order("domain.resize_disk", ResizeDomainDisk, Done)
+SWITCH_DISKS = Order("domain.switch_disks", SwitchDisks, Done)
 ATTACH_NIC = Order("domain.attach_nic", AttachNic, Done)
 UPDATE_NIC = Order("domain.update_nic", UpdateNic, Done)
 DETACH_NIC = Order("domain.detach_nic", DetachNic, Done)

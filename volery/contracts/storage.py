@@ -20,6 +20,7 @@ from volery.contracts.leases import (
 from volery.contracts.operation import ListQuery, Operation, Page
 from volery.contracts.together import Work
 from volery.contracts.volume_orders import DiscoveredTarget, TransferDirection
+from volery.contracts.volumes import Volume
 
 
 class DomainKind(StrEnum):
@@ -201,6 +202,13 @@ class Disk(Entity):
     sha256: str = ""
     """Of the last upload or import, as it came."""
     busy_with: str = ""
+    volumes: tuple[Volume, ...] = ()
+    """From its base to its leaf, which is written; then those that are being made or removed."""
+    leaf_id: str = ""
+    depth: int = 1
+    """How many volumes are above each other."""
+    chain_problem: str = ""
+    """How its files differ from that. Such a disk is illegal: nothing opens it until they were put right."""
 
 
 class CreateDisk(Message):

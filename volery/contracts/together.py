@@ -44,7 +44,7 @@ class Work(StrEnum):
     """A disk is deleted."""
     SNAPSHOT = "snapshot"
     MERGE = "merge"
-    """A snapshot is deleted or committed: its volumes become one."""
+    """A snapshot is deleted, committed or reverted to: volumes become one, or go."""
     MOVE = "move"
     """A disk goes to another storage domain."""
     BACKUP = "backup"
@@ -52,7 +52,7 @@ class Work(StrEnum):
     """The VMs of a host leave it."""
 
 
-COMING = frozenset({Work.SNAPSHOT, Work.MERGE, Work.MOVE, Work.BACKUP})
+COMING = frozenset({Work.MOVE, Work.BACKUP})
 """Decided here, and not built yet."""
 
 
@@ -106,7 +106,7 @@ ROWS: Mapping[Work, str] = {
     W.CREATE:   "R W R R R R      R T R     T T T T R          R R R W   W",
     W.START:    "R W R R R R      R T R     R r R r R          R R R W   W",
     W.RESTART:  "R W R R R R      R T R     R r R r R          R R R W   W",
-    W.RUN:      "R R T T T T      T T R     T r R r R          T T T T   T",
+    W.RUN:      "R R T T T T      T T R     T r R r R          T R T T   T",
     W.STOP:     "R R R R R R      R T R     T r R r R          R R R W   W",
     W.CONTROL:  "R W R R R R      R T R     T r R r R          R R R W   W",
     W.SUSPEND:  "R R R R R R      R T R     R r R r R          R R R W   W",
@@ -154,10 +154,16 @@ KINDS: Mapping[str, Work] = {
     "vm.detach_nic": W.DEVICES,
     "vm.change_cd": W.DEVICES,
     "vm.delete": W.DELETE,
+    "vm.snapshot": W.SNAPSHOT,
+    "vm.delete_snapshot": W.MERGE,
+    "vm.revert": W.MERGE,
     "disk.create": W.FILL,
     "disk.copy": W.FILL,
     "disk.resize": W.RESIZE,
     "disk.delete": W.REMOVE,
+    "disk.snapshot": W.SNAPSHOT,
+    "disk.merge": W.MERGE,
+    "disk.revert": W.MERGE,
     "transfer.finish": W.UPLOAD,
     "host.maintain": W.MAINTAIN,
     "host.save_power": W.MAINTAIN,
@@ -229,6 +235,8 @@ DONE: Mapping[tuple[Work, Held], str] = {
     (W.MIGRATE, Held.VM): "migrated",
     (W.DEVICES, Held.VM): "given or rid of devices",
     (W.DELETE, Held.VM): "deleted",
+    (W.SNAPSHOT, Held.VM): "snapshotted",
+    (W.MERGE, Held.VM): "reverted, or its snapshot deleted,",
     (W.START, Held.DISK): "used by a VM that starts",
     (W.RESTART, Held.DISK): "used by a VM that is restarted",
     (W.MIGRATE, Held.DISK): "used by a VM where it migrates to",
@@ -238,6 +246,8 @@ DONE: Mapping[tuple[Work, Held], str] = {
     (W.UPLOAD, Held.DISK): "uploaded into",
     (W.DOWNLOAD, Held.DISK): "downloaded",
     (W.REMOVE, Held.DISK): "deleted",
+    (W.SNAPSHOT, Held.DISK): "snapshotted",
+    (W.MERGE, Held.DISK): "merged or reverted",
     (W.MAINTAIN, Held.HOST): "put into maintenance",
 }
 """What the newcomer would do with the object, as a sentence has it."""
@@ -259,6 +269,8 @@ DOES: Mapping[tuple[Work, By], str] = {
     (W.UPLOAD, By.TRANSFER): "uploads into it",
     (W.DOWNLOAD, By.TRANSFER): "reads it",
     (W.REMOVE, By.OPERATION): "deletes it",
+    (W.SNAPSHOT, By.OPERATION): "makes a snapshot of it",
+    (W.MERGE, By.OPERATION): "merges its volumes, or reverts it",
     (W.MAINTAIN, By.OPERATION): "is at work on it",
     (W.START, By.VM): "starts with it",
     (W.RUN, By.VM): "runs with it",

@@ -6,7 +6,14 @@ from enum import StrEnum
 
 from volery.contracts.agent import StorageDomainReport
 from volery.contracts.base import Done, Message, Order
-from volery.contracts.domain import DomainLease, ImageFormat, IscsiSource, VolumeSource
+from volery.contracts.domain import (
+    ChainSource,
+    DomainLease,
+    FileSource,
+    ImageFormat,
+    IscsiSource,
+    VolumeSource,
+)
 
 
 class DirectoryLocation(Message, tag="directory"):
@@ -83,6 +90,8 @@ class ClaimLun(Message):
 
 
 class CreateVolume(Message):
+    """`disk_id` names what is locked and leased, here and below; `volume_id` the file, "" where it has the disk's id."""
+
     disk_id: str
     source: VolumeSource
     size_bytes: int
@@ -97,6 +106,7 @@ class ResizeVolume(Message):
     source: VolumeSource
     size_bytes: int
     lease: DomainLease | None = None
+    volume_id: str = ""
 
 
 class DeleteVolume(Message):
@@ -108,6 +118,36 @@ class DeleteVolume(Message):
     disk_id: str
     source: VolumeSource
     wipe: bool = False
+    lease: DomainLease | None = None
+    volume_id: str = ""
+
+
+class MakeOverlay(Message):
+    """An empty volume above another one, from which everything is read that wasn't written since.
+
+    Refused(conflict) with rule `chain` when the files below aren't above each other as the source says.
+    """
+
+    disk_id: str
+    volume_id: str
+    source: ChainSource
+    size_bytes: int
+    live: bool = False
+    """A VM of this host writes the volume below, and goes on in the new one later."""
+    lease: DomainLease | None = None
+
+
+class MergeVolume(Message):
+    """What a volume has is put into the one below it, and what is above it is put above that one. Both then hold the same,
+    and the volume isn't needed any more. May be repeated.
+
+    Refused(conflict) with rule `chain` when the files aren't above each other as said.
+    """
+
+    disk_id: str
+    source: ChainSource
+    above: FileSource | None = None
+    """The volume above it, if there is one."""
     lease: DomainLease | None = None
 
 
@@ -196,6 +236,8 @@ DISCOVER_ISCSI = Order("storage.discover_iscsi", DiscoverIscsi, IscsiTargets)
 CLAIM_LUN = Order("volume.claim_lun", ClaimLun, VolumeInfo, deadline_seconds=86400)
 CREATE_VOLUME = Order("volume.create", CreateVolume, VolumeInfo, deadline_seconds=3600)
 RESIZE_VOLUME = Order("volume.resize", ResizeVolume, VolumeInfo)
+MAKE_OVERLAY = Order("volume.overlay", MakeOverlay, VolumeInfo)
+MERGE_VOLUME = Order("volume.merge", MergeVolume, VolumeInfo, deadline_seconds=86400)
 DELETE_VOLUME = Order("volume.delete", DeleteVolume, Done, deadline_seconds=86400)
 COPY_VOLUME = Order("volume.copy", CopyVolume, VolumeInfo, deadline_seconds=86400)
 IMPORT_VOLUME = Order("volume.import", ImportVolume, VolumeInfo, deadline_seconds=86400)

@@ -1,14 +1,16 @@
-"""A directory: every volume is a file `{path}/{domain id}/disks/{disk id}.{format}`, qcow2 or raw, and can grow."""
+"""A directory: every volume is a file `{path}/{domain id}/disks/{volume id}.{format}`, qcow2 or raw, and can grow; a disk's
+first one has the disk's id."""
 
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from volery.contracts.domain import FileSource
+from volery.contracts.domain import BackingFile, ChainSource, FileSource
 from volery.contracts.errors import Kind, Refused, invalid
 from volery.contracts.storage import Disk, StorageDomain
 from volery.contracts.volume_orders import DirectoryLocation
+from volery.contracts.volumes import Volume, VolumeState
 
 GROWS = True
 MAX_PATH = 4096
@@ -33,13 +35,26 @@ def location(domain: StorageDomain, chap_password: str) -> DirectoryLocation:
     return DirectoryLocation(path=domain.path)
 
 
-def source(domain: StorageDomain, disk: Disk, chap_password: str) -> FileSource:
-    return FileSource(path=f"{domain.path}/{domain.id}/disks/{disk.id}.{disk.format}", format=disk.format)
+def source(domain: StorageDomain, disk: Disk, volumes: Sequence[Volume], chap_password: str) -> FileSource:
+    """The last of these volumes, which are above each other from the base on."""
+    leaf, *below = reversed(volumes)
+    path = f"{domain.path}/{domain.id}/disks/{volume_name(disk, leaf)}"
+    if not below:
+        return FileSource(path=path, format=leaf.format)
+    backing = tuple(
+        BackingFile(
+            path=f"{domain.path}/{domain.id}/disks/{volume_name(disk, v)}",
+            format=v.format,
+            merging=v.state is VolumeState.MERGING,
+        )
+        for v in below
+    )
+    return ChainSource(path=path, format=leaf.format, backing=backing)
 
 
-def volume_name(disk: Disk) -> str:
-    """How the disk's volume is called in a report: the file's name, since hosts may mount through links."""
-    return f"{disk.id}.{disk.format}"
+def volume_name(disk: Disk, volume: Volume) -> str:
+    """How a volume is called in a report: the file's name, since hosts may mount through links."""
+    return f"{volume.id}.{volume.format}"
 
 
 def reported_name(path: str) -> str:

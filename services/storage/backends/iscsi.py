@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from volery.contracts.domain import IscsiSource
 from volery.contracts.errors import Kind, Refused, conflict, invalid
 from volery.contracts.storage import Disk, StorageDomain
 from volery.contracts.volume_orders import IscsiLocation
+from volery.contracts.volumes import Volume
 
 GROWS = False
 PORTAL = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+)(:\d{1,5})?")
@@ -57,7 +58,7 @@ def location(domain: StorageDomain, chap_password: str) -> IscsiLocation:
     )
 
 
-def source(domain: StorageDomain, disk: Disk, chap_password: str) -> IscsiSource:
+def source(domain: StorageDomain, disk: Disk, volumes: Sequence[Volume], chap_password: str) -> IscsiSource:
     return IscsiSource(
         portal=domain.portal,
         iqn=domain.iqn,
@@ -67,7 +68,7 @@ def source(domain: StorageDomain, disk: Disk, chap_password: str) -> IscsiSource
     )
 
 
-def volume_name(disk: Disk) -> str:
+def volume_name(disk: Disk, volume: Volume) -> str:
     return str(disk.lun)
 
 
