@@ -276,7 +276,8 @@ def refuse_attached(disk: Disk, vms: Mapping[str, VmRow], action: str) -> None:
         )
 
 
-STARTING = "wait_for_launch"
+ABOUT_TO_RUN = "about_to_run"
+"""The status of a VM that was told where its disks are since the last fact about it: it may run by now."""
 
 
 def with_begun(vms: Mapping[str, VmRow], rows: Iterable[Row[Disk, DiskPrivate]]) -> dict[str, VmRow]:
@@ -284,9 +285,9 @@ def with_begun(vms: Mapping[str, VmRow], rows: Iterable[Row[Disk, DiskPrivate]])
     now = dict(vms)
     for row in rows:
         for vm_id, epoch in row.private.begun.items():
-            vm = now.get(vm_id) or VmRow(id=vm_id, name=vm_id, host_id="", status=STARTING)
+            vm = now.get(vm_id) or VmRow(id=vm_id, name=vm_id, host_id="", status=ABOUT_TO_RUN)
             if vm.epoch < epoch:
-                vm = replace_row(vm, status=STARTING)
+                vm = replace_row(vm, status=ABOUT_TO_RUN)
             now[vm_id] = vm
     return now
 

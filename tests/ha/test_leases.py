@@ -31,6 +31,7 @@ from volery.contracts.leases import (
 from volery.contracts.liveness import GET_LIVENESS, LIST_RESTARTS, ProofKind
 from volery.contracts.operation import ListQuery
 from volery.contracts.storage import READ_HOST_LEASES, HostLeases, HostLeaseSeen, ReadHostLeases
+from volery.contracts.together import HELD
 from volery.contracts.vm import VM_CHANGED, VmStatus
 from volery.runtime.bus import Caller
 from volery.runtime.programs import Settings
@@ -191,7 +192,11 @@ async def test_nothing_less_than_an_expired_lease_makes_it_dead(configured: Sett
 
 @pytest.mark.parametrize(
     ("rule", "words"),
-    [(LEASE_HELD, b"waits for its lease"), (IMAGE_HELD, b"waits for a lock on its disk to go")],
+    [
+        (LEASE_HELD, b"waits for its lease"),
+        (IMAGE_HELD, b"waits for a lock on its disk to go"),
+        (HELD, b"waits for what is done with its disk to end"),
+    ],
 )
 async def test_a_restart_that_waits_for_what_a_dead_host_held_is_no_attempt(
     configured: Settings, rule: str, words: bytes

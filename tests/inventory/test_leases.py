@@ -44,6 +44,7 @@ from volery.contracts.storage import (
     ReleaseLease,
     StorageDomain,
 )
+from volery.contracts.together import HELD
 from volery.contracts.vm import (
     ATTACH_VM_DISK,
     MIGRATE_VM,
@@ -298,7 +299,7 @@ async def test_without_a_host_that_can_hold_it_the_start_says_so(configured: Set
         assert (await world.ended(await start(world, vm))).state is OperationState.SUCCEEDED
 
 
-@pytest.mark.parametrize("rule", [LEASE_HELD, IMAGE_HELD])
+@pytest.mark.parametrize("rule", [LEASE_HELD, IMAGE_HELD, HELD])
 async def test_what_is_held_elsewhere_is_no_reason_to_try_other_hosts(
     configured: Settings, rule: str
 ) -> None:
