@@ -77,7 +77,10 @@ async def follow(inv: Inventory, run: Run, clearing: Clearing, host: Host, avoid
         if stopped is None:
             return
         later = partial(_next, inv, run, host, avoided, followed, stopped, f"plan-{number}")
+        vms = followed.vms  # some of them may have left by the next one already
         followed = await run.step(f"plan-{number}", "Looking what goes on with it", later, Followed)
+        followed = msgspec.structs.replace(followed, vms=vms | followed.vms)
+        await clearing.look(followed.vms)
 
 
 async def _carried_out(
