@@ -68,7 +68,7 @@ def refuse(
         return
     what = "wait until it is up or down" if vm.id == live else "stop the VM first"
     raise conflict(
-        f"disk {disk.name} is used by VM {vm.name}, which is {vm.status}: {what}",
+        f"disk {disk.name} is used by VM {vm.name}, which is {vm.status.replace('_', ' ')}: {what}",
         vm_id=vm.id,
         rule="running",
     )

@@ -148,9 +148,9 @@ async def test_a_vm_is_held_while_its_snapshot_is_made_and_says_by_what(configur
         (now,) = await snapshots(world)
         assert (now.name, now.status, now.vm_id) == ("first", SnapshotStatus.CREATING, vm.id)
         for ask in (make(world, vm, "second"), world.bus.ask(START_VM, StartVm(id=vm.id))):
-            with pytest.raises(Refused, match="is busy with operation"):
+            with pytest.raises(Refused, match="makes a snapshot of it: wait for it, or cancel it"):
                 await ask
-        with pytest.raises(Refused, match="is busy with operation"):
+        with pytest.raises(Refused, match="makes a snapshot of it: wait for it, or cancel it"):
             await world.bus.ask(DELETE_SNAPSHOT, DeleteById(id=now.id))
         go_on.set()
         await world.ended(op)
