@@ -12,7 +12,7 @@ from pathlib import PurePath
 
 import msgspec
 
-from host_agent import images, luns, places, volumes
+from host_agent import direct, images, luns, places, volumes
 from host_agent.action import Action, Host, Running
 from host_agent.config import AgentConfig
 from host_agent.leased import FREE, Hold
@@ -163,14 +163,18 @@ async def merge(host: Host, order: MergeVolume, running: Running) -> VolumeInfo:
 async def _commit(source: ChainSource, running: Running, hold: Hold) -> None:
     """Its headers were checked: qemu-img goes by them, and grows the file below if that is smaller."""
     node = {"driver": source.format, "file": {"driver": "file", "filename": source.path}}
-    await images.qemu_img(
-        "commit",
-        ["-p", "-d", "-t", "writeback", images.address(node)],
-        timeout_seconds=volumes.CONVERT_SECONDS,
-        limits=images.CONVERT_LIMITS,
-        hold=hold,
-        on_progress=lambda percent: running.progress(percent, {}),
-    )
+
+    async def commit(cache: str) -> None:
+        await images.qemu_img(
+            "commit",
+            ["-p", "-d", "-t", cache, images.address(node)],
+            timeout_seconds=volumes.CONVERT_SECONDS,
+            limits=images.CONVERT_LIMITS,
+            hold=hold,
+            on_progress=lambda percent: running.progress(percent, {}),
+        )
+
+    await direct.tried(commit)
 
 
 async def _put_above(above: BackingFile, below: BackingFile, hold: Hold) -> None:

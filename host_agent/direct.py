@@ -29,3 +29,15 @@ async def converted(convert: Callable[[Sequence[str]], Awaitable[object]]) -> No
                     raise
             else:
                 return
+
+
+async def tried(work: Callable[[str], Awaitable[object]]) -> None:
+    """The same for a program that opens all of its files alike."""
+    for cache in CACHES:
+        try:
+            await work(cache)
+        except Refused as refused:
+            if NO_DIRECT not in refused.message or cache == CACHED:
+                raise
+        else:
+            return

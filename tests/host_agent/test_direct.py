@@ -10,15 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from host_agent import direct, volumes
+from host_agent import chains, direct, volumes
 from host_agent.hypervisor import Hypervisor
+from tests.host_agent.test_chains import stack
 from tests.support.agent_host import qemu_io, running
 from tests.support.storage_domain import MIB, Domain, connected_domain
 from tests.support.transfers import Transfers, converted, serving
 from volery.contracts.domain import FileSource, ImageFormat
 from volery.contracts.errors import Kind, Refused
 from volery.contracts.ids import new_id
-from volery.contracts.volume_orders import CopyVolume, TransferDirection
+from volery.contracts.volume_orders import CopyVolume, MergeVolume, TransferDirection
 
 A_FEW_PAGES = 4 * MIB
 """Of 48 MiB: headers and tables are looked at by others, too."""
@@ -109,6 +110,19 @@ async def test_a_download_is_read_past_the_cache(made: Transfers) -> None:
     answer = await made.client.get(f"/images/{order.ticket}")
     assert hashlib.sha256(answer.content).hexdigest() == expected
     assert in_cache(source) < A_FEW_PAGES
+
+
+@pytest.mark.parametrize("format", list(ImageFormat))
+async def test_a_volume_is_merged_past_the_cache(made: Transfers, format: ImageFormat) -> None:
+    disk = await stack(made.domain, format)
+    base, upper = disk.source, await disk.grow()
+    qemu_io(upper.path, "write -P 9 0 48M")
+    for source in (base, upper):
+        forget(source)
+    await chains.merge(made.host, MergeVolume(disk_id=disk.disk_id, source=upper), running())
+    assert in_cache(base) < A_FEW_PAGES
+    assert in_cache(upper) < A_FEW_PAGES
+    assert converted(base)[: 48 * MIB] == b"\x09" * 48 * MIB
 
 
 async def test_where_there_is_only_the_cache_it_is_used(made: Transfers, in_memory: Path) -> None:
