@@ -105,7 +105,7 @@ async def overlay(host: Host, order: MakeOverlay, running: Running) -> VolumeInf
         try:
             await _make(staged, below, order, hold)
             await places.put(place, staged.name, hold, replace=False)
-        except BaseException:
+        except BaseException:  # also when it is cancelled: nothing half made stays
             await places.abandon(staged, hold)
             raise
         return await volumes.describe(order.source)

@@ -6,7 +6,6 @@ that epoch before another one is tried, so that nothing of the attempt can wake 
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -56,7 +55,7 @@ from volery.contracts.vm import (
 )
 from volery.runtime import checks
 from volery.runtime.bus import LOST, Caller
-from volery.runtime.clock import monotonic, utc_now
+from volery.runtime.clock import utc_now
 from volery.runtime.run import Run, Then
 from volery.runtime.service import Part
 from volery.runtime.tables import Change, Row, Stale
@@ -69,12 +68,7 @@ MAX_HOSTS = 3
 HOPELESS = {Kind.INVALID, Kind.FORBIDDEN, Kind.INTERNAL}
 """A refusal that no other host would answer otherwise, unless it is the host's own: hosts differ in their QEMU."""
 
-
-SILENT_SECONDS = 3.0
-"""Six beats: as long as ha takes to suspect a host."""
 CHOOSING, PREPARING = "Choosing a host", "Preparing disks and networks"
-EARLY_SECONDS = 0.1
-"""A timer may be a moment early, and whoever was never heard would just not count as silent."""
 
 
 class Starting(Message):
@@ -301,7 +295,7 @@ async def _place(
     async def place() -> Placement:
         row = await VMS.get(inv.core.pool, ask.vm_id)
         vm, shape = row.public, row.public.runs_with if row.private.saved_path else None
-        silent = await _silent_hosts(inv, ask, vm.cluster_id)
+        silent = await choosing.silent_hosts(inv, ask.purpose, vm.cluster_id)
         question = Place(
             need=await need_of(inv, vm, run.caller, ask.run_once, shape),
             epoch=epoch,
@@ -321,17 +315,6 @@ async def _place(
         return (f"prepare-{attempt}", PREPARING) if placed.host_id else None
 
     return await run.step(f"place-{attempt}", CHOOSING, place, Placement, follows=settle, then=then)
-
-
-async def _silent_hosts(inv: Inventory, ask: Starting, cluster_id: str) -> tuple[str, ...]:
-    """Hosts that no order would reach now. What is brought back by itself isn't sent there: after a blackout ha hasn't
-    said yet which of them are silent, and a missing one would keep the VM until its deadline."""
-    if ask.purpose is not Purpose.RESTART:
-        return ()
-    beats = inv.core.beats
-    await asyncio.sleep(max(0.0, beats.since + SILENT_SECONDS + EARLY_SECONDS - monotonic()))
-    ids = await inv.store.host_ids_in_cluster(cluster_id)
-    return tuple(host_id for host_id in ids if beats.silent_seconds(host_id) >= SILENT_SECONDS)
 
 
 def with_given(vm: Vm, placed: Placement) -> Vm:

@@ -17,7 +17,8 @@ from tests.api_gateway.scripted import decoded, running_gateway
 from tests.ha.bmcs import AGENT, PASSWORD, Bmc, Executors, executing
 from tests.ha.site import uuid
 from tests.ha.world import ha, hurried
-from tests.inventory.world import Machine, Scheduler, World, found_cluster, until
+from tests.inventory.scripted_scheduler import Scheduler
+from tests.inventory.world import Machine, World, found_cluster, until
 from tests.scheduler.fleets import hosts_known, network_owner, scheduler
 from tests.support.bell import Bell
 from tests.support.runtime import running

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from services.inventory.service import service as inventory
 from tests.ha.test_restarts import restarts
 from tests.ha.world import ha, hurried
-from tests.inventory.world import Machine, Scheduler, World, found_cluster, until
+from tests.inventory.scripted_scheduler import Scheduler
+from tests.inventory.world import Machine, World, found_cluster, until
 from tests.support.bell import Bell
 from tests.support.runtime import Databases, running, settings
 from volery.contracts.cluster import GetById

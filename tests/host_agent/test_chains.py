@@ -118,9 +118,9 @@ async def test_what_is_copied_downloaded_grown_and_deleted_is_the_whole_chain(do
     host, target = domain.host, new_id()
     copy = CopyVolume(disk_id=target, source=disk.source, target=domain.source(target), size_bytes=64 * MIB)
     await volumes.copy(host, copy, running(target))
-    assert backing_of(copy.target.path)["backing-filename"] == ""  # type: ignore[union-attr]
+    assert backing_of(copy.target.path)["backing-filename"] == ""
     for pattern in (1, 2, 3):
-        qemu_io(Path(copy.target.path), f"read -P {pattern} {pattern}M 1M")  # type: ignore[union-attr]
+        qemu_io(Path(copy.target.path), f"read -P {pattern} {pattern}M 1M")
         disk.read(pattern, pattern)
 
     grow = ResizeVolume(
@@ -336,7 +336,7 @@ async def test_a_running_guest_goes_on_in_new_volumes_of_all_its_disks(qemu: VmH
     async def writes() -> dict[str, str]:
         root = runningxml.parsed(await qemu.hypervisor.domain_xml(spec.vm_id))
         found = runningxml.disks_of(root)
-        return {disk: device.element.find("source").get("file") for disk, device in found.items()}  # type: ignore[union-attr,misc]
+        return {disk: device.element.find("source").get("file") for disk, device in found.items()}
 
     for _ in range(2):
         order = await overlays(*disks[:2])

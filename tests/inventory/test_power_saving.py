@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.inventory.world import Machine, Scheduler, World, found_cluster, inventory_of, until
+from tests.inventory.scripted_scheduler import Scheduler
+from tests.inventory.world import Machine, World, found_cluster, inventory_of, until
 from tests.support.bell import Bell
 from tests.support.runtime import running
 from tests.support.speaker import Speaker

@@ -8,15 +8,8 @@ import time
 
 import pytest
 
-from tests.inventory.world import (
-    Machine,
-    found_cluster,
-    inventory_of,
-    not_claimed,
-    surroundings,
-    until,
-    world_of,
-)
+from tests.inventory.scripted_scheduler import not_claimed
+from tests.inventory.world import Machine, found_cluster, inventory_of, surroundings, until, world_of
 from volery.contracts.base import Owner
 from volery.contracts.domain import DomainState
 from volery.contracts.domain_orders import FORGET_DOMAIN, RUN_DOMAIN

@@ -10,7 +10,8 @@ import httpx
 
 from services.inventory.service import service as inventory
 from tests.api_gateway.scripted import decoded, running_gateway
-from tests.inventory.world import Scheduler, World, found_cluster, until
+from tests.inventory.scripted_scheduler import Scheduler
+from tests.inventory.world import World, found_cluster, until
 from tests.scheduler.fleets import hosts_known, network_owner, scheduler
 from tests.support.bell import Bell
 from tests.support.runtime import running

@@ -12,7 +12,8 @@ import httpx
 from services.inventory.service import service as inventory
 from services.scheduler.state import Scheduler as State
 from tests.api_gateway.scripted import decoded
-from tests.inventory.world import Scheduler, World, found_cluster, until
+from tests.inventory.scripted_scheduler import Scheduler
+from tests.inventory.world import World, found_cluster, until
 from tests.scheduler.fleets import hosts_known, network_owner, scheduler
 from tests.scheduler.test_affinity_story import desk, ends
 from tests.scheduler.test_plan_story import planning, started, where

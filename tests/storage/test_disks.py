@@ -7,7 +7,8 @@ import json
 
 import pytest
 
-from tests.storage.scripted_storage import GIB, MIB, Site, key, site
+from tests.storage.scripted_host import GIB, MIB
+from tests.storage.scripted_storage import Site, key, site
 from volery.contracts.base import Owner
 from volery.contracts.cluster import DeleteById
 from volery.contracts.domain import FileSource, ImageFormat, IscsiSource

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.storage.scripted_storage import GIB, key, site
+from tests.storage.scripted_host import GIB
+from tests.storage.scripted_storage import key, site
 from volery.contracts.cluster import GetById
 from volery.contracts.errors import Kind, Refused
 from volery.contracts.host import HOST_CHANGED, HostStatus

@@ -12,7 +12,8 @@ import msgspec
 import pytest
 
 from services.storage.service import make_service
-from tests.storage.scripted_storage import GIB, MIB, Site, key, site, storage_process
+from tests.storage.scripted_host import GIB, MIB
+from tests.storage.scripted_storage import Site, key, site, storage_process
 from tests.support.bell import Bell
 from tests.support.runtime import running
 from volery.contracts.agent import VolumeReport

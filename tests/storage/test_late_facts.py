@@ -12,7 +12,8 @@ from msgspec.structs import replace
 
 from services.storage import projection
 from services.storage.service import make_service
-from tests.storage.scripted_storage import GIB, MIB, Site, site
+from tests.storage.scripted_host import GIB, MIB
+from tests.storage.scripted_storage import Site, site
 from tests.support.service_process import captured
 from volery.contracts.base import Owner
 from volery.contracts.errors import Refused

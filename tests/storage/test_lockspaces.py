@@ -9,7 +9,8 @@ from msgspec.structs import replace
 
 from services.storage import lease_model
 from services.storage.store import HostRow, Member
-from tests.storage.scripted_storage import Site, StorageHost, site
+from tests.storage.scripted_host import StorageHost
+from tests.storage.scripted_storage import Site, site
 from volery.contracts.errors import Kind, Refused
 from volery.contracts.host import HOST_CHANGED, HOST_DELETED, HostStatus
 from volery.contracts.ids import new_id

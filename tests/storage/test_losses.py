@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.storage.scripted_storage import Site, StorageHost, site
+from tests.storage.scripted_host import StorageHost
+from tests.storage.scripted_storage import Site, site
 from tests.support import losses
 from volery.contracts.agent import STORAGE_CHECKED
 from volery.contracts.base import Owner

@@ -9,7 +9,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from tests.storage.scripted_storage import GIB, Site, StorageHost, site
+from tests.storage.scripted_host import GIB, StorageHost
+from tests.storage.scripted_storage import Site, site
 from tests.support.scripted_agent import ScriptedAgent, scripted
 from volery.contracts.agent import LunClaim, OpenLun
 from volery.contracts.base import Owner

@@ -7,7 +7,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from tests.storage.scripted_storage import GIB, known, site, storage_process
+from tests.storage.scripted_host import GIB
+from tests.storage.scripted_storage import known, site, storage_process
 from tests.storage.test_disks import IQN, iscsi
 from tests.storage.test_transfers import opened
 from volery.contracts.base import Owner

@@ -10,7 +10,8 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from tests.storage.scripted_storage import GIB, Site, site
+from tests.storage.scripted_host import GIB
+from tests.storage.scripted_storage import Site, site
 from tests.storage.test_disks import attach
 from tests.storage.test_transfers import DOWNLOAD, UPLOAD, opened
 from volery.contracts.base import Owner

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.storage.scripted_storage import GIB, Site, site
+from tests.storage.scripted_host import GIB
+from tests.storage.scripted_storage import Site, site
 from tests.storage.test_disks import IQN, attach, iscsi
 from volery.contracts.cluster import DeleteById, GetById
 from volery.contracts.errors import Kind, Refused

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.storage.scripted_storage import GIB, Site, site
+from tests.storage.scripted_host import GIB
+from tests.storage.scripted_storage import Site, site
 from tests.storage.test_dead_leases import FREE, began, party
 from tests.storage.test_lockspaces import able, joined_by
 from volery.contracts.base import Owner
