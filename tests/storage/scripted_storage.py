@@ -29,6 +29,7 @@ from volery.contracts.storage import (
     DomainKind,
     StorageDomain,
 )
+from volery.contracts.vm import Vm
 from volery.runtime.bus import Bus, Caller
 from volery.runtime.database import open_direct
 from volery.runtime.programs import Settings
@@ -45,6 +46,7 @@ class Site:
     shelf: Shelf
     hosts: list[StorageHost]
     rows: list[Host]
+    settings: Settings
 
     async def ended(self, operation: Operation, seconds: float = 20.0) -> Operation:
         async with asyncio.timeout(seconds):
@@ -84,6 +86,15 @@ class Site:
         ask = CreateDisk(name=name, storage_domain_id=domain.id, **({"size_bytes": GIB} | fields))
         return await self.disk((await self.done(await self.bus.ask(CREATE_DISK, ask))).object_id)
 
+    async def heard_of(self, vm: Vm) -> None:
+        """Until storage knows that the VM is as it is now."""
+        async with open_direct(self.settings.database, Owner.STORAGE) as connection:
+
+            async def heard() -> bool:
+                return await connection.fetchval("select status from vm where id = $1", vm.id) == vm.status
+
+            await self.until(heard)
+
     async def until(self, true: Any, seconds: float = 15.0) -> Any:
         """What the async `true` answers, once it is true. For what shows only by asking."""
         async with asyncio.timeout(seconds):
@@ -120,7 +131,7 @@ async def site(
             made.append(StorageHost(shelf, scripted_agent))
             await stack.enter_async_context(scripted(scripted_agent))
             rows.append(await world.host(center, scripted_agent.host_id, f"h{number + 1}"))
-        found = Site(bus, world, center, shelf, made, rows)
+        found = Site(bus, world, center, shelf, made, rows, configured)
         for host in made:
             await host.agent.until_committed("storage", 30)
         await known(configured, [row.id for row in rows])

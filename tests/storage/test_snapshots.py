@@ -187,8 +187,7 @@ async def test_what_can_have_no_snapshot_says_why(configured: Settings) -> None:
         with pytest.raises(Refused, match="at least one disk"):
             await at.bus.ask(SNAPSHOT_DISKS, SnapshotDisks(snapshot_id=new_id(), disk_ids=()))
 
-        vm = await at.world.vm(at.center, host_id=at.rows[0].id, status=VmStatus.UP)
-        await at.bus.ask(ATTACH_DISK_TO, AttachDiskTo(disk_id=good.id, vm_id=vm.id))
+        await running_vm(at, good)
         with pytest.raises(Refused, match="stop the VM first") as refused:
             await snapshot(at, good)
         assert refused.value.kind is Kind.CONFLICT
@@ -285,6 +284,7 @@ async def test_one_that_is_cancelled_waits_for_its_host_and_leaves_nothing(confi
 
 async def running_vm(at: Site, *disks: Disk, status: VmStatus = VmStatus.UP) -> str:
     vm = await at.world.vm(at.center, host_id=at.rows[0].id, status=status)
+    await at.heard_of(vm)
     for disk in disks:
         await at.bus.ask(ATTACH_DISK_TO, AttachDiskTo(disk_id=disk.id, vm_id=vm.id))
     return vm.id

@@ -139,7 +139,7 @@ async def test_a_running_vm_goes_on_and_comes_back_on_its_chain(
             assert [(await disk(disk_id)).depth for disk_id in ids] == [1, 1]
             await start()
             await stop()
-        except BaseException:
+        except BaseException:  # whatever it was, the agent says more
             print(agent.log())
             raise
         finally:
