@@ -347,9 +347,8 @@ async def test_a_vm_that_ends_while_it_is_held_is_brought_back_when_that_has_end
         scheduler = at.world.scheduler
         works = (W.START, W.RESTART, W.CONTROL, W.DEVICES, W.SNAPSHOT)
         before = {work: await at.vm_for(work) for work in works}
-        before[W.MERGE] = await at.vm_for(
-            W.RESTART
-        )  # it has ended before, and nobody has brought it back yet
+        # This one has ended before, and nobody has brought it back yet.
+        before[W.MERGE] = await at.vm_for(W.RESTART)
         await at.snapshot(before[W.MERGE])
         scheduler.may_confirm.clear()
         at.close()
@@ -363,8 +362,7 @@ async def test_a_vm_that_ends_while_it_is_held_is_brought_back_when_that_has_end
         for work, vm in before.items():
 
             async def runs(vm_id: str = vm.id) -> bool:
-                host_id = (await at.world.get(vm_id)).host_id
-                return bool(host_id) and vm_id in at.world.machines[host_id].domains
+                return (await at.world.get(vm_id)).status is VmStatus.UP
 
             if work is not W.MERGE:
                 await until(runs)
