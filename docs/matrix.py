@@ -23,7 +23,7 @@ MEANING = {
     Work.DOWNLOAD: "a disk is downloaded",
     Work.REMOVE: "a disk is deleted",
     Work.SNAPSHOT: "a snapshot of some or all disks of a VM is taken",
-    Work.MERGE: "a snapshot is deleted or committed, so that volumes become one",
+    Work.MERGE: "a snapshot is deleted, so that volumes become one, or reverted to; its VM is down",
     Work.MOVE: "a disk goes to another storage domain",
     Work.BACKUP: "disks of a VM are read for a backup",
     Work.MAINTAIN: "the VMs of a host leave it; also activation and power saving, which hold the host",

@@ -211,9 +211,14 @@ async def creating(inv: Inventory, run: Run) -> None:
 
 
 async def _have(inv: Inventory, run: Run, call: Call[Any, Operation], ask: Message) -> None:
-    """Have storage do it. Raises Refused."""
+    """Have storage do it. Raises Refused, also while something else is done with a disk: whoever asked is told, or the VM
+    would be held as long as a copy takes. What is undone waits for that."""
     caller = run.caller_for(call.subject)
-    op = await inv.once_free(lambda: inv.core.bus.ask(call, ask, caller))
+
+    async def begin() -> Operation:
+        return await inv.core.bus.ask(call, ask, caller)
+
+    op = await (inv.once_free(begin) if run.undoing else begin())
     await inv.foreign_operation(op.id)
 
 

@@ -27,6 +27,7 @@ from volery.contracts.storage import (
     UpdateDisk,
 )
 from volery.contracts.together import By, Held, Holder, Thing, Work
+from volery.contracts.volumes import VolumeState
 from volery.runtime.tables import Row
 
 SECTOR_BYTES = 512
@@ -157,11 +158,16 @@ def edited(disk: Disk, ask: UpdateDisk) -> Disk:
 
 
 def refuse_layers(disk: Disk, action: str) -> None:
-    """Raises Refused(conflict) for a disk with volumes above each other."""
+    """Raises Refused(conflict) for a disk with volumes above each other, or that is about to have them."""
     if disk.depth > 1:
         raise conflict(
             f"disk {disk.name} can't be {action}: it has {disk.depth - 1} snapshots; delete them first, or copy the disk "
             "and use the copy",
+            rule="snapshots",
+        )
+    if any(volume.state is VolumeState.NEW for volume in disk.volumes):
+        raise conflict(
+            f"disk {disk.name} can't be {action}: a snapshot of it is being made; wait for that, or cancel it",
             rule="snapshots",
         )
 

@@ -43,6 +43,7 @@ HOLD_NOTHING = frozenset(
 FILLED = frozenset({W.FILL, W.UPLOAD, W.REMOVE, W.RESIZE, W.MERGE})
 """Works that write a volume, or its tables, from outside of a VM."""
 READ = frozenset({W.COPY, W.DOWNLOAD})
+OPENERS = frozenset({W.START, W.RESTART, W.MIGRATE, W.DEVICES})
 OPEN = frozenset({W.START, W.RESTART, W.RUN, W.STOP, W.CONTROL, W.SUSPEND, W.MIGRATE, W.DEVICES})
 """Works of a VM that has its disks open, or opens them."""
 
@@ -77,15 +78,20 @@ def test_nobody_cancels_yet() -> None:
 
 WRITES = frozenset({W.FILL, W.UPLOAD, W.REMOVE})
 """Works after which a volume has other content."""
+CHANGES_CHAIN = frozenset({W.SNAPSHOT, W.MERGE})
+"""Works after which a disk has other volumes: whoever opens or writes one meanwhile may have a wrong one."""
 NEVER: tuple[tuple[frozenset[Work], frozenset[Work]], ...] = (
-    (WRITES, FILLED | READ | frozenset({W.START, W.RESTART, W.MIGRATE, W.DEVICES, W.BACKUP})),
+    (WRITES, FILLED | READ | OPENERS | {W.BACKUP}),
     (FILLED | READ, WRITES | frozenset({W.RESIZE, W.MERGE, W.MOVE})),
-    (OPEN, frozenset({W.UPLOAD, W.REMOVE})),
+    (OPEN, frozenset({W.UPLOAD, W.REMOVE, W.MERGE})),
+    (OPEN - {W.RUN}, frozenset({W.SNAPSHOT})),
+    (CHANGES_CHAIN, FILLED | READ | CHANGES_CHAIN | OPENERS),
+    (FILLED | READ, CHANGES_CHAIN),
 )
 """Holders and newcomers that never work on one volume at a time."""
 ONE_READS: tuple[tuple[frozenset[Work], frozenset[Work]], ...] = (
     (OPEN, READ),
-    (READ, frozenset({W.START, W.RESTART, W.MIGRATE, W.DEVICES})),
+    (READ, OPENERS),
 )
 """Those that do only when the VM reads."""
 

@@ -7,16 +7,21 @@ then the newcomer is asked for. `CELLS` is what is played here: tests/contracts/
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+
+import pytest
 
 from tests.storage.scripted_host import GIB
 from tests.storage.scripted_storage import Site, site
 from tests.storage.test_disks import attach
+from tests.storage.test_merges import forget, revert
+from tests.storage.test_snapshots import snapshot
 from tests.storage.test_transfers import DOWNLOAD, UPLOAD, opened
 from volery.contracts.base import Owner
 from volery.contracts.cluster import DeleteById
-from volery.contracts.errors import Refused
+from volery.contracts.domain import ImageFormat
+from volery.contracts.errors import Kind, Refused
 from volery.contracts.host import HostStatus
 from volery.contracts.ids import new_id
 from volery.contracts.operation import CANCEL_OPERATION, CancelOperation, Operation
@@ -46,6 +51,8 @@ from volery.contracts.volume_orders import (
     CREATE_VOLUME,
     DELETE_VOLUME,
     FINISH_TRANSFER,
+    MAKE_OVERLAY,
+    MERGE_VOLUME,
     RESIZE_VOLUME,
 )
 from volery.runtime.database import open_direct
@@ -56,7 +63,14 @@ OPENERS = (W.START, W.RESTART, W.MIGRATE, W.DEVICES)
 """Whose VM opens the disk."""
 OWN = (W.EDIT, W.RESIZE, W.COPY, W.UPLOAD, W.DOWNLOAD, W.REMOVE)
 """Done with the disk itself."""
-OF_DISKS = (W.FILL, W.RESIZE, W.COPY, W.UPLOAD, W.DOWNLOAD, W.REMOVE)
+CHAIN = (W.SNAPSHOT, W.MERGE)
+"""Done with the disk's volumes, for a VM."""
+OF_DISKS = (W.FILL, W.RESIZE, W.COPY, W.UPLOAD, W.DOWNLOAD, W.REMOVE, W.SNAPSHOT, W.MERGE)
+NEVER_MEET: Mapping[tuple[Work, Work], str] = {
+    (W.FILL, W.MERGE): "a disk that is being made has no snapshot yet",
+    (W.UPLOAD, W.MERGE): "nothing is uploaded into a disk with snapshots, and none is made of it meanwhile",
+}
+"""Holder and newcomer → why one is never there when the other comes. The reasons are tested, too."""
 STATUSES: tuple[tuple[Work, VmStatus], ...] = (
     (W.CREATE, VmStatus.IMAGE_LOCKED),
     (W.START, VmStatus.WAIT_FOR_LAUNCH),
@@ -73,11 +87,14 @@ STATUSES: tuple[tuple[Work, VmStatus], ...] = (
 )
 """What is done with a VM, and how it is shown meanwhile: all that storage hears of it."""
 CELLS = frozenset(
-    [(holder, newcomer) for holder in OF_DISKS for newcomer in (*OPENERS, *OWN)]
+    [(holder, newcomer) for holder in OF_DISKS for newcomer in (*OPENERS, *OWN, *CHAIN)]
     + [(holder, newcomer) for holder, _ in STATUSES for newcomer in OWN]
-    + [(W.MAINTAIN, newcomer) for newcomer in OWN]
+    + [(W.MAINTAIN, newcomer) for newcomer in (*OWN, *CHAIN)]
 )
-GATED = (CREATE_VOLUME, COPY_VOLUME, RESIZE_VOLUME, DELETE_VOLUME, FINISH_TRANSFER)
+GATED = (
+    *(CREATE_VOLUME, COPY_VOLUME, RESIZE_VOLUME, DELETE_VOLUME, FINISH_TRANSFER),
+    *(MAKE_OVERLAY, MERGE_VOLUME),
+)
 AT_ONCE = 12
 
 
@@ -93,13 +110,17 @@ class Scene:
     """The VM only reads the disk."""
     finishing: bool = False
     """The upload has been sent, and is being put into the disk."""
+    reverting: bool = False
+    """The disk goes back to its snapshot; else that is deleted."""
+    snapshot_id: str = ""
+    """Of the snapshot that is deleted or reverted to."""
     status: VmStatus = VmStatus.DOWN
     held_by: str = ""
     """The id by which a refusal names the holder."""
 
     @property
     def name(self) -> str:
-        more = " finishing" * self.finishing + " reading" * self.read_only
+        more = " finishing" * self.finishing + " reading" * self.read_only + " reverting" * self.reverting
         return f"{self.holder} ({self.status}){more}, then {self.newcomer}"
 
     @property
@@ -146,6 +167,18 @@ async def remove(at: Site, scene: Scene) -> str:
     return (await at.bus.ask(DELETE_DISK, DeleteById(id=scene.disk.id))).id
 
 
+async def snap(at: Site, scene: Scene) -> str:
+    return (await snapshot(at, scene.disk)).id
+
+
+async def unsnap(at: Site, scene: Scene) -> Operation:
+    return await (revert if scene.reverting else forget)(at, scene.snapshot_id)
+
+
+async def merge(at: Site, scene: Scene) -> str:
+    return (await unsnap(at, scene)).id
+
+
 HOLD: dict[Work, Callable[[Site, Scene], Awaitable[str]]] = {
     W.FILL: fill,
     W.RESIZE: resize,
@@ -153,6 +186,8 @@ HOLD: dict[Work, Callable[[Site, Scene], Awaitable[str]]] = {
     W.UPLOAD: upload,
     W.DOWNLOAD: download,
     W.REMOVE: remove,
+    W.SNAPSHOT: snap,
+    W.MERGE: merge,
 }
 
 # What comes. It is let in when it is answered: what it then does is held like the rest.
@@ -177,6 +212,10 @@ async def come(at: Site, scene: Scene) -> object:
         return await at.bus.ask(CREATE_TRANSFER, ask)
     if scene.newcomer is W.REMOVE:
         return await at.bus.ask(DELETE_DISK, DeleteById(id=disk_id))
+    if scene.newcomer is W.SNAPSHOT:
+        return await snapshot(at, scene.disk)
+    if scene.newcomer is W.MERGE:
+        return await unsnap(at, scene)
     if scene.newcomer is W.COPY:
         return await at.bus.ask(COPY_DISK, CopyDisk(id=disk_id, name="another copy"))
     return await at.bus.ask(RESIZE_DISK, ResizeDisk(id=disk_id, size_bytes=3 * GIB))
@@ -232,8 +271,10 @@ async def new_scene(
         )
     else:
         disk = await at.new_disk(domain, f"d{number}")
-    scene = Scene(holder, newcomer, disk, vm, read_only=more.get("read_only", False))
-    scene.finishing = more.get("finishing", False)
+    scene = Scene(holder, newcomer, disk, vm, **more)
+    if W.MERGE in (holder, newcomer):
+        scene.snapshot_id = new_id()
+        await at.done(await snapshot(at, disk, snapshot_id=scene.snapshot_id))
     if holder not in (W.FILL, W.REMOVE) and newcomer in OPENERS:
         await attach(at, disk, vm.id, read_only=scene.read_only)
     return scene
@@ -253,9 +294,13 @@ async def wrong(at: Site, scenes: list[Scene]) -> dict[str, str]:
 
 
 async def test_every_cell_of_what_is_done_with_a_disk(configured: Settings) -> None:
-    kinds = [(h, n, {}) for h in OF_DISKS for n in (*OPENERS, *OWN)]
-    kinds += [(W.UPLOAD, n, {"finishing": True}) for n in (*OPENERS, *OWN)]
+    newcomers = (*OPENERS, *OWN, *CHAIN)
+    kinds = [(h, n, {}) for h in OF_DISKS for n in newcomers]
+    kinds += [(W.UPLOAD, n, {"finishing": True}) for n in newcomers]
     kinds += [(h, n, {"read_only": True}) for h in (W.COPY, W.DOWNLOAD) for n in OPENERS]
+    kinds += [(h, W.MERGE, {"reverting": True}) for h in OF_DISKS]
+    kinds += [(W.MERGE, n, {"reverting": True}) for n in newcomers]
+    kinds = [(h, n, more) for h, n, more in kinds if (h, n) not in NEVER_MEET]
     async with site(configured) as at:
         domain, gate = await at.new_domain(), asyncio.Event()
         scenes = [await new_scene(at, domain, i, h, n, **more) for i, (h, n, more) in enumerate(kinds)]
@@ -269,7 +314,7 @@ async def test_every_cell_of_what_is_done_with_a_disk(configured: Settings) -> N
         assert await wrong(at, scenes) == {}
         # What waits comes in as soon as nothing is done with the disk any more.
         waiting = [s for s in scenes if s.expected is Outcome.WAITS and s.holder is not W.REMOVE]
-        assert {s.holder for s in waiting} == {W.FILL, W.RESIZE, W.COPY, W.UPLOAD, W.DOWNLOAD}
+        assert {s.holder for s in waiting} == {*OF_DISKS} - {W.REMOVE}
         gate.set()
 
         async def comes_in(scene: Scene) -> None:
@@ -317,10 +362,52 @@ async def test_every_cell_of_what_is_done_with_a_vm_or_its_host(configured: Sett
         gate.set()
 
         leaving = at.rows[0]
-        disks = [await new_scene(at, domain, len(scenes) + n, W.MAINTAIN, w) for n, w in enumerate(OWN)]
+        disks = [
+            await new_scene(at, domain, len(scenes) + n, W.MAINTAIN, newcomer)
+            for n, newcomer in enumerate((*OWN, *CHAIN))
+        ]
         status = HostStatus.PREPARING_FOR_MAINTENANCE
         await at.world.host(at.center, leaving.id, leaving.name, status=status)
         assert await wrong(at, disks) == {}
+
+
+async def test_what_never_meets_has_its_reason(configured: Settings) -> None:
+    async with site(configured) as at:
+        domain, gate = await at.new_domain(), asyncio.Event()
+        old = await new_scene(at, domain, 1, W.MERGE, W.UPLOAD)
+        scenes = [
+            await new_scene(at, domain, 2 + n, holder, W.SNAPSHOT) for n, (holder, _) in enumerate(NEVER_MEET)
+        ]
+        for host in at.hosts:
+            host.held.update({order.kind: gate for order in GATED})
+        with pytest.raises(Refused, match="1 snapshots") as refused:
+            await come(at, old)
+        assert refused.value.details["rule"] == "snapshots"
+        for scene in scenes:
+            scene.snapshot_id = new_id()
+            scene.held_by = await HOLD[scene.holder](at, scene)
+            assert await outcome(at, scene) is scene.expected is Outcome.REFUSED
+            assert [volume.snapshot_id for volume in (await at.disk(scene.disk.id)).volumes] == [""]
+            for scene.reverting in (False, True):
+                with pytest.raises(Refused) as refused:
+                    await unsnap(at, scene)
+                assert refused.value.kind is Kind.NOT_FOUND
+        gate.set()
+
+
+async def test_a_disk_is_not_made_shareable_while_a_snapshot_of_it_is_made(configured: Settings) -> None:
+    """Edits come at any time; but VMs that share a disk can't go on in another volume."""
+    async with site(configured, hosts=1) as at:
+        disk = await at.new_disk(await at.new_domain(), format=ImageFormat.RAW)
+        gate = at.hosts[0].held[MAKE_OVERLAY.kind] = asyncio.Event()
+        op = await snapshot(at, disk)
+        share = UpdateDisk(id=disk.id, shareable=True)
+        with pytest.raises(Refused, match="a snapshot of it is being made"):
+            await at.bus.ask(UPDATE_DISK, share)
+        gate.set()
+        await at.done(op)
+        with pytest.raises(Refused, match="1 snapshots"):
+            await at.bus.ask(UPDATE_DISK, share)
 
 
 async def heard(configured: Settings, statuses: dict[str, str]) -> None:

@@ -94,6 +94,7 @@ NEWCOMERS: tuple[Work, ...] = (
 """The columns. What is made anew meets nobody, and a VM that runs has been started."""
 
 # A guest may end by itself at any moment, so what works on a running VM's disks outlives that, and a stop never waits for it.
+# A snapshot is deleted or reverted to while its VM is down: it holds no host, and there is nothing to stop.
 # A backup is never urgent: it waits its turn, and makes way for high availability and maintenance.
 # fmt: off
 ROWS: Mapping[Work, str] = {
@@ -120,10 +121,10 @@ ROWS: Mapping[Work, str] = {
     W.DOWNLOAD: "r w T T T r      r T W     R T R T R          R R R T   T",
     W.REMOVE:   "R W T T T W      R T W     R R R R R          R R R R   T",
     W.SNAPSHOT: "R W R R R R      R T R     R R R R R          R R R W   W",
-    W.MERGE:    "R W T T R R      R T R     R R R R R          R R R W   W",
+    W.MERGE:    "R W R R R R      R T R     R R R R R          R R R W   T",
     W.MOVE:     "R W T T R R      R T R     R R R R R          R R R W   W",
     W.BACKUP:   "R C C T R R      R T R     R T R T R          R R R W   C",
-    W.MAINTAIN: "T T T T T T      T T T     T T T T T          T R R W   R",
+    W.MAINTAIN: "T T T T T T      T T T     T T T T T          T T R W   R",
 }
 # fmt: on
 """Holder → what becomes of each newcomer. The lines above name the columns from left to right, as NEWCOMERS does."""
