@@ -64,6 +64,8 @@ from volery.runtime.programs import Settings
 from volery.runtime.run import Run
 
 W = Work
+DOWN = (W.START, W.DELETE, W.MERGE)
+"""Asked of a VM that is down."""
 GATED = (RUN_DOMAIN, STOP_DOMAIN, ACT_ON_DOMAIN, SAVE_DOMAIN, MIGRATE_DOMAIN, ATTACH_DISK)
 
 

@@ -47,8 +47,6 @@ HOLDERS = (
     *(W.CREATE, W.START, W.RESTART, W.STOP, W.CONTROL, W.SUSPEND, W.MIGRATE, W.DEVICES, W.DELETE),
     *(W.SNAPSHOT, W.MERGE),
 )
-DOWN = (W.START, W.DELETE, W.MERGE)
-"""Asked of a VM that is down."""
 NEVER_MEET: Mapping[tuple[Work, Work], str] = {
     (W.CREATE, W.MERGE): "a VM that is being made has no snapshot yet, and none is made of it meanwhile",
 }
