@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Mapping
 
 import pytest
 
-from tests.inventory.stages import DOWN, Stage, stage
+from tests.inventory.stages import DOWN, stage
 from tests.inventory.test_snapshots import failed, snapshots
 from tests.inventory.world import until
 from volery.contracts import together
