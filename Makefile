@@ -5,7 +5,7 @@ VOLERY_HOME ?= /var/lib/volery
 HOSTS ?= 3
 YES ?=
 TESTS ?=
-WORKERS ?= 0
+WORKERS ?= 2
 SEEDS ?= 200
 SEED ?=
 N ?= 30
@@ -36,7 +36,7 @@ status: ## what of this installation is running
 
 # Hundreds of its processes are Python: none compiles again what another one has.
 test: export PYTHONDONTWRITEBYTECODE :=
-test: ## every test, one after the other (TESTS=tests/setup runs some; WORKERS=2: two at a time)
+test: ## every test, two at a time (TESTS=tests/setup runs some; WORKERS=0: one after the other)
 	@VOLERY_TARGET=test deploy/bootstrap.sh test
 	@$(PYTHON) -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder --durations=40 --durations-min=8 $(TESTS)
 
