@@ -256,7 +256,7 @@ class Daemon:
         self._check_taken(domain)
         for path in domain.disks:
             if not any(path.startswith(f"{top}/") for top in self.mounts):
-                missing = f"Cannot access storage file '{path}': No such file or directory"
+                missing = f"Path '{path}' is not accessible: No such file or directory"
                 raise MemoryError_(libvirt.VIR_ERR_SYSTEM_ERROR, missing)
         self.domains[vm_id] = domain
         if flags & libvirt.VIR_DOMAIN_START_PAUSED:

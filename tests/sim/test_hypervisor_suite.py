@@ -222,7 +222,7 @@ async def without_a_job_there_is_none_to_end(stage: Stage) -> None:
 async def a_disk_that_isnt_there_is_refused_before_anything_starts(stage: Stage) -> None:
     source = FileSource(path=f"{stage.directory}/none/disk.qcow2", format=ImageFormat.QCOW2)
     vm = stage.vm(disks=(DomainDisk(disk_id=new_uuid(), source=source, target="vda"),))
-    missing = f"Cannot access storage file '{source.path}'"
+    missing = f"Path '{source.path}' is not accessible"
     await refused(stage.here.start(vm), Kind.INTERNAL, SYSTEM_ERROR, missing)
     assert await stage.here.state(vm) == ENDED
     assert stage.here.heard(vm) == []
