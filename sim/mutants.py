@@ -389,7 +389,7 @@ MUTANTS: dict[str, Mutant] = {
         0,
         guarded="an order that comes late is too old by then, and what it would end is under a later epoch",
     ),
-    "crashes are not mended": Mutant(_crashes_are_not_mended, 2, "crashes", quick=True),
+    "crashes are not mended": Mutant(_crashes_are_not_mended, 1, "crashes", quick=True),
     "restarts are forgotten once asked": Mutant(
         _restarts_are_forgotten_once_asked,
         0,
@@ -459,7 +459,7 @@ MUTANTS: dict[str, Mutant] = {
         slips.numbers_do_not_rise_after_a_restore, 12, "everywhere since"
     ),
     "quarantine never begins": Mutant(_quarantine_never_begins, 10, "moved since"),
-    "quarantine holds no looks": Mutant(_quarantine_holds_no_looks, 1, "moved since", quick=True),
+    "quarantine holds no looks": Mutant(_quarantine_holds_no_looks, 2, "moved since", quick=True),
     "hosts that know more are not believed": Mutant(
         _hosts_that_know_more_are_not_believed, 11, "made anew", quick=True
     ),
