@@ -23,6 +23,7 @@ from volery.contracts.vm import VM_CHANGED
 from volery.runtime.bus import Caller
 from volery.runtime.clock import monotonic
 from volery.runtime.hear_owners import Said
+from volery.runtime.orders import SILENT_SECONDS
 from volery.runtime.service import Part
 from volery.runtime.tables import Change
 
@@ -37,8 +38,6 @@ HEARD_SECONDS = 5.0
 """So long after room may have come it is asked for: the scheduler may hear of it a moment later than ha."""
 ASK_SECONDS = 0.5
 """Between two questions."""
-SILENT_SECONDS = 3.0
-"""A host that has not beaten for so long is no room: nothing is started there (inventory leaves it out, too)."""
 ANSWER_SECONDS = 2.0
 """Other restarts wait for this answer no longer."""
 MOST = 200

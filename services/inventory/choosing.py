@@ -7,12 +7,11 @@ import asyncio
 from services.inventory.desk import Inventory
 from volery.contracts.scheduling import PLACE, Place, Placement, Purpose
 from volery.runtime.clock import monotonic
+from volery.runtime.orders import SILENT_SECONDS
 from volery.runtime.run import Run
 
 NEWS_SECONDS = 0.25
 """What this service or another has said just before is known to the scheduler by then."""
-SILENT_SECONDS = 3.0
-"""Six beats: as long as ha takes to suspect a host."""
 EARLY_SECONDS = 0.1
 """A timer may be a moment early, and whoever was never heard would just not count as silent."""
 

@@ -13,10 +13,10 @@ from services.inventory.desk import HOST_SECONDS, Inventory
 from services.inventory.store import VmPrivate
 from volery.contracts.domain_orders import DISCARD_MEMORY, DiscardMemory
 from volery.contracts.errors import Kind, Refused
+from volery.runtime.orders import SILENT_SECONDS
 from volery.runtime.tables import Change
 
 log = logging.getLogger(__name__)
-SILENT_SECONDS = 3.0
 
 
 def name_for(vm_id: str, operation_id: str) -> str:

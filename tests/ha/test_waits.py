@@ -9,7 +9,6 @@ import pytest
 from msgspec.structs import replace
 
 from services.ha.policies.restart_order import waits_for_trial
-from services.ha.rooms import SILENT_SECONDS
 from tests.ha.places import GIB, Place, place
 from tests.ha.test_restart_order import watched
 from tests.ha.test_restarts import down, restarts
@@ -17,6 +16,7 @@ from tests.ha.test_rooms import NO_ROOM, asked, small, until_asked_about
 from tests.ha.world import until, vm
 from volery.contracts.host import HostStatus
 from volery.contracts.vm import VM_CHANGED, HighAvailability, Vm, VmStatus
+from volery.runtime.orders import SILENT_SECONDS
 from volery.runtime.programs import Settings
 
 

@@ -133,7 +133,7 @@ def frozen_while_it_converts(agent: Agent, seconds: float = 30.0) -> list[int]:
         if tools:
             os.kill(agent.process.pid, signal.SIGSTOP)
             return [agent.process.pid, *tools]
-        time.sleep(0.001)
+        time.sleep(0.001)  # nothing tells that a tool has begun, and it is to be met in its middle
     raise AssertionError("it converts nothing")
 
 

@@ -53,6 +53,9 @@ TTL_MS = 30_000
 """How old the newest beat may be, by the agent's own clock, when an order arrives."""
 SEND_SECONDS = 2.0
 AGAIN_SECONDS = 5.0
+SILENT_SECONDS = 3.0
+"""Six beats: as long as ha takes to suspect a host. Nothing is started where nobody has beaten for so long, and that isn't
+room either."""
 TRY_AGAIN = {Kind.STALE, Kind.EXHAUSTED, Kind.UNAVAILABLE}
 
 Sign = Callable[[str, bytes], str]
